@@ -287,12 +287,13 @@ def test_what_a_curve_says_is_what_prune_makes(
     assert f"{chosen['layers']}  <- chosen" in out
     kls = [(point["repaired"]["kl"], point["repaired"]["kl_stderr"]) for point in curve["points"]]
     assert curve["chosen"] == max(i + 1 for i, (kl, error) in enumerate(kls) if kl + error <= 0.3)
-    assert f"--from-curve {tmp_path / 'curve'} --drop {curve['chosen']} --calibration {notes} --calibration-" in out
+    assert f"--from-curve {tmp_path / 'curve'} --drop {curve['chosen']}\n" in out
     prune = ["prune", str(base), str(tmp_path / "cut"), "--from-curve", str(tmp_path / "curve"), "--max-kl", "0.3"]
-    assert main([*prune, "--calibration", notes, *WORDS]) == 0
+    assert main(prune) == 0
     lineage = Lineage.of(tmp_path / "cut")
     assert lineage is not None
     (entry,) = lineage.entries
+    assert entry["calibration"] == curve["calibration"]  # the curve's text, unless options say otherwise
     assert entry["settings"]["drop_layers"] == parse_layers(chosen["layers"])
     assert entry["settings"]["repair"] == "refit"
     size = sum(path.stat().st_size for path in (tmp_path / "cut").glob("*.safetensors"))
@@ -308,7 +309,7 @@ def test_what_a_curve_says_is_what_prune_makes(
         assert main(["rank", *options, "--curve-up-to", "3", *more]) == 0
         out = capsys.readouterr().out
         assert said in out
-        assert f"--from-curve {tmp_path / 'curve'} --drop {drop} " in out
+        assert f"--from-curve {tmp_path / 'curve'} --drop {drop}\n" in out
     for more, code, message in (
         (["--drop", "5"], 2, "it drops up to 3 layers"),
         (["--max-kl", "1e-9"], 2, "meets max_kl=1e-09 by one standard error; allow more loss"),

@@ -31,7 +31,7 @@ BAD = [
     ("drop_layers", {"3": 4}), ("drop_layers", [math.nan]), ("drop_layers", [[3]]), ("criterion", "vibes"),
     ("criterion", 3), ("variant", "mine"), ("repair", "glue"), ("steps", 0), ("steps", 1.0),
     ("steps", 10**9), ("protect_first", -1), ("protect_first", "2"), ("protect_last", 1.5), ("contiguous", "yes"),
-    ("contiguous", None), ("calibration", ""), ("calibration", "x" * 40_000), ("calibration", None),
+    ("contiguous", None), ("calibration", ""), ("calibration", "x" * 40_000), ("calibration", 3),
     ("calibration_samples", 0), ("calibration_samples", 10**9), ("calibration_length", math.nan), ("seed", -1),
     ("seed", 2**70), ("tune_layers", "all"), ("tune_layers", -1), ("tune_layers", 1.5), ("tune_layers", [1.5]),
     ("tune_lm_head", 1),

@@ -10,7 +10,15 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_layerprune import CheckpointError, CutError, LayerDropConfig, LayerPruneError, drop_layers, prune_with
+from hf_layerprune import (
+    CheckpointError,
+    CutError,
+    LayerDropConfig,
+    LayerPruneError,
+    drop_layers,
+    prune_with,
+    quality_curve,
+)
 from hf_layerprune.adapter.loading import load_model
 from hf_layerprune.cut import lazy
 from hf_layerprune.cut.lazy import load_pruned
@@ -103,7 +111,8 @@ def test_a_model_with_adapters_is_refused(make, tmp_path):
 
 
 def test_other_kinds_of_arguments_are_refused(tmp_path):
-    model = save("llama", tmp_path)
+    model, compiled = save("llama", tmp_path), tiny_model("llama")
+    compiled.model.layers[0].compile()  # in place; the cut would compile it anew for each of its checks
     prompt = PromptTuningConfig("CAUSAL_LM", base_model_name_or_path=str(tmp_path), num_virtual_tokens=2)
     prompt.save_pretrained(tmp_path / "prompt")
     for wrong, message in (
@@ -113,6 +122,8 @@ def test_other_kinds_of_arguments_are_refused(tmp_path):
             "a str is not a transformers model.*let prune_with load it",
         ),
         (lambda: drop_layers(str(tmp_path), [2]), "a str is not a transformers model"),
+        (lambda: drop_layers(compiled, [2]), "this LlamaForCausalLM has been compiled.*only after the cut"),
+        (lambda: quality_curve("x", curve_upto=2), "option 'curve_upto' is unknown; did you mean curve_up_to"),
         (
             lambda: prune_with(LayerDropConfig(criterion="kl", calibration="x.txt"), tiny_model("llama")),
             "not loaded from anywhere, so there is no tokenizer",

@@ -30,10 +30,10 @@ def run(request: Request) -> Answer:
             made = f"{made or 'a curve was measured'}; {missed}"
         point = curve.points[count - 1]
         repair = curve.record["repair"] if "repaired" in point else None
-        choice = ("--drop-layers", point["layers"], "--repair", repair)
+        choice = ("--drop-layers", point["layers"], "--repair", repair, *(rows if repair else ()))
         if request.output is not None:
             choice = ("--from-curve", request.output, "--drop", count)
-        then = hint("prune", request.base, "pruned", *choice, *(rows if repair else ()), *of)
+        then = hint("prune", request.base, "pruned", *choice, *of)
         return Answer(made, str(curve), curve.record, then)
     from ..stages.rank import rank
 

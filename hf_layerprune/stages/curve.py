@@ -26,7 +26,7 @@ from ..errors import CheckpointError, CutError, LayerPruneError
 from ..files.copy import write_text
 from ..files.folders import check_target
 from ..layer_ranges import name_layers, parse_layers
-from ..options import DEFAULT_DROP, AmountOptions, plural, spell_bytes, spell_count
+from ..options import DEFAULT_DROP, AmountOptions, declared, find, plural, spell_bytes, spell_count
 from ..records.curve import quality_of
 from ..records.fingerprints import fingerprint
 from ..runtime.loading import is_hub_id, load_config
@@ -123,6 +123,8 @@ def quality_curve(base: str, output: str | os.PathLike[str] | None = None, **opt
         CheckpointError: The base can't be read, or the folder holds something else.
         UnsupportedModelError: The architecture is not proven, or its layers can't be run one at a time.
     """
+    for name in options:
+        find("option", name, [name for name in declared(RankRequest) if name not in ("base", "output", "curve")])
     place = None if output is None else Path(output)
     return make_curve(RankRequest(base, output=place, curve=True, **options))
 
@@ -305,7 +307,10 @@ def point_of(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dict[st
     repair = request.repair or (record["repair"] if "repaired" in point else None)
     sizes = ("bytes", "parameters", "speedup")
     points = [{name: value for name, value in one.items() if name not in sizes} for one in curve.points]
+    if repair and request.calibration is None:
+        logger.info("fitting the repair on the calibration text of %s", folder)
     request = replace(request, drop_layers=parse_layers(point["layers"]), repair=repair)
+    request = request.with_calibration(record["identity"])
     return request, {"criterion": "curve", "curve": points}
 
 

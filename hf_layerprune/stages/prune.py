@@ -83,6 +83,7 @@ def was_made(request: PruneRequest, folder: Path) -> bool:
     """
     if not folder.exists():
         return False
+    request = request.with_calibration()
     lineage = Lineage.of(folder) or Lineage({})
     entry: dict[str, Any] = next((entry for entry in reversed(lineage.entries) if entry["stage"] == "prune"), {})
     recorded, calibration = entry.get("settings", {}), entry.get("calibration", {})
@@ -120,6 +121,7 @@ def prune_to(request: PruneRequest) -> Pruned:
         from .curve import point_of
 
         request, curve = point_of(request, request.from_curve.expanduser())
+    request = request.with_calibration()
     if is_gguf_name(output):
         return _prune_gguf(request, Path(request.base), output)
     _refuse_what_has_no_effect(request)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, MISSING, dataclass
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, MISSING, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from ..errors import CutError
 from ..options import (
@@ -21,6 +24,7 @@ from ..options import (
     Kind,
     Options,
     TuningOptions,
+    declared,
     documented,
     option,
     refuse_unused,
@@ -30,6 +34,12 @@ from ..options.quantities import NATS, RATIO, SHARE, number
 from ..select.registry import CRITERIA, find_criterion
 
 TEXT_OPTIONS = ("calibration", "calibration_samples", "calibration_length")
+
+
+def _of_curve(name: str) -> Any:
+    """A calibration option whose default depends on `from_curve`; see `PruneRequest.with_calibration`."""
+    known = declared(CalibrationOptions)[name]
+    return option(None, f"{known.help}; by default {known.default}, or as for the curve with from_curve", known.kind)
 
 
 def _parse_criteria(text: str) -> list[str]:
@@ -59,7 +69,7 @@ class PruneRequest(TuningOptions, CutOptions):
     from_curve: Path | None = option(
         None,
         "Folder of a curve of BASE made by rank --curve: the number, target or budget picks a point of it, which determines "
-        "the layers and, unless --repair is given, the repair",
+        "the layers and, unless they are given, the repair and its calibration",
         PATH,
     )
     adapter: bool = option(False, "Write a PEFT adapter (the plan and the tuned layers) instead of a whole model")
@@ -71,6 +81,11 @@ class PruneRequest(TuningOptions, CutOptions):
         "bypassed",
     )
     force: bool = option(False, "Replace OUTPUT if it exists")
+    _: KW_ONLY
+    calibration: str = _of_curve("calibration")
+    calibration_samples: int = _of_curve("calibration_samples")
+    calibration_length: int = _of_curve("calibration_length")
+    seed: int = _of_curve("seed")
 
     def refuse_unused(self) -> None:
         """Refuse options that would have no effect. Recipes don't: their files may hold options for several kinds of run.
@@ -94,6 +109,11 @@ class PruneRequest(TuningOptions, CutOptions):
         by_text = self.drop_layers is None and (self.budget or self.from_curve or criterion.needs == "text")
         if not (by_text or self.repair):
             refuse_unused(self, TEXT_OPTIONS, f"with criterion {criterion.name} and without a repair or a budget")
+
+    def with_calibration(self, measured: Mapping[str, Any] = MappingProxyType({})) -> PruneRequest:
+        """With the calibration options that are not given as a curve was `measured`, or at their defaults."""
+        options = {name: measured.get(name, known.default) for name, known in declared(CalibrationOptions).items()}
+        return replace(self, **{name: value for name, value in options.items() if getattr(self, name) is None})
 
 
 @dataclass(kw_only=True)
