@@ -6,6 +6,7 @@ off where the Hub's are off (`HF_HUB_DISABLE_PROGRESS_BARS`, `huggingface_hub.ut
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -32,6 +33,8 @@ def settle(*, quiet: bool = False) -> None:
         os.environ.setdefault(name, value)
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that can't show a character must not lose the result
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[_Lines()])

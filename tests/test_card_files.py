@@ -308,13 +308,17 @@ def test_files_of_others_are_not_replaced(tmp_path: Path) -> None:
     assert write_card(folder, weights=False, force=True) == ["assets/layers.png"]
 
 
-def test_another_licence_leaves_nothing_of_the_one_before(tmp_path: Path) -> None:
+def test_another_licence_leaves_nothing_of_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = make(tmp_path)
     path = folder / "README.md"
     path.write_text(
         "---\nlicense: other\nlicense_name: x\nlicense_link: https://x.org\ndatasets: [a/b]\n---\n# Mine\n"
     )
-    write_card(folder, weights=False)
+    with caplog.at_level("INFO"):
+        write_card(folder, weights=False)
+        write_card(folder, weights=False)
+    (said,) = [message for message in caplog.messages if "licence" in message]  # never silently, and once
+    assert said.startswith(f"{path} named the licence other, which is now apache-2.0")
     fields = front_matter(path.read_text())[0]
     assert fields["license"] == "apache-2.0"
     assert not fields.keys() & {"license_name", "license_link"}

@@ -259,9 +259,22 @@ def test_a_write_that_fails_leaves_nothing(base: Path, tmp_path: Path, capsys: p
             assert main(["prune", str(base), str(tmp_path / "out"), *form]) == 1
         error = capsys.readouterr().err
         assert f"could not write {tmp_path / 'out'}" in error
+        assert "os error" not in error  # what safetensors says
         assert ".partial-" not in error
         assert "Traceback" not in error
         assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "words", [["prune", "--repair", "linear", "--drop", "2"], ["rank"], ["rank", "--curve"]], ids=" ".join
+)
+def test_a_folder_that_cannot_be_written_is_refused_at_once(
+    base: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before layers are chosen, which may take hours."""
+    monkeypatch.setattr("hf_layerprune.files.folders.os.access", lambda path, mode: path != tmp_path)
+    assert main([words[0], str(base), str(tmp_path / "a" / "b"), *words[1:]]) == 1
+    assert f"{tmp_path} is not writable, so {tmp_path / 'a' / 'b'} can't be" in capsys.readouterr().err
 
 
 def test_inspect(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -290,6 +303,14 @@ def test_a_reader_that_has_read_enough(base: Path) -> None:
     done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=600)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_terminal_that_lacks_characters() -> None:
+    """What took an hour to measure is shown all the same."""
+    script = "from hf_layerprune import cli; cli.settle(); print('1 \u00b1 2')"
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=600)
+    assert (done.stdout, done.stderr) == ("1 \\xb1 2\n", "")
 
 
 def test_inspect_of_what_cannot_be_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

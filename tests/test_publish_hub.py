@@ -124,6 +124,7 @@ def test_what_does_not_belong_to_the_new_model_goes(found: Found) -> None:
 def test_a_branch(found: Found) -> None:
     out = found["branches_and_proposals"]
     assert "/org/side/tree/try/1" in out["branch"][1]
+    assert out["branch"][1].endswith("next: hf-layerprune verify org/side --revision try/1\n")
     assert out["main"] == []
     assert out["side"]
     assert "nothing has changed" in out["branch again"][1]

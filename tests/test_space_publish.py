@@ -212,6 +212,7 @@ def test_a_private_model_and_the_token_that_its_space_reads_it_with(
     done = push(*words, "--space-secret", "READ_TOKEN", READ_TOKEN="hf_only_read")
     assert done.returncode == 0, done.stderr
     assert hub.repos["spaces/org/secret-chat"].secrets == {"HF_TOKEN": "hf_only_read"}
+    assert "with the token of READ_TOKEN as its secret HF_TOKEN" in done.stdout
     assert "hf_only_read" not in done.stdout + done.stderr
     for file in hub.repos["spaces/org/secret-chat"].at("main").files.values():
         assert "hf_" not in file.path.read_text().replace("hf_layerprune", "").replace("huggingface", "")

@@ -72,7 +72,8 @@ def new_folder(
     except OSError as error:
         raise write_failed(target, error) from error
     except SafetensorError as error:  # not an OSError, even when the disk is full
-        raise CheckpointError(f"could not write {target}: {error}") from error
+        code = int(found[1]) if (found := re.search(r"os error (\d+)", str(error))) else None
+        raise write_failed(target, OSError(code, os.strerror(code)) if code else OSError(str(error))) from error
 
 
 def check_target(
@@ -91,7 +92,7 @@ def check_target(
 
     Raises:
         CheckpointError: The target is or overlaps with the source, exists, is not a folder, or holds a file that does
-            not belong to a model.
+            not belong to a model; or it is new, and its parent is not writable.
     """
     named = target
     target = Path(os.path.abspath(target))
@@ -113,6 +114,10 @@ def check_target(
         if os.path.lexists(parent):
             if not parent.is_dir():
                 raise CheckpointError(f"{parent} is a file, so {named} can't be created in it; choose another folder")
+            if not (os.path.lexists(target) or os.access(parent, os.W_OK | os.X_OK)):
+                raise CheckpointError(
+                    f"{parent} is not writable, so {named} can't be created in it; choose another folder"
+                )
             break
     return target
 

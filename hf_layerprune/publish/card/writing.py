@@ -7,6 +7,7 @@ README.md keeps the text that people wrote around our marks, and the YAML fields
 
 from __future__ import annotations
 
+import logging
 import re
 import shlex
 from contextlib import suppress
@@ -24,6 +25,8 @@ from ..requests import CardRequest
 from . import metadata, regions
 from .render import Card
 from .style import drawn_for
+
+logger = logging.getLogger(__name__)
 
 ASSETS = "assets"
 EVAL_RESULTS = ".eval_results"
@@ -118,6 +121,11 @@ def compose(card: Card, old: str | None, *, where: str = CARD, force: bool = Fal
         raise CheckpointError(
             f"{where} was changed inside a section that hf-layerprune writes ({', '.join(edited)}); move your text "
             "outside its marks, where it is kept, or overwrite it with --force"
+        )
+    licence, before = card.metadata.get("license"), fields.get("license")
+    if licence and before not in (None, licence):
+        logger.info(
+            "%s named the licence %s, which is now %s, as recorded (card --license changes it)", where, before, licence
         )
     return metadata.to_yaml(metadata.merged(card.metadata, fields)) + "\n" + regions.merge(ours, parts)
 
