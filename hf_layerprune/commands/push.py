@@ -49,10 +49,12 @@ def run(request: Request) -> Answer:
     if request.space:
         space = publish_space(request, adapter=made.contents.is_adapter, secret=secret)
         data["space"] = asdict(space)
-        lines.append(f"{'published' if space.added else 'unchanged'}: the Space {space.url}")
+        stored = f", with the token of {request.space_secret} as its secret HF_TOKEN" if secret is not None else ""
+        lines.append(f"{'published' if space.added else 'unchanged'}: the Space {space.url}{stored}")
         if request.private and secret is None:
             lines.append("the Space can't read a private model yet: give it a secret HF_TOKEN, or use --space-secret")
-    return Answer(said, _lines(*lines), data, hint("verify", request.repo_id))
+    revision = done.commit if done.pull_request else request.revision  # otherwise, `main` would be verified
+    return Answer(said, _lines(*lines), data, hint("verify", request.repo_id, "--revision", revision))
 
 
 def _report(made: Plan) -> list[str]:
