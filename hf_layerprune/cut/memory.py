@@ -122,12 +122,11 @@ def check_plain(model: Any) -> None:
             "now; pass the result of their PeftModel's merge_and_unload(), or load the model again"
         )
     plain = isinstance(model, transformers.PreTrainedModel)
-    compiled = plain and any(part._compiled_call_impl is not None for part in model.modules())
-    if not plain or compiled:
-        found = "has been compiled" if compiled else "is not a transformers model"
+    if not plain or any(part._compiled_call_impl is not None for part in model.modules()):
+        found = "has been compiled" if plain else "is not a transformers model"
         raise CutError(
-            f"{'this' if compiled else 'a'} {type(model).__name__} {found}; load one with from_pretrained, and wrap or compile it only after the cut, or let "
-            "prune_with load it: LayerDropConfig(base_model_name_or_path=...)"
+            f"{'this' if plain else 'a'} {type(model).__name__} {found}; load one with from_pretrained, and wrap or compile it "
+            "only after the cut, or let prune_with load it: LayerDropConfig(base_model_name_or_path=...)"
         )
 
 

@@ -158,7 +158,7 @@ def _in_bytes(model: str, sizes: Sizes, dropped: list[int]) -> dict[str, Any]:
         known["memory_bytes"] = [sizes.memory_bytes(drop) for drop in ((), dropped)]
     except (
         LayerPruneError
-    ) as error:  # a config without weights, or a cache that is not known without running the model
+    ) as error:  # a config without weights, or a model whose cache is not known without running it
         logger.debug("%s", error)
     return known
 

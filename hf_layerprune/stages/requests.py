@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from ..errors import CutError
@@ -110,9 +109,11 @@ class PruneRequest(TuningOptions, CutOptions):
         if not (by_text or self.repair):
             refuse_unused(self, TEXT_OPTIONS, f"with criterion {criterion.name} and without a repair or a budget")
 
-    def with_calibration(self, measured: Mapping[str, Any] = MappingProxyType({})) -> PruneRequest:
+    def with_calibration(self, measured: Mapping[str, Any] | None = None) -> PruneRequest:
         """With the calibration options that are not given as a curve was `measured`, or at their defaults."""
-        options = {name: measured.get(name, known.default) for name, known in declared(CalibrationOptions).items()}
+        options = {
+            name: (measured or {}).get(name, known.default) for name, known in declared(CalibrationOptions).items()
+        }
         return replace(self, **{name: value for name, value in options.items() if getattr(self, name) is None})
 
 
