@@ -156,9 +156,8 @@ def _in_bytes(model: str, sizes: Sizes, dropped: list[int]) -> dict[str, Any]:
         known["file_bytes"] = [sizes.file_bytes(drop) for drop in ((), dropped)]
         known["context"] = sizes.context(None)
         known["memory_bytes"] = [sizes.memory_bytes(drop) for drop in ((), dropped)]
-    except (
-        LayerPruneError
-    ) as error:  # a config without weights, or a model whose cache is not known without running it
+    except LayerPruneError as error:
+        # A config without weights, or a model whose cache is not known without running it.
         logger.debug("%s", error)
     return known
 
