@@ -35,9 +35,9 @@ def prune_with(
         config ([`LayerDropConfig`]): What to drop and what to tune. Its `drop_layers` is filled in.
         model ([`~transformers.PreTrainedModel`], *optional*): The dense model, which is pruned in place; it stays cut
             after `unload()`. To try several cuts of one model, use `drop_layers(model, layers, keep_dropped=True)`, whose
-            result has a method `restore()`. Without a model, the base named in `config.base_model_name_or_path` is loaded, and the dropped layers are never read unless
-            `keep_dropped`, a repair or a criterion needs them or the base is a GGUF file. A base that is an adapter of
-            this method is merged with its own base first.
+            result has a method `restore()`. Without a model, the base named in `config.base_model_name_or_path` is loaded,
+            and the dropped layers are never read unless `keep_dropped`, a repair or a criterion needs them or the base is
+            a GGUF file. A base that is an adapter of this method is merged with its own base first.
         from_pretrained_kwargs: For loading the base: `dtype`, `device_map`, `attn_implementation`, ...; `subfolder` and
             `gguf_file` only for a folder, since a saved adapter can't name a part of a repository as its base.
 
