@@ -359,7 +359,7 @@ def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_hidden_layers": 10_000_000}, "at num_hidden_layers: 10000000 is greater than the maximum of 10000"),
+        ({"num_hidden_layers": 10_000_000}, "at num_hidden_layers: 10000000 is greater than the maximum of 1000"),
         ({"num_hidden_layers": 0}, "at num_hidden_layers"),
         ({"num_hidden_layers": -4}, "at num_hidden_layers"),
         ({"num_hidden_layers": "8"}, "at num_hidden_layers"),
@@ -370,6 +370,9 @@ def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
         ({"model_type": None}, "has no model_type"),
         ({"num_labels": 10**9}, "at num_labels"),
         ({"vocab_size": 10**12}, "at vocab_size"),
+        ({"transformers_weights": "adapter_model.bin"}, "at transformers_weights"),
+        ({"transformers_weights": "other.safetensors.index.json"}, "at transformers_weights"),
+        ({"transformers_weights": "../model.safetensors"}, "at transformers_weights"),
         ({"layer_drop": {"drop_layers": "2", "num_base_layers": 9}}, "at layer_drop/drop_layers"),
     ],
 )

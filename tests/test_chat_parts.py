@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import threading
 from pathlib import Path
@@ -407,6 +408,29 @@ def test_weights_that_are_missing_or_too_many_are_an_error(pruned: Path, tmp_pat
         tensors | {"vision.blocks.0.weight": torch.ones(2)}, folder / "model.safetensors", metadata={"format": "pt"}
     )
     assert load(folder).error is None
+
+
+@pytest.mark.parametrize("named", ["by the config", "by the index", "by the index that the config names"])
+def test_a_pickle_is_not_read(pruned: Path, tmp_path: Path, named: str) -> None:
+    """transformers reads any file that a config or an index names."""
+    folder = Path(shutil.copytree(pruned, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    torch.save(tensors, folder / "adapter_model.bin")
+    (folder / "model.safetensors").rename(folder / "unused.safetensors")
+    chosen = "adapter_model.bin" if named == "by the config" else "model.safetensors.index.json"
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "adapter_model.bin")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if named != "by the index":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": chosen}))
+    assert "which is not a .safetensors file beside its config" in load(folder).error
+
+
+def test_a_pickled_adapter_is_not_read(adapter: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    assert "pickled weights (.bin) are not read" in load(folder).error
 
 
 @pytest.mark.skipif(misreads_gguf_tokenizers(), reason="this transformers misreads the tokenizer in a GGUF file")

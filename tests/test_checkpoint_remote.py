@@ -35,13 +35,15 @@ import json, sys, traceback
 from tests.cutting import cut_checkpoint
 from hf_layerprune.cut.sizes import Sizes
 from hf_layerprune.errors import LayerPruneError
-from hf_layerprune.runtime.loading import load_config
+from hf_layerprune.runtime.loading import load_base, load_config
 from hf_layerprune.files.hub import Repo
 for line in sys.stdin:
     order = json.loads(line)
     try:
         if order.pop("fingerprint", False):
             answer = {"files": Repo.open(order.pop("source"), **order).fingerprint()}
+        elif order.pop("load", False):
+            answer = {"loaded": type(load_base(order.pop("source"), **order)).__name__}
         elif order.pop("sizes", False):
             sizes = Sizes(load_config(order["source"]), order["source"])
             answer = {"bytes": sizes.file_bytes(order["drop_layers"])}
@@ -227,6 +229,21 @@ def test_access(hub: HubServer, client: Client, tmp_path: Path) -> None:
         assert "error" not in client.cut(repo, tmp_path / repo, [3], tmp_path / "cache", token=TOKEN)
         assert (tmp_path / repo / "model.safetensors").exists()
         assert {one.authorized for one in hub.log if one.path.startswith("/cdn/")} == {False}
+
+
+def test_an_index_names_no_pickle(client: Client, bases: dict[str, Path], tmp_path: Path) -> None:
+    assert client.ask(load=True, source="org/llama") == {"loaded": "LlamaForCausalLM"}
+    folder = Path(shutil.copytree(bases["llama"], tmp_path / "model"))
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps(content | {"weight_map": dict.fromkeys(content["weight_map"], "weights.bin")}))
+    torch.save(tiny_model("llama").state_dict(), folder / "weights.bin")
+    with HubServer({"org/pickles": folder}) as server:
+        client = Client(server, tmp_path / "home")
+        answer = client.ask(load=True, source="org/pickles")
+        assert "names 'weights.bin', which is not a plain .safetensors file" in answer["error"]
+        assert not server.bytes_served("weights.bin")
+        client.stop()
 
 
 def test_a_file_that_arrives_otherwise_than_listed_is_refused(

@@ -13,7 +13,7 @@ from ..files.json_file import check_schema, read_object
 if TYPE_CHECKING:
     from jsonschema.protocols import Validator
 
-_MOST_LAYERS = 10_000
+_MOST_LAYERS = 1_000  # an empty model of that many is built in seconds
 _MOST_TOKENS = 2**31
 # Fields that may name a repository with code.
 _KERNELS = ("attn_implementation", "experts_implementation")
@@ -38,6 +38,8 @@ def _validator() -> Validator:
         "hidden_size": {"minimum": 1, "maximum": 10_000_000},
         "num_labels": {"maximum": 1_000_000},
         "auto_map": {"type": ["object", "null"]},
+        # transformers reads whatever it names: an index of pickles, or a file elsewhere.
+        "transformers_weights": {"type": ["string", "null"], "pattern": r"^[^/\\]{1,200}\.safetensors\Z"},
         "layer_drop": {
             "type": ["object", "null"],
             "properties": {
@@ -61,7 +63,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: It can't be read, a field that this package uses has the wrong type, a number is out of
-            bounds (such as more than 10,000 layers), or there is no `model_type`.
+            bounds (such as more than 1,000 layers), or there is no `model_type`.
     """
     fields = read_object(path, non_finite=True)
     check_schema(fields, _validator(), str(path))

@@ -27,6 +27,8 @@ UNPACKED = "bfloat16"  # the type of a model that is unpacked from a GGUF file
 _OLD_MASKS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")
 # The arguments of `from_pretrained` that locate files.
 WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+# For `cached_file`: a file that does not exist, or is not in the cache when offline, is no error.
+_IF_ANY = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 
 def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, str | None]:
@@ -120,17 +122,22 @@ def check_config_of(name: str, **kwargs: Any) -> dict[str, Any]:
     Raises:
         CheckpointError: There is no config, or its model can't be loaded without running code from the repository.
     """
-    from transformers.utils.hub import cached_file
-
-    where = {key: kwargs[key] for key in WHERE if kwargs.get(key) is not None}
     with boundary(f"no model config at {name}"):
-        path = cached_file(name, "config.json", **where)
+        path = _fetched(name, "config.json", kwargs)
     if path is None:
         raise CheckpointError(f"no model config at {name}: it has no config.json")
     fields = read_config_file(Path(path))
     if not kwargs.get("trust_remote_code"):
         check_no_code(fields, name)
     return fields
+
+
+def _fetched(name: str, file: str, kwargs: dict[str, Any], **options: bool) -> str | None:
+    """The path of a file of a folder or a Hub repository, which is downloaded if necessary."""
+    from transformers.utils.hub import cached_file
+
+    where = {key: kwargs[key] for key in WHERE if kwargs.get(key) is not None}
+    return cached_file(name, file, **where, **options)
 
 
 def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -151,9 +158,11 @@ def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
         kwargs = gguf_options() | kwargs | {"gguf_file": gguf_file}
     else:
         kwargs["use_safetensors"] = True  # a pickle can run code
-        if (index := Path(name) / INDEX).is_file():  # transformers reads whatever file it names
-            shard_names(read_object(index, max_bytes=MAX_INDEX), str(index))
         fields = check_config_of(name, **kwargs)
+        with boundary(f"can't load {base}"):
+            index = _fetched(name, INDEX, kwargs, **_IF_ANY)
+        if index is not None:  # transformers reads whatever files it names
+            shard_names(read_object(Path(index), max_bytes=MAX_INDEX), index)
         if not kwargs.get("trust_remote_code"):
             check_has_decoder(fields, str(base))
     model_type = fields.get("model_type", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 import threading
@@ -17,6 +18,7 @@ from answers import Side
 from images import auto_class
 from source import CannotLoad, Source, explain, named, weights_size
 from transformers import AutoConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
 
 ZERO_GPU = bool(os.environ.get("SPACES_ZERO_GPU"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,12 +55,12 @@ class Models:
         source, adapter = self.source, self.source.adapter
         dense_size = self._size_of_dense()
         if adapter and adapter.peft_type == "LAYER_DROP" and dense_size is not None:
-            from peft import PeftModel
+            from hf_layerprune.adapter.reading import load_adapter as put_on
 
             dense = load(source.base)
             # The cut is made in a second tree of modules over the same tensors, so only tuned tensors exist twice.
             tensors = {id(t): t for t in chain(dense.parameters(), dense.buffers())}
-            pruned = PeftModel.from_pretrained(copy.deepcopy(dense, tensors), source.model).merge_and_unload()
+            pruned = put_on(copy.deepcopy(dense, tensors), source.model).merge_and_unload()
             self.sides["pruned"] = Side(source.model, pruned)
             self._add_dense(dense)
             return
@@ -116,11 +118,30 @@ def load(model: str) -> PreTrainedModel:
         settings |= gguf_options() | {"dtype": torch.bfloat16}
     else:
         settings["use_safetensors"] = True  # a pickle can run code
+        check_names(model, getattr(config, "transformers_weights", None))
     made, info = auto_class(config).from_pretrained(
         **named(model), trust_remote_code=False, output_loading_info=True, **settings
     )
     check_complete(model, made, info)
     return made
+
+
+def check_names(model: str, chosen: str | None) -> None:
+    """Refuse weight files other than safetensors files beside the config: transformers reads any that an index names.
+
+    Args:
+        model (`str`): A Hub id or a folder.
+        chosen (`str`, *optional*): The file that the config names.
+
+    Raises:
+        CannotLoad: The config or the index names another file.
+    """
+    if_any = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    index = cached_file(model, "model.safetensors.index.json", **if_any)
+    shards = json.loads(Path(index).read_bytes())["weight_map"].values() if index else ()
+    for name in {chosen or "model.safetensors", *shards}:
+        if not re.fullmatch(r"[^/\\]+\.safetensors", name):
+            raise CannotLoad(f"{model} names {name!r}, which is not a .safetensors file beside its config.")
 
 
 def check_complete(name: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
