@@ -134,9 +134,13 @@ def one_line(text: str) -> str:
 
 
 def shown(text: str) -> str:
-    """Escape control characters other than line ends, and mask Hub tokens and passwords in addresses."""
-    text = _PASSWORD.sub(r"\1***@", _TOKEN.sub(r"\1_***", text))
-    return "\n".join(_UNPRINTABLE.sub(_escape, line) for line in text.split("\n"))
+    """Escape control characters other than line ends, and mask secrets."""
+    return "\n".join(_UNPRINTABLE.sub(_escape, line) for line in masked(text).split("\n"))
+
+
+def masked(text: str) -> str:
+    """Mask Hub tokens, and passwords in addresses."""
+    return _PASSWORD.sub(r"\1***@", _TOKEN.sub(r"\1_***", text))
 
 
 def _escape(match: re.Match[str]) -> str:

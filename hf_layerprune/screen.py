@@ -13,7 +13,7 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from .errors import shown
+from .errors import masked, shown
 
 if TYPE_CHECKING:
     from huggingface_hub.utils import tqdm
@@ -37,6 +37,7 @@ def settle(*, quiet: bool = False) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+    logging.setLogRecordFactory(_Record)
     logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[_Lines()])
     logging.getLogger("hf_layerprune").setLevel(logging.ERROR if quiet else logging.INFO)
     # Torch, which has a handler of its own, tells torchao's users here that one of torchao's calls is deprecated.
@@ -56,6 +57,13 @@ def progress_bar(*args: Any, **words: Any) -> tqdm:
     from huggingface_hub.utils import tqdm
 
     return tqdm(*args, **{"disable": None, "leave": False} | words)
+
+
+class _Record(logging.LogRecord):
+    """A line of any library's log, in which secrets are masked, such as the address of a mirror with a password."""
+
+    def getMessage(self) -> str:
+        return masked(super().getMessage())
 
 
 class _Lines(logging.Handler):

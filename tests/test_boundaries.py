@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import os
 import re
 import runpy
@@ -286,6 +287,15 @@ def test_secrets_are_masked(
     monkeypatch.setattr("hf_layerprune.commands.inspect.run", lambda args: {}[secret])
     assert main(["inspect", "model", *words]) == 1
     error = capsys.readouterr().err
+    assert "***" in error
+    assert "secret@" not in error
+    assert "a1a1" not in error
+    library = logging.getLogger("library")
+    library.addHandler(handler := logging.StreamHandler())  # such as the Hub client's
+    library.error("Retrying %s", secret)
+    library.removeHandler(handler)
+    error = capsys.readouterr().err
+    assert "Retrying" in error
     assert "***" in error
     assert "secret@" not in error
     assert "a1a1" not in error

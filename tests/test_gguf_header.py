@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hf_layerprune.cut.gguf import cut_gguf, gguf_layer_count, is_gguf, plan_gguf_cut
 from hf_layerprune.errors import CheckpointError
 from hf_layerprune.families import gguf as tables
+from hf_layerprune.runtime.loading import load_base, load_config, load_tokenizer
 from tests.gguf_makers import ARCH_KEY, COUNT_KEY, make_gguf, number, raw_gguf, raw_info, raw_string, smollm2, value
 
 HUGE = 1 << 60
@@ -96,7 +97,7 @@ HOSTILE = {
     "no block_count": (raw_gguf([ARCH_KEY], GOOD_INFOS, DATA), "llama.block_count is missing"),
     "block_count 0": (raw_gguf([ARCH_KEY, key("llama.block_count", 4, u32(0))], (), b""), "llama.block_count is 0"),
     "block_count -1": (raw_gguf([ARCH_KEY, key("llama.block_count", 5, b"\xff" * 4)], (), b""), "cannot be negative"),
-    "block_count 2^60": (raw_gguf([ARCH_KEY, key("llama.block_count", 10, u64(HUGE))], (), b""), "only 1..4096"),
+    "block_count 2^60": (raw_gguf([ARCH_KEY, key("llama.block_count", 10, u64(HUGE))], (), b""), "only 1..1000"),
     "block_count 1.5": (raw_gguf([ARCH_KEY, key("llama.block_count", 6, b"\0\0\xc0?")], (), b""), "one whole number"),
     "too many dimensions": (with_infos(raw_info("blk.0.w", n_dims=1 << 31)), UNREADABLE),
     "2^60 values": (with_infos(raw_info("blk.0.w", (HUGE,))), UNREADABLE),
@@ -153,6 +154,27 @@ def test_a_huge_file_of_zeros_does_not_hang(tmp_path):
     with pytest.raises(CheckpointError):
         gguf_layer_count(path)
     assert time.monotonic() - started < 10
+
+
+def test_a_header_is_bounded_as_a_whole(tmp_path):
+    path, half = tmp_path / "arrays.gguf", (1 << 27) + 1
+    with path.open("wb") as file:
+        file.write(b"GGUF" + u32(3) + u64(0, 2) + key("a", 9, u32(0) + u64(half)))
+        file.seek(half, os.SEEK_CUR)
+        file.write(key("b", 9, u32(0) + u64(half)))
+        file.truncate(1 << 30)
+    with pytest.raises(CheckpointError, match="and a header at most 268435456"):
+        gguf_layer_count(path)
+
+
+@pytest.mark.parametrize("name", ["block_count 0", "block_count 2^60", "2^60 strings", "overlap"])
+def test_a_file_is_checked_before_transformers_reads_it(tmp_path, name):
+    content, match = HOSTILE[name]
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(content)
+    for load in (load_config, load_base, load_tokenizer):
+        with pytest.raises(CheckpointError, match=match):
+            load(path)
 
 
 FUZZ_BASE = with_key(

@@ -9,8 +9,7 @@ tensors and keys, or on a fixed period or layer count that is noted here. Archit
 from collections.abc import Callable
 from typing import NamedTuple
 
-# Far above any real model; limits what a damaged file can request.
-MAX_LAYERS = 4096
+from ..files.gguf_header import MAX_LAYERS
 
 
 def _words(text: str) -> frozenset[str]:

@@ -8,9 +8,9 @@ from time import perf_counter
 from typing import Any
 
 from ..cut.gguf import gguf_layer_count
-from ..cut.gguf.header import read_header
 from ..errors import CutError, LayerPruneError
 from ..families import layer_count
+from ..files.gguf_header import read_header
 from ..runtime.loading import load_config
 from ..runtime.model_class import model_without_weights
 from .cost import decode_bytes, prefill_flops

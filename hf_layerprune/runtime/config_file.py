@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
 from ..families.fields import COUNT_FIELDS
+from ..files.gguf_header import MAX_LAYERS
 from ..files.json_file import check_schema, read_object
 
 if TYPE_CHECKING:
     from jsonschema.protocols import Validator
 
-_MOST_LAYERS = 1_000  # an empty model of that many is built in seconds
 _MOST_TOKENS = 2**31
 # Fields that may name a repository with code.
 _KERNELS = ("attn_implementation", "experts_implementation")
@@ -26,14 +26,14 @@ def _validator() -> Validator:
     from jsonschema import Draft202012Validator
 
     # `maximum` and the like apply to numbers only, so a field that an architecture gives as a list or null passes.
-    count = {"type": ["integer", "null"], "minimum": 1, "maximum": _MOST_LAYERS}
+    count = {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_LAYERS}
     names = {"type": ["array", "null"], "items": {"type": "string"}}
     fields: dict[str, Any] = {
         **dict.fromkeys(COUNT_FIELDS, count),
         **{name: {"anyOf": [{"$ref": "#/$defs/config"}, {"not": {"type": "object"}}]} for name in _SECTIONS},
         "model_type": {"type": "string", "maxLength": 200},
         "architectures": names | {"maxItems": 100},
-        "layer_types": {"maxItems": _MOST_LAYERS},
+        "layer_types": {"maxItems": MAX_LAYERS},
         "vocab_size": {"minimum": 1, "maximum": 100_000_000},
         "hidden_size": {"minimum": 1, "maximum": 10_000_000},
         "num_labels": {"maximum": 1_000_000},
@@ -43,14 +43,14 @@ def _validator() -> Validator:
         "layer_drop": {
             "type": ["object", "null"],
             "properties": {
-                "drop_layers": {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": _MOST_LAYERS},
-                "num_base_layers": {"type": "integer", "minimum": 1, "maximum": _MOST_LAYERS},
+                "drop_layers": {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": MAX_LAYERS},
+                "num_base_layers": {"type": "integer", "minimum": 1, "maximum": MAX_LAYERS},
             },
             "required": ["drop_layers", "num_base_layers"],
         },
     }
     patterns = {
-        "layers?$|^depth$": {"maximum": _MOST_LAYERS},
+        "layers?$|^depth$": {"maximum": MAX_LAYERS},
         "^(num|n)_": {"maximum": 10_000_000},
         "(size|dim|length|embeddings|positions)$": {"maximum": _MOST_TOKENS},
     }

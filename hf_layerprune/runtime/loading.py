@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, boundary
 from ..families.layout import find_decoder_layers
+from ..files.gguf_header import block_count_of, read_header
 from ..files.hub import resolve_commit
 from ..files.json_file import read_object
 from ..files.shards import INDEX, MAX_INDEX, shard_names
@@ -39,12 +40,13 @@ def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, s
         gguf_file (`str`, *optional*): A GGUF file inside the folder or repository.
 
     Raises:
-        CheckpointError: The path does not exist, or is a folder without a config.
+        CheckpointError: The path does not exist, is a folder without a config, or is a damaged GGUF file.
     """
     path = as_path(base)
     if path.is_file():
         if not is_gguf_name(path):
             raise CheckpointError(f"{path} is a file; specify a model folder, a Hub id, or a .gguf file")
+        block_count_of(read_header(path))  # the reader of the gguf package trusts every count
         return str(path.parent), path.name
     if path.is_dir():
         if gguf_file is None and not (path / "config.json").is_file():

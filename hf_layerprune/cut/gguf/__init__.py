@@ -20,10 +20,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ...files.copy import LocalFile, NewFile, check_space, new_file
+from ...files.gguf_header import Tensor, block_count_of, padded, read_header, write_header
 from ...options import spell_bytes
 from ...screen import progress_bar
-from .header import Tensor, padded, read_header, write_header
-from .layers import GGUFCut, block_count_of, rewrite_metadata
+from .layers import GGUFCut, rewrite_metadata
 from .names import renamed
 
 logger = logging.getLogger(__name__)

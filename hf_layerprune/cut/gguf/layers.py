@@ -18,7 +18,6 @@ from ...families.gguf import (
     ARRAYS,
     FIRST_SIZES_ALL,
     LEADING,
-    MAX_LAYERS,
     PER_LAYER,
     PER_LAYER_UNPREFIXED,
     PERIODS,
@@ -30,10 +29,11 @@ from ...families.gguf import (
     UNMOVED_FIRST,
     ZERO_ONLY,
 )
+from ...files.gguf_header import architecture_of, block_count_of, whole_number
 from ...layer_ranges import format_layers
 
 if TYPE_CHECKING:
-    from .header import Entry, GGUFHeader
+    from ...files.gguf_header import Entry, GGUFHeader
 
 _NOT_ABOUT_LAYERS = ("general.", "tokenizer.", "split.", "quantize.", "diffusion.")
 _LAYER_WORDS = re.compile(r"layer|block|blk|every|interval|period|pattern|depth|stage|stack|loop|_step")
@@ -54,43 +54,6 @@ class GGUFCut(NamedTuple):
         return bisect_left(self.kept, self.main_count)
 
 
-def architecture_of(header: GGUFHeader) -> str:
-    """The value of `general.architecture`.
-
-    Raises:
-        CheckpointError: The architecture is missing, or the file is not a model or is part of a split model.
-    """
-    kind = header.keys.get("general.type")
-    if kind is not None and kind.text != "model":
-        header.fail(f"this is not a model: general.type is {kind.text!r}; specify the model's own GGUF file")
-    split = header.keys.get("split.count")
-    if split is not None and _whole_number(header, split) > 1:
-        header.fail(
-            f"this is one of {_whole_number(header, split)} parts of a split model; join them first with "
-            "`llama-gguf-split --merge FIRST_PART OUTPUT`"
-        )
-    entry = header.keys.get("general.architecture")
-    if entry is None or not entry.text:
-        header.fail("general.architecture is missing, so this is not a model that can be cut")
-    return entry.text
-
-
-def block_count_of(header: GGUFHeader) -> int:
-    """The number of layers, including those for multi-token prediction.
-
-    Raises:
-        CheckpointError: The count is missing or out of bounds.
-    """
-    key = f"{architecture_of(header)}.block_count"
-    entry = header.keys.get(key)
-    if entry is None:
-        header.fail(f"{key} is missing, so the layers cannot be counted")
-    count = _whole_number(header, entry)
-    if not 0 < count <= MAX_LAYERS:
-        header.fail(f"{key} is {count}, and only 1..{MAX_LAYERS} are supported; the file is damaged")
-    return count
-
-
 def rewrite_metadata(header: GGUFHeader, drop_layers: Sequence[int]) -> tuple[GGUFCut, dict[str, tuple[Any, Any]]]:
     """Work out every metadata entry that changes when layers are dropped.
 
@@ -105,7 +68,7 @@ def rewrite_metadata(header: GGUFHeader, drop_layers: Sequence[int]) -> tuple[GG
     block_count = block_count_of(header)
     kept = cut_without(drop_layers, block_count).keep
     trailing = header.keys.get(f"{arch}.nextn_predict_layers")
-    main_count = block_count - (0 if trailing is None else _whole_number(header, trailing))
+    main_count = block_count - (0 if trailing is None else whole_number(header, trailing))
     if not 0 < main_count <= block_count:
         header.fail(f"{arch}.nextn_predict_layers does not fit the {block_count} layers; the file is damaged")
     cut = GGUFCut(header, arch, block_count, main_count, kept)
@@ -138,12 +101,12 @@ def _check_architecture(cut: GGUFCut) -> None:
                 f"{cut.kept_main}; drop another number of layers, or cut the safetensors checkpoint instead"
             )
     gate = cut.header.keys.get(f"{cut.architecture}.{rule.only_if}") if rule.only_if else None
-    if not rule.period or (rule.only_if and (gate is None or not _whole_number(cut.header, gate))):
+    if not rule.period or (rule.only_if and (gate is None or not whole_number(cut.header, gate))):
         return
     period = rule.period
     entry = cut.header.keys.get(f"{cut.architecture}.{rule.period_key}")
     if entry is not None and not entry.is_array:
-        period = _whole_number(cut.header, entry)
+        period = whole_number(cut.header, entry)
     # An array of flags describes the layers too, but readers older than the array go by the fixed period.
     _check_turns(cut, period, lambda layer, n: (layer + 1) % n == 0, f"every {cut.architecture} model")
 
@@ -198,18 +161,18 @@ def _new_value(cut: GGUFCut, entry: Entry) -> int | list[int] | None:
             header.fail(f"{key} tells two kinds of layers apart, and only one would be left; keep a layer of each")
         return indices
     if suffix in PERIODS:
-        _check_turns(cut, _whole_number(header, entry), PERIODS[suffix], key)
+        _check_turns(cut, whole_number(header, entry), PERIODS[suffix], key)
     elif suffix in LEADING:
-        return bisect_left(cut.kept, _whole_number(header, entry))
+        return bisect_left(cut.kept, whole_number(header, entry))
     elif suffix in TRAILING:
         return len(cut.kept) - cut.kept_main
     elif suffix in UNMOVED_FIRST or suffix in UNMOVED_ALL:
-        number = _whole_number(header, entry)
+        number = whole_number(header, entry)
         still = number if suffix in UNMOVED_FIRST else len(cut.kept) * bool(number)
         if cut.kept[:still] != tuple(range(still)):
             header.fail(f"{key} is {number} and ties layers to their index; drop only layers from {still} on")
     elif suffix in ZERO_ONLY:
-        if _whole_number(header, entry):
+        if whole_number(header, entry):
             header.fail(f"{key} is not 0, and what it says about the layers cannot be rewritten for a cut")
     elif suffix in SCALARS or suffix in PER_LAYER:
         if entry.is_array:
@@ -239,12 +202,3 @@ def _unknown(cut: GGUFCut, entry: Entry) -> None:
             "remove it with gguf-editor-gui or gguf-new-metadata if it does not matter, or cut the safetensors "
             "checkpoint instead"
         )
-
-
-def _whole_number(header: GGUFHeader, entry: Entry) -> int:
-    if not entry.is_integer:
-        header.fail(f"{entry.key} should be one whole number; the file is damaged or of an unknown kind")
-    number = entry.values[0]
-    if number < 0:
-        header.fail(f"{entry.key} is {number}, and cannot be negative; the file is damaged")
-    return number

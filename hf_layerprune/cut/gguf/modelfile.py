@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from .header import Entry, GGUFHeader, read_header
+from ...files.gguf_header import Entry, GGUFHeader, read_header
 
 # Whatever ends an answer: the end of the text, of a turn, of a message.
 _ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from .header import GGUFHeader, Tensor
+from ...files.gguf_header import GGUFHeader, Tensor
 
 
 def renamed(header: GGUFHeader, architecture: str, kept: Sequence[Tensor]) -> dict[str, tuple[str, str]]:

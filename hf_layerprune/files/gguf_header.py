@@ -16,14 +16,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from ...errors import CheckpointError
-from ...families.gguf import MAX_LAYERS
-from ...files.copy import LocalFile
+from ..errors import CheckpointError
+from .copy import LocalFile
 
+# Far above any real model; limits what a damaged or hostile file can request.
+MAX_LAYERS = 1000
 MAX_KEYS = 4096
 MAX_TENSORS = 1 << 18
 MAX_STRINGS = 1 << 23
-MAX_VALUE = 1 << 28
+MAX_HEADER = 1 << 28  # bytes
 _MAX_DIMENSIONS = 4
 _ALIGNMENTS = [1 << power for power in range(21)]
 _FIXED = struct.Struct("<4sIQQ")
@@ -126,8 +127,11 @@ class _Reader:
         self._file, self._size, self.position, self._strings = file, size, 0, 0
 
     def take(self, length: int) -> bytes:
-        if length > min(self._size - self.position, MAX_VALUE):
-            raise ValueError(f"it claims {length} bytes from byte {self.position}, but the file has {self._size}")
+        if length > min(self._size, MAX_HEADER) - self.position:
+            raise ValueError(
+                f"its header claims {length} bytes from byte {self.position}, but the file has {self._size}, and a header "
+                f"at most {MAX_HEADER}"
+            )
         self.position += length
         return self._file.read(length)
 
@@ -225,6 +229,53 @@ def read_header(path: Path) -> GGUFHeader:
         if tensor.size:
             end, before = tensor.offset + tensor.size, tensor.name
     return header
+
+
+def architecture_of(header: GGUFHeader) -> str:
+    """The value of `general.architecture`.
+
+    Raises:
+        CheckpointError: The architecture is missing, or the file is not a model or is part of a split model.
+    """
+    kind = header.keys.get("general.type")
+    if kind is not None and kind.text != "model":
+        header.fail(f"this is not a model: general.type is {kind.text!r}; specify the model's own GGUF file")
+    split = header.keys.get("split.count")
+    if split is not None and whole_number(header, split) > 1:
+        header.fail(
+            f"this is one of {whole_number(header, split)} parts of a split model; join them first with "
+            "`llama-gguf-split --merge FIRST_PART OUTPUT`"
+        )
+    entry = header.keys.get("general.architecture")
+    if entry is None or not entry.text:
+        header.fail("general.architecture is missing, so this is not a model that can be cut")
+    return entry.text
+
+
+def block_count_of(header: GGUFHeader) -> int:
+    """The number of layers, including those for multi-token prediction.
+
+    Raises:
+        CheckpointError: The count is missing or out of bounds.
+    """
+    key = f"{architecture_of(header)}.block_count"
+    entry = header.keys.get(key)
+    if entry is None:
+        header.fail(f"{key} is missing, so the layers cannot be counted")
+    count = whole_number(header, entry)
+    if not 0 < count <= MAX_LAYERS:
+        header.fail(f"{key} is {count}, and only 1..{MAX_LAYERS} are supported; the file is damaged")
+    return count
+
+
+def whole_number(header: GGUFHeader, entry: Entry) -> int:
+    """The value of an entry, which must be a single whole number that is not negative."""
+    if not entry.is_integer:
+        header.fail(f"{entry.key} should be one whole number; the file is damaged or of an unknown kind")
+    number = entry.values[0]
+    if number < 0:
+        header.fail(f"{entry.key} is {number}, and cannot be negative; the file is damaged")
+    return number
 
 
 def write_header(entries: Sequence[bytes], tensors: Sequence[Tensor], alignment: int) -> bytes:
