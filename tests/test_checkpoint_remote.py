@@ -231,18 +231,23 @@ def test_access(hub: HubServer, client: Client, tmp_path: Path) -> None:
         assert {one.authorized for one in hub.log if one.path.startswith("/cdn/")} == {False}
 
 
-def test_an_index_names_no_pickle(client: Client, bases: dict[str, Path], tmp_path: Path) -> None:
+def test_hostile_weight_files(client: Client, bases: dict[str, Path], tmp_path: Path) -> None:
     assert client.ask(load=True, source="org/llama") == {"loaded": "LlamaForCausalLM"}
     folder = Path(shutil.copytree(bases["llama"], tmp_path / "model"))
     index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     index.write_text(json.dumps(content | {"weight_map": dict.fromkeys(content["weight_map"], "weights.bin")}))
     torch.save(tiny_model("llama").state_dict(), folder / "weights.bin")
-    with HubServer({"org/pickles": folder}) as server:
+    odd = Path(shutil.copytree(bases["single"], tmp_path / "odd"))
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}}).encode()
+    (odd / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with HubServer({"org/pickles": folder, "org/odd": odd}) as server:
         client = Client(server, tmp_path / "home")
         answer = client.ask(load=True, source="org/pickles")
         assert "names 'weights.bin', which is not a plain .safetensors file" in answer["error"]
         assert not server.bytes_served("weights.bin")
+        answer = client.ask(sizes=True, source="org/odd", drop_layers=[1])
+        assert "org/odd/model.safetensors is not a valid safetensors file" in answer["error"]
         client.stop()
 
 

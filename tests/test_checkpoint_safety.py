@@ -17,6 +17,7 @@ from hf_layerprune.errors import CheckpointError
 from hf_layerprune.files import copy as files
 from hf_layerprune.files import folders as replace
 from hf_layerprune.options import spell_bytes
+from hf_layerprune.records.licences import copy_licence
 
 from .cutting import cut_checkpoint, write_checkpoint
 from .folders import snapshot
@@ -78,6 +79,20 @@ def test_a_target_whose_files_the_source_links_to_is_not_replaced(base, tmp_path
     with pytest.raises(CheckpointError, match="is a link into"):
         cut(links, base, force=True)
     assert snapshot(base) == before
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "LICENSE", "additional_chat_templates"])
+def test_no_link_is_followed_out_of_the_source_into_the_copy(base, tmp_path, name):
+    private = tmp_path / "private"
+    private.mkdir()
+    (private / "key.jinja").write_text("mine")
+    (base / name).symlink_to(private if name.endswith("templates") else private / "key.jinja")
+    with pytest.raises(CheckpointError, match="is a link out of"):
+        cut(base, tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+    if name == "LICENSE":
+        with pytest.raises(CheckpointError, match="is a link out of"):
+            copy_licence(base, tmp_path)
 
 
 def test_a_folder_that_is_no_model_is_never_replaced(base, tmp_path):

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
-from ..files.copy import FileState
+from ..errors import CheckpointError, boundary
+from ..files.copy import FileState, check_inside
 from ..files.hub import Repo, hub_errors
 from ..files.shards import INDEX, shard_names
 from ..options import plural, spell_bytes
@@ -88,7 +88,7 @@ class Base:
         From the Hub they are downloaded, together with the index of the weights.
 
         Raises:
-            CheckpointError: One of them is a broken link.
+            CheckpointError: One of them is a broken link, or one out of the folder.
         """
         found: list[tuple[str, int]] = []
         for name, size in sorted(self.sizes.items()):
@@ -98,6 +98,8 @@ class Base:
                 if (self.folder / name).is_symlink() and not (self.folder / name).exists():
                     raise CheckpointError(f"{self.folder / name} is a broken link; is the download complete?")
                 continue
+            if self.repo is None:
+                check_inside(self.folder / name, self.folder)
             if size > _LARGE:
                 logger.warning(
                     "%s/%s is not copied: %s is too large for a companion file", self.name, name, spell_bytes(size)
@@ -213,12 +215,13 @@ def _files_of(base: Base) -> tuple[list[str], dict[str, Any] | None]:
 def _remote_header(base: Base, repo: Repo, name: str) -> Header:
     from huggingface_hub import HfApi
 
-    with hub_errors(repo.name):
-        found = HfApi().parse_safetensors_file_metadata(repo.name, name, revision=repo.commit, token=repo.token)
-    tensors = tuple(
-        Tensor(key, one.dtype, tuple(one.shape), *one.data_offsets)
-        for key, one in sorted(found.tensors.items(), key=lambda item: item[1].data_offsets)
-    )
-    data = max((tensor.end for tensor in tensors), default=0)
+    with boundary(f"{repo.name}/{name} is not a valid safetensors file"):
+        with hub_errors(repo.name):
+            found = HfApi().parse_safetensors_file_metadata(repo.name, name, revision=repo.commit, token=repo.token)
+        tensors = tuple(
+            Tensor(key, one.dtype, tuple(one.shape), *one.data_offsets)
+            for key, one in sorted(found.tensors.items(), key=lambda item: item[1].data_offsets)
+        )
+        data = max((tensor.end for tensor in tensors), default=0)
     size = base.sizes[name]
     return Header(base.folder / name, FileState(0, 0, size, 0), size - data, tensors, found.metadata or None)

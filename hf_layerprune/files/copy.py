@@ -140,6 +140,19 @@ class NewFile(io.FileIO):
         return memoryview(data).nbytes
 
 
+def check_inside(path: Path, folder: Path) -> None:
+    """Check that a file of a model folder that is to be copied is no link out of the folder, whose target may be private.
+
+    The files of a folder in the Hub client's cache are links to blobs beside it.
+
+    Raises:
+        CheckpointError: It is such a link.
+    """
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    if home not in real.parents and real.parent != home.parent.parent / "blobs":
+        raise CheckpointError(f"{path} is a link out of {folder}, and would be copied; put the file itself there")
+
+
 def check_space(target: Path, needed: int, free: int) -> None:
     """Check that there is enough disk space for a file or folder, all in bytes.
 

@@ -16,6 +16,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ..files.copy import check_inside
+
 _FILES = re.compile(
     r"((MODEL|THIRD[_-]?PARTY|ACCEPTABLE)[_-])?(LICEN[CS]ES?|NOTICES?|USE[_-]POLICY|COPYING|COPYRIGHT)([._-].*)?",
     re.IGNORECASE,
@@ -129,7 +131,8 @@ def is_licence_file(name: str) -> bool:
 
 
 def copy_licence(source: Path, folder: Path) -> None:
-    """Copy the licence and its notices from one folder to another that lacks them."""
+    """Copy the licence and its notices from one folder to another that lacks them; raises as `check_inside` does."""
     for path in sorted(source.iterdir()):
         if path.is_file() and is_licence_file(path.name) and not (folder / path.name).exists():
+            check_inside(path, source)
             shutil.copyfile(path, folder / path.name)
