@@ -19,6 +19,7 @@ from hf_layerprune.runtime.loading import load_base
 from tests.cutting import cut_checkpoint
 from tests.hub_server import HubServer, client_env
 from tests.matrix import cuts, logits, realign
+from tests.measure_models import write_gguf
 from tests.tiny_models import EAGER, tiny_config, tiny_input, tiny_model
 
 TYPES = (
@@ -338,7 +339,7 @@ def test_no_such_weights(tmp_path):
             match=r"no file named model\.safetensors|only pickled weights .*convert them to safetensors",
         ):
             load()
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    write_gguf(tmp_path / "model.gguf")
     with pytest.raises(CheckpointError, match="is a GGUF file, which is not loaded cut"):
         load_pruned(tmp_path / "model.gguf", DROP)
     with pytest.raises(CheckpointError, match="gguf_file can't be passed"):
