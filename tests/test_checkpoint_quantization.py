@@ -21,7 +21,8 @@ CUT = Cut((0, 1, 4, 5, 6, 10, 11), 12)  # 4 is 2 now, 5 is 3, 6 is 4, 10 is 5, 1
 
 
 def ignore(entry: str, **options) -> list[str]:
-    return rewrite_quantization({"ignore": [entry]}, CUT, **options)["ignore"]
+    """Of a quantiser with wildcards."""
+    return rewrite_quantization({"quant_method": "quark", "ignore": [entry]}, CUT, **options)["ignore"]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_entries_are_rewritten(old, new):
     "entry",
     [
         r"re:.*\.3\..*", r"re:.*(layers|h)\.3\.mlp", r"re:.*layers.*12", r"re:.*layers\.(?!4)\d+\.mlp", "*.10.mlp",
-        r"re:model\.layers\.1", "model.layers.[0-3].mlp", r"re:.*layers\.(4", "model.layers.1?.mlp", r"re:.*layers\.4[a-z]",
+        "3.mlp.down_proj", "blk.3.ffn", "layer_3", "model.layers3.mlp", r"re:model\.layers\.1", "model.layers.[0-3].mlp", r"re:.*layers\.(4", "model.layers.1?.mlp", r"re:.*layers\.4[a-z]",
     ],
 )  # fmt: skip
 def test_what_can_not_be_rewritten_exactly_is_refused_by_name(entry):
@@ -93,7 +94,7 @@ def test_patterns_that_may_mean_another_stack_are_refused_where_there_is_one():
 
 def test_every_place_is_looked_at():
     old = {
-        "quant_method": "x", "bits": 4, "weight_block_size": [128, 128], "modules_to_not_convert": None,
+        "quant_method": "x", "version": "0.9.1.a1+g3", "bits": 4, "weight_block_size": [128, 128], "modules_to_not_convert": None,
         "llm_int8_skip_modules": ["model.layers.3", "model.layers.4"],
         "ignored_layers": ["model.layers.11.mlp"], "exclude": ["model.layers.2"],
         "modules_in_block_to_quantize": [["self_attn.q_proj"], ["model.layers.5.mlp", "model.layers.3.mlp"]],
@@ -114,12 +115,19 @@ def test_every_place_is_looked_at():
         "modules": {"model.layers.5.q": {"bits": 8}},
         "bits_by_layer": {"2": 8},
     }  # fmt: skip
-    with pytest.raises(CutError, match="may list layers by index"):
-        rewrite_quantization({"skip_layers": [1, 2]}, CUT)
+    for by_index in (
+        {"skip_layers": [1, 2]}, {"skip_layers": ["1", "2"]}, {"skip_layers": "1-2"}, {"first_layer": 2},
+        {"layers": {"1": {"bits": 8}, "other": {"bits": 4}}}, {"bits": [8, 4] * 6}, {"bits": {"1": 8, "2": 4}},
+    ):  # fmt: skip
+        with pytest.raises(CutError, match=f"field '{next(iter(by_index))}' .* is ambiguous; list modules instead"):
+            rewrite_quantization(by_index, CUT)
+    for entry in ("model.layers.4.*", "model.layers.1*"):  # 10 and 11 too, if it is a regular expression
+        with pytest.raises(CutError, match="could be a wildcard or a regular expression"):
+            rewrite_quantization({"quant_method": "bitsandbytes", "llm_int8_skip_modules": [entry]}, CUT)
     with pytest.raises(CutError, match="can hold only one name"):
         rewrite_quantization({"block": "model.layers.3"}, CUT)
     with pytest.raises(CutError, match="two settings"):
-        rewrite_quantization({"modules": {"layers.1*": 1, "layers.10": 2}}, CUT)
+        rewrite_quantization({"producer": {}, "modules": {"layers.1*": 1, "layers.10": 2}}, CUT)
 
 
 def matched(entry: str, names: list[str]) -> list[bool]:

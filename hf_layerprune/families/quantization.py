@@ -4,7 +4,7 @@ Each quantiser has its own fields for this (skip lists, ignore patterns, targets
 keep appearing. So fields are not looked up by name; every string and every key of the settings is examined. A name
 (`model.layers.12.mlp.down_proj`) is renumbered, or removed with its layer. A pattern (`re:.*layers\.(0|31)\..*`,
 `model.layers.3*`) is resolved to the layers it matches, and rewritten for the new indices. Anything that can't be
-resolved exactly is refused.
+resolved exactly, or that looks like a layer's index in another form, is refused.
 """
 
 from __future__ import annotations
@@ -14,13 +14,19 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..errors import CutError
-from .fields import LIST_NAMES, NOT_TEXT, Cut
+from .fields import LIST_NAMES, NOT_TEXT, Cut, looks_per_layer
 
 # Characters that distinguish a regular expression from a module name, with or without wildcards.
 _REGEX = re.compile(r"[\\^$()|+{]")
 _WILD = re.compile(r"[*?\[]")
-# Words that identify the decoder of a multimodal model among its other stacks.
+# The quantisers whose stars match any text, as in file names; all others take what has a star as a regular expression.
+_WITH_WILDCARDS = ("modelopt", "quark")
+# Words that identify the decoder of a multimodal model among its other stacks, and where else it may be.
 _TEXT = re.compile(r"language|text|decoder|llm")
+_PLAIN = ("model", "transformer", "thinker.model")
+# A layer's index in a form that is not a module's name, such as `layer_3`, `blk.3` or `3.mlp`.
+_ODD = re.compile(r"(?<![a-z])(?:layers?|blocks?|blk)[\W_]*[0-9]|^[0-9]+\.(?!dev|post|rc)[a-z_]", re.IGNORECASE)
+_INDICES = re.compile(r"[0-9][0-9\s,:;-]*")
 # A sub-pattern that matches only digits: digits and classes of them, alone or as alternatives in parentheses.
 _TIMES = r"(?:(?:[*+?]|\{[0-9]*,?[0-9]*\})[?+]?)?"
 _DIGIT = rf"(?:[0-9]|\\d|\[(?:[0-9-]|\\d)+\]){_TIMES}"
@@ -44,28 +50,39 @@ def rewrite_quantization(
     Raises:
         CutError: An entry names layers in a way that can't be rewritten exactly.
     """
-    return _Rewriter(cut, several_stacks).walk(quantization_config, "")
+    method = quantization_config.get("quant_method", "modelopt" if "producer" in quantization_config else None)
+    return _Rewriter(cut, several_stacks, str(method).startswith(_WITH_WILDCARDS)).walk(quantization_config, "")
+
+
+def names_layers(value: Any) -> bool:
+    """Whether a value of a config, or anything in it, may name layers by index, as quantisation settings do."""
+    if isinstance(value, dict):
+        return any(map(names_layers, (*value, *value.values())))
+    if isinstance(value, list | tuple):
+        return any(map(names_layers, value))
+    return isinstance(value, str) and bool(_LIST.search(value)) and any(char.isdecimal() for char in value)
 
 
 class _Rewriter:
-    def __init__(self, cut: Cut, several_stacks: bool) -> None:
+    def __init__(self, cut: Cut, several_stacks: bool, wildcards: bool) -> None:
         self._cut = cut
         self._several_stacks = several_stacks
+        self._wildcards = wildcards
 
     def walk(self, value: Any, where: str) -> Any:
         if isinstance(value, dict):
             return self._walk_dict(value, where)
         if isinstance(value, list | tuple):
-            if "layer" in where.lower() and value and all(type(item) is int for item in value):
-                raise CutError(
-                    f"quantization_config field {where!r} may list layers by index, which is ambiguous; list modules "
-                    "instead"
-                )
+            numbers = [item for item in value if type(item) is int or (type(item) is str and _INDICES.fullmatch(item))]
+            if "layer" in where.lower() and numbers:
+                raise self._by_index(where, "may list layers by index")
             new: list[Any] = []
             for item in value:
                 new += self._texts(item, where) if isinstance(item, str) else [self.walk(item, where)]
             return new
         if isinstance(value, str):
+            if "layer" in where.lower() and _INDICES.fullmatch(value):
+                raise self._by_index(where, "may list layers by index")
             texts = self._texts(value, where)
             if len(texts) != 1:
                 raise self._refuse(value, f"field {where!r} can hold only one name, but {len(texts)} would be needed")
@@ -73,14 +90,17 @@ class _Rewriter:
         return value
 
     def _walk_dict(self, value: dict[str, Any], where: str) -> dict[str, Any]:
-        if (
-            "layer" in where.lower()
-            and value
-            and all(re.fullmatch(r"[0-9]{1,9}", str(key)) and int(key) < self._cut.num_layers for key in value)
-        ):
+        by_index = [key for key in value if "layer" in where.lower() and re.fullmatch(r"[0-9]{1,9}", str(key))]
+        if by_index:
+            if len(by_index) < len(value) or max(map(int, by_index)) >= self._cut.num_layers:
+                raise self._by_index(where, "has some keys that may be layers")
             return {str(self._cut.new_index[int(k)]): v for k, v in value.items() if int(k) in self._cut.new_index}
         new: dict[str, Any] = {}
         for key, item in value.items():
+            field = "" if "." in str(key) else str(key).lower()
+            named = "layer" in field if isinstance(item, dict) else isinstance(item, list) and str in map(type, item)
+            if not named and (why := looks_per_layer(field, item, self._cut.num_layers)):
+                raise self._by_index(str(key), why)
             for text in self._texts(key, where) if isinstance(key, str) else [key]:
                 rewritten = self.walk(item, key if isinstance(key, str) else where)
                 if new.setdefault(text, rewritten) != rewritten:
@@ -89,6 +109,8 @@ class _Rewriter:
 
     def _texts(self, text: str, where: str) -> list[str]:
         """Rewrite a string: none if it only names dropped layers, several if a wildcard has to be written out."""
+        if where == "version":
+            return [text]
         mark = next((mark for mark in ("re:", "+:", "-:") if text.startswith(mark)), "")
         body = text[len(mark) :]
         if mark or where == "dynamic" or _REGEX.search(body):
@@ -118,12 +140,15 @@ class _Rewriter:
                 return self._numbered(text, parts, place + 1)
             if re.fullmatch(r"[*?]*[0-9]+[*?]*", index) and (_WILD.search(part) or not part):
                 raise self._refuse(text, "its index may belong to a layer")
-        if re.fullmatch(r"[*?]+[0-9]+[*?]*", parts[0]):
+        odd = _ODD.search(text)
+        if re.fullmatch(r"[*?]+[0-9]+[*?]*", parts[0]) or (odd and not NOT_TEXT.search(text[: odd.start()])):
             raise self._refuse(text, "its index may belong to a layer")
         return [text]
 
     def _numbered(self, text: str, parts: list[str], place: int) -> list[str]:
         head, index, tail = ".".join(parts[:place]), parts[place], parts[place + 1 :]
+        if not self._wildcards and (index.endswith("*") or (tail and tail[0].startswith("*"))):
+            raise self._refuse(text, "it could be a wildcard or a regular expression")
         if len(index) < 10 and index.isascii() and index.isdecimal():
             return [".".join([head, str(new), *tail]) for new in self._new([int(index)])]
         if not re.fullmatch(r"[0-9]+\*", index):
@@ -208,8 +233,12 @@ class _Rewriter:
         return [self._cut.new_index[i] for i in layers if i in self._cut.new_index]
 
     def _check_stack(self, text: str, before: str, wild: bool) -> None:
-        if self._several_stacks and wild and not _TEXT.search(before):
+        if self._several_stacks and not _TEXT.search(before) and (wild or before not in _PLAIN):
             raise self._refuse(text, "it may also match layers outside the decoder")
+
+    @staticmethod
+    def _by_index(where: str, why: str) -> CutError:
+        return CutError(f"quantization_config field {where!r} {why}, which is ambiguous; list modules instead")
 
     @staticmethod
     def _refuse(text: str, why: str) -> CutError:
