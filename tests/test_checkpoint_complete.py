@@ -78,6 +78,14 @@ def test_a_norm_that_every_layer_of_a_quantised_checkpoint_lacks_is_noticed(tmp_
         cut_checkpoint(base, tmp_path / "cut", [1])
 
 
+def test_metadata_that_may_name_layers_is_refused(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    save_file(load_file(path), path, metadata={"format": "pt", "map": '{"model.layers.2.mlp": 8}'})
+    with pytest.raises(CheckpointError, match=r"metadata of model\.safetensors may name layers in 'map'"):
+        plan_cut(tmp_path / "base", [1])
+
+
 def test_a_tensor_of_a_layer_that_the_config_does_not_have_is_refused_by_name(tmp_path, capsys):
     base = tmp_path / "base"
     tiny_model("llama").save_pretrained(base)

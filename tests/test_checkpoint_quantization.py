@@ -1,6 +1,7 @@
 """Quantisation settings that name layers by index: rewritten exactly, or refused."""
 
 import copy
+import json
 import re
 from fnmatch import fnmatchcase
 
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AwqConfig, BitsAndBytesConfig
 
 from hf_layerprune import drop_layers, families
+from hf_layerprune.cut.disk import plan_cut
 from hf_layerprune.cut.lazy import load_pruned
 from hf_layerprune.errors import CutError
 from hf_layerprune.families.fields import Cut
@@ -192,6 +194,20 @@ def test_the_config_of_a_cut_model_carries_it():
             assert fields["quant_method"] == value.quant_method
     config.quantization_config = BitsAndBytesConfig(load_in_4bit=True)
     assert families.cut_config(config, CUT).quantization_config.to_dict() == config.quantization_config.to_dict()
+
+
+def test_on_disk_settings_keep_their_order_and_those_of_other_programs_are_rewritten_too(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    dynamic = {r".*layers\.3\..*": {"bits": 8}, r".*down_proj": {"bits": 2}}  # the first that matches counts
+    gptq = {"quant_method": "gptq", "bits": 4, "dynamic": dynamic}
+    mlx = {"bits": 4, "model.layers.3.mlp.up_proj": {"bits": 8}, "model.layers.1.mlp.up_proj": {"bits": 8}}
+    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": gptq, "quantization": mlx}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "quantize_config.json").write_text(json.dumps(gptq))
+    files = {name: json.loads(text) for name, text in plan_cut(tmp_path, [1]).files.items()}
+    assert files["config.json"]["quantization"] == {"bits": 4, "model.layers.2.mlp.up_proj": {"bits": 8}}
+    for written in (files["config.json"]["quantization_config"], files["quantize_config.json"]):
+        assert list(written["dynamic"]) == [r".*layers\.2\..*", r".*down_proj"]
 
 
 def test_in_memory_and_while_loading_the_same_layers_are_left_unquantised(tmp_path):

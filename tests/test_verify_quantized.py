@@ -16,12 +16,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_layerprune import CheckpointError, record_quantized
 from hf_layerprune.cli import main
+from hf_layerprune.cut.lazy import load_pruned
 from hf_layerprune.publish.card.render import Card
 from hf_layerprune.publish.requests import VerifyRequest
 from hf_layerprune.publish.verify.outcome import Verified
 from hf_layerprune.publish.verify.verdict import verify
 from hf_layerprune.records.fingerprints import fingerprint, weights_hash
 from hf_layerprune.records.lineage import Lineage
+from hf_layerprune.runtime.loading import load_base
 from hf_layerprune.versions import installed
 
 from .publish_models import base_on_hub
@@ -162,6 +164,26 @@ def test_layers_that_are_quantised_in_two_ways_stay_so_when_they_are_renumbered(
     plain = [layer.mlp.up_proj.weight.act_quant_kwargs is None for layer in model.model.layers]
     assert plain == [True] * 3 + [False] * 4
     assert check(tmp_path / "cut").good
+
+
+def test_notes_name_layers_as_the_model_does_where_the_checkpoint_has_other_names(tmp_path):
+    from torchao.quantization import FqnToConfig, Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    tiny_model("llava").to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    ways = {"[0-3]": Int8WeightOnlyConfig(), "[4-7]": Int8DynamicActivationInt8WeightConfig()}
+    names = {rf"re:model\.language_model\.layers\.{i}\..*_proj\.weight": way for i, way in ways.items()}
+    base = tmp_path / "base"
+    load_base(tmp_path / "dense", quantization_config=TorchAoConfig(quant_type=FqnToConfig(names))).save_pretrained(
+        base
+    )
+    assert main(["prune", str(base), str(tmp_path / "cut"), "--drop-layers", "2"]) == 0
+    model: Any = load_base(tmp_path / "cut")
+    plain = [layer.mlp.up_proj.weight.act_quant_kwargs is None for layer in model.model.language_model.layers]
+    assert plain == [True] * 3 + [False] * 4
+    assert check(tmp_path / "cut").good
+    with pytest.raises(CheckpointError, match="as torchao does, and is not loaded cut; cut it on disk"):
+        load_pruned(base, [2])
 
 
 def test_a_cut_that_was_quantised_and_cut_again(place, tmp_path):

@@ -69,7 +69,9 @@ def check_tensors(name: str, config: PreTrainedConfig, shapes: Mapping[str, Coll
         raise CheckpointError(f"{name} {problem}") from error
     model, info = loaded
     if packed:  # packed weights have other names and shapes
-        _check(name, _missing_though_packed(info["missing_keys"], shapes, model))
+        inside = find_decoder_layers(model).path + "."
+        names = [inside + key.removeprefix(prefix) if key.startswith(prefix) else key for key in shapes]
+        _check(name, _missing_though_packed(info["missing_keys"], names, model))
         return
     # If only the text part of a larger model is built, the weights of the other parts are not used.
     within = "" if type(part) is type(config) else find_decoder_layers(model).path + "."

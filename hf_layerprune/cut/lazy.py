@@ -25,6 +25,7 @@ from transformers.modeling_utils import str_to_torch_dtype
 from .. import families
 from ..errors import CheckpointError, boundary, cause_of
 from ..families.layout import find_decoder_layers
+from ..families.quantization import names_layers
 from ..files.shards import shard_names
 from ..layer_ranges import name_layers
 from ..runtime.loading import check_complete, check_config_of, is_hub_id, resolve_base
@@ -208,6 +209,11 @@ def _open_slices(
                 opened[filename] = stack.enter_context(safe_open(path, framework="pt", backend=backend))
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path} can't be read as safetensors: {cause_of(error)}") from error
+            if names_layers(opened[filename].metadata() or {}):  # lost when weights are passed on without their file
+                raise CheckpointError(
+                    f"{source.name} notes in its weight files how its tensors are packed, as torchao does, and is not "
+                    "loaded cut; cut it on disk (hf-layerprune prune, without --adapter), or load it whole, then prune it"
+                )
         return opened[filename]
 
     files = _tensor_files(source, config, variant, handle)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .. import families
 from ..errors import CheckpointError
 from ..families.layout import find_layer_prefix
+from ..families.quantization import names_layers
 from ..files.json_file import parse_json
 from ..runtime.model_class import model_class_of
 from .base import Weights
@@ -171,6 +172,9 @@ def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) 
     """
     wide = families.wide_tensors(config)
     names, prefix = new_names(weights.tensor_names, config, cut)
+    # Among the notes, a layer may have another name: that in the model, not that in the checkpoint.
+    noted = [name for header in weights.headers.values() for name in header.metadata or ()]
+    note_prefix = find_layer_prefix(noted, cut.num_layers) if names_layers(noted) else ""
     kept: dict[str, list[_Kept]] = {}
     for file, header in weights.headers.items():
         items = [_keep(one, names[one.name], header, wide, cut) for one in header.tensors if one.name in names]
@@ -181,7 +185,7 @@ def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) 
     for number, (file, items) in enumerate(kept.items(), 1):
         target = SINGLE if weights.index is None else _SHARD.format(number, len(kept))
         header = weights.headers[file]
-        shards.append(_shard(file, target, header, items, _notes(header.metadata, prefix, cut)))
+        shards.append(_shard(file, target, header, items, _notes(header, note_prefix, cut)))
         weight_map |= {item.new.name: target for item in items}
     index = None
     if weights.index is not None:
@@ -286,10 +290,17 @@ def _keep(
     return _Kept(tensor, Tensor(name, tensor.dtype, new_shape, 0, rows.length), (rows,))
 
 
-def _notes(metadata: dict[str, str] | None, prefix: str, cut: families.Cut) -> dict[str, str] | None:
+def _notes(header: Header, prefix: str, cut: families.Cut) -> dict[str, str] | None:
     """What a file notes on its tensors, as torchao does to unpack them, by their names after the cut."""
-    if metadata is None or not any(name.startswith(prefix) for name in metadata):
-        return metadata
+    metadata = header.metadata or {}
+    for name, text in metadata.items():
+        if name != _LISTED and names_layers(text):
+            raise CheckpointError(
+                f"the metadata of {header.path.name} may name layers in {name!r}, and it is not known how a cut changes "
+                "that; save the checkpoint without it"
+            )
+    if not prefix:
+        return header.metadata
 
     def renamed(names: Iterable[str]) -> Iterator[tuple[str, str]]:
         for name in names:

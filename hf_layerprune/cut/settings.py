@@ -55,7 +55,7 @@ def config_fields(source: dict[str, Any], config: PreTrainedConfig, num_layers: 
         if not same:
             del part[name]
             logger.info("config field %r is left out: it would change the cut model", name)
-    return fields
+    return dict(sorted(fields.items()))
 
 
 def keep_version(source: dict[str, Any], fields: dict[str, Any]) -> None:
@@ -82,7 +82,10 @@ def _complete(
             and isinstance(fields.get(name), dict)
         ):
             _complete(value, part, fields[name], num_layers, doubtful)
-        elif name in fields or name in _OF_THE_BASE:
+        elif name in fields:
+            if isinstance(value, dict) and vars(config).get(name) == fields[name]:
+                fields[name] = vars(config)[name]  # in the base's order; transformers has sorted it
+        elif name in _OF_THE_BASE:
             continue
         elif name in whole and name not in _VOLATILE:
             fields[name] = whole[name]
@@ -108,8 +111,8 @@ def _reloaded(config: PreTrainedConfig, fields: dict[str, Any]) -> dict[str, Any
 
 
 def to_bytes(fields: dict[str, Any]) -> bytes:
-    """JSON in the layout that transformers writes."""
-    return (json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    """JSON in the layout that transformers writes, but in the given order: of several patterns, the first one counts."""
+    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def quantiser_files(folder: Path, cut: families.Cut, several_stacks: bool) -> dict[str, bytes]:
@@ -124,10 +127,7 @@ def quantiser_files(folder: Path, cut: families.Cut, several_stacks: bool) -> di
     for name in QUANTISERS:
         if (folder / name).exists():
             old = read_json(folder / name)
-            try:
-                new = rewrite_quantization(old, cut, several_stacks=several_stacks)
-            except CutError as error:
-                raise CutError(f"{folder / name}: {error}") from None
+            new = rewrite_quantization(old, cut, str(folder / name), several_stacks=several_stacks)
             if new != old:
                 changed[name] = to_bytes(new)
     return changed

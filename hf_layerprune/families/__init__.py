@@ -197,14 +197,17 @@ def cut_config(config: PreTrainedConfig, cut: Cut) -> PreTrainedConfig:
 
 
 def _cut_quantization(old: PreTrainedConfig, new: PreTrainedConfig, cut: Cut) -> None:
-    """Renumber the layers named in quantisation settings."""
-    for old_part, part in {id(old): (old, new), id(text_config(old)): (text_config(old), text_config(new))}.values():
-        for name in ("quantization_config", "compression_config"):
-            if (settings := getattr(old_part, name, None)) is not None:
-                setattr(part, name, cut_quantization(settings, old, cut))
+    """Renumber the layers named in quantisation settings, under whatever name a program keeps them (MLX, for one)."""
+    from .quantization import names_layers
+
+    for old_part, part in zip(path_to_text(old), path_to_text(new), strict=True):
+        for name, value in vars(old_part).items():
+            known = name in ("quantization_config", "compression_config") and value is not None
+            if known or (isinstance(value, dict | list) and not name.startswith("_") and names_layers(value)):
+                setattr(part, name, cut_quantization(value, old, cut, name))
 
 
-def cut_quantization(settings: Any, config: PreTrainedConfig, cut: Cut) -> Any:
+def cut_quantization(settings: Any, config: PreTrainedConfig, cut: Cut, name: str = "quantization_config") -> Any:
     """Quantisation settings, as a dictionary or a quantiser's own class, with the kept layers renumbered; a copy.
 
     Raises:
@@ -212,11 +215,11 @@ def cut_quantization(settings: Any, config: PreTrainedConfig, cut: Cut) -> Any:
     """
     from .quantization import rewrite_quantization
 
-    fields = settings if isinstance(settings, dict) else settings.to_dict()
-    changed = rewrite_quantization(fields, cut, several_stacks=text_config(config) is not config)
+    fields = settings if isinstance(settings, dict | list) else settings.to_dict()
+    changed = rewrite_quantization(fields, cut, name, several_stacks=text_config(config) is not config)
     if changed == fields:
         return copy.deepcopy(settings)
-    if isinstance(settings, dict):
+    if isinstance(settings, dict | list):
         return changed
     try:
         return type(settings).from_dict(changed)

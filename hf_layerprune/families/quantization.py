@@ -41,17 +41,23 @@ _OWNER = re.compile(r"(?:(?<=\\b)|(?<!\\))(?<![A-Za-z0-9_])([A-Za-z_][A-Za-z0-9_
 
 
 def rewrite_quantization(
-    quantization_config: dict[str, Any], cut: Cut, *, several_stacks: bool = False
-) -> dict[str, Any]:
+    settings: Any, cut: Cut, name: str = "quantization_config", *, several_stacks: bool = False
+) -> Any:
     """The quantisation settings of the pruned model, without dropped layers and with the kept ones renumbered.
 
-    With `several_stacks`, the model has layers outside its decoder, and ambiguous patterns are refused.
+    Args:
+        settings (`dict` or `list`): The settings. They are not changed.
+        cut (`Cut`): The kept and dropped layers.
+        name (`str`): What holds the settings, for errors.
+        several_stacks (`bool`): Whether the model has layers outside its decoder, so that ambiguous patterns are refused.
 
     Raises:
         CutError: An entry names layers in a way that can't be rewritten exactly.
     """
-    method = quantization_config.get("quant_method", "modelopt" if "producer" in quantization_config else None)
-    return _Rewriter(cut, several_stacks, str(method).startswith(_WITH_WILDCARDS)).walk(quantization_config, "")
+    method = None
+    if isinstance(settings, dict):  # only ModelOpt has a producer, in a file of its own
+        method = settings.get("quant_method", "modelopt" if "producer" in settings else None)
+    return _Rewriter(cut, name, several_stacks, str(method).startswith(_WITH_WILDCARDS)).walk(settings, "")
 
 
 def names_layers(value: Any) -> bool:
@@ -64,8 +70,9 @@ def names_layers(value: Any) -> bool:
 
 
 class _Rewriter:
-    def __init__(self, cut: Cut, several_stacks: bool, wildcards: bool) -> None:
+    def __init__(self, cut: Cut, name: str, several_stacks: bool, wildcards: bool) -> None:
         self._cut = cut
+        self._holder = name
         self._several_stacks = several_stacks
         self._wildcards = wildcards
 
@@ -236,14 +243,12 @@ class _Rewriter:
         if self._several_stacks and not _TEXT.search(before) and (wild or before not in _PLAIN):
             raise self._refuse(text, "it may also match layers outside the decoder")
 
-    @staticmethod
-    def _by_index(where: str, why: str) -> CutError:
-        return CutError(f"quantization_config field {where!r} {why}, which is ambiguous; list modules instead")
+    def _by_index(self, where: str, why: str) -> CutError:
+        return CutError(f"{self._holder} field {where!r} {why}, which is ambiguous; list modules instead")
 
-    @staticmethod
-    def _refuse(text: str, why: str) -> CutError:
+    def _refuse(self, text: str, why: str) -> CutError:
         shown = repr(text if len(text) <= 200 else text[:197] + "...")
         return CutError(
-            f"quantization_config names layers by {shown}, which can't be rewritten exactly for the kept layers: "
+            f"{self._holder} names layers by {shown}, which can't be rewritten exactly for the kept layers: "
             f"{why}; list the modules one by one in the base's config"
         )
