@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from hf_layerprune import CheckpointError, record_quantized
+from hf_layerprune import CheckpointError, CutError, LayerDropConfig, prune_with, record_quantized
 from hf_layerprune.cli import main
 from hf_layerprune.cut.lazy import load_pruned
 from hf_layerprune.publish.card.render import Card
@@ -184,10 +184,14 @@ def test_notes_name_layers_as_the_model_does_where_the_checkpoint_has_other_name
     assert check(tmp_path / "cut").good
     with pytest.raises(CheckpointError, match="as torchao does, and is not loaded cut; cut it on disk"):
         load_pruned(base, [2])
+    with pytest.raises(CutError, match=r"q_proj\.weight is quantised and can't be tuned"):
+        prune_with(LayerDropConfig(drop_layers=[2], tune_layers=1), load_base(base))
 
 
 def test_a_cut_that_was_quantised_and_cut_again(place, tmp_path):
-    record_quantized(place / "cut", quantise(place / "cut", tmp_path / "q", torchao_int8()))
+    how = torchao_int8()
+    how.modules_to_not_convert = ["model.layers.2", "lm_head"]
+    record_quantized(place / "cut", quantise(place / "cut", tmp_path / "q", how))
     assert main(["prune", str(tmp_path / "q"), str(tmp_path / "again"), "--drop-layers", "1"]) == 0
     found = check(tmp_path / "again")
     assert found.good, said(found, False)

@@ -9,6 +9,7 @@ from .. import families
 from ..errors import CutError
 from ..families.layout import DecoderStack, find_final_norm, find_output_head
 from ..options import plural
+from ..runtime.precision import is_packed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -103,8 +104,8 @@ def _check_trainable(modules: dict[str, nn.Module]) -> None:
     """Refuse to tune packed weights: they have no gradient, and their copies would not be theirs to change."""
     for name, module in modules.items():
         for tensor_name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            if is_packed(tensor):
                 raise CutError(
-                    f"{name}.{tensor_name} is quantised ({str(tensor.dtype).removeprefix('torch.')}) and can't be "
-                    "tuned; load the base unquantised, or cut without tuning (hf-layerprune prune BASE OUTPUT)"
+                    f"{name}.{tensor_name} is quantised and can't be tuned; load the base unquantised, or cut without "
+                    "tuning (hf-layerprune prune BASE OUTPUT)"
                 )

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AFTER_PADDING", "MARKER", "REFUSED", "REFUSED_AT", "STAGES", "UNREPAIRABLE", "Cut", "check_stage", "check_supported", "check_trainable",
-    "cut_config", "cut_quantization", "layer_count", "make_cut", "protected_layers", "proven", "proven_stages", "text_config",
+    "cut_config", "cut_quantization", "cut_without", "layer_count", "make_cut", "protected_layers", "proven", "proven_stages", "text_config",
     "wide_tensors",
 ]  # fmt: skip
 

@@ -18,6 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..runtime.parts import hooked
+from ..runtime.precision import is_packed
 from ..runtime.walk import Batch
 from .norms import Norm, find_norm
 
@@ -174,10 +175,9 @@ def find_writers(layer: nn.Module, run: Run, batch: Batch) -> list[Writer]:
 
 
 def _is_plain_linear(module: nn.Module, hidden_size: int) -> bool:
-    if not (type(module) is nn.Linear or isinstance(module, Conv1D)) or not module.weight.is_floating_point():
+    if not (type(module) is nn.Linear or isinstance(module, Conv1D)) or is_packed(module.weight):
         return False
-    out = module.weight.shape[1 if isinstance(module, Conv1D) else 0]
-    return out == hidden_size and module.weight.dtype.itemsize > 1
+    return module.weight.shape[1 if isinstance(module, Conv1D) else 0] == hidden_size
 
 
 def silenced(writers: list[Writer]) -> AbstractContextManager[None]:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from ..errors import UnsupportedModelError
 from .parts import TrialError, close, evaluating, input_device, probe_ids, replaced_forward, trial
+from .precision import is_packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -176,7 +177,7 @@ class OutputHead:
     def _why_not(self, ids: torch.Tensor, own: torch.Tensor) -> str:
         """Why states can't be the input of the output embedding; empty if they can."""
         linear = self._linear
-        if linear is None or type(linear).forward is not nn.Linear.forward or not linear.weight.is_floating_point():
+        if linear is None or type(linear).forward is not nn.Linear.forward or is_packed(linear.weight):
             return "its output embedding is not a plain matrix"
         if linear.weight.is_meta:
             return "its output embedding is offloaded, and in memory only while it runs"

@@ -42,6 +42,11 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def is_packed(weight: torch.Tensor) -> bool:
+    """Whether a weight is quantised; one of torchao's says that it has 16-bit numbers."""
+    return not weight.is_floating_point() or weight.dtype.itemsize < 2 or type(weight).__module__.startswith("torchao")
+
+
 def in_fast_precision(model: PreTrainedModel) -> PreTrainedModel:
     """Convert a 16-bit model on a CPU without fast 16-bit multiplication to float32 in place, which is exact.
 

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ... import families
 from ...cut.base import Base as Checkpoint
 from ...cut.disk import plan_cut
 from ...cut.header import read_header
@@ -239,22 +240,28 @@ def _quantized(history: History, folder: Path, cut: Expected) -> Expected:
     stage = history.quantized
     if stage is None:
         return cut
-    told = stage.settings["quantization_config"]
+    told, layers, after = stage.settings["quantization_config"], history.num_base_layers, False
+    for one in history.stages:
+        if one.name == "prune":
+            later = families.cut_without(one.settings["drop_layers"], layers)
+            layers = len(later.keep)
+            told = families.cut_quantization(told, cut.model_config, later) if after else told
+        after |= one is stage
     if not is_repeatable_method(told):
         # Its tensors can't be derived again, and are counted as the ones that it changed.
         return replace(cut, config=cut.config | {"quantization_config": told, "dtype": stage.settings.get("dtype")})
     target = folder.with_name("quantized")
-    quantizer = _quantize_again(stage, folder, target)
+    quantizer = _quantize_again(stage, told, folder, target)
     others = {name: sha256 for name, sha256 in cut.files.items() if not holds_weights(name)}
     return replace(Expected.of(target, others=others), unquantized=cut.tensors, quantizer=quantizer, lacked=cut.lacked)
 
 
-def _quantize_again(stage: Stage, cut: Path, target: Path) -> str:
-    """Quantise a cut on the CPU; return what did so, with its version, and the version used first if it differs."""
+def _quantize_again(stage: Stage, told: dict[str, Any], cut: Path, target: Path) -> str:
+    """Quantise a cut on the CPU as told; return what did so, with its version, and the version used first if it differs."""
     import torch
     from transformers.quantizers.auto import AutoQuantizationConfig
 
-    told, dtype = stage.settings["quantization_config"], getattr(torch, str(stage.settings.get("dtype")), None)
+    dtype = getattr(torch, str(stage.settings.get("dtype")), None)
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError(f"lineage.json says that a {stage.settings.get('dtype')!r} model was quantised")
     method = method_of(told)
