@@ -39,6 +39,7 @@ def ignore(entry: str, **options) -> list[str]:
         ("transformer.h.10.attn", ["transformer.h.5.attn"]),
         ("layers.4.mlp", ["layers.2.mlp"]),
         ("model.layers.4.block_sparse_moe.experts.7.w1", ["model.layers.2.block_sparse_moe.experts.7.w1"]),
+        ("mtp.layers.3.mlp.gate", ["mtp.layers.3.mlp.gate"]),
         ("visual.blocks.3.mlp", ["visual.blocks.3.mlp"]),
         ("model.vision_tower.encoder.layers.3.mlp", ["model.vision_tower.encoder.layers.3.mlp"]),
         ("*.layers.4.*", ["*.layers.2.*"]),
@@ -81,7 +82,7 @@ def test_what_can_not_be_rewritten_exactly_is_refused_by_name(entry):
 
 
 def test_patterns_that_may_mean_another_stack_are_refused_where_there_is_one():
-    for entry in ("layers.4.mlp", "*.layers.4.mlp", r"re:.*layers\.4\.mlp"):
+    for entry in ("layers.4.mlp", "qformer.encoder.layer.4.mlp", "*.layers.4.mlp", r"re:.*layers\.4\.mlp"):
         with pytest.raises(CutError, match="outside the decoder"):
             ignore(entry, several_stacks=True)
     for old, new in (
@@ -123,6 +124,8 @@ def test_every_place_is_looked_at():
     ):  # fmt: skip
         with pytest.raises(CutError, match=f"field '{next(iter(by_index))}' .* is ambiguous; list modules instead"):
             rewrite_quantization(by_index, CUT)
+    with pytest.raises(CutError, match="depending on the program"):
+        rewrite_quantization({"module_quant_configs": {"layers.1": {"num_bits": 8}}}, CUT)
     for entry in ("model.layers.4.*", "model.layers.1*"):  # 10 and 11 too, if it is a regular expression
         with pytest.raises(CutError, match="could be a wildcard or a regular expression"):
             rewrite_quantization({"quant_method": "bitsandbytes", "llm_int8_skip_modules": [entry]}, CUT)

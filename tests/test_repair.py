@@ -320,6 +320,16 @@ def test_linked_files_are_never_patched(base, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_repair_of_another_type_than_the_checkpoint_has_is_refused(base, tmp_path, capsys):
+    tiny_model("llama").half().save_pretrained(base)
+    config = (base / "config.json").read_text()
+    (base / "config.json").write_text(config.replace('"float16"', '"bfloat16"'))
+    words = ["--drop-layers", "3", "--repair", "linear", "--calibration-samples", "4", "--calibration-length", "16"]
+    assert main(["prune", str(base), str(tmp_path / "out"), *words]) == 1
+    assert "is F16[32, 48] in the checkpoint, and the repair computed bfloat16[32, 48]" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_blocks():
     assert blocks([6, 3, 4]) == [(3, 5), (6, 7)]
     assert blocks([]) == []

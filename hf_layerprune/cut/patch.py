@@ -38,6 +38,7 @@ def patch_layers(
         CheckpointError: A tensor is not in the checkpoint, or has another type or shape. Nothing was written.
     """
     import torch
+    from transformers.modeling_utils import str_to_torch_dtype
 
     stored: dict[str, tuple[Path, int, Tensor]] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -53,7 +54,7 @@ def patch_layers(
             )
         tensor = stored[name][2]
         data[name] = raw = value.contiguous().view(torch.uint8).numpy().tobytes()
-        if tensor.shape != tuple(value.shape) or tensor.size != len(raw):
+        if tensor.shape != tuple(value.shape) or str_to_torch_dtype.get(tensor.dtype) != value.dtype:
             raise CheckpointError(
                 f"{name} is {tensor.dtype}{list(tensor.shape)} in the checkpoint, and the repair computed "
                 f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}; write the model through transformers "

@@ -19,6 +19,8 @@ from .fields import LIST_NAMES, NOT_TEXT, Cut, looks_per_layer
 # Characters that distinguish a regular expression from a module name, with or without wildcards.
 _REGEX = re.compile(r"[\\^$()|+{]")
 _WILD = re.compile(r"[*?\[]")
+# Fields whose keys are regular expressions even if they look like names: GPTQModel's and Gemma's.
+_PATTERNS = ("dynamic", "module_quant_configs")
 # The quantisers whose stars match any text, as in file names; all others take what has a star as a regular expression.
 _WITH_WILDCARDS = ("modelopt", "quark")
 # Words that identify the decoder of a multimodal model among its other stacks, and where else it may be.
@@ -120,7 +122,7 @@ class _Rewriter:
             return [text]
         mark = next((mark for mark in ("re:", "+:", "-:") if text.startswith(mark)), "")
         body = text[len(mark) :]
-        if mark or where == "dynamic" or _REGEX.search(body):
+        if mark or where in _PATTERNS or _REGEX.search(body):
             new = self._regex(text, body)
             return [] if new is None else [mark + new]
         if not any(char.isdecimal() for char in body):
@@ -141,7 +143,7 @@ class _Rewriter:
             if part.lstrip("*") in LIST_NAMES:
                 if index == "*" or not any(char.isdecimal() for char in index):
                     continue
-                if NOT_TEXT.search(before + part):
+                if NOT_TEXT.search(before + part) or "mtp" in parts[:place]:
                     return [text]
                 self._check_stack(text, before, place == 0 or "*" in before + part)
                 return self._numbered(text, parts, place + 1)
