@@ -112,14 +112,12 @@ def _missing_though_packed(missing: Collection[str], names: Collection[str], mod
         key
         for key in missing
         if not any(module.startswith(key.rpartition(".")[0]) for module in modules)
-        and (not _LAYER.search(key) or _any_form(key, forms) or (key in parameters and parameters[key].ndim == 1))
+        and (
+            not _LAYER.search(key)
+            or _LAYER.sub(".#.", key) in forms
+            or (key in parameters and parameters[key].ndim == 1)
+        )
     ]
-
-
-def _any_form(key: str, forms: Collection[str]) -> bool:
-    """Whether another layer has this tensor. The loader's names may have another prefix than the checkpoint's."""
-    form = _LAYER.sub(".#.", key)
-    return any(form.endswith(other[other.find("#") :]) for other in forms if "#" in other)
 
 
 def _gap(names: Collection[str]) -> str | None:

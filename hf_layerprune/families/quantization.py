@@ -81,17 +81,15 @@ class _Rewriter:
     def walk(self, value: Any, where: str) -> Any:
         if isinstance(value, dict):
             return self._walk_dict(value, where)
+        listed = value if isinstance(value, list | tuple) else [value] if isinstance(value, str) else []
+        if "layer" in where.lower() and any(_INDICES.fullmatch(str(one)) for one in listed):
+            raise self._by_index(where, "may list layers by index")
         if isinstance(value, list | tuple):
-            numbers = [item for item in value if type(item) is int or (type(item) is str and _INDICES.fullmatch(item))]
-            if "layer" in where.lower() and numbers:
-                raise self._by_index(where, "may list layers by index")
             new: list[Any] = []
             for item in value:
                 new += self._texts(item, where) if isinstance(item, str) else [self.walk(item, where)]
             return new
         if isinstance(value, str):
-            if "layer" in where.lower() and _INDICES.fullmatch(value):
-                raise self._by_index(where, "may list layers by index")
             texts = self._texts(value, where)
             if len(texts) != 1:
                 raise self._refuse(value, f"field {where!r} can hold only one name, but {len(texts)} would be needed")
@@ -107,8 +105,9 @@ class _Rewriter:
         new: dict[str, Any] = {}
         for key, item in value.items():
             field = "" if "." in str(key) else str(key).lower()
-            named = "layer" in field if isinstance(item, dict) else isinstance(item, list) and str in map(type, item)
-            if not named and (why := looks_per_layer(field, item, self._cut.num_layers)):
+            short = isinstance(item, list) and (len(item) < 3 or str in map(type, item))  # such as a block's size
+            other = short or (isinstance(item, dict) and "layer" in field)
+            if not other and (why := looks_per_layer(field, item, self._cut.num_layers)):
                 raise self._by_index(str(key), why)
             for text in self._texts(key, where) if isinstance(key, str) else [key]:
                 rewritten = self.walk(item, key if isinstance(key, str) else where)
