@@ -172,8 +172,10 @@ def test_a_number_of_layers_that_no_model_has(tmp_path: Path, total: object) -> 
         about.Records.of(str(tmp_path))
 
 
-def test_metadata_that_grows_when_it_is_read(tmp_path: Path) -> None:
-    lines = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+@pytest.mark.parametrize("form", ["*a", "!!pairs [k: *a", "!!omap [k: *a"])
+def test_metadata_that_grows_when_it_is_read(tmp_path: Path, form: str) -> None:
+    tag, part = form.rpartition("[")[0], form.rpartition("[")[2]
+    lines = [f"a{i}: &a{i} {tag}[{', '.join([f'{part}{i - 1}'] * 10)}]" for i in range(1, 10)]
     with pytest.raises(ValueError, match=r"README\.md is damaged .*more than 1,000,000 values"):
         records(tmp_path, "\n".join(["---", "a0: &a0 [x, x]", *lines, "license: *a9", "---", ""]))
 

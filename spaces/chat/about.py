@@ -108,7 +108,8 @@ def check_size(card: dict[str, Any]) -> None:
     level, count = [card], 0
     while level:
         value = level.pop()
-        inside = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+        inside = [*value, *value.values()] if isinstance(value, dict) else value
+        inside = inside if isinstance(inside, list | tuple) else ()  # YAML makes tuples of `!!pairs`
         if (count := count + len(inside)) > MOST_VALUES:
             raise ValueError(f"it has more than {MOST_VALUES:,} values")
         level += inside
