@@ -133,7 +133,10 @@ def main(
     data = Sources.read(script_args, dataset_args, training_args)
     data = data.shaped(row_args, training_args, tokenizer, named, revision)
     processor = load_processor(named, revision=revision) if has_images(data.train) else tokenizer
-    rows = data.train if data.train is not None else Dataset.from_dict({"input_ids": [[0, 0]] * row_args.self_rows})
+    rows = data.train
+    if rows is None:  # they are written by the dense model, which comes later
+        ids = [[0] * row_args.self_length] * row_args.self_rows
+        rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
     config = load_config(named, revision=revision)
     preflight.rehearse(training_args, model_args, config, rows, data.test, processor)
 

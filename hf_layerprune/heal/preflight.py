@@ -245,6 +245,7 @@ def rehearse(
             trainer.create_optimizer_and_scheduler(max(args.max_steps, 1000))
             if args.use_liger_kernel:
                 apply_liger_kernel(trainer.model, args.liger_kernel_config)
+            trainer.accelerator.free_memory()  # or all later steps would be taken for those of an unfinished loop
     finally:
         logging.disable(logging.NOTSET)
 
