@@ -91,7 +91,7 @@ def asked(model: make.Model) -> dict[str, Any]:
     else:
         words = ["--drop-layers", "0"] if model.same_layers else [*model.made]
     request = gather(build_parser().parse_args(["prune", "base", "out", *words]), PruneRequest)
-    return settings_of(request, [])
+    return settings_of(request.with_calibration(), [])
 
 
 # Of the others, the cut is the same as that of one of these.
