@@ -16,6 +16,7 @@ from hf_layerprune.cut.disk import plan_cut
 from hf_layerprune.errors import CheckpointError
 from hf_layerprune.files import copy as files
 from hf_layerprune.files import folders as replace
+from hf_layerprune.files.copy import check_inside
 from hf_layerprune.options import spell_bytes
 from hf_layerprune.records.licences import copy_licence
 
@@ -93,6 +94,16 @@ def test_no_link_is_followed_out_of_the_source_into_the_copy(base, tmp_path, nam
     if name == "LICENSE":
         with pytest.raises(CheckpointError, match="is a link out of"):
             copy_licence(base, tmp_path)
+
+
+@pytest.mark.parametrize("where", ["models--o--m/snapshots/0", "models--o--m/snapshots/0/part", "local"])
+def test_links_into_the_cache_of_the_hub_are_no_links_out_of_the_folder(tmp_path, where):
+    blob, folder = tmp_path / "models--o--m/blobs/abc", tmp_path / where
+    blob.parent.mkdir(parents=True)
+    blob.write_text("{}")
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.json").symlink_to(blob)
+    check_inside(folder / "tokenizer.json", folder)
 
 
 def test_a_folder_that_is_no_model_is_never_replaced(base, tmp_path):

@@ -141,15 +141,16 @@ class NewFile(io.FileIO):
 
 
 def check_inside(path: Path, folder: Path) -> None:
-    """Check that a file of a model folder that is to be copied is no link out of the folder, whose target may be private.
+    """Refuse to copy a file that is a link out of its model folder, since the target may be private.
 
-    The files of a folder in the Hub client's cache are links to blobs beside it.
+    Links into the Hub client's cache are allowed: its snapshots consist of them, as do folders that older versions of it
+    downloaded to.
 
     Raises:
         CheckpointError: It is such a link.
     """
-    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    if home not in real.parents and real.parent != home.parent.parent / "blobs":
+    real = Path(os.path.realpath(path))
+    if Path(os.path.realpath(folder)) not in real.parents and not real.match("models--*/blobs/*"):
         raise CheckpointError(f"{path} is a link out of {folder}, and would be copied; put the file itself there")
 
 
