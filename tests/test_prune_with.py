@@ -112,7 +112,7 @@ def test_a_model_with_adapters_is_refused(make, tmp_path):
 
 def test_other_kinds_of_arguments_are_refused(tmp_path):
     model, compiled = save("llama", tmp_path), tiny_model("llama")
-    compiled.model.layers[0].compile()  # in place; the cut would compile it anew for each of its checks
+    compiled.model.layers[0].compile()  # compiled in place; each check of the cut would compile it again
     prompt = PromptTuningConfig("CAUSAL_LM", base_model_name_or_path=str(tmp_path), num_virtual_tokens=2)
     prompt.save_pretrained(tmp_path / "prompt")
     for wrong, message in (
@@ -126,7 +126,7 @@ def test_other_kinds_of_arguments_are_refused(tmp_path):
         (lambda: quality_curve("x", curve_upto=2), "option 'curve_upto' is unknown; did you mean curve_up_to"),
         (
             lambda: prune_with(LayerDropConfig(criterion="kl", calibration="x.txt"), tiny_model("llama")),
-            "not loaded from anywhere, so there is no tokenizer",
+            "no name or path, so there is no tokenizer",
         ),
         (lambda: prune_with(str(tmp_path)), "a LayerDropConfig is needed, not a str"),
         (lambda: prune_with(LoraConfig(), model), "a LayerDropConfig is needed, not a LoraConfig"),

@@ -327,7 +327,7 @@ ADAPTER: dict[str, Callable[[Path], object]] = {
     "a file to read": edit_json("adapter_config.json", repair="linear", calibration="/etc/hostname"),
     "another task": edit_json("adapter_config.json", task_type="SEQ_CLS"),
     "other targets": edit_json("adapter_config.json", target_modules=".*", exclude_modules=["lm_head"]),
-    "anew, where it is loaded for training": edit_json("adapter_config.json", inference_mode=False),
+    "as a new adapter": edit_json("adapter_config.json", inference_mode=False),
     "a field of nobody's": edit_json("adapter_config.json", runtime_config={"x": 1}),
     "a pickle beside it": write("adapter_model.bin", b"\x80\x04."),
     "stray weights beside it": lambda folder: save_file(TENSOR, folder / "model.safetensors"),

@@ -28,7 +28,7 @@ UNPACKED = "bfloat16"  # the type of a model that is unpacked from a GGUF file
 _OLD_MASKS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")
 # The arguments of `from_pretrained` that locate files.
 WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-# For `cached_file`: a file that does not exist, or is not in the cache when offline, is no error.
+# Options that make `cached_file` return None, instead of raising, if a file is missing or not in the cache when offline.
 _IF_ANY = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 

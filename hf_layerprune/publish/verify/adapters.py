@@ -48,7 +48,7 @@ def adapter_differences(
     repair = last.get("repair") or {}
     wanted: dict[str, Any] = {
         "auto_mapping": None,  # custom classes for loading the base
-        "inference_mode": True,  # or else it is made anew where it is loaded for training
+        "inference_mode": True,  # false marks a new adapter, whose modules are chosen again
         "peft_type": "LAYER_DROP",
         "task_type": "CAUSAL_LM",
         "target_modules": DUMMY_TARGET_MODULES,

@@ -73,8 +73,17 @@ def adapter_tensors(place: Place, expected: Expected) -> dict[str, TensorHash]:
     return {name.removeprefix(_ADAPTER_PREFIX): tensor for name, tensor in tensors.items()}
 
 
-def check_tensors(place: Place, history: History, expected: Expected, outcome: Verified) -> None:
+def check_tensors(
+    place: Place, history: History, expected: Expected, modules: Mapping[str, TensorHash] | None, outcome: Verified
+) -> None:
     """Check that every tensor is the base's or was changed by a recorded stage, and that none is missing or extra.
+
+    Args:
+        place (`Place`): The model.
+        history (`History`): The stages.
+        expected (`Expected`): The repeated cut.
+        modules (`Mapping[str, TensorHash]`, *optional*): Of an adapter, what `adapter_tensors` returns.
+        outcome (`Verified`): Takes the findings.
 
     Raises:
         CheckpointError: The weight files are not complete, or contradict each other.
@@ -86,8 +95,8 @@ def check_tensors(place: Place, history: History, expected: Expected, outcome: V
         return name if name in tensors else name.removeprefix(prefix)
 
     changed = {own(name): by for name, by in history.changed().items()}
-    if place.is_adapter:
-        files, modules = {}, adapter_tensors(place, expected)
+    files: dict[str, WeightFile] = {}
+    if modules is not None:
         unknown = [name for name in modules if own(name) not in tensors and own(name) not in changed]
         stored = [*_as_stored(place, expected, modules, unknown).items()]
     else:
@@ -108,11 +117,11 @@ def check_tensors(place: Place, history: History, expected: Expected, outcome: V
             continue
         whole = name if name in changed or name in plain else _whole(name, owners, changed)
         by = changed.get(whole, [])
-        if by and (place.is_adapter or QUANTIZE in by or _may_be_trained(name, tensor, wanted)):
+        if by and (modules is not None or QUANTIZE in by or _may_be_trained(name, tensor, wanted)):
             recorded[whole] = " and ".join(dict.fromkeys(by))
         else:
             wrong.append(_difference(name, tensor, tensors.get(name), None if name in plain else expected.quantizer))
-    if place.is_adapter:
+    if modules is not None:
         missing = {own(name) for stage in history.since_last_cut for name in stage.changed} - found.keys()
     else:
         packed = {_owner(name, owners) for name, by in changed.items() if QUANTIZE in by and name in found}

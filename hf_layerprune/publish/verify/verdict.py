@@ -49,7 +49,7 @@ from .adapters import adapter_differences, base_difference
 from .fields import differences, hidden, reads_another_tokenizer, unties
 from .outcome import BASE, Verified
 from .places import Base, Place
-from .rebuild import Expected, rebuild
+from .rebuild import Expected, TensorHash, rebuild
 from .tensors import adapter_tensors, check_tensors, weight_files
 
 _TOKENIZER = "tokenizer_config.json"
@@ -77,17 +77,17 @@ def verify(request: VerifyRequest) -> Verified:
         _check_base(source, history, outcome)
         if place.hashes or history.form == "model":
             expected = rebuild(history, source)
-            part = "adapter" if place.is_adapter else "config"
+            part, modules = "adapter" if place.is_adapter else "config", None
             if not place.hashes:
                 _check_recorded_cut(history, expected, outcome)
             elif place.is_adapter:
-                _check_adapter(place, history, source, expected, request, outcome)
+                modules = _check_adapter(place, history, source, expected, request, outcome)
             else:
                 _check_config(place, history, expected, outcome)
             part = "tensors"
             _check_files(place, history, expected, outcome)
             if place.hashes:
-                check_tensors(place, history, expected, outcome)
+                check_tensors(place, history, expected, modules, outcome)
         outcome.complete = True
     except LayerPruneError as error:
         outcome.say(False, part, f"{error}{_hint(place) if part == 'lineage' and not outcome.lines else ''}")
@@ -254,18 +254,19 @@ def _check_config(place: Place, history: History, expected: Expected, outcome: V
 
 def _check_adapter(
     place: Place, history: History, source: Base, expected: Expected, request: VerifyRequest, outcome: Verified
-) -> None:
-    """Check that an adapter names its base, this cut and this method, and loads what the cut wrote."""
+) -> dict[str, TensorHash]:
+    """Check that an adapter names its base, this cut and this method, and loads what the cut wrote. Returns its tensors."""
     told = read_object(place.path(ADAPTER_CONFIG))
     _check_cut(told, ADAPTER_CONFIG, history, outcome)
     if sum(stage.name == "prune" for stage in history.stages) > 1:
         text = _check_pruned_base(told, history, request, outcome)
     else:
         text = base_difference(told, history, source)
-    names = adapter_tensors(place, expected)
-    wrong = [text] if text else adapter_differences(told, history, expected, names.keys())
+    modules = adapter_tensors(place, expected)
+    wrong = [text] if text else adapter_differences(told, history, expected, modules.keys())
     good = f"{ADAPTER_CONFIG} names this base, and loads this cut"
     outcome.say_all("adapter", [f"{ADAPTER_CONFIG} {text}" for text in wrong], good)
+    return modules
 
 
 def _check_pruned_base(
