@@ -26,7 +26,7 @@ except ImportError:  # in a checkout or an installed package
 
 bytes_ = results.numbers.size  # a number of bytes with a unit
 COLUMNS = 16  # the most cells in a row of the layer map, to stay readable on a phone
-MOST_LAYERS = 10_000
+MOST_LAYERS = 1_000
 MOST_BYTES = 32 << 20  # of a file of records
 MOST_VALUES = 1_000_000  # in the metadata of a card, whose YAML can repeat a value very often
 

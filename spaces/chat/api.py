@@ -56,7 +56,6 @@ def chat(
     with documented():
         history = history[-MOST_MESSAGES:]
         text_alone(message, system_prompt, *(turn["content"] for turn in history))
-        talk.check(message, str(system_prompt or ""))
         settings = talk.settings_of(temperature, top_p, max_tokens, seed)
         turns = talk.plain([*history, {"role": "user", "content": message}])
     if talk.models.source.chats:

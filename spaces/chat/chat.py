@@ -39,7 +39,6 @@ def run(roles: list[str], ids: list[int], settings: dict[str, Any]) -> Iterator[
 
 def reply(talk: list[dict], system: str, *numbers: float | None) -> Iterator[tuple[list[dict], str]]:
     """Answer the last message; yields the conversation with the answer so far, and its figures."""
-    check(system, text_of(talk[-1]))
     settings = settings_of(*numbers)
     for [state], note in converse(talk, system, settings, ["pruned"]):
         answer = [{"role": "assistant", "content": state["text"]}] if state["text"] else []
@@ -50,7 +49,6 @@ def reply(talk: list[dict], system: str, *numbers: float | None) -> Iterator[tup
 
 def complete(text: str, *numbers: float | None) -> Iterator[tuple[str, str]]:
     """Continue a text; yields the text so far, and its figures."""
-    check(text)
     settings = settings_of(*numbers)
     for [state], _ in go_on(text, settings, ["pruned"]):
         yield text + state["text"], small(figures(state), f"seed {settings['seed']}")
