@@ -13,14 +13,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate.state import GradientState
 from peft import get_peft_model
 from transformers.integrations import deepspeed
+from trl import ModelConfig
 
 from hf_layerprune import drop_layers
 from hf_layerprune.cut.memory import rehearse_config
 from hf_layerprune.errors import CutError, LayerPruneError, explain
 from hf_layerprune.families import cut_config, make_cut
+from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.methods import parse_method
+from hf_layerprune.heal.preflight import rehearse
 from hf_layerprune.heal.student import Student, adapter_config, load_student
 from hf_layerprune.measure.requests import EvalRequest
 from hf_layerprune.runtime.loading import load_config
@@ -297,6 +301,14 @@ def test_rehearsals_have_whole_models_under_zero3(folder: Path, zero3: _ZeRO3) -
     config = load_config(folder / "base")
     cut = make_cut(config, [3, 4])
     rehearse_config(config, cut_config(config, cut), cut)
+
+
+def test_the_rehearsal_of_a_training_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
+    args = HealConfig(output_dir=str(tmp_path / "heal"), use_cpu=True, report_to="none")
+    config = load_config(folder / "base")
+    rehearse(args, ModelConfig(), config, rows(), rows(4), word_tokenizer())
+    assert GradientState().active_dataloader is None
+    assert not (tmp_path / "heal").exists()
 
 
 def test_a_type_that_can_not_be_healed_is_refused_before_the_cut(

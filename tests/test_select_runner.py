@@ -412,7 +412,7 @@ def test_scores_are_numbers(value: float, layer: int) -> None:
         Scores("kl", "original", tuple(range(8)), blocks={(2, 3): value})
 
 
-def test_a_cost_is_said(model: Any) -> None:
+def test_a_cost_is_said(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     walk = LayerWalk(model)
     cost = estimate(walk, 8, 16, ["perplexity"], count=3)
     assert cost.layers == LAYERS * (LAYERS - 1) // 2 + LAYERS - 1 + 1
@@ -422,6 +422,9 @@ def test_a_cost_is_said(model: Any) -> None:
     assert estimate(walk, 8, 16, ["reverse_order", "magnitude_l1"], count=3).layers == 0
     more = estimate(walk, 8, 16, ALL, count=3, lengths=[2, 3])
     assert more.layers > cost.layers + LAYERS * 5
+    monkeypatch.setattr("hf_layerprune.select.cost._of_a_fit", lambda walk: 1000.0)
+    maps = estimate(walk, 8, 16, ["repairability"], count=3)
+    assert maps.seconds > 1000 * (LAYERS - 3)
 
 
 def test_a_criterion_that_needs_too_much_memory_is_left_out(
