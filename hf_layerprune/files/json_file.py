@@ -106,9 +106,11 @@ def check_schema(content: Any, schema: Validator, name: str) -> None:
     """Refuse content of the file `name` that does not follow a schema.
 
     Raises:
-        CheckpointError: The content does not follow the schema. The message gives the place and the problem.
+        CheckpointError: The content does not follow the schema. The message gives the place, and the problem or the
+            description of what may be there.
     """
     error = next(iter(schema.iter_errors(content)), None)
     if error is not None:
         where = "/".join(str(part) for part in error.absolute_path) or "the top"
-        raise CheckpointError(f"{name} has an unexpected value at {where}: {one_line(error.message)[:200]}")
+        problem = error.schema.get("description") or one_line(error.message)[:200]
+        raise CheckpointError(f"{name} has an unexpected value at {where}: {problem}")

@@ -39,7 +39,11 @@ def _validator() -> Validator:
         "num_labels": {"maximum": 1_000_000},
         "auto_map": {"type": ["object", "null"]},
         # transformers reads whatever it names: an index of pickles, or a file elsewhere.
-        "transformers_weights": {"type": ["string", "null"], "pattern": r"^[^/\\]{1,200}\.safetensors\Z"},
+        "transformers_weights": {
+            "type": ["string", "null"],
+            "pattern": r"^[^/\\]{1,200}\.safetensors\Z",
+            "description": "it may only name a .safetensors file in the same folder; correct it, or remove it",
+        },
         "layer_drop": {
             "type": ["object", "null"],
             "properties": {
