@@ -43,14 +43,11 @@ def start(**options: Any) -> tuple[HubServer, Path]:
 
 
 def hurry() -> None:
-    """Shorten the pauses between attempts from seconds to milliseconds."""
+    """Shorten the pauses of the Hub's client between attempts from seconds to milliseconds."""
     from huggingface_hub.utils import _http
-
-    from hf_layerprune.publish.hub import upload
 
     real = time.sleep
     _http.time = SimpleNamespace(sleep=lambda seconds: real(min(seconds, 0.02)), time=time.time)
-    upload.FIRST_WAIT = 0.02
 
 
 def finish(found: Any) -> None:

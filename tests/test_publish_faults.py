@@ -17,10 +17,6 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run_child("tests.publish_faults", tmp_path_factory.mktemp("faults"))
 
 
-def test_there_are_many() -> None:
-    assert len({case.name for case in CASES}) == len(CASES) >= 40
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_push(found: dict[str, Any], case: Case) -> None:
     outcome = found[case.name]
@@ -28,8 +24,8 @@ def test_push(found: dict[str, Any], case: Case) -> None:
         assert re.search(case.error, outcome["error"]), outcome["error"]
         assert len(outcome["error"]) < 500
         assert "\n" not in outcome["error"]
-        assert outcome["untouched"]
-        assert outcome["commits"] <= 0
+        assert outcome["old or new"]
+        assert outcome["commits"] <= (1 if "done, but" in case.name else 0)
     else:
         assert outcome["error"] == ""
         assert outcome["commits"] == 1

@@ -4,18 +4,16 @@
 
 Large files are first sent to storage, where nobody sees them; then one commit refers to all of them. Until then, the
 branch is unchanged. Files that the Hub already has are not sent again: repeating an upload makes no commit, and an
-interrupted upload resumes where it stopped.
+interrupted upload resumes where it stopped. The Hub's client retries transfers by itself.
 """
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ...errors import CheckpointError, cause_of
 from ...files.hub import UnreachableError
@@ -23,17 +21,11 @@ from ...records.fingerprints import sha256_of
 from ...versions import transport_error
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import HfApi
 
-logger = logging.getLogger(__name__)
-
-# The number of attempts after temporary failures of the Hub; its client retries single transfers by itself.
-ATTEMPTS = 4
-FIRST_WAIT = 1.0
-# If the Hub asks for a longer pause than this, the error says so instead of waiting.
-MAX_RETRY_AFTER = 120.0
+# The Hub's temporary failures.
 _TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
-_AGAIN = "files that have arrived are not sent again"
+_AGAIN = "run the same command again: files that have arrived are not sent again"
 # What the Hub's refusals mean, by their status.
 _REFUSED = {
     401: "the token for {repo} is not valid, or has expired; log in again with `hf auth login`",
@@ -43,7 +35,6 @@ _REFUSED = {
     404: "{who} can't find the {kind} {repo}; check the name and the token's permissions",
     412: "somebody else changed {repo} in the meantime; run the command again",
 }
-_Answer = TypeVar("_Answer")
 
 
 class PushError(CheckpointError):
@@ -122,7 +113,7 @@ def log_in(token: str | bool | None = None) -> tuple[HfApi, dict[str, Any]]:
         raise PushError("there is no token; log in with `hf auth login`, or set HF_TOKEN")
     api = HfApi(token=token)
     with push_errors("your account"):
-        user = _with_retries(api.whoami)
+        user = api.whoami()
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise PushError(
             "this token may only read; create one that may write at https://huggingface.co/settings/tokens, and log in "
@@ -136,18 +127,13 @@ def upload(job: Upload, api: HfApi, user: dict[str, Any]) -> Uploaded:
 
     Raises:
         PushError: The Hub refused. What a reader sees is unchanged.
-        UnreachableError: The Hub could not be reached, even after several attempts.
+        UnreachableError: The Hub could not be reached.
     """
-    operations: dict[str, CommitOperationAdd] = {}
     with push_errors(job.repo_id, user, job.kind):
-        return _with_retries(lambda: _attempt(job, api, user, operations))
+        return _upload(job, api, user)
 
 
-def _attempt(job: Upload, api: HfApi, user: dict[str, Any], operations: dict[str, CommitOperationAdd]) -> Uploaded:
-    """One complete attempt, with the operations of earlier ones, which know what is already in storage.
-
-    If an earlier commit succeeded but its answer was lost, it is not repeated.
-    """
+def _upload(job: Upload, api: HfApi, user: dict[str, Any]) -> Uploaded:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     _open(job, api, user)
@@ -162,13 +148,13 @@ def _attempt(job: Upload, api: HfApi, user: dict[str, Any], operations: dict[str
     head, remote = _tree(job, api, job.revision)
     added, removed = job.differences(remote)
     if not added and not removed:
-        return Uploaded(url, head, tuple(operations))
-    for name in added:
-        if name not in operations:
-            operations[name] = CommitOperationAdd(name, str(job.files[name]))
+        return Uploaded(url, head)
     commit = api.create_commit(
         job.repo_id,
-        [*(operations[name] for name in added), *map(CommitOperationDelete, removed)],
+        [
+            *(CommitOperationAdd(name, str(job.files[name])) for name in added),
+            *(CommitOperationDelete(name) for name in removed),
+        ],
         commit_message=job.message,
         repo_type=job.kind,
         revision=job.revision,
@@ -234,39 +220,6 @@ def _same(path: Path, entry: Any) -> bool:
     return git_hash(path.read_bytes()) == entry.blob_id
 
 
-def _with_retries(call: Callable[[], _Answer]) -> _Answer:
-    """Call the Hub; after a temporary failure, wait and try again."""
-    attempt = 0
-    while True:
-        try:
-            return call()
-        except Exception as raised:
-            error, attempt = _cause(raised), attempt + 1
-            asked = _header(error) or ""
-            pause = max(FIRST_WAIT * 2 ** (attempt - 1), float(asked) if asked.isdecimal() else 0)
-            temporary = isinstance(error, transport_error()) or _status(error) in _TRY_AGAIN
-            if not temporary or attempt == ATTEMPTS or pause > MAX_RETRY_AFTER:
-                raise
-            logger.info("%s; trying again in %.1f s", cause_of(error), pause)
-            time.sleep(pause)
-
-
-def _cause(error: Exception) -> Exception:
-    """The cause of the client's `Error while uploading ...`."""
-    inner = error.__cause__
-    return inner if isinstance(error, RuntimeError) and isinstance(inner, Exception) else error
-
-
-def _status(error: Any) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _header(error: Any) -> str | None:
-    """The pause that the Hub asks for, in seconds."""
-    response = getattr(error, "response", None)
-    return response.headers.get("Retry-After") if response is not None else None
-
-
 @contextmanager
 def push_errors(repo_id: str, user: dict[str, Any] | None = None, kind: str = "model") -> Iterator[None]:
     """Turn exceptions of the client into one line that says what, where, and the way out.
@@ -282,29 +235,18 @@ def push_errors(repo_id: str, user: dict[str, Any] | None = None, kind: str = "m
     except CheckpointError:
         raise
     except Exception as raised:
-        error, says = _cause(raised), cause_of(_cause(raised))
-        status = _status(error)
-        if isinstance(error, (transport_error(), errors.OfflineModeIsEnabled)):
-            raise UnreachableError(
-                f"can't reach the Hub for {repo_id} ({says}); run the same command again: {_AGAIN}"
-            ) from raised
+        # The client wraps what fails while it uploads in a RuntimeError.
+        error: Any = raised.__cause__ if isinstance(raised, RuntimeError) and raised.__cause__ else raised
+        says, response = cause_of(error), getattr(error, "response", None)
+        status = response.status_code if response is not None else None
+        if isinstance(error, transport_error()):
+            raise UnreachableError(f"can't reach the Hub for {repo_id} ({says}); {_AGAIN}") from raised
         if status in _TRY_AGAIN:
-            later = f" in {_header(error)} s" if status == 429 and _header(error) else " later"
-            raise UnreachableError(
-                f"the Hub answers {status} for {repo_id}; run the same command again{later}: {_AGAIN}"
-            ) from raised
-        if isinstance(error, UnicodeEncodeError):
-            raise PushError(says) from raised
-        if isinstance(error, errors.HFValidationError):
-            raise PushError(
-                f"{repo_id!r} is not a valid repository name ({says}); write it as NAMESPACE/NAME"
-            ) from raised
+            pause = response.headers.get("Retry-After")
+            later = f"wait {pause} s, and then " if pause else ""
+            raise UnreachableError(f"the Hub answers {status} for {repo_id}; {later}{_AGAIN}") from raised
         if isinstance(error, errors.RevisionNotFoundError):
             raise PushError(f"{repo_id} has no such branch or pull request; check --revision") from raised
-        if isinstance(error, errors.HfHubHTTPError):
-            who = (user or {}).get("name") or "this token"
-            text = _REFUSED.get(status or 0, "the Hub refused {repo}: {says}")
-            raise PushError(text.format(repo=repo_id, who=who, kind=kind, says=says)) from raised
-        if isinstance(error, ValueError) and "metadata" in says:
-            raise PushError(f"the Hub does not accept the YAML of README.md ({says}); correct it") from raised
-        raise
+        who = (user or {}).get("name") or "this token"
+        text = _REFUSED.get(status or 0, "{repo} was not pushed: {says}")
+        raise PushError(text.format(repo=repo_id, who=who, kind=kind, says=says)) from raised
