@@ -17,9 +17,7 @@ import tempfile
 from pathlib import Path
 
 from hf_layerprune.errors import CheckpointError, LayerPruneError
-from hf_layerprune.publish.card.style import drawn_for
-from hf_layerprune.publish.card.writing import ASSETS, compose, read_card, write_card
-from hf_layerprune.records.declared import CARD
+from hf_layerprune.publish.card.writing import read_card, write_card
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.records.metrics import Metrics
 from hf_layerprune.records.names import is_local
@@ -36,13 +34,7 @@ def models() -> list[Path]:
 
 
 def take(folder: Path) -> Path:
-    """Copy the records of a model.
-
-    Args:
-        folder (`Path`): The model's folder.
-
-    Returns:
-        `Path`: The folder that the records were copied to.
+    """Copy the records of a model; returns the folder that they were copied to.
 
     Raises:
         CheckpointError: The records are incomplete, don't belong to the weights, or name the base by a path.
@@ -65,50 +57,19 @@ def take(folder: Path) -> Path:
 def outdated(folder: Path) -> list[str]:
     """The files of a card that today's code would not write as they are, as far as that shows without weights.
 
-    Args:
-        folder (`Path`): A folder with records, a card and its pictures.
-
-    Returns:
-        `list[str]`: Their names, with the reason for records.
-
     Raises:
-        CheckpointError: The records don't follow their schemas.
+        CheckpointError: The records don't follow their schemas, or the card was edited inside a generated section.
     """
     lineage, metrics = Lineage.required(folder), Metrics.of(folder)
-    found: list[str] = []
     with tempfile.TemporaryDirectory() as place:
         again = Path(shutil.copytree(folder, Path(place, folder.name)))
         lineage.write(again)
-        if metrics is not None:
-            metrics.write(again)
-        found += [name for name in RECORDS if not _same(folder / name, again / name)]
-        if any(not entry.get("weights") or not entry.get("files") for entry in lineage.entries):
-            found.append(f"{RECORDS[0]}: a stage does not record its weights and its other files")
-        elif metrics is not None and (text := metrics.mismatch(metrics.recorded_identity(lineage), lineage)):
-            found.append(f"{RECORDS[1]} {text}")
-        elif metrics is None or any("identity" not in model for model in metrics.models.values()):
-            found.append(f"{RECORDS[1]} does not say on which config and tokenizer its numbers were measured")
-        for name in (CARD, *(path.relative_to(folder).as_posix() for path in folder.glob(f"{ASSETS}/*"))):
-            (again / name).unlink(missing_ok=True)
-        found += sorted({*write_card(again, weights=False)} ^ {*_written(folder)})
-        card = read_card(folder, weights=False)
-        text = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
-        found += [CARD] if text and compose(card, text) != text else []
-        pictures = {name: folder / ASSETS / f"{name}.png" for name in card.pictures}
-        found += [
-            f"{ASSETS}/{n}.png" for n, path in pictures.items() if path.is_file() and drawn_for(path) != card.digest
-        ]
+        metrics.write(again)
+        found = [name for name in RECORDS if (folder / name).read_bytes() != (again / name).read_bytes()]
+        found += write_card(again, weights=False)
+    if text := metrics.mismatch(metrics.recorded_identity(lineage), lineage):
+        found.append(f"{RECORDS[1]}, which {text}")
     return found
-
-
-def _same(one: Path, other: Path) -> bool:
-    return one.is_file() and other.is_file() and one.read_bytes() == other.read_bytes()
-
-
-def _written(folder: Path) -> list[str]:
-    """All files of a folder but its records."""
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    return [name for name in names if name not in RECORDS]
 
 
 def main() -> int:
