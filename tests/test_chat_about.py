@@ -69,7 +69,7 @@ def test_a_folder_has_its_models_name(tmp_path: Path) -> None:
     assert about.Records.of(str(folder)).name == "model"
     found = records(folder)
     assert found.name == Card.of(lineage_of()).name == "SmolLM2-135M-Instruct-23L"
-    found.card = {"model-index": [{"name": "Small"}]}
+    found.lineage["published"] = {"name": "Small"}
     assert found.name == "Small"
     assert about.Records("me/other", found.lineage).name == "other"
 

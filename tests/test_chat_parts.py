@@ -251,32 +251,6 @@ def test_draws_have_the_probabilities_of_the_scores() -> None:
     assert ((counts / 4000 - expected).abs() <= 3 * (expected * (1 - expected) / 4000).sqrt()).all()
 
 
-def test_turns_go_round() -> None:
-    turns, order = answers.Turns(), []
-
-    def work(name: str) -> None:
-        turns.take()
-        ready.wait()
-        for _ in range(5):
-            order.append(name)
-            turns.leave()
-            turns.take()
-        turns.leave()
-
-    ready = threading.Event()
-    threads = [threading.Thread(target=work, args=(name,)) for name in "abc"]
-    for thread in threads:
-        thread.start()
-    while len(turns._line) < 3:
-        pass
-    ready.set()
-    for thread in threads:
-        thread.join(10)
-    first = order[:3]
-    assert sorted(first) == ["a", "b", "c"]
-    assert order == first * 5
-
-
 def test_who_stops_listening_frees_the_model_within_a_prompt(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt is one pass through all layers, which takes long where it is long."""
     side, seen = models.sides["pruned"], []

@@ -70,16 +70,13 @@ class Records:
 
     @property
     def name(self) -> str:
-        """The model's name: on the Hub its own; for a folder the one on its card, or its base's and the number of layers."""
+        """The model's name: on the Hub its own; for a folder the one that its card has."""
         folder = self.model.rstrip("/").rsplit("/", 1)[-1]
         layers = self.layers()
         if not os.path.isdir(self.model) or layers is None:
             return folder
-        index = self.card.get("model-index")
-        named = index[0].get("name") if isinstance(index, list) and index and isinstance(index[0], dict) else None
         base = re.sub(r"\.gguf$", "", str(self.base or folder), flags=re.IGNORECASE).rstrip("/").rsplit("/", 1)[-1]
-        named = self.lineage.get("published", {}).get("name") or named
-        return str(named or f"{base}-{len(layers[1])}L")
+        return str(self.lineage.get("published", {}).get("name") or f"{base}-{len(layers[1])}L")
 
     @property
     def base(self) -> str | None:

@@ -41,12 +41,7 @@ class Stopped(Exception):
 
 
 class Side:
-    """A model that answers.
-
-    Args:
-        name (`str`): Its Hub id, folder or file.
-        model ([`~transformers.PreTrainedModel`]): The model.
-    """
+    """A model that answers."""
 
     def __init__(self, name: str, model: PreTrainedModel) -> None:
         self.name, self.model = name, model.eval()
@@ -102,10 +97,6 @@ class Draw(LogitsProcessor):
 
     `generate` takes no generator, and all threads share the global one. With its own generator, an answer depends only
     on its seed, and not on other answers.
-
-    Args:
-        seed (`int`): The generator's seed.
-        device (`torch.device`): The device of the scores.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
@@ -118,12 +109,7 @@ class Draw(LogitsProcessor):
 
 
 class NoLoops(NoRepeatNGramLogitsProcessor):
-    """Keeps an answer from repeating a run of tokens of its own; what is in the prompt may be quoted.
-
-    Args:
-        size (`int`): The length of the run.
-        start (`int`): The length of the prompt.
-    """
+    """Keeps an answer from repeating a run of `size` tokens of its own; the prompt, up to `start`, may be quoted."""
 
     def __init__(self, size: int, start: int) -> None:
         super().__init__(size)
@@ -135,13 +121,8 @@ class NoLoops(NoRepeatNGramLogitsProcessor):
 
 
 class Answer(TextStreamer):
-    """An answer that is being generated: its text so far, and its figures.
-
-    Args:
-        side (`Side`): The model that answers.
-        source (`Source`): The source of the tokenizer.
-        ids (`Prompt` or `list[int]`): The prompt.
-        settings (`dict`): `temperature`, `top_p`, `max_tokens`, `seed`.
+    """An answer that is being generated: its text so far, and its figures. The settings are `temperature`, `top_p`,
+    `max_tokens` and `seed`.
     """
 
     def __init__(self, side: Side, source: Source, ids: list[int], settings: dict[str, Any]) -> None:
@@ -232,16 +213,8 @@ def _cache_bytes(cache: Any) -> int:
 def answer(sides: Sequence[Side], source: Source, ids: list[int], settings: dict[str, Any]) -> Iterator[list[dict]]:
     """Let one or both models answer, and yield the answers while they grow.
 
-    When the caller stops listening, the models stop within one layer.
-
-    Args:
-        sides (`Sequence[Side]`): The models that answer.
-        source (`Source`): What they were loaded from.
-        ids (`list[int]`): The prompt.
-        settings (`dict`): `temperature`, `top_p`, `max_tokens`, `seed`.
-
-    Yields:
-        `list[dict]`: The state of each answer, see `Answer.state`.
+    When the caller stops listening, the models stop within one layer. See `Answer` for the settings, and `Answer.state` for
+    what is yielded of each answer.
     """
     answers = [Answer(side, source, ids, settings) for side in sides]
     try:

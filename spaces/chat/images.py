@@ -37,12 +37,7 @@ def auto_class(config: Any) -> Any:
 
 
 def processor_of(names: list[str], config: Any) -> Any:
-    """The processor of a model that reads images; `None` for one that reads text alone.
-
-    Args:
-        names (`list[str]`): Where it may be: the model, or the base of an adapter.
-        config ([`~transformers.PreTrainedConfig`]): The whole model's config.
-    """
+    """The processor of a model that reads images, from the first place that has it; `None` for one that reads text alone."""
     if auto_class(config) is AutoModelForCausalLM:
         return None
     for name in dict.fromkeys(names):
@@ -64,11 +59,7 @@ def paths_of(message: dict[str, Any]) -> list[str]:
 
 
 def encoded(processor: Any, messages: list[dict[str, Any]]) -> Prompt:
-    """A conversation with images as a prompt.
-
-    Args:
-        processor ([`~transformers.ProcessorMixin`]): The model's processor.
-        messages (`list[dict]`): With `role`, `content` as text and, for some, `images` as paths.
+    """A conversation, whose messages may name the paths of `images`, as a prompt.
 
     Raises:
         OSError: A file is no image.

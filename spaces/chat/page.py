@@ -101,14 +101,7 @@ def chatbot(**settings: Any) -> gr.Chatbot:
 
 
 def page(source: Source) -> gr.Blocks:
-    """Build the page of a model whose small files are available; its weights may still be loading.
-
-    Args:
-        source (`Source`): The model.
-
-    Returns:
-        `gr.Blocks`: The page, with its queue.
-    """
+    """Build the page of a model whose small files are available; its weights may still be loading."""
     name = source.records.name
     settings = settings_of_an_answer(source)
     with gr.Blocks(title=name) as demo:

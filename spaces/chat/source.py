@@ -95,11 +95,7 @@ class Source:
             raise Refused("One of the files can't be read as an image. Remove it, or attach another.") from error
 
     def fit(self, messages: list[Message], max_tokens: int) -> tuple[Prompt, int]:
-        """Leave out the oldest questions and their answers until the rest and a new answer fit.
-
-        Args:
-            messages (`list[dict]`): The conversation; the last one is the question.
-            max_tokens (`int`): The maximum length of the answer in tokens.
+        """Leave out the oldest questions and their answers until the rest and an answer of `max_tokens` fit.
 
         Returns:
             `tuple[Prompt, int]`: Token ids, and the number of messages that were left out.

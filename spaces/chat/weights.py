@@ -29,11 +29,7 @@ HEADROOM = 1.2  # memory relative to the weights: also the key-value cache and a
 
 
 class Models:
-    """The loaded models. They are loaded in the background, so that the page appears at once.
-
-    Args:
-        source (`Source`): The model and its base.
-    """
+    """The loaded models. They are loaded in the background, so that the page appears at once."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -127,14 +123,8 @@ def load(model: str) -> PreTrainedModel:
 
 
 def check_names(model: str, chosen: str | None) -> None:
-    """Refuse weight files other than safetensors files beside the config: transformers reads any that an index names.
-
-    Args:
-        model (`str`): A Hub id or a folder.
-        chosen (`str`, *optional*): The file that the config names.
-
-    Raises:
-        CannotLoad: The config or the index names another file.
+    """Refuse weight files other than safetensors files beside the config: transformers reads any that an index names, or
+    the config (`chosen`).
     """
     if_any = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     index = cached_file(model, "model.safetensors.index.json", **if_any)
@@ -145,16 +135,7 @@ def check_names(model: str, chosen: str | None) -> None:
 
 
 def check_complete(name: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
-    """Refuse incomplete weights, of which transformers only warns: missing tensors would be random.
-
-    Args:
-        name (`str`): The model's name.
-        model ([`~transformers.PreTrainedModel`]): The loaded model.
-        info (`dict`): The information that `from_pretrained` returns with `output_loading_info=True`.
-
-    Raises:
-        CannotLoad: The weights do not match the configuration.
-    """
+    """Refuse incomplete weights, of which transformers only warns (in `info`): missing tensors would be random."""
     if missing := sorted(info["missing_keys"]):
         raise CannotLoad(
             f"{name} lacks {missing[0]}, so its checkpoint is incomplete. Upload all of its weight files."
@@ -173,13 +154,7 @@ def load_adapter(model: str) -> PreTrainedModel:
 
 
 def share_equal_weights(pruned: PreTrainedModel, dense: PreTrainedModel, kept: list[int]) -> None:
-    """Make the pruned model use the dense one's tensors wherever the values are equal.
-
-    Args:
-        pruned ([`~transformers.PreTrainedModel`]): The pruned model.
-        dense ([`~transformers.PreTrainedModel`]): Its base.
-        kept (`list[int]`): The base's layer for each layer of the pruned model.
-    """
+    """Make the pruned model use the dense one's tensors wherever the values are equal; its layer `i` was `kept[i]` there."""
     if ZERO_GPU:  # it moves the tensors of each model separately
         return
     originals, number = dict(dense.named_parameters()), dict(enumerate(kept))
