@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 import shlex
-from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
 import jinja2
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from hf_layerprune.layer_ranges import name_layers
@@ -218,11 +214,6 @@ def test_the_base_is_named_as_it_was_read() -> None:
     assert unpacked in provenance(id="model.Q4_1.gguf", commit=None, hub_id=BASE)
 
 
-def test_versions_are_those_of_the_last_stage() -> None:
-    for roles in (("dense", "cut"), ("dense", "cut", "repaired"), ROLES):
-        assert "\npython 3.11.7, hf-layerprune 0.1.0," in Card.of(lineage_of(roles)).render()
-
-
 def test_limits_come_from_the_numbers() -> None:
     lineage = lineage_of(("dense", "cut"))
     metrics = metrics_of(lineage, ("dense", "cut"))
@@ -297,25 +288,6 @@ NASTY = [
     "https://evil.example", "www.evil.example", "someone@evil.example", "'; rm -rf ~ #", "$(reboot)", "x" * 10_000,
     "<a href='//evil.example'>", "*" * 500, "_a_ __b__", "~~x~~", "^1", "\r\n- item", "é" * 300,
 ]  # fmt: skip
-texts = st.one_of(
-    st.sampled_from(NASTY), st.text(max_size=60), st.tuples(st.sampled_from(NASTY), st.text()).map("".join)
-)
-
-
-def hostile(record: Any, pick: Callable[[str], str], path: tuple[str, ...] = ()) -> Any:
-    """A record in which strings that outsiders choose are anything."""
-    kept = {"weights", "base", "kind", "role", "stage", "form", "schema_version", "sha256", "dtype_", "input_weights"}
-    if isinstance(record, dict):
-        found = {}
-        for key, value in record.items():
-            outside = path[-1:] in [("settings",), ("versions",)] and key not in ("drop_layers", "form", "dtype")
-            found[pick(key) if outside else key] = value if key in kept else hostile(value, pick, (*path, key))
-        return found
-    if isinstance(record, list):
-        return [hostile(value, pick, path) for value in record]
-    if isinstance(record, str) and path[-1:] not in [("files",), ("changed_tensors",)]:
-        return pick(record)
-    return record
 
 
 def check_harmless(card: str, repo_id: str | None) -> None:
@@ -349,27 +321,6 @@ def check_harmless(card: str, repo_id: str | None) -> None:
     assert max(map(len, re.findall(r"[^|\n]+", prose))) < 4000
 
 
-@settings(max_examples=80, deadline=None)
-@given(words=st.lists(texts, min_size=1, max_size=5), seed=st.integers(0, 2**32), share=st.sampled_from([0.1, 0.5, 1]))
-def test_hostile_values_stay_text(words: list[str], seed: int, share: float) -> None:
-    chance = random.Random(seed)
-
-    def pick(value: str) -> str:
-        return chance.choice(words) if chance.random() < share else value
-
-    lineage = lineage_of()
-    metrics = metrics_of(lineage)
-    base = {key: value for key, value in lineage.base.items() if key not in ("license", "commit", "files", "chat")}
-    base = hostile(base, pick) | {key: lineage.base[key] for key in ("license", "files", "chat")}
-    entries = hostile(lineage.entries, pick)
-    results = hostile(metrics.results, pick)
-    made = Card.of(
-        Lineage(base, entries, {"repo_id": chance.choice(words)}),
-        Metrics(metrics.weights, metrics.models, results, []),
-    )
-    check_harmless(made.render(), made.repo_id)
-
-
 @pytest.mark.parametrize("value", NASTY)
 def test_each_hostile_value_everywhere(value: str) -> None:
     def nasty(record: Any, key: str = "") -> Any:
@@ -385,10 +336,11 @@ def test_each_hostile_value_everywhere(value: str) -> None:
     told = {key: nasty(entry) for key, entry in lineage.base.items() if key not in ("license", "files", "commit")}
     told |= {"license": "apache-2.0", "files": lineage.base["files"]}
     card = Card.of(
-        Lineage(told, nasty(lineage.entries)), Metrics(metrics.weights, metrics.models, nasty(metrics.results))
+        Lineage(told, nasty(lineage.entries), {"repo_id": value}),
+        Metrics(metrics.weights, metrics.models, nasty(metrics.results)),
     )
     text = card.render()
-    check_harmless(text, None)
+    check_harmless(text, card.repo_id)
     from huggingface_hub import ModelCard
 
     assert ModelCard(text).data.license == "apache-2.0"

@@ -14,9 +14,8 @@ _FIGURES = ("kl", "perplexity_ratio", "top1_agreement")
 def curve_of(history: History) -> list[dict[str, Any]]:
     """The points of the search for a budget, or of `rank --curve`, in the records; empty if any of them is malformed."""
     for stage in history.stages:
-        selection = stage.entry.get("selection")
-        points = selection.get("curve") if isinstance(selection, dict) else None
-        if isinstance(points, list) and len(points) > 1 and all(is_point(p, history.num_base_layers) for p in points):
+        points = stage.entry.get("selection", {}).get("curve", [])
+        if len(points) > 1 and all(is_point(point, history.num_base_layers) for point in points):
             return sorted(points, key=lambda point: point["dropped"])
     return []
 

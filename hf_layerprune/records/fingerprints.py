@@ -44,7 +44,6 @@ _RECIPE = "recipe.yaml"  # of llm-compressor, the only one to read it; what load
 _INERT = (".md", ".png", ".svg", ".jpg", ".jpeg")
 _NEVER_LOADED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".npz", ".npy", ".pkl", ".pickle")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_MAX_SMALL = 512 << 20
 
 
 def sha256_of(path: Path) -> str:
@@ -77,16 +76,12 @@ def hash_hub_files(repo: Repo, names: Sequence[str]) -> tuple[dict[str, str], Pa
             cache with the small files and the records.
 
     Raises:
-        CheckpointError: A file is too large or can't be downloaded.
+        CheckpointError: A file can't be downloaded.
     """
     # Offline, the listed hashes are only the names of files in the cache, so all files are hashed.
     listed = {} if repo.offline else {name: repo.files[name].sha256 for name in names if holds_weights(name)}
     hashes = {name: sha256 for name, sha256 in listed.items() if sha256 is not None}
     small = [name for name in names if name not in hashes]
-    if huge := [name for name in small if repo.files[name].size > _MAX_SMALL and not holds_weights(name)]:
-        raise CheckpointError(
-            f"{repo.name}/{huge[0]} is too large for a companion file; download the model, and specify the folder"
-        )
     paths = repo.fetch([*small, *(name for name in sorted(RECORDS) if name in repo.files)])
     folder = next((path.parent for name, path in paths.items() if "/" not in name), Path(repo.name))
     return hashes | hash_files({name: paths[name] for name in small}), folder

@@ -15,7 +15,6 @@ from .lineage import Lineage
 from .names import base_name, hub_base, is_gguf_name, is_hub_name, last_part
 
 _LAYER = re.compile(r"(?P<before>.*?\b(?:layers|layer|h|blocks|block)\.)(?P<index>\d+)(?P<after>\..*)")
-_MAX_LAYERS = 10_000
 QUANTIZE = "quantize"
 _LINE = 80
 OWN_TEXT = "text that the dense model wrote itself"
@@ -45,11 +44,11 @@ class Stage:
     @property
     def data(self) -> list[dict[str, Any]]:
         """The data used for fitting or training."""
-        told = self.entry.get("data") or []
-        texts = [one for one in ([told] if isinstance(told, dict) else told) if isinstance(one, dict)]
-        texts = [one | {"name": OWN_TEXT} if one.get("name") == "self" else one for one in texts]
+        texts = [
+            one | {"name": OWN_TEXT} if one.get("name") == "self" else one for one in self.entry.get("data") or []
+        ]
         calibration = self.entry.get("calibration")
-        return texts + ([_calibration(calibration)] if isinstance(calibration, dict) else [])
+        return texts + ([_calibration(calibration)] if calibration else [])
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,7 @@ class History:
     @property
     def commit(self) -> str | None:
         """The commit of the base on the Hub."""
-        commit = self.lineage.base.get("commit")
-        return commit if isinstance(commit, str) and commit else None
+        return self.lineage.base.get("commit") or None
 
     @property
     def from_gguf(self) -> bool:
@@ -151,8 +149,7 @@ class History:
         commands: list[str] = []
         source = None
         for number, stage in enumerate(self.stages):
-            told = stage.entry.get("command")
-            if isinstance(told, str) and told.strip():
+            if told := stage.entry.get("command"):
                 commands.append(_folded(_split(told)))
             elif stage.name == "prune" and stage.settings.get("drop_layers"):
                 output = self._taken_up(number) or ("pruned" if source is None else f"{source}-again")
@@ -164,7 +161,7 @@ class History:
     def _taken_up(self, number: int) -> str | None:
         """The name that the next command uses for the output of a stage."""
         for stage in self.stages[number + 1 :]:
-            words = _split(str(stage.entry.get("command") or ""))
+            words = _split(stage.entry.get("command", ""))
             if "--model_name_or_path" in words[:-1]:
                 return words[words.index("--model_name_or_path") + 1]
         return None
@@ -174,7 +171,7 @@ class History:
         # Prefer the base on the Hub, which every reader can get; a GGUF file has other weights than that.
         start = self.base_id if self.from_gguf or not self.base_on_hub else self.base_on_hub
         words = ["hf-layerprune", "prune", source or start, output]
-        budget = next((name for name in BUDGETS if isinstance(settings.get(name), int | float)), None)
+        budget = next((name for name in BUDGETS if settings.get(name) is not None), None)
         if budget is None:
             words += ["--drop-layers", format_layers(settings["drop_layers"])]
         else:  # its repair is fitted to the rows that are not held out
@@ -188,7 +185,7 @@ class History:
         if settings.get("repair"):
             words += ["--repair", str(settings["repair"])]
         if settings.get("repair") or budget:
-            words += _calibration_words(stage.entry.get("calibration"))
+            words += _calibration_words(stage.entry.get("calibration", {}))
         if settings.get("form") == "adapter":
             words.append("--adapter")
         if source is None and base.get("commit"):
@@ -212,10 +209,8 @@ def _folded(words: list[str]) -> str:
     return " ".join(f"\\\n    {word}" if word.startswith("--") else word for word in quoted)
 
 
-def _calibration_words(record: Any) -> list[str]:
+def _calibration_words(record: dict[str, Any]) -> list[str]:
     """The command-line options for a calibration set that differ from the defaults."""
-    if not isinstance(record, dict):
-        return []
     source = str(record.get("source", "self"))
     told = {
         "--calibration": (last_part(source) if source.startswith(("/", "~", ".")) else source, "self"),
@@ -238,14 +233,14 @@ def read_history(lineage: Lineage) -> History:
     cuts: list[tuple[int, list[int]]] = []
     for number, entry in enumerate(lineage.entries):
         layers = entry.get("layers") or {}
-        if n is None and isinstance(layers.get("base"), int) and 0 < layers["base"] <= _MAX_LAYERS:
+        if n is None and layers.get("base"):
             n, kept = layers["base"], list(range(layers["base"]))
         if entry.get("stage") != "prune":
             if n is not None and layers.get("left", len(kept)) != len(kept):
                 raise CheckpointError("lineage.json does not say which layers were dropped; prune with hf-layerprune")
             continue
         drop = (entry.get("settings") or {}).get("drop_layers") or []
-        if n is None or any(type(i) is not int or not 0 <= i < len(kept) for i in drop):
+        if n is None or any(i >= len(kept) for i in drop):
             raise CheckpointError(
                 f"lineage.json drops layers {drop} of {len(kept)}; it was edited or is damaged, so prune the model again"
             )
@@ -269,8 +264,7 @@ def read_history(lineage: Lineage) -> History:
 def _parts(entry: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """An entry, followed by its repair, if any, as a separate stage."""
     yield str(entry.get("stage")), entry
-    repair = entry.get("repair")
-    if isinstance(repair, dict):
+    if repair := entry.get("repair"):
         settings = {name: value for name, value in repair.items() if name not in _NO_SETTINGS}
         yield "repair", {"settings": settings} | {name: repair.get(name) for name in ("changed_tensors", "seconds")}
 
@@ -284,11 +278,10 @@ def _calibration(record: dict[str, Any]) -> dict[str, Any]:
         text["name"] = OWN_TEXT
     elif "/" in name and is_hub_name(name):
         text |= {"id": name, "name": name} | ({"split": part} if part else {})
-    samples, length = record.get("samples"), record.get("length")
-    if isinstance(samples, int) and isinstance(length, int):
-        tokens = record.get("tokens")
-        text |= {"rows": samples, "tokens": tokens if isinstance(tokens, int) else samples * length}
-    if isinstance(record.get("fingerprint"), str):
+    if record.get("samples") and record.get("length"):
+        samples = record["samples"]
+        text |= {"rows": samples, "tokens": record.get("tokens") or samples * record["length"]}
+    if record.get("fingerprint"):
         text["sha256"] = record["fingerprint"]
     return text
 

@@ -56,12 +56,6 @@ class Lineage:
         if not path.is_file():
             return None
         data = read_object(path, max_depth=_MAX_DEPTH)
-        version = data.get("schema_version")
-        if isinstance(version, int) and SCHEMA_VERSION < version < 1000:
-            raise CheckpointError(
-                f"{path} has schema version {version}, but this version of hf-layerprune reads {SCHEMA_VERSION}; use a "
-                "newer version"
-            )
         check_schema(data, _schema(), str(path))
         return cls(data["base"], data["entries"], data.get("published", {}))
 

@@ -8,7 +8,6 @@ same hashes. Numbers for other weights are refused.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -203,8 +202,3 @@ def _validate(data: dict[str, Any], path: Path) -> None:
         for name in ("weights", "base"):
             if name in record and record[name] not in known:
                 raise CheckpointError(f"{path} has a number of {record[name][:12]}, which `models` does not list")
-        for name, value in record.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise CheckpointError(
-                    f"{path}: {record['metric']} has {name}={value}, and only finite numbers are recorded"
-                )

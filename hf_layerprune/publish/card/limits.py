@@ -23,11 +23,11 @@ def limits(results: Results, history: History) -> list[Markup]:
         `list[Markup]`: One sentence for each number that got worse, one on the smallest detectable difference, and one on
             engines that run another model, which the last cut recorded.
     """
+    sentences = _lost(results)
     cuts = [stage.entry for stage in history.stages if stage.name == "prune"]
-    told = cuts[-1].get("misread") if cuts else None
-    if not isinstance(told, str) or not told:
-        return _lost(results)
-    return [*_lost(results), Markup(f"**Another model in some engines**: {prose(told)}, without a warning.")]
+    if misread := cuts[-1].get("misread") if cuts else None:
+        sentences.append(Markup(f"**Another model in some engines**: {prose(misread)}, without a warning."))
+    return sentences
 
 
 def _lost(results: Results) -> list[Markup]:

@@ -18,10 +18,6 @@ TAGS = ("layer-pruning", "depth-pruning", "hf_layerprune")
 # Fields that only this package writes: they are removed once they no longer apply. Other fields are kept.
 OURS = {"model-index", "base_model", "base_model_relation", "library_name", "datasets"}
 _OF_LICENSE = {"license_name", "license_link"}  # they go with a licence of ours
-_FIRST = (
-    "language", "license", "license_name", "license_link", "library_name", "pipeline_tag", "base_model",
-    "base_model_relation",
-)  # fmt: skip
 _MAX_DATASETS = 50
 _HASH = re.compile(r"[0-9a-f]{40,64}")
 
@@ -48,7 +44,7 @@ def metadata(card: Card) -> dict[str, Any]:
     # The data sets on the Hub that a repair or training used.
     fitted = [one for one in history.stages if one.name != "prune" or one.entry.get("repair")]
     named = [str(one.get("id", "")) for stage in fitted for one in stage.data]
-    present = ModelCardData(
+    return ModelCardData(
         language=languages or None,
         library_name="peft" if history.form == "adapter" else "transformers",
         pipeline_tag=plain(history.lineage.base.get("pipeline_tag", "text-generation")),
@@ -58,8 +54,6 @@ def metadata(card: Card) -> dict[str, Any]:
         eval_results=eval_results(card.results) or None,
         **fields,
     ).to_dict()
-    order = [*_FIRST, *(name for name in present if name not in (*_FIRST, "model-index")), "model-index"]
-    return {name: present[name] for name in order if name in present}
 
 
 def merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:

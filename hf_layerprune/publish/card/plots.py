@@ -165,14 +165,9 @@ def pictures(history: History, results: Results | None = None) -> dict[str, Call
 
 def _scores_of(entry: dict[str, Any], history: History) -> tuple[str, list[float | None]] | None:
     """The criterion that the layers were chosen by, and its score of each layer of the base."""
-    selection = entry.get("selection")
-    if not isinstance(selection, dict):
-        return None
-    recorded = selection.get("scores")
-    values = recorded.get("layers") if isinstance(recorded, dict) else None
-    if not isinstance(values, list) or len(values) != history.num_base_layers:
-        return None
-    if not all(value is None or (isinstance(value, int | float) and abs(value) < 1e300) for value in values):
+    selection = entry.get("selection", {})
+    values = selection.get("scores", {}).get("layers") or []
+    if len(values) != history.num_base_layers:
         return None
     name = plain(selection.get("criterion", "score"), 40).replace("_", " ")
     return name.replace("$", ""), values

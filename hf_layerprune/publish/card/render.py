@@ -51,7 +51,6 @@ SECTIONS = (
 _METHOD = "2411.15558"
 # Changing this number makes every plot be redrawn.
 _DRAWING = 5
-_MAX_SETTINGS = 60
 
 
 @dataclass(frozen=True)
@@ -204,9 +203,8 @@ def _repairs(history: History) -> list[RepairMethod]:
 def _sources(history: History) -> list[str]:
     """The sources of the criteria and repairs that were used, as their registries name them."""
     names = [stage.settings.get("criterion") for stage in history.stages]
-    chosen = [stage.entry.get("selection") for stage in history.stages]
-    names += [one.get("criterion") for one in chosen if isinstance(one, dict)]
-    criteria = [CRITERIA[name].source for name in names if isinstance(name, str) and name in CRITERIA]
+    names += [stage.entry.get("selection", {}).get("criterion") for stage in history.stages]
+    criteria = [CRITERIA[name].source for name in names if name in CRITERIA]
     return criteria + [repair.source for repair in _repairs(history)]
 
 
@@ -232,17 +230,16 @@ def _timed(results: Results) -> str:
 
 
 def _versions(history: History) -> str:
-    versions = history.lineage.entries[-1].get("versions") if history.lineage.entries else None
-    return ", ".join(f"{name} {number}" for name, number in versions.items()) if isinstance(versions, dict) else ""
+    versions = history.lineage.entries[-1].get("versions", {})
+    return ", ".join(f"{name} {number}" for name, number in versions.items())
 
 
 def _settings(stage: Stage) -> str:
     """All settings of a stage, as YAML."""
     from huggingface_hub.utils import yaml_dump
 
-    fields = dict(list(stage.settings.items())[:_MAX_SETTINGS])
     # Through JSON, so that YAML needs no tags for special types.
-    fields = json.loads(json.dumps(fields, default=str))
+    fields = json.loads(json.dumps(stage.settings, default=str))
     return "\n".join(yaml_dump({name: value}, default_flow_style=None).strip("{}\n") for name, value in fields.items())
 
 

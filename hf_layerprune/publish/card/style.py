@@ -44,8 +44,6 @@ DASHED: dict[str, Any] = {"edgecolor": ROLE_COLOURS["cut"], "lw": 1.2, "ls": (0,
 # Scores that differ by more than this factor are drawn on a logarithmic axis: on a linear one, a very large score of
 # the first layer would hide the differences between the others.
 WIDE = 30
-# A larger file has too many points for the size of the plot.
-MAX_BYTES = 256 * 1024
 _STAMP = "hf-layerprune"
 
 
@@ -67,7 +65,7 @@ def draw(
         `tuple[Figure, Axes]`: The figure, and its axes; an array if there are several.
 
     Raises:
-        LayerPruneError: matplotlib is not installed, or the file is too large for a card.
+        LayerPruneError: matplotlib is not installed.
         CheckpointError: The file can't be written.
     """
     try:
@@ -84,8 +82,6 @@ def draw(
         png = {"metadata": {"Software": None, _STAMP: digest}, "pil_kwargs": {"optimize": True}}
         with new_file(path, force=True) as partial:
             figure.savefig(partial, format=path.suffix[1:], **(svg if path.suffix == ".svg" else png))
-            if (size := partial.stat().st_size) > MAX_BYTES:
-                raise LayerPruneError(f"{path} would be too large for a card ({size} bytes); draw fewer points")
 
 
 def drawn_for(path: Path) -> str | None:

@@ -13,10 +13,10 @@ import shlex
 from contextlib import suppress
 from pathlib import Path
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, boundary
+from ...files import text_file
 from ...files.copy import write_text
-from ...files.text_file import MAX_TEXT, read_bytes
-from ...records.declared import CARD, front_matter
+from ...records.declared import CARD, LICENCE_FIELDS, front_matter
 from ...records.licences import NOTICE, is_licence_file
 from ...records.lineage import Lineage
 from ...records.metrics import Metrics
@@ -61,8 +61,7 @@ def declare(request: CardRequest, published: dict[str, str] | None = None) -> No
     Raises:
         CheckpointError: The folder has no lineage, the base is not a Hub id, or the name can't be one on the Hub.
     """
-    names = ("license", "license_name", "license_link")
-    licence = {name: value for name in names if (value := getattr(request, name))}
+    licence = {name: value for name in LICENCE_FIELDS if (value := getattr(request, name))}
     named, folder = dict(published or {}), request.model.expanduser()
     if request.name is not None:
         if not is_hub_name(request.name) or "/" in request.name:
@@ -72,7 +71,7 @@ def declare(request: CardRequest, published: dict[str, str] | None = None) -> No
     def change(lineage: Lineage) -> None:
         base, hub_id = dict(lineage.base), request.base_model
         if licence:  # the name and link of the old one no longer apply
-            base = {name: value for name, value in base.items() if name not in names} | licence
+            base = {name: value for name, value in base.items() if name not in LICENCE_FIELDS} | licence
         if hub_id is not None:
             if not is_hub_name(hub_id):
                 raise CheckpointError(f"{hub_id!r} is not a Hub id; specify the base as org/name")
@@ -95,10 +94,9 @@ def declare(request: CardRequest, published: dict[str, str] | None = None) -> No
 def _name_in_commands(lineage: Lineage, path: str, name: str) -> None:
     """Name the base in the recorded commands as in the history, which knows by it that they start from the base."""
     for entry in lineage.entries:
-        if isinstance(command := entry.get("command"), str):
-            with suppress(ValueError):  # a text that is not a command line is kept
-                words = [name if word == path else word for word in shlex.split(command)]
-                entry["command"] = shlex.join(words)
+        with suppress(KeyError, ValueError):  # no command; or a text that is not a command line, which is kept
+            words = [name if word == path else word for word in shlex.split(entry["command"])]
+            entry["command"] = shlex.join(words)
 
 
 def compose(card: Card, old: str | None, *, where: str = CARD, force: bool = False) -> str:
@@ -113,7 +111,8 @@ def compose(card: Card, old: str | None, *, where: str = CARD, force: bool = Fal
     Raises:
         CheckpointError: Somebody edited our sections, or a mark is missing.
     """
-    ours = regions.parse(card.body())
+    with boundary(f"{where} can't be made from lineage.json and metrics.json", "they were edited; restore them"):
+        generated, ours = card.metadata, regions.parse(card.body())
     fields, body = ({}, "") if old is None or is_generic(old) else front_matter(old, where)
     parts = regions.parse(body, where, strict=not force)
     edited = [str(part.region) for part in parts if part.edited]
@@ -122,12 +121,12 @@ def compose(card: Card, old: str | None, *, where: str = CARD, force: bool = Fal
             f"{where} was changed inside a section that hf-layerprune writes ({', '.join(edited)}); move your text "
             "outside its marks, where it is kept, or overwrite it with --force"
         )
-    licence, before = card.metadata.get("license"), fields.get("license")
+    licence, before = generated.get("license"), fields.get("license")
     if licence and before not in (None, licence):
         logger.info(
             "%s named the licence %s, which is now %s, as recorded (card --license changes it)", where, before, licence
         )
-    return metadata.to_yaml(metadata.merged(card.metadata, fields)) + "\n" + regions.merge(ours, parts)
+    return metadata.to_yaml(metadata.merged(generated, fields)) + "\n" + regions.merge(ours, parts)
 
 
 def is_generic(text: str) -> bool:
@@ -169,24 +168,19 @@ def write_card(folder: Path, *, force: bool = False, weights: bool = True) -> li
 
 
 def read_text(path: Path) -> str | None:
-    """Read a file that people may have edited, and keep its exact line endings; `None` if it does not exist.
+    """Read a text that people may have edited; `None` if it does not exist.
 
     Raises:
-        CheckpointError: It is a link, a folder, not UTF-8, or unreadable.
+        CheckpointError: It is a link or not a file, is not UTF-8, or is unreadable.
     """
-    if path.is_symlink() or path.is_dir():
-        raise CheckpointError(
-            f"{path} is a {'link' if path.is_symlink() else 'folder'}; put a file there, or remove it"
-        )
+    if path.is_symlink():
+        raise CheckpointError(f"{path} is a link; put the file itself there, or remove it")
     if not path.exists():
         return None
-    try:
-        text = read_bytes(path, MAX_TEXT).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
-        raise CheckpointError(f"{path} is not UTF-8 text, so nothing can be added to it; save it as UTF-8")
-    return text.replace("\r\n", "\n")
+    text = text_file.read_text(path)
+    if "\0" in text:  # UTF-16 without its mark
+        raise CheckpointError(f"{path} is not UTF-8; convert it")
+    return text
 
 
 def _write(folder: Path, name: str, text: str) -> list[str]:
@@ -209,7 +203,8 @@ def _draw(card: Card, folder: Path, force: bool) -> list[str]:
         if (path.is_symlink() or (path.exists() and drawn_from is None)) and not force:
             raise CheckpointError(f"{path} was not drawn by hf-layerprune; move it, or replace it with --force")
         if draw is not None and drawn_from != digest:
-            draw(path, digest)
+            with boundary(f"{path} can't be drawn from lineage.json and metrics.json"):
+                draw(path, digest)
         elif draw is None and path.is_file():
             path.unlink()
         else:
