@@ -76,10 +76,10 @@ CASES = [
     Case("the token runs out while storing", lambda hub: hub.expire(TOKEN, 8), "not valid"),
     Case("the token may only read", lambda hub: (hub.writers.clear(), hub.tokens.update({TOKEN: None})), "may only read"),
     Case("the token is for another organisation",
-         lambda hub: hub.writers.update({TOKEN: ["team"]}), "no organisation org, or this token may not write"),
+         lambda hub: hub.writers.update({TOKEN: ["team"]}), "this token may not write to org/model .*under the namespace"),
     Case("the repository belongs to others", lambda hub: hub.writers.update({TOKEN: ["team"]}),
-         "somebody may not write to org/model", known=True),
-    Case("a paid plan is needed", lambda hub: hub.status("/repos/create", 402, MANY), "paid plan"),
+         "this token may not write to org/model", known=True),
+    Case("a paid plan is needed", lambda hub: hub.status("/repos/create", 402, MANY), "org/model was not pushed"),
 ]  # fmt: skip
 
 

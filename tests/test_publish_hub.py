@@ -36,7 +36,7 @@ def test_one_commit_has_everything(found: Found) -> None:
 def test_a_model_that_misses_what_is_required_of_it(found: Found) -> None:
     out = found["push_what_misses"]
     assert out["unknown"][0] == 2
-    assert "did you mean piqa?" in out["unknown"][1]
+    assert "known are piqa, " in out["unknown"][1]
     assert out["not measured"][0] == 2
     assert "kl<=1 is required, but not measured; run hf-layerprune eval MODEL --base BASE" in out["not measured"][1]
     code, text = out["missed"]

@@ -15,14 +15,14 @@ from hf_layerprune.cli import main
 from hf_layerprune.records.figures.metric_names import METRICS, SHARE
 from hf_layerprune.records.figures.results import results_of
 from hf_layerprune.records.metrics import Metrics
-from hf_layerprune.records.requirements import Bound, RequireOptions, check_measurable, judge, parse_bounds, strictest
+from hf_layerprune.records.requirements import Bound, RequireOptions, check_measurable, judge, parse_bounds
 
 from .measure_models import find, write_model, write_tasks
 
 OWN, DENSE = "a" * 64, "b" * 64
 NAMES = st.sampled_from([*METRICS, "piqa", "words:perplexity", "piqa:acc", "perplexity_ratio", "mmlu_ratio"])
 SIGNS = st.sampled_from(["<=", ">=", "<", ">"])
-LIMITS = st.floats(0, 1) | st.integers(0, 1).map(float)
+LIMITS = st.floats(1e-9, 1) | st.integers(0, 1).map(float)
 
 
 def numbers() -> Metrics:
@@ -47,22 +47,10 @@ def numbers() -> Metrics:
     return metrics
 
 
-@given(
-    st.lists(st.builds(Bound, NAMES, SIGNS, LIMITS), min_size=1, max_size=5, unique_by=lambda b: (b.name, b.sign[0]))
-)
+@given(st.lists(st.builds(Bound, NAMES, SIGNS, LIMITS), min_size=1, max_size=5))
 def test_what_is_written_is_read(bounds: list[Bound]) -> None:
     assert list(parse_bounds(",".join(map(str, bounds)))) == bounds
     assert list(parse_bounds(" , ".join(f"{one.name} {one.sign} {one.limit!r}" for one in bounds))) == bounds
-
-
-@given(st.lists(st.builds(Bound, NAMES, SIGNS, LIMITS), max_size=6), st.floats(-1, 2))
-def test_the_strictest_bounds_say_the_same(bounds: list[Bound], value: float) -> None:
-    kept = strictest(bounds)
-    assert parse_bounds(",".join(map(str, kept)) or "none") == kept
-    for name in {one.name for one in bounds}:
-        assert all(one.met_by(value) for one in bounds if one.name == name) == all(
-            one.met_by(value) for one in kept if one.name == name
-        )
 
 
 @given(st.text(st.sampled_from("kla_:<>=,.0159e-+ nif\x1b"), max_size=30) | st.text(max_size=20))
@@ -71,7 +59,7 @@ def test_any_text_is_bounds_or_refused_in_one_line(text: str) -> None:
         bounds, refusal = RequireOptions(require=text).require, "none"
     except CutError as error:
         bounds, refusal = (), str(error)
-    assert all(abs(one.limit) <= 1e30 for one in bounds)
+    assert all(abs(one.limit) < float("inf") for one in bounds)
     assert parse_bounds(",".join(map(str, bounds)) or "none") == bounds
     assert len(refusal.splitlines()) == 1
     assert len(refusal) < 600
@@ -85,14 +73,11 @@ def test_any_text_is_bounds_or_refused_in_one_line(text: str) -> None:
         ("kl<=1,,acc>=0.5", "not ''"),
         ("kl==1", "must be bounds"),
         ("kl<=1<=2", "must be bounds"),
-        ("kl<=much", "the limit 'much', which is not a number"),
-        ("kl<=nan", "the limit nan.*finite number"),
-        ("kl<=inf", "finite number"),
-        ("kl<=1e99", "finite number"),
+        ("kl<=much", "must be bounds such as .*not 'kl<=much'"),
+        ("kl<=nan", "must be bounds"),
+        ("kl<=1e999", "must be bounds"),
         ("top1_agreement>=80", "a share from 0 to 1; write 0.8 for 80 %"),
         ("piqa:acc>=60", "piqa:acc is a share"),
-        ("kl<=1,kl<2", "has two upper bounds on kl"),
-        ("kl_ratio<=2", "kl is about the dense model already; leave _ratio out"),
         (3, "must be bounds"),
     ],
 )
@@ -131,9 +116,7 @@ def test_what_a_bound_is_held_against(text: str, met: bool, said: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("perplexty_ratio<=1.2", "did you mean perplexity_ratio"),
-        ("piqaa>=0.5", "did you mean piqa"),
-        ("zzz>=0.5", "neither a metric nor a task or text that is measured; metrics: acc"),
+        ("piqaa>=0.5", "'piqaa' is neither a metric nor a task or text that is measured; known are arc_easy, .*piqa"),
         ("kl<=1", "not measured; run hf-layerprune eval MODEL --base BASE --text TEXT"),
         ("arc_easy_ratio>=0.9", "not measured; run hf-layerprune eval MODEL --base BASE --tasks arc_easy"),
         ("bytes_on_disk<=5", "not measured; run hf-layerprune bench MODEL"),

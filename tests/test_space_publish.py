@@ -93,7 +93,8 @@ def requirements(space: Path) -> dict[str, Requirement]:
 
 
 def test_a_complete_space(folder: Path, tmp_path: Path) -> None:
-    space = build_space(tmp_path / "space", model_repo_id="org/pruned", model=folder / "pruned")
+    space = tmp_path / "space"
+    build_space(space, model_repo_id="org/pruned", model=folder / "pruned")
     assert {path.name for path in space.iterdir()} == FILES | {"figures"}
     found = front_matter(space)
     assert found["models"] == ["org/pruned", "org/base"]
@@ -125,12 +126,14 @@ def test_a_model_that_reads_images_needs_torchvision(folder: Path, tmp_path: Pat
         shutil.copytree(folder / "pruned", tmp_path / name)
         config = json.loads((tmp_path / name / "config.json").read_text())
         (tmp_path / name / "config.json").write_text(json.dumps(config | section))
-        space = build_space(tmp_path / f"{name}-space", model_repo_id="org/pruned", model=tmp_path / name)
+        space = tmp_path / f"{name}-space"
+        build_space(space, model_repo_id="org/pruned", model=tmp_path / name)
         assert ("torchvision" in (space / "requirements.txt").read_text().splitlines()) == bool(section)
 
 
 def test_the_published_table_needs_nothing_of_this_package(folder: Path, tmp_path: Path) -> None:
-    space = build_space(tmp_path / "space", model_repo_id="org/pruned")
+    space = tmp_path / "space"
+    build_space(space, model_repo_id="org/pruned")
     metrics_of(lineage_of()).write(tmp_path)
     script = """
 import json, sys
@@ -147,7 +150,8 @@ print(about.table(json.load(open(sys.argv[1]))))
 
 def test_an_adapter_of_a_local_base(folder: Path, tmp_path: Path) -> None:
     """It needs this package. Its base is not named, since a Space can't read a folder of this machine."""
-    space = build_space(tmp_path / "space", model_repo_id="org/adapter", model=folder / "adapter", adapter=True)
+    space = tmp_path / "space"
+    build_space(space, model_repo_id="org/adapter", model=folder / "adapter", adapter=True)
     assert str(requirements(space)["hf-layerprune"].specifier) == f"=={__version__}"
     assert front_matter(space)["models"] == ["org/adapter"]
 
@@ -158,7 +162,8 @@ def test_packed_weights_need_what_unpacks_them(folder: Path, tmp_path: Path, cap
     try:
         for method in ("bitsandbytes", "unheard-of"):
             config.write_text(text.replace("{", f'{{"quantization_config": {{"quant_method": "{method}"}},', 1))
-            space = build_space(tmp_path / method, model_repo_id="org/pruned", model=folder / "pruned")
+            space = tmp_path / method
+            build_space(space, model_repo_id="org/pruned", model=folder / "pruned")
             assert ("bitsandbytes" in requirements(space)) == (method == "bitsandbytes")
     finally:
         config.write_text(text)

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 MESSAGE = "Upload a chat with hf-layerprune"
 
 
-def build_space(folder: Path, *, model_repo_id: str, model: Path | None = None, adapter: bool = False) -> Path:
+def build_space(folder: Path, *, model_repo_id: str, model: Path | None = None, adapter: bool = False) -> None:
     """Write a complete Space for a model: `app.py` and its modules, pinned requirements, and the front matter.
 
     Args:
@@ -48,9 +48,6 @@ def build_space(folder: Path, *, model_repo_id: str, model: Path | None = None, 
         model (`Path`, *optional*): The model's folder. Its lineage names the dense model to compare with, if that is on
             the Hub; its config decides which packages are required.
         adapter (`bool`, defaults to `False`): Whether the model on the Hub is an adapter.
-
-    Returns:
-        `Path`: The folder.
 
     Raises:
         CutError: `model_repo_id` is not a Hub id.
@@ -70,7 +67,6 @@ def build_space(folder: Path, *, model_repo_id: str, model: Path | None = None, 
         metadata_save(made / CARD, fields)
         with (made / "requirements.txt").open("a", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in _requirements_of(model, adapter))
-    return folder
 
 
 def publish_space(request: PushRequest, *, adapter: bool, secret: str | None) -> Uploaded:
@@ -90,12 +86,13 @@ def publish_space(request: PushRequest, *, adapter: bool, secret: str | None) ->
     """
     repo_id, model = str(request.space), find_model(request)
     with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as place:
-        folder = build_space(Path(place, "space"), model_repo_id=request.repo_id, model=model, adapter=adapter)
+        folder = Path(place, "space")
+        build_space(folder, model_repo_id=request.repo_id, model=model, adapter=adapter)
         files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-        api, user = log_in(request.token)
-        done = upload(Upload(repo_id, files, "space", private=request.private, message=MESSAGE), api, user)
+        api = log_in(request.token)
+        done = upload(Upload(repo_id, files, "space", private=request.private, message=MESSAGE), api)
     if secret is not None:
-        with push_errors(repo_id, user, "space"):
+        with push_errors(repo_id):
             api.add_space_secret(repo_id, "HF_TOKEN", secret, description="Reads the model; stored by hf-layerprune")
     return done
 

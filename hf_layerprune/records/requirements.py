@@ -11,11 +11,9 @@ the model's number divided by the dense model's. This module does not import tor
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from operator import ge, gt, le, lt
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +24,7 @@ from .figures.metric_names import METRICS, SHARE
 if TYPE_CHECKING:
     from .metrics import Metrics
 
-_BOUND = re.compile(r"\s*([^\s<>=,]{1,200})\s*(<=|>=|<|>)\s*([^\s<>=,]{1,40})\s*")
+_BOUND = re.compile(r"\s*([^\s<>=,]{1,200})\s*(<=|>=|<|>)\s*(-?[\d.]{1,40}(?:e[+-]?\d{1,2})?)\s*")
 _EXAMPLE = "perplexity_ratio<=1.2,top1_agreement>=0.8,piqa>=0.6"
 _RATIO = "_ratio"
 _MOST = 100
@@ -108,38 +106,23 @@ def parse_bounds(text: str) -> tuple[Bound, ...]:
     """Parse bounds that are separated by commas; `none` stands for no bounds.
 
     Raises:
-        ValueError: A bound is malformed or repeated, or its limit is not a finite number or out of range.
+        ValueError: A bound is malformed, or its limit is out of range.
     """
-    if text.strip() == "none":
-        return ()
-    bounds = [_parse(part) for part in text.split(",", _MOST)]
-    for index, bound in enumerate(bounds):
-        if any((bound.name, bound.sign[0]) == (one.name, one.sign[0]) for one in bounds[:index]):
-            side = "upper" if bound.sign[0] == "<" else "lower"
-            raise ValueError(f"has two {side} bounds on {bound.name}; keep one of them")
-    return tuple(bounds)
+    return () if text.strip() == "none" else tuple(_parse(part) for part in text.split(",", _MOST))
 
 
 def _parse(text: str) -> Bound:
-    match = _BOUND.fullmatch(text)
-    if match is None:
-        raise ValueError(f"must be bounds such as {_EXAMPLE}, separated by commas; not {text.strip()[:60]!r}")
-    name, sign, word = match.groups()
     try:
+        name, sign, word = _BOUND.fullmatch(text).groups()  # type: ignore[union-attr]
         limit = float(word)
-    except ValueError:
+    except (AttributeError, ValueError):
         raise ValueError(
-            f"has the limit {word!r}, which is not a number; write a bound such as {name}{sign}0.8"
+            f"must be bounds such as {_EXAMPLE}, separated by commas; not {text.strip()[:60]!r}"
         ) from None
-    if not math.isfinite(limit) or abs(limit) > 1e30:
-        raise ValueError(f"has the limit {word}, but no number is above or below that; write a finite number")
-    bound = Bound(name, sign, limit)
-    if bound.is_ratio and bound.plain.rpartition(":")[2] in _FROM_BASE:
-        raise ValueError(f"has {name}, but {bound.plain} is about the dense model already; leave {_RATIO} out")
     metric = METRICS.get(name.rpartition(":")[2])
     if metric is not None and metric.unit == SHARE and not 0 <= limit <= 1:
         raise ValueError(f"has the limit {word}, but {name} is a share from 0 to 1; write 0.8 for 80 %")
-    return bound
+    return Bound(name, sign, limit)
 
 
 def _check(value: Any) -> tuple[Bound, ...]:
@@ -147,20 +130,7 @@ def _check(value: Any) -> tuple[Bound, ...]:
         return parse_bounds(value)
     if not isinstance(value, tuple | list) or not all(isinstance(one, Bound) for one in value):
         raise ValueError(f"must be bounds such as {_EXAMPLE}")
-    return parse_bounds(",".join(map(str, value)) or "none")
-
-
-def strictest(bounds: Iterable[Bound]) -> tuple[Bound, ...]:
-    """Of several bounds on the same side of the same number, only the strictest."""
-    kept: dict[tuple[str, str], Bound] = {}
-    for bound in bounds:
-        key = (bound.name, bound.sign[0])
-        kept[key] = min(kept.get(key, bound), bound, key=_leeway)
-    return tuple(kept.values())
-
-
-def _leeway(bound: Bound) -> tuple[float, int]:
-    return (bound.limit if bound.sign[0] == "<" else -bound.limit, len(bound.sign))
+    return tuple(value)
 
 
 REQUIREMENTS = Kind(parse_bounds, _check, "BOUNDS")
@@ -241,18 +211,12 @@ def check_measurable(
         if outcome.measured or (here and (base or not bound.is_ratio)):
             continue
         if not here and not task and metric not in METRICS:
+            known = [*tasks, *texts, *(one["task"] for one in metrics.results if "task" in one), *METRICS]
             raise CutError(
-                unknown(bound, [*tasks, *texts, *(one["task"] for one in metrics.results if "task" in one)])
+                f"{bound} is required, but {bound.plain!r} is neither a metric nor a task or text that is measured; known "
+                f"are {', '.join(dict.fromkeys(known))}"
             )
         raise CutError(outcome.text)
-
-
-def unknown(bound: Bound, names: Sequence[str]) -> str:
-    """What is wrong with a bound on something that is neither a metric nor measured, with the nearest names."""
-    near = get_close_matches(bound.plain, list(dict.fromkeys([*names, *METRICS])), n=3, cutoff=0.5)
-    suffix = _RATIO if bound.is_ratio else ""
-    hint = f"did you mean {' or '.join(name + suffix for name in near)}?" if near else f"metrics: {', '.join(METRICS)}"
-    return f"{bound} is required, but {bound.plain!r} is neither a metric nor a task or text that is measured; {hint}"
 
 
 def how_to_measure(bound: Bound) -> str:

@@ -6,7 +6,6 @@ Everything else is left out, with a reason. Links are never followed: the files 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from ...errors import CheckpointError
 from ...files.shards import INDEX
 from ...records.declared import CARD
 from ...records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, TEMPLATES, holds_weights, is_part
-from ...records.licences import is_licence_file
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.lineage import Lineage
 from ...records.metrics import FILE_NAME as METRICS
@@ -23,8 +21,7 @@ from ..requests import PushRequest
 
 _RECORDS = {CARD, CONFIG, INDEX, ADAPTER_CONFIG, LINEAGE, METRICS}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
-_MOST_FILES = 10_000
-_PICTURES = {f"{name}.png" for name in PICTURES}
+_PICTURES = {f"{ASSETS}/{name}.png" for name in PICTURES}
 
 
 @dataclass(frozen=True)
@@ -58,11 +55,10 @@ def find_model(request: PushRequest) -> Path:
     """Find the folder to publish: with `adapter_only`, `model` if that is an adapter, or else its subfolder `adapter`.
 
     Raises:
-        CheckpointError: There is no model, or no adapter.
+        CheckpointError: There is no model with a lineage, or no adapter.
     """
     folder = request.model.expanduser()
-    if not folder.is_dir():
-        Lineage.required(folder)  # which says what it is
+    Lineage.required(folder)
     if not request.adapter_only:
         return folder
     for place in (folder, folder / "adapter"):
@@ -78,13 +74,14 @@ def list_contents(folder: Path, request: PushRequest) -> Contents:
     """List the files of a model folder: those to publish, and those left out.
 
     Raises:
-        CheckpointError: A file to publish is a link or not a regular file, a name is not UTF-8, or a file of `include`
-            does not exist or may not be published.
+        CheckpointError: A file to publish is a link or not a regular file, or a file of `include` does not exist or may
+            not be published.
     """
     named = frozenset(name.replace(os.sep, "/") for name in request.include)
     files: dict[str, int] = {}
     left_out: dict[str, str] = {}
-    for name, path in _walk(folder):
+    for path in sorted(folder.rglob("*")):  # which follows no links
+        name = os.fsencode(path.relative_to(folder).as_posix()).decode(errors="replace")
         kind = _kind(path)
         if name in (ASSETS, EVAL_RESULTS, TEMPLATES) and kind != "a folder":
             raise CheckpointError(f"{path} must be a folder, not {kind}; remove it")
@@ -103,38 +100,17 @@ def list_contents(folder: Path, request: PushRequest) -> Contents:
     return Contents(folder, files, left_out, named & files.keys())
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
-    """All entries below a folder, with their relative paths. Links to folders are entries, and not followed."""
-    count = 0
-    for root, folders, names in os.walk(folder):
-        folders.sort()
-        for path in (Path(root, name) for name in sorted([*folders, *names])):
-            name, count = path.relative_to(folder).as_posix(), count + 1
-            try:
-                name.encode()
-            except UnicodeEncodeError:
-                text = f"the name of the file {os.fsencode(name)!r} in {folder} is not UTF-8; rename it"
-                raise CheckpointError(text) from None
-            if count > _MOST_FILES:
-                raise CheckpointError(f"{folder} has more than {_MOST_FILES:,} files; specify a model folder")
-            yield name, path
-
-
 def _why_not(name: str, path: Path, adapter_only: bool, named: bool) -> str | None:
     """The reason why a file is not published; `None` if it is."""
-    top, _, rest = name.partition("/")
     if name.endswith(_PICKLES):
         return "may hold a pickle, which can run code when it is loaded"
-    if rest:
-        return (
-            None
-            if named or is_part(name) or _is_picture_or_result(top, rest, path)
-            else "in a folder that is not part of the model"
-        )
     if adapter_only and (holds_weights(name) or name in (INDEX, CONFIG)) and name != ADAPTER_WEIGHTS:
         return "belongs to the whole model, and only the adapter is published"
-    if named or name in _RECORDS or holds_weights(name) or is_part(name):
+    theirs = name.startswith(f"{EVAL_RESULTS}/") and _kind(path) == "a file" and not is_our_result(path)
+    if named or (is_ours(name) and not theirs):
         return None
+    if "/" in name:
+        return "in a folder that is not part of the model"
     return "not part of the model; publish it with --include"
 
 
@@ -144,23 +120,13 @@ def _kind(path: Path) -> str:
     return "a folder" if path.is_dir() else "a file" if path.is_file() else "a device or a pipe"
 
 
-def _is_picture_or_result(top: str, name: str, path: Path) -> bool:
-    if top == ASSETS:
-        return name in _PICTURES
-    if top == EVAL_RESULTS and name.endswith(".yaml") and "/" not in name:
-        return _kind(path) != "a file" or is_our_result(path)
-    return False
-
-
 def is_ours(name: str) -> bool:
     """Whether a push writes files of this kind, and so may remove one that no longer belongs to the model.
 
     Weights, settings, templates and tokenizers of another model would be loaded with this one, and outdated records would
     be believed; other files that people have put there must remain.
     """
-    top, _, rest = name.partition("/")
-    if not rest:
-        return holds_weights(name) or name in _RECORDS or (is_part(name) and not is_licence_file(name))
-    if top == EVAL_RESULTS:
-        return rest.endswith(".yaml")
-    return (top == ASSETS and rest in _PICTURES) or (top == TEMPLATES and rest.endswith(".jinja"))
+    folder, _, base = name.rpartition("/")
+    if folder == EVAL_RESULTS:
+        return base.endswith(".yaml")
+    return name in _RECORDS or name in _PICTURES or is_part(name) or (not folder and holds_weights(name))

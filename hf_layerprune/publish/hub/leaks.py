@@ -18,9 +18,6 @@ from typing import Any
 
 from ...records.fingerprints import WEIGHTS
 
-_CHUNK = 1 << 20  # characters
-# The length of the longest secret that can be found: this much of each chunk is searched again with the next one.
-_OVERLAP = 512
 _MAX_HEADER = 100_000_000  # bytes; the format's limit for a safetensors header
 # Larger files are unlikely to be written by hand, and scanning them line by line takes long.
 _MAX_LINES = 16 << 20
@@ -76,18 +73,21 @@ def find_secrets(folder: Path, files: Iterable[str], named: frozenset[str] = fro
 def find_paths(folder: Path, files: Iterable[str]) -> Iterator[Leak]:
     """Find paths into a home folder; yields the first one of each file."""
     for name in files:
-        for start, chunk in _chunks(folder / name):
-            if match := _PATHS.search(chunk):
-                yield Leak(name, start + chunk.count("\n", 0, match.start()), f"the path {match[0]}")
-                break
+        text = _text(folder / name)
+        if match := _PATHS.search(text):
+            yield Leak(name, _line(text, match), f"the path {match[0]}")
 
 
 def _formats(path: Path) -> Iterator[tuple[int, str]]:
     """Lines that match a known format."""
-    for start, chunk in _chunks(path):
-        for what, pattern in _patterns():
-            for match in pattern.finditer(chunk):
-                yield start + chunk.count("\n", 0, match.start()), what
+    text = _text(path)
+    for what, pattern in _patterns():
+        for match in pattern.finditer(text):
+            yield _line(text, match), what
+
+
+def _line(text: str, match: re.Match[str]) -> int:
+    return text.count("\n", 0, match.start()) + 1
 
 
 @cache
@@ -115,34 +115,24 @@ def _everything(path: Path) -> Iterator[tuple[int, str]]:
 
     with tempfile.TemporaryDirectory() as place, default_settings():
         copy = Path(place, f"file{path.suffix}")
-        copy.write_text("".join(_raw(path)), encoding="utf-8")
+        copy.write_text(_text(path), encoding="utf-8")
         for secret in scan_file(str(copy)):
             if secret.type not in _LOOSE:
                 yield secret.line_number, secret.type
 
 
-def _chunks(path: Path) -> Iterator[tuple[int, str]]:
-    """Chunks of a file with the number of their first line; each begins with the end of the previous one."""
-    line, before = 1, ""
-    for text in _raw(path):
-        chunk = before + text
-        yield line, _ESCAPE.sub(_unescaped, chunk)
-        before = chunk[-_OVERLAP:]
-        line += chunk.count("\n", 0, len(chunk) - len(before))
-
-
-def _raw(path: Path) -> Iterator[str]:
-    """A file as text, in chunks. Zero bytes are removed, so that ASCII in UTF-16 and UTF-32 can be read too."""
+def _text(path: Path) -> str:
+    """A file as text, with escape sequences replaced: of a safetensors file its header, of other weights and pictures
+    nothing. Zero bytes are removed, so that ASCII in UTF-16 and UTF-32 can be read too.
+    """
     with path.open("rb") as file:
-        left = path.stat().st_size
-        suffix = path.suffix.lower()
+        size, suffix = -1, path.suffix.lower()
         if suffix == ".safetensors":
-            left = min(_MAX_HEADER, int.from_bytes(file.read(8), "little"))
+            size = min(_MAX_HEADER, int.from_bytes(file.read(8), "little"))
         elif suffix in (*WEIGHTS, ".png"):
-            return
-        while data := file.read(min(_CHUNK, left)):
-            left -= len(data)
-            yield data.replace(b"\0", b"").decode(errors="replace")
+            size = 0
+        text = file.read(size).replace(b"\0", b"").decode(errors="replace")
+    return _ESCAPE.sub(_unescaped, text)
 
 
 def _unescaped(match: re.Match[str]) -> str:

@@ -21,8 +21,9 @@ from ...errors import CheckpointError
 from ...files.copy import write_bytes, write_text
 from ...records.declared import CARD, front_matter
 from ...records.fingerprints import holds_weights
+from ...records.licences import is_licence_file
 from ...records.metrics import Metrics
-from ...records.requirements import check_measurable, strictest
+from ...records.requirements import check_measurable
 from ..card import metadata, regions
 from ..card.writing import (
     ASSETS,
@@ -99,14 +100,14 @@ def push(request: PushRequest) -> tuple[Plan, Uploaded]:
         made = _plan(request, contents, home)
         if made.refusals:
             raise PushRefusedError(made.refusals)
-        api, user = log_in(request.token)
+        api = log_in(request.token)
         remote = contents.folder.parents[1] / "on-the-hub"  # also in the temporary folder
         _merge_remote_card(request, contents.folder, _download(CARD, request, api, remote))
 
         def removable(name: str) -> bool:
-            """Whether a file of the repository is ours; others may have written results for the leaderboards, too."""
-            if not is_ours(name) or not name.startswith(f"{EVAL_RESULTS}/"):
-                return is_ours(name)
+            """Whether a file of the repository is ours; others may have added a licence, or results for leaderboards."""
+            if not name.startswith(f"{EVAL_RESULTS}/"):
+                return is_ours(name) and not is_licence_file(name)
             path = _download(name, request, api, remote)
             return path is not None and is_our_result(path)
 
@@ -119,7 +120,7 @@ def push(request: PushRequest) -> tuple[Plan, Uploaded]:
             message=MESSAGE,
             removable=removable,
         )
-        done = upload(job, api, user)
+        done = upload(job, api)
         _copy_back(contents, home)
         return made, done
 
@@ -157,7 +158,7 @@ def _require(request: PushRequest, staging: Path) -> None:
     if request.require:
         metrics = Metrics.of(staging) or Metrics("")
         check_measurable(request.require, metrics)
-        metrics.bounds = strictest([*metrics.bounds, *request.require])
+        metrics.bounds = tuple(dict.fromkeys([*metrics.bounds, *request.require]))
         metrics.write(staging)
 
 
@@ -190,17 +191,11 @@ def _merge_remote_card(request: PushRequest, staging: Path, path: Path | None) -
     """Keep the text that people have added to the card on the Hub."""
     if request.overwrite_card or path is None:
         return
-    where = f"README.md of {request.repo_id}"
+    where, local, card = f"README.md of {request.repo_id}", read_text(staging / CARD) or "", read_card(staging)
     try:
         remote = read_text(path) or ""
-    except CheckpointError as error:
-        raise PushError(
-            f"{where} is not UTF-8 text; correct it on the Hub, or replace it with --overwrite-card"
-        ) from error
-    if is_generic(remote):
-        return
-    local, card = read_text(staging / CARD) or "", read_card(staging)
-    try:
+        if is_generic(remote):
+            return
         remote_fields, remote_body = front_matter(remote, where)
         local_fields, local_body = front_matter(local, str(request.model / CARD))
         theirs, mine = (regions.theirs(regions.parse(body, where)) for body in (remote_body, local_body))
@@ -215,7 +210,8 @@ def _merge_remote_card(request: PushRequest, staging: Path, path: Path | None) -
         old = metadata.to_yaml(metadata.merged(local_fields, remote_fields)) + "\n" + body
         text = compose(card, old, where=where)
     except CheckpointError as error:
-        raise PushError(str(error).replace("--force", "--overwrite-card")) from error
+        text = str(error).replace(str(path), where).replace("--force", "--overwrite-card")
+        raise PushError(text) from error
     if text != local:
         write_text(staging / CARD, text)
 

@@ -1,6 +1,6 @@
 """Uploads files to a repository on the Hub in a single commit, or none if nothing has changed.
 
-    upload(Upload("org/name", {"config.json": Path("pruned/config.json"), ...}), *log_in())
+    upload(Upload("org/name", {"config.json": Path("pruned/config.json"), ...}), log_in())
 
 Large files are first sent to storage, where nobody sees them; then one commit refers to all of them. Until then, the
 branch is unchanged. Files that the Hub already has are not sent again: repeating an upload makes no commit, and an
@@ -29,10 +29,8 @@ _AGAIN = "run the same command again: files that have arrived are not sent again
 # What the Hub's refusals mean, by their status.
 _REFUSED = {
     401: "the token for {repo} is not valid, or has expired; log in again with `hf auth login`",
-    402: "the Hub asks for a paid plan for {repo} ({says})",
-    403: "{who} may not write to {repo}; ask its owner, open a pull request with --create-pr, or push to another "
-    "repository",
-    404: "{who} can't find the {kind} {repo}; check the name and the token's permissions",
+    403: "this token may not write to {repo} ({says}); use one that may, push to another repository, or open a pull request "
+    "with --create-pr",
     412: "somebody else changed {repo} in the meantime; run the command again",
 }
 
@@ -91,14 +89,11 @@ class Uploaded:
     pull_request: str | None = None
 
 
-def log_in(token: str | bool | None = None) -> tuple[HfApi, dict[str, Any]]:
-    """Check that there is a token, that the Hub accepts it, and that it may write.
+def log_in(token: str | bool | None = None) -> HfApi:
+    """A client for the Hub, if there is a token, the Hub accepts it, and it may write.
 
     Args:
         token (`str` or `bool`, *optional*): As for `huggingface_hub`; by default the user's own.
-
-    Returns:
-        `tuple[HfApi, dict[str, Any]]`: The client, and the Hub's description of the user.
 
     Raises:
         PushError: There is no token, or it may not write.
@@ -119,24 +114,24 @@ def log_in(token: str | bool | None = None) -> tuple[HfApi, dict[str, Any]]:
             "this token may only read; create one that may write at https://huggingface.co/settings/tokens, and log in "
             "with it"
         )
-    return api, user
+    return api
 
 
-def upload(job: Upload, api: HfApi, user: dict[str, Any]) -> Uploaded:
-    """Upload files in one commit, with the client and the user's description from `log_in`.
+def upload(job: Upload, api: HfApi) -> Uploaded:
+    """Upload files in one commit, with the client from `log_in`.
 
     Raises:
         PushError: The Hub refused. What a reader sees is unchanged.
         UnreachableError: The Hub could not be reached.
     """
-    with push_errors(job.repo_id, user, job.kind):
-        return _upload(job, api, user)
+    with push_errors(job.repo_id):
+        return _upload(job, api)
 
 
-def _upload(job: Upload, api: HfApi, user: dict[str, Any]) -> Uploaded:
+def _upload(job: Upload, api: HfApi) -> Uploaded:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    _open(job, api, user)
+    _open(job, api)
     url = f"{api.endpoint}/{'' if job.kind == 'model' else 'spaces/'}{job.repo_id}"
     url += f"/tree/{job.revision}" if job.revision else ""
     if job.revision and not job.revision.startswith("refs/pr/"):
@@ -164,9 +159,9 @@ def _upload(job: Upload, api: HfApi, user: dict[str, Any]) -> Uploaded:
     return Uploaded(url, commit.oid, tuple(added), tuple(removed), commit.pr_url)
 
 
-def _open(job: Upload, api: HfApi, user: dict[str, Any]) -> None:
+def _open(job: Upload, api: HfApi) -> None:
     """Find the repository, or create it."""
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         info = api.repo_info(job.repo_id, repo_type=job.kind)
@@ -181,17 +176,7 @@ def _open(job: Upload, api: HfApi, user: dict[str, Any]) -> None:
             text = f"there is no {job.kind} {job.repo_id} to open a pull request for; omit --create-pr"
             raise PushError(text) from None
     sdk, private = "gradio" if job.kind == "space" else None, job.private or None
-    try:
-        api.create_repo(job.repo_id, repo_type=job.kind, private=private, space_sdk=sdk, exist_ok=True)
-    except HfHubHTTPError as error:
-        namespace = job.repo_id.rpartition("/")[0]
-        known = {user.get("name"), *(one.get("name") for one in user.get("orgs") or ())}
-        if error.response.status_code not in (403, 404) or namespace in known:
-            raise
-        raise PushError(
-            f"{user.get('name')} can't create {job.repo_id}: there is no organisation {namespace}, or this token may not "
-            f"write to it; use one of your namespaces: {', '.join(sorted(filter(None, known)))}"
-        ) from error
+    api.create_repo(job.repo_id, repo_type=job.kind, private=private, space_sdk=sdk, exist_ok=True)
 
 
 def _proposals(job: Upload, api: HfApi) -> Iterator[Any]:
@@ -221,7 +206,7 @@ def _same(path: Path, entry: Any) -> bool:
 
 
 @contextmanager
-def push_errors(repo_id: str, user: dict[str, Any] | None = None, kind: str = "model") -> Iterator[None]:
+def push_errors(repo_id: str) -> Iterator[None]:
     """Turn exceptions of the client into one line that says what, where, and the way out.
 
     Raises:
@@ -247,6 +232,5 @@ def push_errors(repo_id: str, user: dict[str, Any] | None = None, kind: str = "m
             raise UnreachableError(f"the Hub answers {status} for {repo_id}; {later}{_AGAIN}") from raised
         if isinstance(error, errors.RevisionNotFoundError):
             raise PushError(f"{repo_id} has no such branch or pull request; check --revision") from raised
-        who = (user or {}).get("name") or "this token"
-        text = _REFUSED.get(status or 0, "{repo} was not pushed: {says}")
-        raise PushError(text.format(repo=repo_id, who=who, kind=kind, says=says)) from raised
+        text = _REFUSED.get(status, "{repo} was not pushed: {says}")
+        raise PushError(text.format(repo=repo_id, says=says)) from raised
