@@ -17,8 +17,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ON_THE_HUB_ONLY = {"spaces"}
 # An engine that users bring, which `bench --engine` names with its install command where it is missing.
 BROUGHT_ALONG = {"vllm"}
-# A module of the package that is put beside the scripts of the Space when it is published.
-COPIED_IN = {"figures"}
 # What transformers, PEFT and lm-eval ask for without our importing it.
 NOT_IMPORTED = {"accelerate", "bitsandbytes", "torchao"}
 
@@ -58,7 +56,7 @@ def test_what_is_imported_is_declared(folder: str) -> None:
     undeclared = {
         module: str(path.relative_to(ROOT))
         for module, path in imported(ROOT / folder).items()
-        if module not in ON_THE_HUB_ONLY | BROUGHT_ALONG | COPIED_IN | {"hf_layerprune"}
+        if module not in ON_THE_HUB_ONLY | BROUGHT_ALONG | {"hf_layerprune"}
         and not {normal(one) for one in providers.get(module, [module])} & declared()
     }
     assert not undeclared

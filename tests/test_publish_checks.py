@@ -335,7 +335,7 @@ def test_a_folder_in_place_of_a_file(folder: Path, capsys: pytest.CaptureFixture
     (folder / "README.md").unlink()
     (folder / "README.md").mkdir()
     assert main(["push", str(folder), "org/small", "--dry-run"]) == 1
-    assert "README.md is not a file" in capsys.readouterr().err
+    assert "README.md is a folder" in capsys.readouterr().err
 
 
 def test_an_adapter_beside_a_model(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,6 @@ from hf_layerprune.errors import CheckpointError
 from hf_layerprune.publish.space import build_space, secret_from
 from tests.chat_models import pruned_model, tiny_chat_model
 from tests.hub_server import HubServer, client_env
-from tests.publish_records import lineage_of, metrics_of
 
 FILES = {
     "README.md", "about.py", "answers.py", "api.py", "app.py", "chat.py", "images.py", "page.py",
@@ -95,7 +93,7 @@ def requirements(space: Path) -> dict[str, Requirement]:
 def test_a_complete_space(folder: Path, tmp_path: Path) -> None:
     space = tmp_path / "space"
     build_space(space, model_repo_id="org/pruned", model=folder / "pruned")
-    assert {path.name for path in space.iterdir()} == FILES | {"figures"}
+    assert {path.name for path in space.iterdir()} == FILES
     found = front_matter(space)
     assert found["models"] == ["org/pruned", "org/base"]
     assert found["title"] == "pruned"
@@ -116,7 +114,7 @@ def test_a_complete_space(folder: Path, tmp_path: Path) -> None:
     # A plain model needs nothing of this package.
     assert "hf-layerprune" not in pins
     for path in space.rglob("*.py"):
-        if path.name not in ("source.py", "weights.py", "about.py"):
+        if path.name not in ("source.py", "weights.py"):
             assert "hf_layerprune" not in path.read_text()
 
 
@@ -129,23 +127,6 @@ def test_a_model_that_reads_images_needs_torchvision(folder: Path, tmp_path: Pat
         space = tmp_path / f"{name}-space"
         build_space(space, model_repo_id="org/pruned", model=tmp_path / name)
         assert ("torchvision" in (space / "requirements.txt").read_text().splitlines()) == bool(section)
-
-
-def test_the_published_table_needs_nothing_of_this_package(folder: Path, tmp_path: Path) -> None:
-    space = tmp_path / "space"
-    build_space(space, model_repo_id="org/pruned")
-    metrics_of(lineage_of()).write(tmp_path)
-    script = """
-import json, sys
-sys.modules["hf_layerprune"] = None
-import about
-print(about.table(json.load(open(sys.argv[1]))))
-"""
-    command = [sys.executable, "-c", script, str(tmp_path / "metrics.json")]
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PYTHONPATH": str(space)}
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "length-normalised accuracy" in done.stdout
 
 
 def test_an_adapter_of_a_local_base(folder: Path, tmp_path: Path) -> None:

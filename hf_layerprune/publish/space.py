@@ -2,8 +2,8 @@
 
     build_space(Path("space"), model_repo_id="me/pruned", model=Path("pruned"))
 
-The Space is a copy of `spaces/chat/` with the model's name in its front matter, and a copy of `records/figures/`, with
-which it formats numbers as the card does. It needs nothing else of this package, unless the model is an adapter.
+The Space is a copy of `spaces/chat/` with the model's name in its front matter. It needs nothing of this package, unless
+the model is an adapter.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from huggingface_hub.repocard import metadata_load, metadata_save
 from ..errors import CheckpointError, CutError
 from ..files.folders import new_folder
 from ..files.shipped import shipped
-from ..records import figures
 from ..records.declared import CARD
 from ..records.fingerprints import ADAPTER_CONFIG, CONFIG
 from ..records.lineage import Lineage
@@ -61,7 +60,6 @@ def build_space(folder: Path, *, model_repo_id: str, model: Path | None = None, 
         for path in sorted(source.iterdir()):
             if path.suffix in (".py", ".css", ".txt", ".md"):
                 shutil.copyfile(path, made / path.name)
-        shutil.copytree(Path(figures.__file__).parent, made / "figures", ignore=shutil.ignore_patterns("__pycache__"))
         fields = metadata_load(made / CARD) or {}
         fields |= {"title": last_part(model_repo_id), "models": [one for one in (model_repo_id, base_repo_id) if one]}
         metadata_save(made / CARD, fields)

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from about import Records, stages
+from about import Records, file_of
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from images import Prompt, encoded, processor_of
 from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-from transformers.utils.hub import cached_file
 
+NO_REPEAT_NGRAM = 5  # what a card advises, for models that declare nothing against repetition
 MAX_CONTEXT = int(os.environ.get("MAX_CONTEXT", 8192))  # tokens; less if the model's own context is shorter
 
 Message = dict[str, Any]  # `role`, `content` as text and, where there are any, `images` as paths
@@ -160,17 +160,13 @@ def advised(model: str) -> dict[str, float]:
     return {
         "temperature": config.temperature or 0.6,
         "top_p": config.top_p or 0.9,
-        "no_repeat": 0 if declared else stages.NO_REPEAT_NGRAM,
+        "no_repeat": 0 if declared else NO_REPEAT_NGRAM,
     }
 
 
 def find_adapter(model: str) -> Any:
     """The configuration of an adapter; `None` for a whole model."""
-
-    def has(name: str) -> bool:
-        return cached_file(model, name, _raise_exceptions_for_missing_entries=False) is not None
-
-    if os.path.isfile(model) or has("config.json") or not has("adapter_config.json"):
+    if os.path.isfile(model) or file_of(model, "config.json") or not file_of(model, "adapter_config.json"):
         return None
     from peft import PeftConfig
 

@@ -27,7 +27,6 @@ from ...options import plural
 from ...records.curve import curve_of
 from ...records.figures import numbers
 from ...records.figures.results import COST, QUALITY, Results, measured_with, results_of, run_words
-from ...records.figures.stages import NO_REPEAT_NGRAM
 from ...records.history import History, Stage, read_history
 from ...records.licences import LicenceFound
 from ...records.lineage import Lineage
@@ -47,6 +46,8 @@ SECTIONS = (
     "summary", "results", "speed", "requirements", "curve", "use", "recipe", "training", "limits", "provenance", "licence",
     "citation",
 )  # fmt: skip
+# Small models that lost layers repeat themselves, so no sequence of this many tokens may occur twice.
+NO_REPEAT_NGRAM = 5
 # The paper of the method. Those of criteria and repairs are named in their registries; `papers.bib` has them all.
 _METHOD = "2411.15558"
 # Changing this number makes every plot be redrawn.

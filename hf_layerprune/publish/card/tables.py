@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from markupsafe import Markup
@@ -11,13 +12,20 @@ from ...layer_ranges import name_layers
 from ...options import plural
 from ...records.figures import numbers
 from ...records.figures.results import ResultColumn, Results, Row, run_words
-from ...records.figures.stages import training_settings
 from ...records.history import QUANTIZE, Stage
 from ...records.quantized import describe_quantization
 from ...records.requirements import Outcome
 from .escape import code, hub_link, prose
 
 _NBSP = "\u00a0"
+# The most important settings of a training run.
+_TRAINING = {
+    "method": "what is trained", "loss": "loss", "kd_direction": "direction of the KL divergence",
+    "learning_rate": "learning rate", "lr_scheduler_type": "schedule", "optim": "optimiser",
+    "num_train_epochs": "epochs", "max_steps": "steps", "rows_a_step": "rows per step",
+    "max_length": "maximum tokens per row", "seed": "seed",
+}  # fmt: skip
+_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
 
 
 def table(header: Sequence[Any], align: str, rows: Sequence[Sequence[Any]]) -> Markup:
@@ -114,7 +122,16 @@ def _use(stage: Stage) -> str:
 
 def training_table(stage: Stage) -> Markup:
     """The most important settings of a training run; the list of settings has all of them."""
-    rows = [[words, code(value)] for words, value in training_settings(stage.settings).items()]
+    settings = dict(stage.settings)
+    each = [settings[name] for name in _STEP if name in settings]
+    if len(each) == len(_STEP):
+        settings["rows_a_step"] = prod(each)
+    told = {words: settings.get(name) for name, words in _TRAINING.items()}
+    rows = [
+        [words, code(f"{value:.3g}" if isinstance(value, float) else value)]
+        for words, value in told.items()
+        if value not in (None, "", [], -1)
+    ]
     return table([stage.name, ""], "ll", rows)
 
 

@@ -58,16 +58,17 @@ def find_model(request: PushRequest) -> Path:
         CheckpointError: There is no model with a lineage, or no adapter.
     """
     folder = request.model.expanduser()
+    if request.adapter_only:
+        places = (folder, folder / "adapter")
+        found = [p for p in places if (p / ADAPTER_CONFIG).is_file() and (p / ADAPTER_WEIGHTS).is_file()]
+        if not found:
+            raise CheckpointError(
+                f"{folder} holds no adapter, so --adapter-only has nothing to publish; make one with hf-layerprune prune "
+                "--adapter, or omit the option"
+            )
+        folder = found[0]
     Lineage.required(folder)
-    if not request.adapter_only:
-        return folder
-    for place in (folder, folder / "adapter"):
-        if (place / ADAPTER_CONFIG).is_file() and (place / ADAPTER_WEIGHTS).is_file():
-            return place
-    raise CheckpointError(
-        f"{folder} holds no adapter, so --adapter-only has nothing to publish; make one with hf-layerprune prune "
-        "--adapter, or omit the option"
-    )
+    return folder
 
 
 def list_contents(folder: Path, request: PushRequest) -> Contents:
