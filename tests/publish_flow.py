@@ -88,21 +88,6 @@ def push_what_misses(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
 
 
 @scenario
-def train_what_was_pushed(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
-    import torch
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    settings = SFTConfig(
-        output_dir=str(place / "trained"), max_steps=1, per_device_train_batch_size=1, report_to=[], use_cpu=True,
-        save_strategy="no", bf16=False, gradient_checkpointing=False, model_init_kwargs={"dtype": torch.float32},
-    )  # fmt: skip
-    rows = Dataset.from_dict({"text": ["w1 w2 w3 w4 w5 w6"] * 2})
-    trainer = SFTTrainer("org/model", args=settings, train_dataset=rows)
-    out["loss"] = trainer.train().training_loss
-
-
-@scenario
 def verify_what_was_pushed(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
     # As on another machine, with an empty cache and without the folder.
     shutil.rmtree(place / "home", ignore_errors=True)

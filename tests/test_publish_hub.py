@@ -63,7 +63,6 @@ def test_a_second_push_changes_nothing(found: Found) -> None:
 def test_the_libraries_load_it(found: Found) -> None:
     assert found["push_and_load"]["logits"]
     assert found["push_and_load"]["words"] == 128
-    assert 0 < found["train_what_was_pushed"]["loss"] < 20  # TRL
     assert found["the_libraries_push"]["layers"] == 6  # PEFT, an adapter
 
 

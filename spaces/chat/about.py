@@ -128,28 +128,19 @@ def shown(model: str, text: str) -> str:
 
 
 def at_a_glance(records: Records) -> str:
-    """A small layer map for an empty chat; empty if the layers are unknown."""
+    """A small layer map for an empty chat, with the dropped layers as holes; empty if the layers are unknown."""
     if (layers := records.layers()) is None:
         return ""
     total, left = layers
-    base = escape(str(records.base or "the base").rsplit("/", 1)[-1])
-    gone = f"{word(total - len(left))} {dropped(layers)}"
-    return f'<div class="layers glance">{tiles(layers)}<p>{base} without {gone}</p></div>'
-
-
-def tiles(layers: tuple[int, list[int]]) -> str:
-    """A tile for each layer of the base. Not an SVG: Gradio's chatbot removes the attributes that scale it."""
-    total, left = layers
+    dropped = [layer for layer in range(total) if layer not in left]
     rows = -(-total // COLUMNS)
     columns = -(-total // rows)
-    cells = [f'<span class="{"kept" if layer in left else "gone"}"></span>' for layer in range(total)]
-    return "".join(f"<div>{''.join(cells[row * columns : (row + 1) * columns])}</div>" for row in range(rows))
-
-
-def dropped(layers: tuple[int, list[int]]) -> str:
-    """The layers that a model lacks, as ranges."""
-    total, left = layers
-    return ranges(sorted(set(range(total)) - set(left)))
+    # Not an SVG: Gradio's chatbot removes the attributes that scale it.
+    cells = [f'<span class="{"gone" if layer in dropped else "kept"}"></span>' for layer in range(total)]
+    tiles = "".join(f"<div>{''.join(cells[row * columns : (row + 1) * columns])}</div>" for row in range(rows))
+    base = escape(str(records.base or "the base").rsplit("/", 1)[-1])
+    text = f"{base} without {'layer' if len(dropped) == 1 else 'layers'} {ranges(dropped)}"
+    return f'<div class="layers glance">{tiles}<p>{text}</p></div>'
 
 
 def bytes_(count: float) -> str:
@@ -158,11 +149,6 @@ def bytes_(count: float) -> str:
         if count >= scale:
             return f"{count / scale:.1f} {unit}"
     return f"{count:.0f} B"
-
-
-def word(count: int) -> str:
-    """`layer` for one layer, `layers` for several."""
-    return "layer" if count == 1 else "layers"
 
 
 def ranges(layers: list[int]) -> str:

@@ -122,41 +122,37 @@ def upload(job: Upload, api: HfApi) -> Uploaded:
 
     Raises:
         PushError: The Hub refused. What a reader sees is unchanged.
-        UnreachableError: The Hub could not be reached.
+        UnreachableError: The Hub did not answer. A reader sees the old state or the whole new one.
     """
-    with push_errors(job.repo_id):
-        return _upload(job, api)
-
-
-def _upload(job: Upload, api: HfApi) -> Uploaded:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    _open(job, api)
-    url = f"{api.endpoint}/{'' if job.kind == 'model' else 'spaces/'}{job.repo_id}"
-    url += f"/tree/{job.revision}" if job.revision else ""
-    if job.revision and not job.revision.startswith("refs/pr/"):
-        api.create_branch(job.repo_id, branch=job.revision, repo_type=job.kind, exist_ok=True)
-    for proposal in _proposals(job, api):  # the same pull request is not opened twice
-        head, remote = _tree(job, api, f"refs/pr/{proposal.num}")
-        if job.differences(remote) == ([], []):
-            return Uploaded(url, head, pull_request=proposal.url)
-    head, remote = _tree(job, api, job.revision)
-    added, removed = job.differences(remote)
-    if not added and not removed:
-        return Uploaded(url, head)
-    commit = api.create_commit(
-        job.repo_id,
-        [
-            *(CommitOperationAdd(name, str(job.files[name])) for name in added),
-            *(CommitOperationDelete(name) for name in removed),
-        ],
-        commit_message=job.message,
-        repo_type=job.kind,
-        revision=job.revision,
-        create_pr=job.create_pr,
-        parent_commit=head,
-    )
-    return Uploaded(url, commit.oid, tuple(added), tuple(removed), commit.pr_url)
+    with push_errors(job.repo_id):
+        _open(job, api)
+        url = f"{api.endpoint}/{'' if job.kind == 'model' else 'spaces/'}{job.repo_id}"
+        url += f"/tree/{job.revision}" if job.revision else ""
+        if job.revision and not job.revision.startswith("refs/pr/"):
+            api.create_branch(job.repo_id, branch=job.revision, repo_type=job.kind, exist_ok=True)
+        for proposal in _proposals(job, api):  # the same pull request is not opened twice
+            head, remote = _tree(job, api, f"refs/pr/{proposal.num}")
+            if job.differences(remote) == ([], []):
+                return Uploaded(url, head, pull_request=proposal.url)
+        head, remote = _tree(job, api, job.revision)
+        added, removed = job.differences(remote)
+        if not added and not removed:
+            return Uploaded(url, head)
+        commit = api.create_commit(
+            job.repo_id,
+            [
+                *(CommitOperationAdd(name, str(job.files[name])) for name in added),
+                *(CommitOperationDelete(name) for name in removed),
+            ],
+            commit_message=job.message,
+            repo_type=job.kind,
+            revision=job.revision,
+            create_pr=job.create_pr,
+            parent_commit=head,
+        )
+        return Uploaded(url, commit.oid, tuple(added), tuple(removed), commit.pr_url)
 
 
 def _open(job: Upload, api: HfApi) -> None:
