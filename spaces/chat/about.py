@@ -140,7 +140,7 @@ def at_a_glance(records: Records) -> str:
     tiles = "".join(f"<div>{''.join(cells[row * columns : (row + 1) * columns])}</div>" for row in range(rows))
     base = escape(str(records.base or "the base").rsplit("/", 1)[-1])
     text = f"{base} without {'layer' if len(dropped) == 1 else 'layers'} {ranges(dropped)}"
-    return f'<div class="layers glance">{tiles}<p>{text}</p></div>'
+    return f'<div class="glance">{tiles}<p>{text}</p></div>'
 
 
 def bytes_(count: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -96,7 +96,7 @@ def _weights(contents: Contents, request: PushRequest) -> Outcome:
         )
     if not contents.is_adapter and layer_count(load_config(folder)) != len(read_history(lineage).kept):
         raise CheckpointError(f"config.json and {LINEAGE} disagree on the number of layers; one of them was edited")
-    yield from _other_files(contents, last)
+    yield from _other_files(contents, last, request.include)
     size = numbers.size(sum(contents.files[name] for name in contents.weights))
     yield (
         OK,
@@ -104,7 +104,7 @@ def _weights(contents: Contents, request: PushRequest) -> Outcome:
     )
 
 
-def _other_files(contents: Contents, last: dict[str, Any]) -> Outcome:
+def _other_files(contents: Contents, last: dict[str, Any], named: Collection[str]) -> Outcome:
     """Check that the config, the tokenizer and so on are as the last stage wrote them."""
     here: dict[str, str] = behaviour_hashes(contents.folder)
     told: dict[str, str] = last.get("files", here)
@@ -118,7 +118,7 @@ def _other_files(contents: Contents, last: dict[str, Any]) -> Outcome:
                 REFUSAL,
                 f"{name} is a file of the model that {last.get('stage')} wrote; publish it with --include {name}",
             )
-        elif name in contents.named:
+        elif name in named and name in here:
             yield WARNING, text
         elif name in here:
             undo = "restore it" if name in told else "remove it"
@@ -208,7 +208,7 @@ def _licence(contents: Contents, request: PushRequest) -> Outcome:
 
 
 def _secrets(contents: Contents, request: PushRequest) -> Outcome:
-    secrets = list(islice(leaks.find_secrets(contents.folder, contents.files, contents.named), _MOST_LEAKS))
+    secrets = list(islice(leaks.find_secrets(contents.folder, contents.files, request.include), _MOST_LEAKS))
     for leak in secrets:
         what = f"contains what looks like a secret ({leak.what}); remove it, and revoke it if it is real"
         yield REFUSAL, f"{leak.file} line {leak.line} {what}"

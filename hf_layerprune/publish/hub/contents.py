@@ -6,7 +6,7 @@ Everything else is left out, with a reason. Links are never followed: the files 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import CheckpointError
@@ -32,13 +32,11 @@ class Contents:
         folder (`Path`): The folder.
         files (`dict[str, int]`): The size of each file that is published, by its path in the repository.
         left_out (`dict[str, str]`): Why each of the other files is left out.
-        named (`frozenset[str]`): Those in `files` that are published because the user named them.
     """
 
     folder: Path
     files: dict[str, int]
-    left_out: dict[str, str] = field(default_factory=dict)
-    named: frozenset[str] = frozenset()
+    left_out: dict[str, str]
 
     @property
     def weights(self) -> list[str]:
@@ -78,7 +76,6 @@ def list_contents(folder: Path, request: PushRequest) -> Contents:
         CheckpointError: A file to publish is a link or not a regular file, or a file of `include` does not exist or may
             not be published.
     """
-    named = frozenset(name.replace(os.sep, "/") for name in request.include)
     files: dict[str, int] = {}
     left_out: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):  # which follows no links
@@ -86,7 +83,7 @@ def list_contents(folder: Path, request: PushRequest) -> Contents:
         kind = _kind(path)
         if name in (ASSETS, EVAL_RESULTS, TEMPLATES) and kind != "a folder":
             raise CheckpointError(f"{path} must be a folder, not {kind}; remove it")
-        reason = _why_not(name, path, request.adapter_only, name in named)
+        reason = _why_not(name, path, request.adapter_only, name in request.include)
         if kind == "a folder" and reason is not None:
             continue
         if reason is not None:
@@ -95,10 +92,10 @@ def list_contents(folder: Path, request: PushRequest) -> Contents:
             files[name] = path.stat().st_size
         else:
             raise CheckpointError(f"{path} is {kind}, and only files are published; replace it with the file itself")
-    for name in sorted(named - files.keys()):
+    for name in sorted({*request.include} - files.keys()):
         reason = left_out.get(name, f"there is no such file in {folder}")
         raise CheckpointError(f"--include {name}: {reason}")
-    return Contents(folder, files, left_out, named & files.keys())
+    return Contents(folder, files, left_out)
 
 
 def _why_not(name: str, path: Path, adapter_only: bool, named: bool) -> str | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -54,13 +54,13 @@ class Leak:
     what: str
 
 
-def find_secrets(folder: Path, files: Iterable[str], named: frozenset[str] = frozenset()) -> Iterator[Leak]:
+def find_secrets(folder: Path, files: Iterable[str], named: Collection[str] = ()) -> Iterator[Leak]:
     """Find secrets in files of a folder; of safetensors files, only the header is searched.
 
     Args:
         folder (`Path`): The folder.
         files (`Iterable[str]`): Paths in it.
-        named (`frozenset[str]`, *optional*): Those that are published only because the user named them.
+        named (`Collection[str]`, *optional*): Those that are published only because the user named them.
 
     Yields:
         `Leak`: Each line with a secret, once for each kind of secret.
