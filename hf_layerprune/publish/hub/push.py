@@ -83,8 +83,8 @@ def plan(request: PushRequest) -> Plan:
     Raises:
         CheckpointError: There is no model, or its card can't be written.
     """
-    with _staged(request) as (contents, home):
-        return _plan(request, contents, home)
+    with _staged(request) as (made, _):
+        return made
 
 
 def push(request: PushRequest) -> tuple[Plan, Uploaded]:
@@ -96,11 +96,10 @@ def push(request: PushRequest) -> tuple[Plan, Uploaded]:
         UnreachableError: The Hub could not be reached.
         CheckpointError: There is no model, or its card can't be written.
     """
-    with _staged(request) as (contents, home):
-        made = _plan(request, contents, home)
+    with _staged(request) as (made, home):
         if made.refusals:
             raise PushRefusedError(made.refusals)
-        api = log_in(request.token)
+        contents, api = made.contents, log_in(request.token)
         remote = contents.folder.parents[1] / "on-the-hub"  # also in the temporary folder
         _merge_remote_card(request, contents.folder, _download(CARD, request, api, remote))
 
@@ -108,7 +107,7 @@ def push(request: PushRequest) -> tuple[Plan, Uploaded]:
             """Whether a file of the repository is ours; others may have added a licence, or results for leaderboards."""
             if not name.startswith(f"{EVAL_RESULTS}/"):
                 return is_ours(name) and not is_licence_file(name)
-            path = _download(name, request, api, remote)
+            path = _download(name, request, api, remote) if is_ours(name) else None
             return path is not None and is_our_result(path)
 
         job = Upload(
@@ -125,15 +124,9 @@ def push(request: PushRequest) -> tuple[Plan, Uploaded]:
         return made, done
 
 
-def _plan(request: PushRequest, contents: Contents, home: Path) -> Plan:
-    # Messages name the user's folder, not the staging folder.
-    checks = run_checks(contents, request)
-    return Plan(contents, [replace(one, text=one.text.replace(str(contents.folder), str(home))) for one in checks])
-
-
 @contextmanager
-def _staged(request: PushRequest) -> Iterator[tuple[Contents, Path]]:
-    """Prepare the files in a staging folder, with the new card and records; also yield the model's own folder."""
+def _staged(request: PushRequest) -> Iterator[tuple[Plan, Path]]:
+    """Prepare and check the files in a staging folder, with the new card and records; also yield the model's own folder."""
     home = find_model(request)
     listed = list_contents(home, request)
     with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as place:
@@ -150,7 +143,12 @@ def _staged(request: PushRequest) -> Iterator[tuple[Contents, Path]]:
             raise type(error)(str(error).replace(str(staging), str(home))) from error
         files = sorted(path for path in staging.rglob("*") if path.is_file())
         sizes = {path.relative_to(staging).as_posix(): path.stat().st_size for path in files}
-        yield replace(listed, folder=staging, files=sizes), home
+        contents = replace(listed, folder=staging, files=sizes)
+        # Messages name the user's folder, not the staging folder.
+        checks = [
+            replace(one, text=one.text.replace(str(staging), str(home))) for one in run_checks(contents, request)
+        ]
+        yield Plan(contents, checks), home
 
 
 def _require(request: PushRequest, staging: Path) -> None:
