@@ -399,8 +399,7 @@ def test_the_page_is_there_while_the_weights_load(visit: Callable[..., Visit], f
 def test_a_clear_page_where_there_is_no_model(
     visit: Callable[..., Visit], folder: Path, tmp_path: Path, damage: str
 ) -> None:
-    for path in (folder / "pruned").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(folder / "pruned", tmp_path, dirs_exist_ok=True)
     (tmp_path / {"weights": "model.safetensors"}.get(damage, "config.json")).write_text("{")
     with served("" if damage == "unnamed" else tmp_path) as address:
         here = visit(address)
