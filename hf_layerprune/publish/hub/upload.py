@@ -219,11 +219,11 @@ def push_errors(repo_id: str) -> Iterator[None]:
         # The client wraps what fails while it uploads in a RuntimeError.
         error: Any = raised.__cause__ if isinstance(raised, RuntimeError) and raised.__cause__ else raised
         says, response = cause_of(error), getattr(error, "response", None)
-        status = response.status_code if response is not None else None
+        status = 0 if response is None else response.status_code
         if isinstance(error, transport_error()):
             raise UnreachableError(f"can't reach the Hub for {repo_id} ({says}); {_AGAIN}") from raised
         if status in _TRY_AGAIN:
-            pause = response.headers.get("Retry-After")
+            pause = error.response.headers.get("Retry-After")
             later = f"wait {pause} s, and then " if pause else ""
             raise UnreachableError(f"the Hub answers {status} for {repo_id}; {later}{_AGAIN}") from raised
         if isinstance(error, errors.RevisionNotFoundError):
