@@ -27,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _AT_ONCE = 4
-# Every model repository has one of these; they are used to look up the commit of a revision in the cache.
-_LANDMARKS = ("config.json", "adapter_config.json", "lineage.json", "README.md")
 
 
 class UnreachableError(CheckpointError):
@@ -48,50 +46,35 @@ def hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
     except LayerPruneError:
         raise
     except Exception as error:
-        if (told := _told(error, repo, revision)) is None:
-            raise
-        raise told from error
+        raise _told(error, repo, revision) from error
 
 
-def _told(error: Exception, repo: str, revision: str | None) -> CheckpointError | None:
+def _told(error: Exception, repo: str, revision: str | None) -> CheckpointError:
     from huggingface_hub import errors
 
     cause = cause_of(error)
+    login = "log in with `hf auth login` or set HF_TOKEN"
     if isinstance(error, errors.GatedRepoError):
-        how = "ask for access on its page, then log in with `hf auth login` or set HF_TOKEN"
-        return CheckpointError(f"{repo} is gated; {how}")
+        return CheckpointError(f"{repo} is gated; ask for access on its page, then {login}")
     if isinstance(error, errors.RepositoryNotFoundError):
-        how = "check the name, or log in with `hf auth login` or HF_TOKEN"
-        return CheckpointError(f"{repo} is not on the Hub, or it is private; {how}")
+        return CheckpointError(f"{repo} is not on the Hub, or it is private; check the name, or {login}")
     if isinstance(error, errors.RevisionNotFoundError):
         return CheckpointError(f"{repo} has no revision {revision!r}; specify a branch, a tag or a commit")
-    if isinstance(error, errors.HFValidationError):
-        return CheckpointError(
-            f"{repo!r} is neither a folder nor a Hub id ({cause}); specify a folder, or an id such as org/name"
-        )
-    if isinstance(error, UnicodeEncodeError):
-        return CheckpointError(f"can't read {repo}: {cause}")
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        behind = cause_of(error.__cause__) if isinstance(error.__cause__, Exception) else cause
-        return UnreachableError(f"can't get {repo} ({behind}); check the connection")
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
         if status in (401, 403):
-            return CheckpointError(f"{repo} can't be read with this token ({cause}); log in with `hf auth login`")
+            return CheckpointError(f"{repo} can't be read with this token ({cause}); {login}")
         kind = UnreachableError if status in (408, 429) or status >= 500 else CheckpointError
         return kind(f"can't read {repo}: {cause}; try again later")
-    if isinstance(error, (errors.OfflineModeIsEnabled, transport_error())):
-        return UnreachableError(f"can't reach the Hub for {repo} ({cause}); check the connection")
+    unreachable = (errors.LocalEntryNotFoundError, errors.RevisionResolutionError, errors.OfflineModeIsEnabled)
+    if isinstance(error, (*unreachable, transport_error())):
+        behind = cause_of(error.__cause__) if isinstance(error.__cause__, Exception) else cause
+        return UnreachableError(f"can't reach the Hub for {repo} ({behind}); check the connection")
     if isinstance(error, OSError) and not isinstance(error, errors.FileMetadataError):  # no space or no permission
-        return CheckpointError(
-            f"can't store {repo} in the cache ({error.strerror or cause}); free space there, or set HF_HOME"
-        )
-    if isinstance(error, (errors.FileMetadataError, ValueError, KeyError, TypeError, AttributeError)):
-        return CheckpointError(
-            f"the answer to a request for {repo} is not from the Hub ({cause}); check for a log-in page or a proxy "
-            "in between"
-        )
-    return None
+        return CheckpointError(f"can't store {repo} in the cache ({cause}); free space there, or set HF_HOME")
+    return CheckpointError(
+        f"can't read {repo} ({cause}); if the answer is not from the Hub, check for a log-in page or a proxy in between"
+    )
 
 
 def resolve_commit(repo: str, **where: Any) -> str | None:
@@ -152,9 +135,8 @@ class Repo:
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
-        force_download: bool = False,
     ) -> Repo:
-        """Resolve a revision and list the repository. At most one small file is downloaded.
+        """Resolve a revision and list the repository.
 
         Args:
             name (`str`): The Hub id.
@@ -162,7 +144,6 @@ class Repo:
             token (`str` or `bool`, *optional*): As the Hub client takes it; by default the stored one.
             cache_dir (`str` or `os.PathLike`, *optional*): The Hub client's cache, if not the default.
             local_files_only (`bool`, *optional*, defaults to `False`): Only use the cache.
-            force_download (`bool`, *optional*, defaults to `False`): Download files even if they are in the cache.
 
         Returns:
             `Repo`: The repository; its cached part if the Hub can't be reached.
@@ -171,10 +152,10 @@ class Repo:
             CheckpointError: The repository or revision does not exist or the user has no access, or the Hub can't be
                 reached and the repository is not in the cache.
         """
-        from huggingface_hub import HfApi, constants, hf_hub_download
+        from huggingface_hub import HfApi, constants
         from huggingface_hub.utils import validate_repo_id
 
-        where = {"token": token, "cache_dir": cache_dir, "force_download": force_download}
+        where = {"token": token, "cache_dir": cache_dir}
         offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else None
         offline = offline or ("local_files_only is set" if local_files_only else None)
         with hub_errors(name, revision):
@@ -183,14 +164,13 @@ class Repo:
         if offline is None:
             try:
                 with hub_errors(name, revision):
-                    info = HfApi().model_info(name, revision=revision, files_metadata=True, token=token)
+                    # Remembers the commit in the cache, so that the revision can be resolved offline later.
+                    commit = HfApi().resolve_revision(name, revision=revision, token=token, cache_dir=place)
+                    info = HfApi().model_info(name, revision=commit.resolved, files_metadata=True, token=token)
                     files = {
                         one.rfilename: HubFile(int(one.size or 0), one.lfs.sha256 if one.lfs else None, one.blob_id)
                         for one in info.siblings or ()
                     }
-                    landmark = next((one for one in _LANDMARKS if one in files), None)
-                    if landmark and revision != info.sha:  # so that the revision can be resolved offline later
-                        hf_hub_download(name, landmark, revision=revision, token=token, cache_dir=place)
                 return cls(name, str(info.sha), files, None, where)
             except UnreachableError as error:
                 offline = str(error)
@@ -244,7 +224,7 @@ class Repo:
             )
         if path.stat().st_size != file.size:
             raise CheckpointError(f"{path} is incomplete; delete it from the cache to download it again")
-        if (arrived or self._where["force_download"]) and not self.offline:
+        if arrived and not self.offline:
             self._check(path, name, file)
         return path
 

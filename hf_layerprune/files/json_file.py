@@ -50,7 +50,7 @@ def parse_json(data: bytes | str, name: str, *, max_depth: int = MAX_DEPTH, non_
         CheckpointError: As for `read_object`.
     """
     try:
-        content = _decoder(non_finite).decode(_text(data))
+        content = _decoder(non_finite).decode(data.decode() if isinstance(data, bytes) else data)
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{name} is not UTF-8: {error.reason} at byte {error.start}") from error
     except json.JSONDecodeError as error:
@@ -77,13 +77,6 @@ def _decoder(non_finite: bool) -> json.JSONDecoder:
         return value
 
     return json.JSONDecoder(object_pairs_hook=_unique, parse_constant=constant, parse_float=number)
-
-
-def _text(data: bytes | str) -> str:
-    text = data.decode("utf-8") if isinstance(data, bytes) else data
-    if text.startswith("\ufeff"):
-        raise ValueError("it begins with a byte order mark; save it as UTF-8 without one")
-    return text
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
