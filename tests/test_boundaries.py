@@ -415,7 +415,9 @@ def test_numbers_overwrite_nothing_but_numbers(
     for output in outputs:
         words = [*commands(copy, tmp_path)[command], "--base", str(model), "--output", str(output)]
         assert main(words) == 1
-        assert re.search("(choose|specify) (a|another) file|is inside .*, which is only read", one_line_of(capsys))
+        assert re.search(
+            "(choose|specify) (a|another) file|is inside .*, which is only read|the source itself", one_line_of(capsys)
+        )
     assert {path: path.read_bytes() for path in before} == before
 
 

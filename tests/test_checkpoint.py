@@ -164,7 +164,7 @@ def test_shards_keep_their_grouping_and_are_numbered_anew(tmp_path):
     assert plan.layer_prefix == "model.layers."
     metadata = json.loads((target / "model.safetensors.index.json").read_text())["metadata"]
     assert metadata["maker"] == "me"
-    assert metadata["total_parameters"] == sum(tensor.numel() for tensor in wanted.values())
+    assert "total_parameters" not in metadata
     # What was promised is what was written.
     assert plan.target_bytes == sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
 
@@ -336,7 +336,7 @@ def test_links_across_file_systems_are_refused(tmp_path):
         pytest.skip("needs a second file system")
     target = elsewhere / f"{tmp_path.name}-cut"
     base = sharded(tmp_path / "base")
-    with pytest.raises(CheckpointError, match="different file systems"):
+    with pytest.raises(CheckpointError, match=r"could not write .*: Invalid cross-device link"):
         cut_checkpoint(base, target, [3], link=True)
     assert not target.exists()
     try:

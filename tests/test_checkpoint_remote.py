@@ -49,7 +49,7 @@ for line in sys.stdin:
             answer = {"bytes": sizes.file_bytes(order["drop_layers"])}
         else:
             plan = cut_checkpoint(**order)
-            answer = {"kept": plan.weight_bytes, "source_bytes": plan.source_bytes}
+            answer = {"kept": plan.weight_bytes}
     except LayerPruneError as error:
         answer = {"error": str(error), "kind": type(error).__name__}
     except BaseException:
@@ -166,8 +166,7 @@ def test_sizes_are_known_from_headers_alone(
 def test_only_files_with_something_that_stays_are_fetched_and_once(
     hub: HubServer, client: Client, bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    make = client.cut("org/big", tmp_path / "cut", BIG_DROP)
-    assert make["source_bytes"] == sum(path.stat().st_size for path in bases["big"].glob("*.safetensors"))
+    client.cut("org/big", tmp_path / "cut", BIG_DROP)
     index = json.loads((bases["big"] / "model.safetensors.index.json").read_text())["weight_map"]
     stays = {file for name, file in index.items() if not any(f".layers.{i}." in name for i in BIG_DROP)}
     assert stays < set(index.values())
@@ -343,7 +342,7 @@ def test_the_command(hub: HubServer, bases: dict[str, Path], tmp_path: Path) -> 
     assert re.search(
         r"^org/llama: downloading \d+ weight files? with tensors to keep \([0-9.]+KB\)$", error, re.MULTILINE
     )
-    assert re.search(r"^org/llama: keeping 6 of 8 layers and [0-9.]+KB of [0-9.]+KB of weights$", error, re.MULTILINE)
+    assert re.search(r"^org/llama: keeping 6 of 8 layers and [0-9.]+KB of weights$", error, re.MULTILINE)
     assert "Traceback" not in error
     assert not (tmp_path / "no").exists()
     cut_checkpoint(bases["llama"], tmp_path / "near", [6, 7])

@@ -274,7 +274,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(
     """Before layers are chosen, which may take hours."""
     monkeypatch.setattr("hf_layerprune.files.folders.os.access", lambda path, mode: path != tmp_path)
     assert main([words[0], str(base), str(tmp_path / "a" / "b"), *words[1:]]) == 1
-    assert f"{tmp_path} is not writable, so {tmp_path / 'a' / 'b'} can't be" in capsys.readouterr().err
+    assert f"{tmp_path} is not a writable folder, so {tmp_path / 'a' / 'b'} can't be" in capsys.readouterr().err
 
 
 def test_inspect(base: Path, capsys: pytest.CaptureFixture[str]) -> None:

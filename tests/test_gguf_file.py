@@ -74,7 +74,7 @@ def test_a_cut_file_computes_what_the_model_without_those_layers_computes(tmp_pa
 def test_a_cut_smollm2_keeps_every_other_byte(tmp_path):
     source = smollm2()
     plan = cut_gguf(source, tmp_path / "cut.gguf", MIDDLE)
-    assert (plan.block_count, plan.dropped_layers, len(plan.kept_layers)) == (30, MIDDLE, 30 - len(MIDDLE))
+    assert (plan.cut.num_layers, plan.cut.drop) == (30, MIDDLE)
     assert plan.target_bytes == (tmp_path / "cut.gguf").stat().st_size < smollm2().stat().st_size
     names = {"general.name", "general.size_label"}
     check_bytes(source, tmp_path / "cut.gguf", MIDDLE, {"llama.block_count"} | names)
@@ -103,7 +103,7 @@ def test_all_tensor_types_and_alignments_are_copied_exactly(tmp_path, alignment,
     target, plan = cut(source, drop)
     check_bytes(source, target, drop, {"llama.block_count"})
     # And the file is the one that the gguf library writes for a model without these layers.
-    kept = plan.kept_layers
+    kept = plan.cut.keep
     model = make_gguf(tmp_path / "b.gguf", layers=len(kept), alignment=alignment, seeds=kept)
     assert target.read_bytes() == model.read_bytes()
 
@@ -166,7 +166,7 @@ def test_targets_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
     source = make_gguf(tmp_path / "a.gguf")
     with refused("no/such does not exist; create it first"):
         cut_gguf(source, tmp_path / "no/such/cut.gguf", [1])
-    with refused("is a folder"):
+    with refused("which is only read, is inside"):
         cut_gguf(source, tmp_path, [1], force=True)
     with refused(r"none\.gguf does not exist"):
         cut_gguf(tmp_path / "none.gguf", tmp_path / "cut.gguf", [1])

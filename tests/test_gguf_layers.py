@@ -114,7 +114,7 @@ def test_behaviour_that_readers_tie_to_the_index_is_kept_or_the_cut_refused(tmp_
     names = [f"{layer}" for layer in range(layers)]
     source = make_gguf(tmp_path / "a.gguf", arch, layers, layer_names=names)
     if fits:
-        assert plan_gguf_cut(source, drop).dropped_layers == drop
+        assert plan_gguf_cut(source, drop).cut.drop == drop
     else:
         with refused("alternate in groups|reads a"):
             plan_gguf_cut(source, drop)

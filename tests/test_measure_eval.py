@@ -296,7 +296,7 @@ def test_ruined_models_are_recorded(base: Path, tasks: Path, tmp_path: Path, cap
         (["--device", "gpu"], 2, "'gpu' is not a device"),
         (["--device", "cuda:7"], 2, "'cuda:7' is not a device"),
         (["--output", "nowhere/metrics.json"], 1, "nowhere does not exist"),
-        (["--output", "."], 1, ". is a folder; specify a file"),
+        (["--output", "."], 1, ". is a link, a folder or a device; specify another file"),
         (["--tasks-from", "nowhere"], 1, "nowhere is not a folder"),
         (["--base", "./nowhere"], 1, "nowhere does not exist"),
         (["--base", "org/nowhere"], 1, "org/nowhere"),

@@ -346,7 +346,7 @@ def set_drop(data: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (set_drop, "config: config.json says that the cut dropped layers 2,5 of 8, and lineage.json says 1,5 of 8: one was edited"),
+    (set_drop, "config: config.json says that the cut dropped [2, 5] of 8, and lineage.json says [1, 5] of 8: one was edited"),
     (set_drop, "tensors: model.layers.1.mlp.down_proj.weight differs from the base's"),
     (lambda data: data["entries"][0].update(weights="0" * 64), "weights: their hash is "),
     (lambda data: data["entries"].clear(), "lineage: lineage.json does not say how many layers the base has"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,6 @@ from .folder import check_index, find_weights, read_json
 from .header import Header, Tensor, read_header
 
 logger = logging.getLogger(__name__)
-
-# Tokenizers and licences are smaller than this.
-_LARGE = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class Base:
                 f"{folder} is not a folder; specify a model folder with a {CONFIG} and safetensors weights"
             )
         # Below the top level, only the folder that may hold companion files is listed.
-        paths = sorted([*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")])
+        paths = [path for path in sorted([*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")]) if not path.is_dir()]
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size if path.is_file() else 0 for path in paths}
         _check_no_adapter(sizes, str(folder))
         return cls(str(folder), folder, sizes)
@@ -90,35 +87,20 @@ class Base:
         Raises:
             CheckpointError: One of them is a broken link, or one out of the folder.
         """
-        found: list[tuple[str, int]] = []
-        for name, size in sorted(self.sizes.items()):
-            if not is_part(name):
-                continue
-            if self.repo is None and not (self.folder / name).is_file():
-                if (self.folder / name).is_symlink() and not (self.folder / name).exists():
-                    raise CheckpointError(f"{self.folder / name} is a broken link; is the download complete?")
-                continue
-            if self.repo is None:
-                check_inside(self.folder / name, self.folder)
-            if size > _LARGE:
-                logger.warning(
-                    "%s/%s is not copied: %s is too large for a companion file", self.name, name, spell_bytes(size)
+        found = [(name, size) for name, size in sorted(self.sizes.items()) if is_part(name)]
+        for name, _ in found if self.repo is None else ():
+            check_inside(self.folder / name, self.folder)
+            if not (self.folder / name).is_file():
+                raise CheckpointError(
+                    f"{self.folder / name} is a broken link or not a file; is the download complete?"
                 )
-                continue
-            found.append((name, size))
         self.fetch([name for name, _ in found] + [name for name in (INDEX,) if name in self.sizes])
         return found
 
-    @property
     def weights(self) -> str:
         """The name of the weight file, or of the index that lists several; raises as `find_weights` does."""
         chosen = read_json(self.folder / CONFIG).get("transformers_weights")
-        return find_weights(self.names, self.name, chosen=chosen)
-
-    @property
-    def names(self) -> Collection[str]:
-        """Names of the files at the top level."""
-        return [name for name in self.sizes if "/" not in name]
+        return find_weights([name for name in self.sizes if "/" not in name], self.name, chosen)
 
 
 def _check_no_adapter(names: Collection[str], where: str) -> None:
@@ -136,36 +118,26 @@ class Weights:
     Args:
         headers (`dict[str, Header]`): The header of each file, by file name.
         index (`dict`, *optional*): The parsed index of a sharded checkpoint, or `None` for a single file.
-        skipped (`dict[str, int]`): Size of each file that was not opened because, according to the index, it holds no
-            tensor that is kept.
     """
 
     headers: dict[str, Header]
     index: dict[str, Any] | None
-    skipped: dict[str, int] = field(default_factory=dict)
 
     @property
     def tensor_names(self) -> list[str]:
         """Names of all tensors, including those in files that were not opened."""
-        weight_map = self.index["weight_map"] if self.index is not None and self.skipped else {}
-        return [
-            *(tensor.name for header in self.headers.values() for tensor in header.tensors),
-            *(name for name, file in weight_map.items() if file in self.skipped),
-        ]
-
-    @property
-    def size(self) -> int:
-        """Total size of the files in bytes."""
-        return sum(header.size for header in self.headers.values()) + sum(self.skipped.values())
+        if self.index is not None:
+            return [*self.index["weight_map"]]
+        return [name for header in self.headers.values() for name in header.names]
 
 
 def read_weights(base: Base, kept: Callable[[Collection[str]], Collection[str]] | None = None) -> Weights:
-    """Read the headers of a checkpoint's weight files; from the Hub, only download files with tensors to keep.
+    """Read the headers of a checkpoint's weight files; from the Hub, they are downloaded.
 
     Args:
         base (`Base`): The checkpoint.
-        kept (`Callable`, *optional*): Selects the tensors to keep from the names of all tensors. A file on the Hub that
-            holds none of them is not downloaded; its content is taken from the index.
+        kept (`Callable`, *optional*): Selects the tensors to keep from the names of all tensors. A file that, according
+            to the index, holds none of them is neither opened nor downloaded.
 
     Returns:
         `Weights`: The checked headers and a consistent index.
@@ -174,21 +146,14 @@ def read_weights(base: Base, kept: Callable[[Collection[str]], Collection[str]] 
         CheckpointError: There are no safetensors weights, more than one set, or they are damaged or incomplete.
     """
     names, index = _files_of(base)
-    skipped: dict[str, int] = {}
-    if index is not None and base.repo and kept:
-        needed = {index["weight_map"][name] for name in kept(index["weight_map"])}
-        skipped = {name: base.sizes.get(name, 0) for name in names if name not in needed}
-        names = sorted(needed)
+    if index is not None and kept:
+        names = sorted({index["weight_map"][name] for name in kept(index["weight_map"])})
     if base.repo:
         if missing := [base.sizes.get(name, 0) for name in names if not (base.folder / name).exists()]:
             files, size = plural(len(missing), "weight file"), spell_bytes(sum(missing))
             logger.info("%s: downloading %s with tensors to keep (%s)", base.name, files, size)
         base.fetch(names)
-    headers = {name: read_header(base.folder / name) for name in names}
-    if index is not None:
-        mapped = {name: file for name, file in index["weight_map"].items() if file not in skipped}
-        check_index(mapped, {name: header.names for name, header in headers.items()}, f"the index of {base.name}")
-    return Weights(headers, index, skipped)
+    return _checked(base, {name: read_header(base.folder / name) for name in names}, index)
 
 
 def read_headers(base: Base) -> Weights:
@@ -200,12 +165,20 @@ def read_headers(base: Base) -> Weights:
     if base.repo is None or base.repo.offline:
         return read_weights(base)
     names, index = _files_of(base)
-    return Weights({name: _remote_header(base, base.repo, name) for name in names}, index)
+    return _checked(base, {name: _remote_header(base, base.repo, name) for name in names}, index)
+
+
+def _checked(base: Base, headers: dict[str, Header], index: dict[str, Any] | None) -> Weights:
+    """Check that the index fits the files that were opened."""
+    if index is not None:
+        mapped = {name: file for name, file in index["weight_map"].items() if file in headers}
+        check_index(mapped, {name: header.names for name, header in headers.items()}, f"the index of {base.name}")
+    return Weights(headers, index)
 
 
 def _files_of(base: Base) -> tuple[list[str], dict[str, Any] | None]:
     """The names of the weight files, and the index that lists them if there is one."""
-    name = base.weights
+    name = base.weights()
     if not name.endswith(".json"):
         return [name], None
     index = read_json(base.get(name))

@@ -59,14 +59,10 @@ def check_tensors(name: str, config: PreTrainedConfig, shapes: Mapping[str, Coll
     except (RuntimeError, ValueError, KeyError) as error:
         if packed:
             return
-        if gap := _gap(shapes):
-            problem = f"lacks {gap}; the checkpoint is incomplete, download or save it again"
-        else:
-            problem = (
-                f"does not hold the weights that its model is built from ({cause_of(error)}); the checkpoint is "
-                "incomplete, or its config belongs to another one"
-            )
-        raise CheckpointError(f"{name} {problem}") from error
+        raise CheckpointError(
+            f"{name} does not hold the weights that its model is built from ({cause_of(error)}); the checkpoint is "
+            "incomplete, or its config belongs to another one"
+        ) from error
     model, info = loaded
     if packed:  # packed weights have other names and shapes
         inside = find_decoder_layers(model).path + "."
@@ -118,23 +114,6 @@ def _missing_though_packed(missing: Collection[str], names: Collection[str], mod
             or (key in parameters and parameters[key].ndim == 1)
         )
     ]
-
-
-def _gap(names: Collection[str]) -> str | None:
-    """A tensor that one of the numbered modules in a layer, such as an expert, lacks and another one has."""
-    last: dict[str, set[int]] = {}
-    groups: dict[tuple[str, str], set[int]] = {}
-    for name in names:
-        matches = list(_LAYER.finditer(name))
-        if len(matches) > 1:  # layers may differ in kind, the numbered modules in one do not
-            match = matches[-1]
-            before, after, index = name[: match.start() + 1], name[match.end() - 1 :], int(match[0].strip("."))
-            groups.setdefault((before, after), set()).add(index)
-            last.setdefault(before, set()).add(index)
-    for (before, after), indices in groups.items():
-        if lost := last[before] - indices:
-            return f"{before}{min(lost)}{after}"
-    return None
 
 
 @contextmanager

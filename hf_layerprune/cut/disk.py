@@ -42,7 +42,7 @@ def plan_cut(source: Path | Base, drop_layers: Sequence[int]) -> CheckpointPlan:
     base = source if isinstance(source, Base) else Base.open(source)
     folder = base.folder
     try:
-        base.weights  # noqa: B018 (refused before anything else is downloaded)
+        base.weights()  # refused before anything else is downloaded
         config_file = read_json(folder / CONFIG)
         config = load_config(folder)
         cut = families.make_cut(config, drop_layers)
@@ -50,7 +50,8 @@ def plan_cut(source: Path | Base, drop_layers: Sequence[int]) -> CheckpointPlan:
         files = {CONFIG: to_bytes(config_fields(config_file, new_config, cut.num_layers))}
         companions = base.companions()
         files |= quantiser_files(folder, cut, families.text_config(config) is not config)
-        weights = read_weights(base, lambda names: new_names(names, config, cut)[0])
+        # Of a folder, all files are checked: a loader may find a tensor in a file that the index does not name for it.
+        weights = read_weights(base, (lambda names: new_names(names, config, cut)[0]) if base.repo else None)
         planned = plan_weights(weights, config, cut)
         check_tensors(base.name, new_config, planned.shapes, planned.layer_prefix)
         if planned.index is not None:
@@ -65,5 +66,4 @@ def plan_cut(source: Path | Base, drop_layers: Sequence[int]) -> CheckpointPlan:
         config=new_config,
         files=files,
         companions=tuple((name, size) for name, size in companions if name not in files),
-        source_bytes=weights.size,
     )

@@ -23,17 +23,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return read_object(path, max_bytes=MAX_INDEX, non_finite=True)
 
 
-def find_weights(names: Collection[str], where: str, variant: str | None = None, chosen: str | None = None) -> str:
+def find_weights(names: Collection[str], where: str, chosen: str | None = None) -> str:
     """Find the weights of a checkpoint in a list of its files.
 
     Args:
         names (`Collection[str]`): Names of all files.
         where (`str`): The name of the folder, for errors.
-        variant (`str`, *optional*): The variant of the weights, such as `"fp16"`.
         chosen (`str`, *optional*): What the config names as the weights (`transformers_weights`).
 
     Returns:
-        `str`: `SINGLE` or `INDEX`, the name of that file in the given variant, or the chosen one.
+        `str`: `SINGLE` or `INDEX`, or the chosen one.
 
     Raises:
         CheckpointError: There are no safetensors weights, or more than one set.
@@ -42,18 +41,14 @@ def find_weights(names: Collection[str], where: str, variant: str | None = None,
         if chosen not in names:
             raise CheckpointError(f"{where} has no {str(chosen)[:100]!r}, which its config names as its weights")
         return chosen
-    single, index = (
-        f"{stem}.{variant}.{suffix}" if variant else f"{stem}.{suffix}"
-        for stem, _, suffix in (SINGLE.rpartition("."), INDEX.rpartition("."))
-    )
-    if index in names:
-        if single in names:
+    if INDEX in names:
+        if SINGLE in names:
             raise CheckpointError(
-                f"{where} holds both {single} and {index}, and loaders differ in which they read; remove one of them"
+                f"{where} holds both {SINGLE} and {INDEX}, and loaders differ in which they read; remove one of them"
             )
-        return index
-    if single in names:
-        return single
+        return INDEX
+    if SINGLE in names:
+        return SINGLE
     others = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
     if others:
         raise CheckpointError(
@@ -62,9 +57,7 @@ def find_weights(names: Collection[str], where: str, variant: str | None = None,
         )
     if ADAPTER_CONFIG in names:
         raise CheckpointError(f"{where} holds an adapter, not a model; merge it into its base first")
-    stray = sorted(name for name in names if name.endswith(".safetensors"))
-    hint = f" ({stray[0]} is not named by an index)" if stray else ""
-    raise CheckpointError(f"{where} holds neither {single} nor {index}{hint}; is the download complete?")
+    raise CheckpointError(f"{where} holds neither {SINGLE} nor {INDEX}; is the download complete?")
 
 
 def check_index(weight_map: Mapping[str, str], files: Mapping[str, Iterable[str]], where: str) -> None:

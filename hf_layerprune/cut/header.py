@@ -1,8 +1,7 @@
-"""Read the header of a safetensors file with the safetensors library, and locate the bytes of each tensor.
+"""Read the header of a safetensors file, and locate the bytes of each tensor.
 
-The library validates the header (types, shapes, no gaps, no overlaps) in time and memory proportional to its length,
-which is bounded here first. It returns tensors rather than byte ranges, but the tensors of a valid file are contiguous,
-so the ranges follow from their order and sizes.
+The safetensors library validates the header (types, shapes, no gaps, no overlaps) in time and memory proportional to its
+length, which is bounded here first. It returns tensors rather than byte ranges, which are taken from the JSON.
 """
 
 from __future__ import annotations
@@ -13,19 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, one_line
 from ..files.copy import FileState, LocalFile
+from ..files.json_file import parse_json
 
-# Bits per element.
-DTYPE_BITS: dict[str, int] = {
-    "F4": 4,
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    **dict.fromkeys(("BOOL", "U8", "I8"), 8),
-    **dict.fromkeys(("F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
-    **dict.fromkeys(("I32", "U32", "F32"), 32),
-    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
-}
+FLOATS = {"F64", "F32", "F16", "BF16"}  # with one parameter per element
 # Ten times the header of the largest single-file models; the format allows 100 MB.
 MAX_HEADER = 1 << 25
 # Alignment of the tensor data, as in the safetensors library.
@@ -101,27 +92,19 @@ def read_header(path: Path) -> Header:
     with LocalFile(path) as file:
         version = file.version
         length = int.from_bytes(file.read(0, min(8, file.size)), "little")
-    if version.size < 8 or length > min(MAX_HEADER, version.size - 8):
-        raise _unsound(path, f"its header claims {length} bytes, and the file has {version.size}")
-    tensors: list[Tensor] = []
-    position = 0
+        if file.size < 8 or length > min(MAX_HEADER, file.size - 8):
+            raise _unsound(path, f"its header claims {length} bytes, and the file has {file.size}")
+        text = file.read(8, length)
     try:
-        with safe_open(path, framework="numpy") as content:
-            metadata = content.metadata()
-            for name in content.offset_keys():
-                piece = content.get_slice(name)
-                dtype, shape = piece.get_dtype(), tuple(piece.get_shape())
-                if dtype not in DTYPE_BITS:
-                    raise _unsound(path, f"tensor {name[:100]!r} has the unknown dtype {dtype}")
-                end = position + math.prod(shape) * DTYPE_BITS[dtype] // 8
-                tensors.append(Tensor(name, dtype, shape, position, end))
-                position = end
-    except CheckpointError:
-        raise
-    except Exception as error:  # SafetensorError or OSError, among others
-        raise _unsound(path, " ".join(str(error).split())[:200]) from error
-    if 8 + length + position != version.size:
-        raise _unsound(path, f"its tensors end at byte {8 + length + position}, and the file at {version.size}")
+        with safe_open(path, framework="numpy"):  # validates the header
+            entries = parse_json(text, "its header")
+    except Exception as error:  # SafetensorError, OSError or CheckpointError, among others
+        raise _unsound(path, one_line(str(error))[:200]) from error
+    metadata = entries.pop("__metadata__", None)
+    tensors = [
+        Tensor(name, told["dtype"], tuple(told["shape"]), *told["data_offsets"]) for name, told in entries.items()
+    ]
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
     return Header(path, version, 8 + length, tuple(tensors), metadata)
 
 

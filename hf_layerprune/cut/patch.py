@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,32 +44,28 @@ def patch_layers(
         header = read_header(path)
         stored |= {tensor.name: (path, header.data_start, tensor) for tensor in header.tensors}
     named = {_stored_as(key, stored, config): value for key, value in values.items()}
-    data = {}
     for name, value in named.items():
         if name not in stored:
             raise CheckpointError(
                 f"{what} has no tensor {name} to repair: the checkpoint stores that weight in another form; "
                 "write the model through transformers with --dtype"
             )
-        tensor = stored[name][2]
-        data[name] = raw = value.contiguous().view(torch.uint8).numpy().tobytes()
+        path, _, tensor = stored[name]
         if tensor.shape != tuple(value.shape) or str_to_torch_dtype.get(tensor.dtype) != value.dtype:
             raise CheckpointError(
                 f"{name} is {tensor.dtype}{list(tensor.shape)} in the checkpoint, and the repair computed "
                 f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}; write the model through transformers "
                 "with --dtype"
             )
-    for name, raw in data.items():
-        path, data_start, tensor = stored[name]
         if path.stat().st_nlink > 1:
             raise CheckpointError(
                 f"{path.name} is a hard link to a file of the base, which is never written to; prune without --link"
             )
+    for name, value in named.items():
+        path, data_start, tensor = stored[name]
         with path.open("r+b") as file:
             file.seek(data_start + tensor.start)
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
+            file.write(value.contiguous().view(torch.uint8).numpy().tobytes())
     return sorted(named)
 
 

@@ -24,7 +24,7 @@ from ..files.json_file import parse_json
 from ..runtime.model_class import model_class_of
 from .base import Weights
 from .folder import SINGLE
-from .header import DTYPE_BITS, Header, Tensor, write_header
+from .header import Header, Tensor, write_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -133,7 +133,6 @@ class CheckpointPlan(WeightsPlan):
         config (`PreTrainedConfig`): The config of the pruned model.
         files (`dict[str, bytes]`): The content of small files that change, by name.
         companions (`tuple[tuple[str, int], ...]`): The files that are copied unchanged, with their sizes in bytes.
-        source_bytes (`int`): Size of the base's weight files in bytes.
     """
 
     name: str
@@ -142,7 +141,6 @@ class CheckpointPlan(WeightsPlan):
     config: PreTrainedConfig = field(repr=False)
     files: dict[str, bytes] = field(repr=False)
     companions: tuple[tuple[str, int], ...]
-    source_bytes: int
 
     @property
     def weight_bytes(self) -> int:
@@ -160,7 +158,7 @@ class _Kept(NamedTuple):
 
     old: Tensor
     new: Tensor
-    pieces: tuple[Span | Rows, ...]
+    piece: Span | Rows
 
 
 def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) -> WeightsPlan:
@@ -189,10 +187,9 @@ def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) 
         weight_map |= {item.new.name: target for item in items}
     index = None
     if weights.index is not None:
-        every = [item.new for items in kept.values() for item in items]
-        gone = sum(one.elements for header in weights.headers.values() for one in header.tensors)
-        gone -= sum(one.elements for one in every)
-        metadata = _index_metadata(weights.index.get("metadata", {}), None if weights.skipped else gone, every)
+        metadata = dict(weights.index.get("metadata", {}))
+        metadata["total_size"] = sum(item.new.size for items in kept.values() for item in items)
+        metadata.pop("total_parameters", None)  # informative only, and not known of packed weights
         index = weights.index | {"weight_map": weight_map, "metadata": metadata}
     shapes = {item.new.name: item.new.shape for items in kept.values() for item in items}
     return WeightsPlan(prefix, tuple(shards), index, names, shapes)
@@ -266,7 +263,7 @@ def _keep(
     start = header.data_start + tensor.start
     one = next((one for one in wide if f".{one[0].suffix.rpartition('.')[0]}." in f".{tensor.name}"), None)
     if one is None:
-        return _Kept(tensor, replace(tensor, name=name), (Span(start, tensor.size),))
+        return _Kept(tensor, replace(tensor, name=name), Span(start, tensor.size))
     dim, width = one[0].dim, one[1]
     if not f".{tensor.name}".endswith("." + one[0].suffix):
         raise CheckpointError(
@@ -279,15 +276,15 @@ def _keep(
             f"tensor {tensor.name!r} has the shape {list(shape)}, and the config wants {n} layers of {width} along "
             f"dimension {dim}; the weights and the config do not belong together, or that tensor is quantised"
         )
-    bits = DTYPE_BITS[tensor.dtype] * math.prod(shape[dim + 1 :]) * width
-    if bits % 8:
+    rows = math.prod(shape[:dim])
+    length, rest = divmod(tensor.size, max(1, rows) * n)  # of a layer's slice of a row
+    if rest:
         raise CheckpointError(
             f"tensor {tensor.name!r} of type {tensor.dtype} can't be sliced at byte boundaries; start from another checkpoint"
         )
-    columns = tuple(merged(Span(i * bits // 8, bits // 8) for i in cut.keep))
-    rows = Rows(start, math.prod(shape[:dim]), n * bits // 8, columns)
+    kept = Rows(start, rows, n * length, tuple(merged(Span(i * length, length) for i in cut.keep)))
     new_shape = (*shape[:dim], len(cut.keep) * width, *shape[dim + 1 :])
-    return _Kept(tensor, Tensor(name, tensor.dtype, new_shape, 0, rows.length), (rows,))
+    return _Kept(tensor, Tensor(name, tensor.dtype, new_shape, 0, kept.length), kept)
 
 
 def _notes(header: Header, prefix: str, cut: families.Cut) -> dict[str, str] | None:
@@ -322,13 +319,13 @@ def _shard(file: str, target: str, header: Header, kept: list[_Kept], notes: dic
     if whole and notes == header.metadata:
         return ShardPlan(file, header.version, target, b"", (Span(0, header.size),), whole=True)
     # The widest types first, as the safetensors library writes them: every tensor is aligned whatever goes before it.
-    ordered = sorted(kept, key=lambda item: -DTYPE_BITS[item.old.dtype])
+    ordered = sorted(kept, key=lambda item: -item.old.size / max(1, item.old.elements))
     placed: list[Tensor] = []
     position = 0
     for item in ordered:
         placed.append(replace(item.new, start=position, end=position + item.new.size))
         position += item.new.size
-    pieces = tuple(merged(piece for item in ordered for piece in item.pieces))
+    pieces = tuple(merged(item.piece for item in ordered))
     return ShardPlan(file, header.version, target, write_header(placed, notes), pieces, whole=False)
 
 
@@ -344,19 +341,3 @@ def merged(pieces: Iterable[Any]) -> Iterator[Any]:
             last = piece
     if last is not None:
         yield last
-
-
-# Types with one parameter per element.
-FLOATS = {"F64", "F32", "F16", "BF16"}
-
-
-def _index_metadata(old: dict[str, Any], gone: int | None, kept: Sequence[Tensor]) -> dict[str, Any]:
-    """The index's metadata, less the elements that are gone; `None` if not all files were opened."""
-    new = dict(old) | {"total_size": sum(tensor.size for tensor in kept)}
-    total = new.pop("total_parameters", None)
-    # Packed weights have fewer elements than parameters, so the old number is reduced where it can be.
-    if gone is not None and type(total) is int and total >= gone:
-        new["total_parameters"] = total - gone
-    elif total is not None and all(tensor.dtype in FLOATS for tensor in kept):
-        new["total_parameters"] = sum(tensor.elements for tensor in kept)
-    return new

@@ -30,11 +30,11 @@ from ..families.layout import (
     ties_head,
 )
 from ..runtime.loading import is_hub_id
-from ..runtime.model_class import auto_class_of
+from ..runtime.model_class import model_without_weights
 from ..runtime.windows import length_within
 from .base import Base, Weights, read_headers
-from .header import Tensor
-from .plan import FLOATS, WeightsPlan, plan_weights
+from .header import FLOATS, Tensor
+from .plan import WeightsPlan, plan_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -85,7 +85,7 @@ class Sizes:
         """
         if self._weights is None:
             return self.weight_bytes(drop)
-        shards = [shard.size for shard in self._plan(drop).shards] if drop else [self._weights.size]
+        shards = [file.size for file in (self._plan(drop).shards if drop else self._weights.headers.values())]
         headers = sum(shards) - sum(tensor.size * kept // max(1, tensor.elements) for tensor, kept in self._kept(drop))
         return headers + self.weight_bytes(drop)
 
@@ -214,10 +214,8 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    auto_class = auto_class_of(config)
-    part = config if type(config) in auto_class._model_mapping else families.text_config(config)
-    with boundary("no model can be built from the config"), torch.device("meta"):
-        return auto_class.from_config(part, dtype=dtype, attn_implementation="eager", trust_remote_code=False).eval()
+    with boundary("no model can be built from the config"):
+        return model_without_weights(config, dtype=dtype, attn_implementation="eager").eval()
 
 
 def _tensor_bytes(value: Any, seen: set[int]) -> int:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import errno
-import io
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from ..errors import CheckpointError
 from ..options import spell_bytes
 
-# Copying through a buffer is fastest if the buffer fits into the processor's cache.
-CHUNK = 1 << 20
+CHUNK = 1 << 20  # fits into the processor's cache
 # Bytes to write before the system is asked to start flushing them, so that the final fsync has little left to do.
 WRITEBACK = 32 << 20
 
@@ -103,41 +100,20 @@ class LocalFile:
         except OSError as error:
             raise CheckpointError(f"could not read {self.path}: {error.strerror or error}") from error
 
-    def copy_into(self, output: NewFile, offset: int, length: int) -> Iterator[int]:
+    def copy_into(self, output: BinaryIO, offset: int, length: int) -> Iterator[int]:
         """Append a range of this file to a file open for writing; yields the size of each chunk once it is written.
 
         Raises:
             CheckpointError: This file has become shorter.
             OSError: Writing failed.
         """
+        asked = output.tell()
         for part in self.chunks(offset, length):
             output.write(part)
             yield len(part)
-
-
-class NewFile(io.FileIO):
-    """An unbuffered file that must not exist, even as a link, and is flushed to disk while it is being written.
-
-    `new_file` and `new_folder` flush the rest.
-
-    Args:
-        path (`Path`): The file to create.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "x")
-        self._asked = self._written = 0
-
-    def write(self, data: Any) -> int:
-        """Write all of the data; return its length."""
-        view = memoryview(data).cast("B")
-        while view:
-            count = super().write(view)
-            view, self._written = view[count:], self._written + count
-            if self._written - self._asked >= WRITEBACK and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self.fileno(), self._asked, self._written - self._asked, os.POSIX_FADV_DONTNEED)
-                self._asked = self._written
-        return memoryview(data).nbytes
+            if (end := output.tell()) - asked >= WRITEBACK and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(output.fileno(), asked, end - asked, os.POSIX_FADV_DONTNEED)
+                asked = end
 
 
 def check_inside(path: Path, folder: Path) -> None:
@@ -167,15 +143,10 @@ def check_space(target: Path, needed: int, free: int) -> None:
         )
 
 
-def write_failed(target: Path, error: OSError) -> CheckpointError:
-    """The error to raise for a failed write, with a solution if one is known."""
-    advice = {
-        errno.ENOSPC: "; free some space or write elsewhere",
-        getattr(errno, "EDQUOT", None): "; free some space or write elsewhere",
-        errno.EROFS: "; write elsewhere",
-        errno.EACCES: "; write to a folder where you have permission",
-    }.get(error.errno or 0, "")
-    return CheckpointError(f"could not write {target}: {error.strerror or error}{advice}")
+def write_failed(target: Path, error: Exception) -> CheckpointError:
+    """The error to raise for a failed write; that of safetensors is not an `OSError`, even when the disk is full."""
+    why = (isinstance(error, OSError) and error.strerror) or error
+    return CheckpointError(f"could not write {target}: {why}; free some space, or write elsewhere")
 
 
 def sync_folder(folder: Path) -> None:
@@ -186,6 +157,22 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def check_apart(target: Path, source: Path) -> None:
+    """Check that what is written is neither the file or folder that is read, nor inside it or around it.
+
+    Raises:
+        CheckpointError: It is.
+    """
+    real, base = (Path(os.path.realpath(path)) for path in (target, source))
+    if real == base or (source.is_file() and real.exists() and source.samefile(real)):
+        raise CheckpointError(f"{target} is the source itself; write elsewhere")
+    if base in real.parents:
+        raise CheckpointError(f"{target} is inside {source}, which is only read; write elsewhere")
+    for path in (source, *(source.iterdir() if source.is_dir() else ())):
+        if real in Path(os.path.realpath(path)).parents:
+            raise CheckpointError(f"{path}, which is only read, is inside {target}; write elsewhere")
 
 
 def check_file_target(
@@ -207,21 +194,10 @@ def check_file_target(
         raise CheckpointError(f"the folder {target.parent} does not exist; create it first")
     if inside is not None and not Path(os.path.realpath(target.parent)).is_relative_to(os.path.realpath(inside)):
         raise CheckpointError(f"{target} leads out of {inside}, and nothing is written outside it; remove the link")
-    real = Path(os.path.realpath(target))
     if apart_from is not None and apart_from.exists():
-        source = Path(os.path.realpath(apart_from))
-        if real == source or (real.exists() and apart_from.is_file() and apart_from.samefile(real)):
-            raise CheckpointError(f"{target} is the source itself; write to another file")
-        if source in real.parents:
-            raise CheckpointError(f"{target} is inside {apart_from}, which is only read; write to another folder")
-    if target.is_symlink():
-        raise CheckpointError(
-            f"{target} is a symbolic link, and nothing is written through links; choose another file"
-        )
-    if target.is_dir():
-        raise CheckpointError(f"{target} is a folder; specify a file to write")
-    if target.exists() and not target.is_file():
-        raise CheckpointError(f"{target} is not a regular file; choose another file")
+        check_apart(target, apart_from)
+    if target.is_symlink() or (target.exists() and not target.is_file()):
+        raise CheckpointError(f"{target} is a link, a folder or a device; specify another file")
     if target.exists() and not force:
         raise CheckpointError(f"{target} exists; replace it with --force (force=True), or choose another file")
 
@@ -279,7 +255,7 @@ def write_bytes(path: Path, data: bytes, *, inside: Path | None = None) -> None:
     Raises:
         CheckpointError: The file is a link, leads out of the folder `inside`, can't be replaced, or writing fails.
     """
-    with new_file(path, force=True, inside=inside) as partial, NewFile(partial) as output:
+    with new_file(path, force=True, inside=inside) as partial, partial.open("xb") as output:
         output.write(data)
 
 

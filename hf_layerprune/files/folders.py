@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import secrets
@@ -13,7 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import CheckpointError, LayerPruneError
-from .copy import sync_folder, write_failed
+from .copy import check_apart, sync_folder, write_failed
+from .json_file import read_object
 
 # What transformers, PEFT, TRL and this package write into a model folder. Only a folder that holds nothing else may be
 # replaced; any other file may be a user's own work.
@@ -42,7 +42,10 @@ _MODEL_SIGNS = {"config.json", "adapter_config.json"}
 def new_folder(
     target: Path, *, force: bool | None = None, apart_from: Path | None = None, replaces: re.Pattern[str] | None = None
 ) -> Iterator[Path]:
-    """Create a folder under a temporary name, and rename it when the block succeeds.
+    """Create a folder under a temporary name next to the target, and rename it when the block succeeds.
+
+    The temporary name is `.NAME.partial-XXXXXXXX`. Folders that killed runs left under such names are removed by the
+    next run for the same target.
 
     Args:
         target (`Path`): The folder to create.
@@ -62,18 +65,22 @@ def new_folder(
 
     try:
         target = check_target(target.expanduser(), apart_from, force, replaces)
-        with NewFolder(target, force, replaces) as folder:
-            try:
-                yield folder.path
-            except LayerPruneError as error:  # name the target, not what stands in for it
-                error.args = (str(error).replace(str(folder.path), str(target)),)
-                raise
-            folder.publish()
-    except OSError as error:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_up(target, force)
+        folder = _sibling(target, "partial")
+        folder.mkdir()
+        lock = lock_folder(folder)
+        try:
+            yield folder
+            _publish(folder, target, force, replaces)
+        except LayerPruneError as error:  # name the target, not what stands in for it
+            error.args = (str(error).replace(str(folder), str(target)),)
+            raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            unlock_folder(lock)
+    except (OSError, SafetensorError) as error:
         raise write_failed(target, error) from error
-    except SafetensorError as error:  # not an OSError, even when the disk is full
-        code = int(found[1]) if (found := re.search(r"os error (\d+)", str(error))) else None
-        raise write_failed(target, OSError(code, os.strerror(code)) if code else OSError(str(error))) from error
 
 
 def check_target(
@@ -100,9 +107,7 @@ def check_target(
         raise CheckpointError(f"{named} is a symbolic link, and nothing is written through links; choose a new folder")
     target = Path(os.path.realpath(target.parent)) / target.name
     if source is not None and source.exists():
-        _check_apart(named, target, source)
-    if not target.name:
-        raise CheckpointError(f"{named} can't be replaced; choose a new folder")
+        check_apart(named, source)
     if os.path.lexists(target):
         if not target.is_dir():
             raise CheckpointError(f"{named} is a file; specify a folder to create")
@@ -110,15 +115,12 @@ def check_target(
             if not force:
                 raise CheckpointError(f"{named} exists and is not empty; {_way_out(force)}")
             _check_replaceable(named, target, replaces)
-    for parent in target.parents:
-        if os.path.lexists(parent):
-            if not parent.is_dir():
-                raise CheckpointError(f"{parent} is a file, so {named} can't be created in it; choose another folder")
-            if not (os.path.lexists(target) or os.access(parent, os.W_OK | os.X_OK)):
-                raise CheckpointError(
-                    f"{parent} is not writable, so {named} can't be created in it; choose another folder"
-                )
-            break
+    else:
+        parent = next(filter(os.path.lexists, target.parents))
+        if parent.is_file() or not os.access(parent, os.W_OK | os.X_OK):
+            raise CheckpointError(
+                f"{parent} is not a writable folder, so {named} can't be created in it; choose another folder"
+            )
     return target
 
 
@@ -154,124 +156,73 @@ def _is_ours(folder: Path) -> bool:
     if (folder / "lineage.json").is_file():
         return True
     for name in _MODEL_SIGNS:
-        with suppress(OSError, ValueError, RecursionError):
-            fields = json.loads((folder / name).read_bytes()[: 1 << 24])
-            if isinstance(fields, dict) and ("layer_drop" in fields or fields.get("peft_type") == "LAYER_DROP"):
+        with suppress(CheckpointError):
+            fields = read_object(folder / name, non_finite=True)
+            if "layer_drop" in fields or fields.get("peft_type") == "LAYER_DROP":
                 return True
     return False
 
 
-def _check_apart(named: Path, target: Path, source: Path) -> None:
-    base = Path(os.path.realpath(source))
-    if target == base:
-        raise CheckpointError(f"{named} is the source itself; write to another folder")
-    if base in target.parents:
-        raise CheckpointError(f"{named} is inside the source {source}; write to a folder outside of it")
-    if target in base.parents:
-        raise CheckpointError(f"the source {source} is inside {named}; write to another folder")
-    for file in source.iterdir() if source.is_dir() else ():
-        if target in Path(os.path.realpath(file)).parents:
-            raise CheckpointError(f"{file} of the source is a link into {named}; write to another folder")
+def _sibling(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{kind}-{secrets.token_hex(4)}")
 
 
-class NewFolder:
-    """A folder that is filled under a temporary name next to the target and then replaces the target.
+def _clear_up(target: Path, force: bool | None) -> None:
+    """Remove what killed runs left, and restore a target that was being replaced."""
+    left = re.compile(rf"\.{re.escape(target.name)}\.(old|partial)-[0-9a-f]{{8}}")
+    for path in sorted(target.parent.iterdir()):
+        found = left.fullmatch(path.name)
+        if not found or path.is_symlink() or not path.is_dir():
+            continue
+        if found[1] == "old" and not os.path.lexists(target):
+            path.rename(target)
+            if not force:
+                raise CheckpointError(f"{target} was restored after a killed run; {_way_out(force)}")
+            continue
+        try:
+            lock = lock_folder(path)
+        except BlockingIOError:
+            raise CheckpointError(f"{target} is being written by another process; wait for it") from None
+        shutil.rmtree(path, ignore_errors=True)
+        unlock_folder(lock)
 
-    The temporary name is `.NAME.partial-XXXXXXXX`. Folders that killed runs left under such names are removed by the
-    next run for the same target.
 
-    Args:
-        target (`Path`): The final path of the folder.
-        force (`bool`, *optional*): Whether it may replace an existing folder. `None` where the user has no such option.
-        replaces (`re.Pattern`, *optional*): See `new_folder`.
+def _publish(folder: Path, target: Path, force: bool | None, replaces: re.Pattern[str] | None) -> None:
+    """Flush a folder to disk and rename it to the target.
+
+    Where the target exists, this takes two renames; if the process is killed between them, the next run restores the
+    old folder.
+
+    Raises:
+        CheckpointError: The target was created in the meantime.
+        OSError: The rename failed.
     """
-
-    def __init__(self, target: Path, force: bool | None, replaces: re.Pattern[str] | None = None) -> None:
-        self._target = target
-        self._replaces = replaces
-        self._force = force
-        self._lock: int | None = None
-        self.path = self._sibling("partial")
-
-    def _sibling(self, kind: str) -> Path:
-        return self._target.with_name(f".{self._target.name}.{kind}-{secrets.token_hex(4)}")
-
-    def _siblings(self, kind: str) -> list[Path]:
-        name = re.compile(rf"\.{re.escape(self._target.name)}\.{kind}-[0-9a-f]{{8}}")
-        with os.scandir(self._target.parent) as entries:
-            return [
-                self._target.parent / entry.name
-                for entry in entries
-                if name.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
-            ]
-
-    def __enter__(self) -> NewFolder:
-        self._target.parent.mkdir(parents=True, exist_ok=True)
-        self._clear_up()
-        self.path.mkdir()
-        self._lock = lock_folder(self.path)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.path.exists():
-            shutil.rmtree(self.path, ignore_errors=True)
-        unlock_folder(self._lock)
-
-    def _clear_up(self) -> None:
-        """Remove what killed runs left, and restore a target that was being replaced."""
-        for old in self._siblings("old"):
-            if not os.path.lexists(self._target):
-                old.rename(self._target)
-                if not self._force:
-                    raise CheckpointError(f"{self._target} was restored after a killed run; {_way_out(self._force)}")
-            else:
-                shutil.rmtree(old)
-        for partial in self._siblings("partial"):
-            try:
-                lock = lock_folder(partial)
-            except BlockingIOError:
-                raise CheckpointError(f"{self._target} is being written by another process; wait for it") from None
-            shutil.rmtree(partial, ignore_errors=True)
-            unlock_folder(lock)
-
-    def publish(self) -> None:
-        """Flush the folder to disk and rename it to the target.
-
-        Raises:
-            CheckpointError: The target was created in the meantime.
-            OSError: The rename failed.
-        """
-        for path in self.path.rglob("*"):
-            if path.is_dir():
-                sync_folder(path)
-            elif path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        sync_folder(self.path)
-        try:
-            os.rename(self.path, self._target)
-        except OSError as error:
-            in_the_way = (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES, errno.EPERM)
-            if error.errno not in in_the_way or not self._target.is_dir():
-                raise
-            if not self._force:
-                raise CheckpointError(f"{self._target} was created in the meantime; {_way_out(self._force)}") from None
-            self._replace()
-        sync_folder(self._target.parent)
-
-    def _replace(self) -> None:
-        """Replace the target by two renames; if the process is killed between them, the next run restores the old folder."""
-        # The content of the target may have changed in the meantime.
-        check_target(self._target, None, self._force, self._replaces)
-        old = self._sibling("old")
-        os.rename(self._target, old)
-        try:
-            os.rename(self.path, self._target)
-        except OSError:
-            os.rename(old, self._target)
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            sync_folder(path)
+        elif path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+    try:
+        os.rename(folder, target)
+    except OSError as error:
+        in_the_way = (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES, errno.EPERM)
+        if error.errno not in in_the_way or not target.is_dir():
             raise
-        sync_folder(self._target.parent)
+        if not force:
+            raise CheckpointError(f"{target} was created in the meantime; {_way_out(force)}") from None
+        check_target(target, None, force, replaces)  # its content may have changed in the meantime
+        old = _sibling(target, "old")
+        os.rename(target, old)
+        try:
+            os.rename(folder, target)
+        except OSError:
+            os.rename(old, target)
+            raise
+        sync_folder(target.parent)
         shutil.rmtree(old, ignore_errors=True)
+    sync_folder(target.parent)
 
 
 def lock_folder(folder: Path, *, shared: bool = False) -> int | None:

@@ -169,7 +169,7 @@ class StateCache:
             save_file(states, partial)
             os.replace(partial, path)
         except (OSError, SafetensorError) as error:
-            raise write_failed(path, error if isinstance(error, OSError) else OSError(str(error))) from error
+            raise write_failed(path, error) from error
         finally:
             partial.unlink(missing_ok=True)
 

@@ -248,7 +248,7 @@ def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> Pruned:
         dropped = select_layers(n, request, target=_gguf_target(request, base, n))
     plan = cut_gguf(base, output, dropped, force=request.force)
     _write_modelfile(output)
-    return Pruned(str(output), list(plan.dropped_layers), plan.block_count)
+    return Pruned(str(output), list(plan.cut.drop), plan.cut.num_layers)
 
 
 def _write_modelfile(output: Path) -> None:

@@ -14,12 +14,12 @@ import logging
 import os
 import re
 import shutil
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ...files.copy import LocalFile, NewFile, check_space, new_file
+from ...families.fields import Cut
+from ...files.copy import LocalFile, check_space, new_file
 from ...files.gguf_header import Tensor, block_count_of, padded, read_header, write_header
 from ...options import spell_bytes
 from ...screen import progress_bar
@@ -36,9 +36,7 @@ _NUMBERED = re.compile(r"\.[0-9]+\.|^(blk|.*\.blk)\.")
 class GGUFCutPlan:
     """Everything that a cut will do. `tensors` are the offsets and sizes of what is copied after the header."""
 
-    block_count: int
-    kept_layers: tuple[int, ...]
-    dropped_layers: tuple[int, ...]
+    cut: Cut
     header: bytes = field(repr=False)
     tensors: tuple[tuple[int, int], ...] = field(repr=False)
     alignment: int
@@ -51,9 +49,9 @@ class GGUFCutPlan:
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:
     """Whether a file is a GGUF file, judged by its first bytes and not by its name."""
+    if not os.path.isfile(path):  # reading from a pipe would wait
+        return False
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return False
         with open(path, "rb") as file:
             return file.read(4) == b"GGUF"
     except OSError:
@@ -89,7 +87,7 @@ def plan_gguf_cut(source: str | os.PathLike[str], drop_layers: Sequence[int]) ->
     header = read_header(Path(source))
     cut, changes = rewrite_metadata(header, drop_layers)
     layer_of = _sort_tensors(cut)
-    new_index = {old: new for new, old in enumerate(cut.kept)}
+    new_index = cut.layers.new_index
     kept: list[Tensor] = []
     for tensor in header.tensors:
         layer = layer_of.get(tensor.name)
@@ -97,14 +95,9 @@ def plan_gguf_cut(source: str | os.PathLike[str], drop_layers: Sequence[int]) ->
             name = tensor.name if layer is None else f"blk.{new_index[layer]}.{tensor.name.split('.', 2)[2]}"
             kept.append(replace(tensor, name=name))
     changes |= renamed(header, cut.architecture, kept)
-    entries = []
-    for key, entry in header.keys.items():
-        after = changes[key][1] if key in changes else None
-        entries.append(entry.packed([after] if isinstance(after, int) else after))
+    entries = [entry.packed(changes.get(key)) for key, entry in header.keys.items()]
     return GGUFCutPlan(
-        block_count=cut.block_count,
-        kept_layers=cut.kept,
-        dropped_layers=tuple(layer for layer in range(cut.block_count) if layer not in new_index),
+        cut=cut.layers,
         header=write_header(entries, kept, header.alignment),
         tensors=tuple((header.data_start + tensor.offset, tensor.size) for tensor in kept),
         alignment=header.alignment,
@@ -135,16 +128,15 @@ def cut_gguf(
     source, target = Path(source), Path(target)
     with LocalFile(source) as file:
         plan = plan_gguf_cut(source, drop_layers)
-        kept = len(plan.kept_layers)
-        spelled = spell_bytes(plan.target_bytes)
-        logger.info("%s: keeping %d of %d layers; copying %s", source, kept, plan.block_count, spelled)
         total, name = plan.target_bytes, target.name
+        kept, of = len(plan.cut.keep), plan.cut.num_layers
+        logger.info("%s: keeping %d of %d layers; copying %s", source, kept, of, spell_bytes(total))
         with (
             new_file(target, force=force, apart_from=source) as partial,
-            NewFile(partial) as output,
+            partial.open("xb") as output,
             progress_bar(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=name) as bar,
         ):
-            check_space(target, plan.target_bytes, shutil.disk_usage(target.parent).free)
+            check_space(target, total, shutil.disk_usage(target.parent).free)
             output.write(plan.header)
             for offset, size in plan.tensors:
                 for count in file.copy_into(output, offset, size):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import CutError
-from ...families.fields import cut_without
+from ...families.fields import Cut, cut_without
 from ...families.gguf import (
     ARCHITECTURES,
     ARRAYS,
@@ -40,13 +40,22 @@ _LAYER_WORDS = re.compile(r"layer|block|blk|every|interval|period|pattern|depth|
 
 
 class GGUFCut(NamedTuple):
-    """A cut of a file whose last `block_count - main_count` layers are for multi-token prediction."""
+    """A cut of a file whose layers from `main_count` on are for multi-token prediction."""
 
     header: GGUFHeader
     architecture: str
-    block_count: int
     main_count: int
-    kept: tuple[int, ...]
+    layers: Cut
+
+    @property
+    def block_count(self) -> int:
+        """How many layers the file has."""
+        return self.layers.num_layers
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The layers that stay."""
+        return self.layers.keep
 
     @property
     def kept_main(self) -> int:
@@ -54,36 +63,29 @@ class GGUFCut(NamedTuple):
         return bisect_left(self.kept, self.main_count)
 
 
-def rewrite_metadata(header: GGUFHeader, drop_layers: Sequence[int]) -> tuple[GGUFCut, dict[str, tuple[Any, Any]]]:
+def rewrite_metadata(header: GGUFHeader, drop_layers: Sequence[int]) -> tuple[GGUFCut, dict[str, Sequence[Any]]]:
     """Work out every metadata entry that changes when layers are dropped.
 
     Returns:
-        `tuple[GGUFCut, dict[str, tuple[Any, Any]]]`: The layers to keep, and the old and the new value of each entry
-            that changes, by key.
+        `tuple[GGUFCut, dict[str, Sequence[Any]]]`: The layers to keep, and the new values of each entry that changes, by
+            key.
 
     Raises:
         CheckpointError: The architecture, a key or the set of layers does not allow an exact cut.
     """
     arch = architecture_of(header)
     block_count = block_count_of(header)
-    kept = cut_without(drop_layers, block_count).keep
     trailing = header.keys.get(f"{arch}.nextn_predict_layers")
     main_count = block_count - (0 if trailing is None else whole_number(header, trailing))
     if not 0 < main_count <= block_count:
         header.fail(f"{arch}.nextn_predict_layers does not fit the {block_count} layers; the file is damaged")
-    cut = GGUFCut(header, arch, block_count, main_count, kept)
+    cut = GGUFCut(header, arch, main_count, cut_without(drop_layers, block_count))
     if not cut.kept_main:
         raise CutError(f"drop_layers has all of the decoder's layers 0..{main_count - 1}; one must stay")
     _check_architecture(cut)
 
-    changes: dict[str, tuple[Any, Any]] = {}
-    for entry in header.keys.values():
-        after = _new_value(cut, entry)
-        if isinstance(after, list):
-            changes[entry.key] = (entry.values, tuple(entry.values[index] for index in after))
-        elif after is not None and after != entry.values[0]:
-            changes[entry.key] = (entry.values[0], after)
-    return cut, changes
+    changes = {entry.key: _new_values(cut, entry) for entry in header.keys.values()}
+    return cut, {key: values for key, values in changes.items() if values is not None}
 
 
 def _check_architecture(cut: GGUFCut) -> None:
@@ -132,8 +134,8 @@ def _check_turns(cut: GGUFCut, period: int, picked: Callable[[int, int], bool], 
         )
 
 
-def _new_value(cut: GGUFCut, entry: Entry) -> int | list[int] | None:
-    """The entry's new number, the array items to keep, or `None` to copy the entry unchanged."""
+def _new_values(cut: GGUFCut, entry: Entry) -> list[Any] | None:
+    """The new values of an entry, or `None` to copy it unchanged."""
     header, key = cut.header, entry.key
     if key in PER_LAYER_UNPREFIXED:
         return _per_layer(cut, entry) if entry.is_array else None
@@ -146,10 +148,9 @@ def _new_value(cut: GGUFCut, entry: Entry) -> int | list[int] | None:
         _unknown(cut, entry)
         return None
     if suffix == "block_count":
-        return len(cut.kept)
+        return [len(cut.kept)]
     if suffix in PER_LAYER and entry.is_array:
-        indices = _per_layer(cut, entry)
-        before, after = entry.values, [entry.values[index] for index in indices]
+        before, after = entry.values, _per_layer(cut, entry)
         if suffix == "deepstack_mapping" and max(before) >= 0:
             header.fail(f"{key} feeds image features to certain layers, so the cut would change what they see")
         if suffix in FIRST_SIZES_ALL and before[0] != after[0]:
@@ -159,13 +160,13 @@ def _new_value(cut: GGUFCut, entry: Entry) -> int | list[int] | None:
             )
         if suffix in TWO_KINDS and {value != 0 for value in before} != {value != 0 for value in after}:
             header.fail(f"{key} tells two kinds of layers apart, and only one would be left; keep a layer of each")
-        return indices
+        return after
     if suffix in PERIODS:
         _check_turns(cut, whole_number(header, entry), PERIODS[suffix], key)
     elif suffix in LEADING:
-        return bisect_left(cut.kept, whole_number(header, entry))
+        return [bisect_left(cut.kept, whole_number(header, entry))]
     elif suffix in TRAILING:
-        return len(cut.kept) - cut.kept_main
+        return [len(cut.kept) - cut.kept_main]
     elif suffix in UNMOVED_FIRST or suffix in UNMOVED_ALL:
         number = whole_number(header, entry)
         still = number if suffix in UNMOVED_FIRST else len(cut.kept) * bool(number)
@@ -182,13 +183,15 @@ def _new_value(cut: GGUFCut, entry: Entry) -> int | list[int] | None:
     return None
 
 
-def _per_layer(cut: GGUFCut, entry: Entry) -> list[int]:
+def _per_layer(cut: GGUFCut, entry: Entry) -> list[Any]:
+    """The values of the kept layers."""
     if not entry.is_numeric or entry.count not in (cut.block_count, cut.main_count):
         cut.header.fail(
             f"{entry.key} should have one number for each of the {cut.block_count} layers, and is an array of "
             f"{entry.count}{'' if entry.is_numeric else ' strings'}; the file is damaged or of an unknown kind"
         )
-    return list(cut.kept if entry.count == cut.block_count else cut.kept[: cut.kept_main])
+    kept = cut.kept if entry.count == cut.block_count else cut.kept[: cut.kept_main]
+    return [entry.values[layer] for layer in kept]
 
 
 def _unknown(cut: GGUFCut, entry: Entry) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from ...files.gguf_header import GGUFHeader, Tensor
 
 
-def renamed(header: GGUFHeader, architecture: str, kept: Sequence[Tensor]) -> dict[str, tuple[str, str]]:
-    """The metadata texts that name the model's size, before and after the cut, by key.
+def renamed(header: GGUFHeader, architecture: str, kept: Sequence[Tensor]) -> dict[str, str]:
+    """The metadata texts that name the model's size, after the cut, by key.
 
     No key is added to the file. A name without the old size in it gets the new one at its end.
     """
@@ -20,12 +20,12 @@ def renamed(header: GGUFHeader, architecture: str, kept: Sequence[Tensor]) -> di
     new = _label(kept, experts)
     old = texts.get("general.size_label") or _label(header.tensors, experts)
     changes = {}
-    if label := texts.get("general.size_label"):
-        changes["general.size_label"] = (label, new)
+    if texts.get("general.size_label"):
+        changes["general.size_label"] = new
     if name := texts.get("general.name"):
         shorter, found = re.subn(rf"(?<![\w.]){re.escape(old)}(?![\w.])", lambda _: new, name, flags=re.IGNORECASE)
-        changes["general.name"] = (name, shorter if found else f"{name} {new}")
-    return {key: (before, after) for key, (before, after) in changes.items() if before != after}
+        changes["general.name"] = shorter if found else f"{name} {new}"
+    return changes
 
 
 def _label(tensors: Sequence[Tensor], experts: int) -> str:

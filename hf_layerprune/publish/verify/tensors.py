@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ...cut.folder import check_index, find_weights
+from ...cut.header import FLOATS
 from ...errors import CheckpointError, boundary
 from ...files.json_file import read_object
 from ...files.shards import INDEX, MAX_INDEX, shard_names
@@ -22,7 +23,6 @@ from .places import Place
 from .rebuild import Expected, TensorHash, WeightFile, notes_in
 
 _ADAPTER_PREFIX = "base_model.model."
-_FLOATS = {"F16", "BF16", "F32", "F64"}
 _NO_MODEL = "no model can be built from the base's config"
 
 
@@ -231,15 +231,11 @@ def _difference(name: str, tensor: TensorHash, wanted: TensorHash | None, quanti
 def _may_be_trained(name: str, tensor: TensorHash, wanted: TensorHash | None) -> bool:
     """Whether a repair or training can have made a tensor: neither adds one, but an untied head, or changes a shape."""
     if wanted is None:
-        return _is_head(name)
-    floats = {tensor.dtype, wanted.dtype} <= _FLOATS
+        return name.endswith("lm_head.weight")
+    floats = {tensor.dtype, wanted.dtype} <= FLOATS
     return tensor.shape == wanted.shape and (floats or tensor.dtype == wanted.dtype)
 
 
 def _is_untied(place: Place, expected: Expected) -> bool:
     now = differences(expected.config, load_config(place.folder).to_dict())
     return any(unties(path, *values) for path, values in now.items())
-
-
-def _is_head(name: str) -> bool:
-    return name.endswith("lm_head.weight")
