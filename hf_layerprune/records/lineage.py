@@ -72,7 +72,8 @@ class Lineage:
                 what = "is a file" if folder.exists() else "does not exist"
                 raise CheckpointError(f"{folder} {what}; specify a model folder written by hf-layerprune prune")
             raise CheckpointError(
-                f"{name or folder} has no {FILE_NAME}, so its origin is unknown; make the model with hf-layerprune prune"
+                f"{name or folder} has no {FILE_NAME}, so its origin is unknown; make the model with hf-layerprune prune, or "
+                "record how it was quantised with hf_layerprune.record_quantized"
             )
         return lineage
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -265,14 +265,9 @@ def _quantize_again(stage: Stage, told: dict[str, Any], cut: Path, target: Path)
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError(f"lineage.json says that a {stage.settings.get('dtype')!r} model was quantised")
     method = method_of(told)
-    try:
-        here, then = version(method), (stage.entry.get("versions") or {}).get(method)
-    except PackageNotFoundError:
-        raise CheckpointError(
-            f"the model was quantised with {method}, which is needed to repeat that; install it: pip install {method}"
-        ) from None
     logger.info("quantising the cut with %s, to compare", method)
-    with boundary(f"{method} {here} can't repeat how the model was quantised"):
+    with boundary(f"{method} can't repeat how the model was quantised", "install the version in its lineage.json"):
+        here, then = version(method), (stage.entry.get("versions") or {}).get(method)
         settings: Any = AutoQuantizationConfig.from_dict(dict(told))
         load_base(cut, quantization_config=settings, dtype=dtype, device_map="cpu").save_pretrained(target)
     return f"{method} {here}" + (f" ({then} was used)" if then not in (None, here) else "")

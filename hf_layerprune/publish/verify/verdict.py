@@ -21,7 +21,7 @@ from ...errors import CheckpointError, LayerPruneError
 from ...families import MARKER
 from ...files.json_file import read_object
 from ...files.shards import INDEX
-from ...layer_ranges import format_layers, name_layers
+from ...layer_ranges import name_layers
 from ...options import plural
 from ...records.declared import CARD
 from ...records.fingerprints import (
@@ -90,7 +90,7 @@ def verify(request: VerifyRequest) -> Verified:
                 check_tensors(place, history, expected, modules, outcome)
         outcome.complete = True
     except LayerPruneError as error:
-        outcome.say(False, part, f"{error}{_hint(place) if part == 'lineage' and not outcome.lines else ''}")
+        outcome.say(False, part, str(error))
     return outcome
 
 
@@ -108,13 +108,6 @@ def _tell(history: History, outcome: Verified) -> None:
         told = history.quantized.settings["quantization_config"]
         how = "whose bytes can be repeated" if is_repeatable_method(told) else "whose bytes can't be repeated"
         outcome.say(True, "lineage", f"quantised: {describe_quantization(told)}, {how}")
-
-
-def _hint(place: Place) -> str:
-    """The way out where a model was quantised and its history does not say so."""
-    if CONFIG not in place.hashes or read_config_file(place.path(CONFIG)).get("quantization_config") is None:
-        return ""
-    return "; if it was quantised since, say from what: hf_layerprune.record_quantized(BEFORE, QUANTISED)"
 
 
 def _check_records(place: Place, history: History, outcome: Verified) -> None:
@@ -135,8 +128,10 @@ def _check_records(place: Place, history: History, outcome: Verified) -> None:
         outcome.say(True, "weights", f"their hash is {own[:12]}, as {LINEAGE} says")
     else:
         says = f"{LINEAGE} says {last['weights'][:12]}: they were changed since, or it was"
-        hint = "" if history.quantized else _hint(place)
-        outcome.say(False, "weights", f"their hash is {own[:12]}, and {says}{hint}")
+        says += (
+            "" if history.quantized else "; if they were quantised, record that with hf_layerprune.record_quantized"
+        )
+        outcome.say(False, "weights", f"their hash is {own[:12]}, and {says}")
     here = {name: sha256 for name, sha256 in place.hashes.items() if not holds_weights(name)}
     texts = [
         f"{name} {'is missing' if name not in here else 'was added' if name not in recorded else 'was changed'} since "
@@ -214,13 +209,8 @@ def _check_cut(told: Mapping[str, Any], name: str, history: History, outcome: Ve
     if (dropped, told.get("num_base_layers")) == (wanted, of):
         outcome.say(True, "config", f"{name} and {LINEAGE} agree on the cut")
         return
-    what = "nothing"
-    if isinstance(dropped, list) and all(isinstance(layer, int) for layer in dropped):
-        what = f"{name_layers(dropped)} of {told.get('num_base_layers')}"
-    text = (
-        f"{name} says that the cut dropped {what}, and {LINEAGE} says {format_layers(wanted)} of {of}: one was edited"
-    )
-    outcome.say(False, "config", text)
+    says = f"{name} says that the cut dropped {dropped} of {told.get('num_base_layers')}"[:300]
+    outcome.say(False, "config", f"{says}, and {LINEAGE} says {wanted} of {of}: one was edited")
 
 
 def _check_config(place: Place, history: History, expected: Expected, outcome: Verified) -> None:
