@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_layerprune.cut.base import Base
-from hf_layerprune.cut.disk import plan_cut
+from hf_layerprune.cut.disk import fill, plan_cut
 from hf_layerprune.cut.plan import CheckpointPlan
-from hf_layerprune.cut.write import fill
 from hf_layerprune.files.folders import check_target, new_folder
 
 

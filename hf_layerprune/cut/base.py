@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,16 @@ from typing import Any
 from ..errors import CheckpointError, boundary
 from ..files.copy import FileState, check_inside
 from ..files.hub import Repo, hub_errors
-from ..files.shards import INDEX, shard_names
+from ..files.json_file import read_object
+from ..files.shards import INDEX, MAX_INDEX, shard_names
 from ..options import plural, spell_bytes
 from ..records.fingerprints import ADAPTER_CONFIG, CONFIG, TEMPLATES, is_part
 from ..runtime.loading import is_hub_id
-from .folder import check_index, find_weights, read_json
 from .header import Header, Tensor, read_header
 
 logger = logging.getLogger(__name__)
+
+SINGLE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -198,3 +200,73 @@ def _remote_header(base: Base, repo: Repo, name: str) -> Header:
         data = max((tensor.end for tensor in tensors), default=0)
     size = base.sizes[name]
     return Header(base.folder / name, FileState(0, 0, size, 0), size - data, tensors, found.metadata or None)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a checkpoint.
+
+    Raises:
+        CheckpointError: The file is missing, too large, or not a valid JSON object.
+    """
+    return read_object(path, max_bytes=MAX_INDEX, non_finite=True)
+
+
+def find_weights(names: Collection[str], where: str, chosen: str | None = None) -> str:
+    """Find the weights of a checkpoint in a list of its files.
+
+    Args:
+        names (`Collection[str]`): Names of all files.
+        where (`str`): The name of the folder, for errors.
+        chosen (`str`, *optional*): What the config names as the weights (`transformers_weights`).
+
+    Returns:
+        `str`: `SINGLE` or `INDEX`, or the chosen one.
+
+    Raises:
+        CheckpointError: There are no safetensors weights, or more than one set.
+    """
+    if chosen is not None:
+        if chosen not in names:
+            raise CheckpointError(f"{where} has no {str(chosen)[:100]!r}, which its config names as its weights")
+        return chosen
+    if INDEX in names:
+        if SINGLE in names:
+            raise CheckpointError(
+                f"{where} holds both {SINGLE} and {INDEX}, and loaders differ in which they read; remove one of them"
+            )
+        return INDEX
+    if SINGLE in names:
+        return SINGLE
+    others = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
+    if others:
+        raise CheckpointError(
+            f"{where} holds only pickled weights ({others[0]}), which can run code when loaded and are never "
+            "opened here; convert them to safetensors first (load the model and save_pretrained it)"
+        )
+    if ADAPTER_CONFIG in names:
+        raise CheckpointError(f"{where} holds an adapter, not a model; merge it into its base first")
+    raise CheckpointError(f"{where} holds neither {SINGLE} nor {INDEX}; is the download complete?")
+
+
+def check_index(weight_map: Mapping[str, str], files: Mapping[str, Iterable[str]], where: str) -> None:
+    """Check that an index, which says in which file each tensor is, fits the names of the tensors in these files.
+
+    Raises:
+        CheckpointError: A tensor is in a file other than the index says, in no file, in two files, or not in the
+            index.
+    """
+    seen: dict[str, str] = {}
+    for file, names in files.items():
+        for name in names:
+            if name in seen:
+                raise CheckpointError(f"tensor {name!r} is in both {seen[name]} and {file}; save the checkpoint again")
+            seen[name] = file
+            if (says := weight_map.get(name)) != file:
+                raise CheckpointError(
+                    f"tensor {name!r} is in {file}, and {where} "
+                    + (f"places it in {says}" if says else "does not list it")
+                    + "; the index and the files do not belong together, so download them again"
+                )
+    for name, file in weight_map.items():
+        if name not in seen:
+            raise CheckpointError(f"{where} places tensor {name!r} in {file}, which lacks it; download both again")

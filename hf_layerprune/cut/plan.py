@@ -1,7 +1,7 @@
 """Plan a cut of a safetensors checkpoint: which bytes to copy, where to, and under which names.
 
 Nothing here reads a tensor or writes a file. The plan is made from headers, the index and configs alone, and every check
-is made here; `write.py` then carries it out.
+is made here; `disk.py` then carries it out.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from ..families.layout import find_layer_prefix
 from ..families.quantization import names_layers
 from ..files.json_file import parse_json
 from ..runtime.model_class import model_class_of
-from .base import Weights
-from .folder import SINGLE
+from .base import SINGLE, Weights
 from .header import Header, Tensor, write_header
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from .. import families
 from ..errors import CutError
 from ..families.fields import COUNT_FIELDS, FIELDS, looks_per_layer
 from ..records.fingerprints import QUANTISERS
-from .folder import read_json
+from .base import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

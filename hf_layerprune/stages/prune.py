@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import families
-from ..cut.disk import plan_cut
+from ..cut.disk import fill, plan_cut
 from ..cut.gguf import cut_gguf, gguf_layer_count, is_gguf, plan_gguf_cut
 from ..cut.gguf.modelfile import modelfile_of
 from ..cut.patch import patch_layers
-from ..cut.write import fill
 from ..errors import CheckpointError, CutError
 from ..families.engines import WAY_OUT, misread
 from ..files.copy import write_text

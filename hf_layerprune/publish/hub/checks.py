@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ...cut.folder import read_json
 from ...errors import CheckpointError, LayerPruneError
+from ...files.json_file import read_object
 from ...options import plural
 from ...records.figures import numbers
 from ...records.fingerprints import (
@@ -164,7 +164,7 @@ def _base(contents: Contents, request: PushRequest) -> Outcome:
         )
         yield REFUSAL, text
     if contents.is_adapter:
-        name = str(read_json(contents.folder / ADAPTER_CONFIG).get("base_model_name_or_path"))
+        name = str(read_object(contents.folder / ADAPTER_CONFIG).get("base_model_name_or_path"))
         if not is_hub_name(name) or Path(name).exists():
             raise CheckpointError(
                 f"{ADAPTER_CONFIG} names the base {name!r}, which nobody else can load; make the adapter from the "

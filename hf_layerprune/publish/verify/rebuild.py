@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import families
 from ...cut.base import Base as Checkpoint
-from ...cut.disk import plan_cut
+from ...cut.disk import fill, plan_cut
 from ...cut.header import read_header
 from ...cut.plan import CheckpointPlan
-from ...cut.write import fill
 from ...errors import CheckpointError, boundary
 from ...files.copy import LocalFile
 from ...files.json_file import parse_json

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ...cut.folder import check_index, find_weights
+from ...cut.base import check_index, find_weights
 from ...cut.header import FLOATS
 from ...errors import CheckpointError, boundary
 from ...files.json_file import read_object
