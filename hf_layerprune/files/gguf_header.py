@@ -188,13 +188,9 @@ def read_header(path: Path) -> GGUFHeader:
     _, version, tensor_count, key_count = _FIXED.unpack(start)
     if version not in (2, 3):  # such as that of a big-endian file
         raise _refused(path, f"GGUF version {version} is not supported; convert the model again to get version 3")
-    if tensor_count > MAX_TENSORS or key_count > MAX_KEYS:
-        raise _refused(
-            path,
-            f"the header claims {tensor_count} tensors and {key_count} metadata keys, and at most {MAX_TENSORS} and "
-            f"{MAX_KEYS} are supported; the file is damaged",
-        )
     try:
+        if tensor_count > MAX_TENSORS or key_count > MAX_KEYS:
+            raise ValueError(f"it claims {tensor_count} tensors and {key_count} metadata keys")
         with path.open("rb") as file:
             reader = _Reader(file, size)
             reader.take(_FIXED.size)

@@ -118,13 +118,16 @@ class Repo:
         commit (`str`): The commit to read.
         files (`dict[str, HubFile]`): The files; offline, only those in the cache.
         offline (`str`, *optional*): The reason why only the cache is used, if so.
+        token (`str` or `bool`, *optional*): As the Hub client takes it; by default the stored one.
+        cache_dir (`str`, *optional*): The Hub client's cache, if not the default.
     """
 
     name: str
     commit: str
     files: dict[str, HubFile]
     offline: str | None = None
-    _where: dict[str, Any] = field(default_factory=dict, repr=False)
+    token: str | bool | None = field(default=None, repr=False)
+    cache_dir: str | None = None
 
     @classmethod
     def open(
@@ -155,7 +158,6 @@ class Repo:
         from huggingface_hub import HfApi, constants
         from huggingface_hub.utils import validate_repo_id
 
-        where = {"token": token, "cache_dir": cache_dir}
         offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else None
         offline = offline or ("local_files_only is set" if local_files_only else None)
         with hub_errors(name, revision):
@@ -171,7 +173,7 @@ class Repo:
                         one.rfilename: HubFile(int(one.size or 0), one.lfs.sha256 if one.lfs else None, one.blob_id)
                         for one in info.siblings or ()
                     }
-                return cls(name, str(info.sha), files, None, where)
+                return cls(name, str(info.sha), files, None, token, place)
             except UnreachableError as error:
                 offline = str(error)
                 logger.info("%s; looking in the cache", error)
@@ -180,12 +182,7 @@ class Repo:
             raise CheckpointError(
                 f"{name} is not in the cache, and the Hub can't be reached ({offline}); go online, or specify a folder"
             )
-        return cls(name, cached[0], cached[1], offline, where)
-
-    @property
-    def token(self) -> str | bool | None:
-        """The token that it was opened with."""
-        return self._where.get("token")
+        return cls(name, cached[0], cached[1], offline, token, place)
 
     def is_released(self) -> bool:
         """Whether its commit is in the history of a branch or a tag. The Hub also serves commits of pull requests, which
@@ -215,13 +212,11 @@ class Repo:
 
         self._check_listed(name)
         file = self.files[name]
-        arrived = not isinstance(try_to_load_from_cache(self.name, name, self._where["cache_dir"], self.commit), str)
+        arrived = not isinstance(try_to_load_from_cache(self.name, name, self.cache_dir, self.commit), str)
         with hub_errors(self.name, self.commit):
-            path = Path(
-                hf_hub_download(
-                    self.name, name, revision=self.commit, local_files_only=bool(self.offline), **self._where
-                )
-            )
+            where: dict[str, Any] = {"token": self.token, "cache_dir": self.cache_dir}
+            where["local_files_only"] = bool(self.offline)
+            path = Path(hf_hub_download(self.name, name, revision=self.commit, **where))
         if path.stat().st_size != file.size:
             raise CheckpointError(f"{path} is incomplete; delete it from the cache to download it again")
         if arrived and not self.offline:
@@ -273,7 +268,7 @@ class Repo:
         for name, file in sorted(self.files.items()):
             if "/" in name or not name.endswith((".safetensors", ".json")):
                 continue
-            path = try_to_load_from_cache(self.name, name, self._where["cache_dir"], self.commit)
+            path = try_to_load_from_cache(self.name, name, self.cache_dir, self.commit)
             if file.sha256 is not None:
                 known[name] = {"size": file.size, "sha256": file.sha256}
             elif isinstance(path, str):

@@ -29,6 +29,7 @@ from ...runtime.loading import load_base, load_config
 from .places import Base
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
@@ -211,8 +212,6 @@ def _check_bytes(plan: CheckpointPlan, files: Mapping[str, Mapping[str, Any]]) -
 
 def _converted(history: History, base: Base, folder: Path) -> Expected:
     """Repeat a cut whose weights are dequantised or converted."""
-    import torch
-
     from ...cut.memory import drop_layers
     from ...runtime.loading import load_tokenizer
 
@@ -221,12 +220,7 @@ def _converted(history: History, base: Base, folder: Path) -> Expected:
     ]
     if len(conversions) > 1:
         raise CheckpointError("the weights were converted more than once, which can't be verified")
-    dtype = getattr(torch, history.dtype or "", None)
-    if not isinstance(dtype, torch.dtype):
-        raise CheckpointError(
-            f"lineage.json says that the weights were converted to {history.dtype!r}, which is not a dtype"
-        )
-    model = load_base(base.source, revision=base.commit, dtype=dtype)
+    model = load_base(base.source, revision=base.commit, dtype=_dtype(history.dtype))
     drop_layers(model, history.dropped)
     model.save_pretrained(folder)
     with suppress(CheckpointError):  # a base may have no tokenizer
@@ -257,12 +251,9 @@ def _quantized(history: History, folder: Path, cut: Expected) -> Expected:
 
 def _quantize_again(stage: Stage, told: dict[str, Any], cut: Path, target: Path) -> str:
     """Quantise a cut on the CPU as told; return what did so, with its version, and the version used first if it differs."""
-    import torch
     from transformers.quantizers.auto import AutoQuantizationConfig
 
-    dtype = getattr(torch, str(stage.settings.get("dtype")), None)
-    if not isinstance(dtype, torch.dtype):
-        raise CheckpointError(f"lineage.json says that a {stage.settings.get('dtype')!r} model was quantised")
+    dtype = _dtype(stage.settings.get("dtype"))
     method = method_of(told)
     logger.info("quantising the cut with %s, to compare", method)
     with boundary(f"{method} can't repeat how the model was quantised", "install the version in its lineage.json"):
@@ -270,3 +261,12 @@ def _quantize_again(stage: Stage, told: dict[str, Any], cut: Path, target: Path)
         settings: Any = AutoQuantizationConfig.from_dict(dict(told))
         load_base(cut, quantization_config=settings, dtype=dtype, device_map="cpu").save_pretrained(target)
     return f"{method} {here}" + (f" ({then} was used)" if then not in (None, here) else "")
+
+
+def _dtype(name: object) -> torch.dtype:
+    import torch
+
+    dtype = getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"lineage.json names the dtype {name!r}, which does not exist")
+    return dtype
