@@ -24,8 +24,7 @@ from .texts import WIKITEXT2, Text, check_same_tokens, find_text, windows
 
 if TYPE_CHECKING:
     import torch
-    from lm_eval.api.group import Group
-    from lm_eval.api.task import Task
+    from lm_eval.tasks.manager import TaskDict
     from transformers import PreTrainedModel
 
     from .harness import Runs, TaskRun
@@ -188,7 +187,7 @@ class _Evaluation(Measurement):
         tokenizer = self.tokenizer if subject is self.model else self.base_tokenizer
         return Harness(model, tokenizer, self.request.batch_size)
 
-    def _key(self, subject: Subject, name: str, task: Task | Group) -> dict[str, Any]:
+    def _key(self, subject: Subject, name: str, task: TaskDict) -> dict[str, Any]:
         """Everything that the answers depend on."""
         from .harness import prompts_hash
 

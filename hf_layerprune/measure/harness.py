@@ -11,27 +11,28 @@ import hashlib
 import logging
 import math
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lm_eval import simple_evaluate
-from lm_eval.api.task import Task
+from lm_eval import evaluate
 from lm_eval.models.hf_vlms import HFMultimodalLM
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
+from transformers import set_seed
 
 from ..errors import LayerPruneError, boundary
 from ..runtime.memory import free_memory, halved
 from .image_tasks import asks_about_media, plain
-from .tasks import quiet, require_harness
+from .tasks import require_harness
 
 if TYPE_CHECKING:
-    from lm_eval.api.group import Group
+    from lm_eval.tasks.manager import TaskDict
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 logger = logging.getLogger(__name__)
+require_harness()
 
 # The harness's own default.
 SEED = 1234
@@ -89,12 +90,12 @@ class TaskRun:
 class Runs:
     """What runs a task; mixed into the harness's own classes of models."""
 
-    def run(self, name: str, task: Task | Group, *, limit: int | None = None, shots: int | None = None) -> TaskRun:
+    def run(self, name: str, task: TaskDict, *, limit: int | None = None, shots: int | None = None) -> TaskRun:
         """Run a task or a group of tasks.
 
         Args:
             name (`str`): Its name.
-            task (`Task` or `Group`): The harness's object.
+            task (`TaskDict`): What the harness loaded under this name.
             limit (`int`, *optional*): Number of questions of each (sub)task; by default all.
             shots (`int`, *optional*): Number of few-shot examples before each question; by default the task's own.
 
@@ -105,13 +106,9 @@ class Runs:
             LayerPruneError: A single question does not fit into memory, or the task gave no result.
         """
         start = time.perf_counter()
-        with quiet(), torch.no_grad(), _refusing(name, shots):
-            # An empty index, because the task is loaded; otherwise the harness would index all of its tasks each time.
-            manager = TaskManager(include_defaults=False)
+        with torch.no_grad(), _prepared(name, task, shots):
             model: Any = self
-            evaluated = simple_evaluate(
-                model=model, tasks=[task], limit=limit, num_fewshot=shots, task_manager=manager
-            )
+            evaluated: Any = evaluate(model, task, limit=limit)
         samples = _by_question(evaluated["samples"], asks_about_media(task))
         if name not in evaluated["results"] or not samples:
             raise LayerPruneError(f"task {name} gave no result; omit it")
@@ -144,9 +141,7 @@ class Harness(Runs, HFLM):
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | str = "auto"
     ) -> None:
-        require_harness()
-        with quiet():
-            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=_first_batch(model, batch_size))
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=_first_batch(model, batch_size))
 
     def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> Any:
         while True:
@@ -167,16 +162,14 @@ class ImageHarness(Runs, HFMultimodalLM):
     """
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, batch_size: int | str = "auto") -> None:
-        require_harness()
         text = model.config.get_text_config()
-        with quiet():
-            super().__init__(
-                pretrained=model,
-                tokenizer=processor,
-                batch_size=_first_batch(model, batch_size),
-                max_length=getattr(text, "max_position_embeddings", None),  # the harness expects it at the top level
-                convert_img_format=True,
-            )
+        super().__init__(
+            pretrained=model,
+            tokenizer=processor,
+            batch_size=_first_batch(model, batch_size),
+            max_length=getattr(text, "max_position_embeddings", None),  # the harness expects it at the top level
+            convert_img_format=True,
+        )
 
     def _create_tokenizer(self, pretrained: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
         """Keep the processor that is given; the harness only keeps one that it loads by a name."""
@@ -190,24 +183,29 @@ def _first_batch(model: PreTrainedModel, batch_size: int | str) -> int:
     return int(batch_size)
 
 
-def _refusing(name: str, shots: int | None) -> AbstractContextManager[None]:
-    """Turns what the harness raises into an error of ours."""
+@contextmanager
+def _prepared(name: str, task: TaskDict, shots: int | None) -> Iterator[None]:
+    """Set up a task as the harness's own command does, and turn what the harness raises into an error of ours."""
     way_out = "omit it, or use fewer few-shot examples" if shots else "omit it"
-    return boundary(f"task {name} can't be run", way_out, LayerPruneError)
+    with boundary(f"task {name} can't be run", way_out, LayerPruneError):
+        set_seed(SEED)
+        for one in task["tasks"].values():
+            own = one.get_config("num_fewshot")
+            if own != 0:  # a task that says 0 has no examples
+                one.set_config(key="num_fewshot", value=(own or 0) if shots is None else shots)
+            one.set_fewshot_seed(seed=SEED)
+        yield
 
 
-def prompts_hash(name: str, task: Task | Group, limit: int | None, shots: int | None) -> str:
+def prompts_hash(name: str, task: TaskDict, limit: int | None, shots: int | None) -> str:
     """One sha256 of everything that a task asks a model: the final prompts, the choices and the right answers.
 
     Raises:
         LayerPruneError: The task has fewer examples than are asked for.
     """
     digest = hashlib.sha256()
-    with quiet(), _refusing(name, shots):
-        for one in [task] if isinstance(task, Task) else task.get_all_tasks():
-            if shots is not None and one.get_config("num_fewshot") != 0:
-                one.set_config(key="num_fewshot", value=shots)
-            one.set_fewshot_seed(seed=SEED)
+    with _prepared(name, task, shots):
+        for one in task["tasks"].values():
             one.build_all_requests(limit=limit)
             for asked in one.instances:
                 told = repr((asked.request_type, plain(asked.arguments), plain(asked.doc)))

@@ -14,54 +14,51 @@ from typing import TYPE_CHECKING, Any
 
 from ..calibration.documents import IMAGE_COLUMNS
 from ..errors import LayerPruneError, boundary
-from ..families.types import ENCODER_DECODER
 from ..runtime.model_class import auto_class_of
 
 if TYPE_CHECKING:
-    from lm_eval.api.group import Group
-    from lm_eval.api.task import Task
+    from lm_eval.tasks.manager import TaskDict
 
     from .subject import Subject
 
 # Where an image stands in a prompt; the harness puts the model's own token there.
 PLACE = "<image>"
-_TEXTS_ALONE = "lm-evaluation-harness only runs tasks about images whose answers the model writes"
+TEXT = {"type": "string", "pattern": r"\S", "description": "a text that is not empty"}
+_PATHS = {"description": "image is the path of an image, and images a list of paths"}
+_PATH = {"type": "string", "minLength": 1} | _PATHS
+QUESTION = {
+    "description": 'a question about an image is {"query": "...", "answer": "...", "image": "a.png"}',
+    "type": "object",
+    "required": ["query", "answer"],
+    "properties": {
+        "query": TEXT,
+        "answer": TEXT,
+        "image": _PATH,
+        "images": {"type": "array", "minItems": 1, "items": _PATH} | _PATHS,
+    },
+}
 
 
 # --- whose tasks, on which models ------------------------------------------------------------------------
 
 
-def leaves(task: Task | Group) -> list[Any]:
-    """The tasks of a group, or the task itself."""
-    return list(task.get_all_tasks()) if hasattr(task, "get_all_tasks") else [task]
-
-
-def asks_about_media(task: Task | Group) -> bool:
+def asks_about_media(task: TaskDict) -> bool:
     """Whether a task gives the model images or audio beside the text."""
-    return any(getattr(leaf, "MULTIMODAL", False) for leaf in leaves(task))
+    return any(getattr(one, "MULTIMODAL", False) for one in task["tasks"].values())
 
 
-def check_media_tasks(tasks: Mapping[str, Task | Group], subjects: Sequence[Subject], shots: int | None) -> None:
-    """Refuse tasks about images or audio that can't be run, before a model is loaded.
+def check_media_tasks(tasks: Mapping[str, TaskDict], subjects: Sequence[Subject], shots: int | None) -> None:
+    """Refuse tasks about images that can't be run, before a model is loaded.
 
     Raises:
-        LayerPruneError: A model reads text alone, or the harness can't run a task.
+        LayerPruneError: A model reads text alone, or few-shot examples are asked for.
         CheckpointError: A model has no processor that can be loaded.
     """
-    about = {name: task for name, task in tasks.items() if asks_about_media(task)}
-    for name, task in about.items():
-        for leaf in leaves(task):
-            if getattr(leaf.config, "doc_to_audio", None):
-                raise LayerPruneError(f"task {name} asks about audio, which `eval` can't give to a model yet; omit it")
-            if leaf.OUTPUT_TYPE != "generate_until":
-                raise LayerPruneError(f"task {name} scores given answers: {_TEXTS_ALONE}; omit it")
-        if shots:
-            raise LayerPruneError(
-                f"task {name} asks about images, but its few-shot examples have none; omit num_fewshot"
-            )
-    if not about:
+    first = next((name for name, task in tasks.items() if asks_about_media(task)), None)
+    if first is None:
         return
-    (first, *_) = about
+    if shots:
+        raise LayerPruneError(f"task {first} asks about images, but its few-shot examples have none; omit num_fewshot")
     for subject in subjects:
         config = subject.config()
         if image_token(config) is None:
@@ -69,8 +66,6 @@ def check_media_tasks(tasks: Mapping[str, Task | Group], subjects: Sequence[Subj
                 f"task {first} asks about images, and {subject.name} is a {config.model_type} model that reads none; omit "
                 "the task, or specify a model that reads images"
             )
-        if getattr(config, "is_encoder_decoder", False):
-            raise LayerPruneError(f"task {first} can't be run on {subject.name}: {ENCODER_DECODER}")
         subject.processor()
 
 
@@ -92,36 +87,6 @@ def has_images(row: Any) -> bool:
     return isinstance(row, dict) and any(name in row for name in IMAGE_COLUMNS)
 
 
-def problem_of(row: Any) -> str | None:
-    """What is wrong with a question about images; `None` if nothing is."""
-    if not has_images(row) or not {"query", "answer"} <= row.keys():
-        if isinstance(row, dict) and "choices" in row:
-            return f"choices can't be scored beside an image: {_TEXTS_ALONE}; give an `answer` instead of choices"
-        return 'a question about an image is {"query": "...", "answer": "...", "image": "a.png"}'
-    if blank := blank_text(row, "query", "answer"):
-        return blank
-    query = row["query"]
-    paths = _named(row)
-    if not paths or not all(isinstance(path, str) and path for path in paths):
-        return "image must be the path of an image, and images a list of paths"
-    if query.count(PLACE) not in (0, len(paths)):
-        return f"query has {query.count(PLACE)} places for {len(paths)} images"
-    return None
-
-
-def blank_text(row: dict[str, Any], *names: str) -> str | None:
-    """Which of some fields of a question is not text, or is empty; `None` if none is."""
-    for name in names:
-        if not isinstance(row[name], str) or not row[name].strip():
-            return f"{name} is {row[name]!r}, but must be a non-empty text"
-    return None
-
-
-def _named(row: dict[str, Any]) -> list[Any]:
-    images = row["images"] if row.get("images") is not None else [row.get("image")]
-    return images if isinstance(images, list) else []
-
-
 def to_row(row: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
     """A question about images as the harness gets it: `query`, with a place for each image; `answer`; paths of `images`.
 
@@ -131,17 +96,20 @@ def to_row(row: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
         where (`str`): The line's name in errors.
 
     Raises:
-        LayerPruneError: There is no such image, or it can't be read.
+        LayerPruneError: There is no such image, it can't be read, or the query has places for another number of images.
     """
     from PIL import Image
 
-    paths = [folder / path for path in _named(row)]
+    paths = [folder / path for path in row.get("images") or [row["image"]]]
+    places = row["query"].count(PLACE)
+    if places not in (0, len(paths)):
+        raise LayerPruneError(f"{where}: query has {places} places for {len(paths)} images")
     for path in paths:
         if not path.is_file():
             raise LayerPruneError(f"{where} names the image {path}, which is not a file")
         with boundary(f"{where}: the image {path} can't be read", kind=LayerPruneError), Image.open(path) as image:
             image.verify()
-    query = row["query"] if PLACE in row["query"] else f"{PLACE}\n" * len(paths) + row["query"]
+    query = row["query"] if places else f"{PLACE}\n" * len(paths) + row["query"]
     return {"query": query, "answer": row["answer"], "images": [str(path) for path in paths]}
 
 

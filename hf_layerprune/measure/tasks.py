@@ -17,15 +17,15 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import logging
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CutError, LayerPruneError, boundary
 from ..files import text_file
+from ..files.json_file import check_schema
 from ..files.json_rows import read_rows
 from ..screen import progress_bar
 from . import image_tasks
@@ -33,14 +33,32 @@ from .texts import Text, read_text
 
 if TYPE_CHECKING:
     from jinja2.sandbox import SandboxedEnvironment
-    from lm_eval.api.group import Group
-    from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks.manager import TaskDict
 
 # The eight tasks of arXiv:2411.15558: zero-shot, without a chat template.
 PAPER = ("piqa", "hellaswag", "openbookqa", "arc_easy", "arc_challenge", "mmlu", "cmmlu", "winogrande")
 
-_SIDECAR_FIELDS = {"doc_to_text": str, "target_delimiter": str, "description": str, "metadata": dict}
+_CHOICES = "at least two texts, none of them empty"
+_QUESTION = {
+    "description": 'a question is {"query": "...", "choices": ["...", "..."], "gold": 0}',
+    "type": "object",
+    "required": ["query", "choices", "gold"],
+    "properties": {
+        "query": image_tasks.TEXT,
+        "choices": {"type": "array", "minItems": 2, "items": image_tasks.TEXT | {"description": _CHOICES}}
+        | {"description": _CHOICES},
+        "gold": {"type": "integer", "minimum": 0, "description": "the index of the right choice, counted from 0"},
+    },
+}
+_SIDECAR = {
+    "description": "only texts doc_to_text, target_delimiter and description, and a mapping metadata, can be set",
+    "properties": {
+        **{name: {"type": "string"} for name in ("doc_to_text", "target_delimiter", "description")},
+        "metadata": {"type": "object"},
+    },
+    "additionalProperties": False,
+}
 
 
 @dataclass(frozen=True)
@@ -65,12 +83,12 @@ class TaskSet:
     """Tasks that are ready to run, with their data loaded.
 
     Args:
-        tasks (`dict[str, Task | Group]`): The harness's objects, by name.
+        tasks (`dict[str, TaskDict]`): By name, what the harness loaded: a task, or a group with its tasks.
         datasets (`dict[str, str]`): The Hub id of each task's data, or the sha256 of its file.
         local (`frozenset[str]`): The names of the tasks that are local files.
     """
 
-    tasks: dict[str, Task | Group] = field(default_factory=dict)
+    tasks: dict[str, TaskDict] = field(default_factory=dict)
     datasets: dict[str, str] = field(default_factory=dict)
     local: frozenset[str] = frozenset()
 
@@ -100,17 +118,17 @@ def task_set(names: Sequence[str] | None, folder: Path | None = None) -> TaskSet
     require_harness()
     theirs = [match for name in wanted if name not in files for match in _find(name, list(paths), folder)]
     ours = [name for name in wanted if name in files]
-    loaded: dict[str, Task | Group] = {}
-    with quiet():
-        for name in theirs:
-            with boundary(
-                f"can't load task {name}", "go online, or specify files with --tasks-from FOLDER", LayerPruneError
-            ):
-                found = _all_tasks().load([name])
-            loaded |= {name: found["groups"][name]} if name in found["groups"] else found["tasks"]
-        for name in ours:
-            with boundary(f"can't load task {name}", kind=LayerPruneError):
-                loaded[name] = _local(files[name])
+    loaded: dict[str, TaskDict] = {}
+    for name in theirs:
+        with boundary(
+            f"can't load task {name}", "go online, or specify files with --tasks-from FOLDER", LayerPruneError
+        ):
+            found = _all_tasks().load([name])
+        alone = {one: _task_dict(task) for one, task in found["tasks"].items()}  # of a tag, each task on its own
+        loaded |= {name: found} if name in found["groups"] else alone
+    for name in ours:
+        with boundary(f"can't load task {name}", kind=LayerPruneError):
+            loaded[name] = _task_dict(_local(files[name]))
     datasets = {name: files[name].dataset if name in files else _dataset(task) for name, task in loaded.items()}
     return TaskSet(loaded, datasets, frozenset(ours))
 
@@ -119,13 +137,19 @@ def task_set(names: Sequence[str] | None, folder: Path | None = None) -> TaskSet
 
 
 def require_harness() -> None:
-    """Check that lm-evaluation-harness is installed, and make it render templates in a sandbox."""
+    """Check that lm-evaluation-harness is installed; make it use a sandbox for templates, our progress bars, and few words."""
     if importlib.util.find_spec("lm_eval") is None:
         raise LayerPruneError('tasks need lm-evaluation-harness: pip install "hf-layerprune[eval]"')
     import lm_eval.utils
 
+    import lm_eval.models.hf_vlms
+    import lm_eval.models.huggingface
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     lm_eval.utils.env = sandbox()
     lm_eval.utils.env.filters["regex_replace"] = lm_eval.utils.regex_replace
+    for module in (lm_eval.models.huggingface, lm_eval.models.hf_vlms):
+        module.tqdm = lambda *args, **words: progress_bar(*args, **words | {"disable": None})
 
 
 def sandbox() -> SandboxedEnvironment:
@@ -134,39 +158,6 @@ def sandbox() -> SandboxedEnvironment:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Suppress the harness's log messages, and its progress bars for steps that take no time.
-
-    Also skip its report on the environment, which takes seconds after each task, and its call of git, which prints an
-    error outside a repository; neither is used here.
-    """
-    import lm_eval.api.model
-    import lm_eval.api.task
-    import lm_eval.evaluator
-    import lm_eval.models.huggingface
-
-    log = logging.getLogger("lm_eval")
-    level, bar, evaluator = log.level, lm_eval.api.task.tqdm, lm_eval.evaluator
-    add_env_info, get_git_commit_hash = evaluator.add_env_info, evaluator.get_git_commit_hash
-    bars = {lm_eval.api.model: True, lm_eval.api.task: True, lm_eval.models.huggingface: None}
-    log.setLevel(logging.ERROR)
-    evaluator.add_env_info, evaluator.get_git_commit_hash = (lambda results: None), (lambda: None)
-    for module, hidden in bars.items():
-        module.tqdm = partial(_bar, hidden)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-        evaluator.add_env_info, evaluator.get_git_commit_hash = add_env_info, get_git_commit_hash
-        for module in bars:
-            module.tqdm = bar
-
-
-def _bar(hidden: bool | None, *args: Any, **words: Any) -> Any:
-    return progress_bar(*args, **words | {"disable": hidden})
 
 
 @cache
@@ -190,12 +181,15 @@ def _find(name: str, files: Sequence[str], folder: Path | None) -> list[str]:
     raise CutError(f"{name!r} is {where}; {way_out}")
 
 
-def _dataset(task: Task | Group) -> str:
-    leaves = image_tasks.leaves(task)
-    return str(leaves[0].config.dataset_path) if leaves else ""
+def _dataset(task: TaskDict) -> str:
+    return str(next((one.config.dataset_path for one in task["tasks"].values()), ""))
 
 
-def _local(task: LocalTask | Text) -> Task:
+def _task_dict(task: Any) -> TaskDict:
+    return {"tasks": {task.task_name: task}, "groups": {}, "group_map": {}}
+
+
+def _local(task: LocalTask | Text) -> Any:
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
@@ -270,55 +264,39 @@ def read_task(path: Path) -> LocalTask:
     Raises:
         LayerPruneError: A line is not a valid question.
     """
+    from jsonschema import Draft202012Validator
+
     rows: list[dict[str, Any]] = []
     about_images = False
     for where, row in read_rows(path, text_file.MAX_TEXT):
-        about_images = about_images or (not rows and image_tasks.has_images(row))
-        if (problem := image_tasks.problem_of(row) if about_images else _problem_of(row)) is not None:
-            raise LayerPruneError(f"{where}: {problem}")
+        about_images = image_tasks.has_images(row) if not rows else about_images
+        if image_tasks.has_images(row) != about_images:
+            raise LayerPruneError(f"{where}: put questions with images and those without into files of their own")
+        check_schema(row, Draft202012Validator(image_tasks.QUESTION if about_images else _QUESTION), where)
         if about_images:
             rows.append(image_tasks.to_row(row, path.parent, where))
-        else:
-            rows.append({name: row[name] for name in ("query", "choices", "gold")})
+            continue
+        if (last := len(row["choices"]) - 1) < row["gold"]:
+            raise LayerPruneError(f"{where}: gold is {row['gold']}, but the choices are 0..{last}")
+        rows.append({name: row[name] for name in ("query", "choices", "gold")})
     if not rows:
         raise LayerPruneError(f"{path} has no questions; put one on each line")
     hashed = image_tasks.files_hash(path, rows if about_images else [])
     return LocalTask(path.stem, rows, _prompt(path, rows), hashed)
 
 
-def _problem_of(row: Any) -> str | None:
-    if image_tasks.has_images(row):
-        return "this question has an image, and those before it have none; put them into files of their own"
-    if not isinstance(row, dict) or not {"query", "choices", "gold"} <= row.keys():
-        return 'a question is {"query": "...", "choices": ["...", "..."], "gold": 0}'
-    if blank := image_tasks.blank_text(row, "query"):
-        return blank
-    choices, gold = row["choices"], row["gold"]
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
-        return "choices must be at least two texts, none of them empty"
-    if isinstance(gold, bool) or not isinstance(gold, int):
-        return f"gold is {gold!r}, but must be the index of the right choice, counted from 0"
-    if not 0 <= gold < len(choices):
-        return f"gold is {gold}, but the choices are 0..{len(choices) - 1}"
-    return None
-
-
 def _prompt(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The fields of the harness's config that set the prompt: the defaults, and those of the YAML file beside it."""
+    from jsonschema import Draft202012Validator
+
     asks = all(row["query"].startswith("Question: ") for row in rows)
     fields: dict[str, Any] = {"doc_to_text": "{{query}}\nAnswer:" if asks else "query"}
     sidecar = path.with_suffix(".yaml")
     if not sidecar.is_file():
         return fields
     fields |= text_file.read_yaml(sidecar)
+    check_schema(fields, Draft202012Validator(_SIDECAR), str(sidecar))
     for name, value in fields.items():
-        if name not in _SIDECAR_FIELDS:
-            raise LayerPruneError(
-                f"{sidecar} has a field {name!r}, but only {', '.join(_SIDECAR_FIELDS)} can be set for a local task"
-            )
-        if not isinstance(value, _SIDECAR_FIELDS[name]):
-            raise LayerPruneError(
-                f"{sidecar}: {name} is a {type(value).__name__}, but must be text (metadata: a mapping)"
-            )
         if isinstance(value, str) and value not in rows[0]:
             with boundary(f"{sidecar}: the template {name} can't be used", kind=LayerPruneError):
                 sandbox().from_string(value).render(**rows[0])
