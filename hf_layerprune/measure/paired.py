@@ -56,52 +56,23 @@ def compare_pairs(ours: Sequence[float], theirs: Sequence[float], chance: float 
         theirs (`Sequence[float]`): The base's values for the same questions, windows or runs in the same order.
         chance (`float`, *optional*): For questions, the accuracy of random guessing.
     """
+    from scipy.stats import binomtest, sem, ttest_rel
+
     mean, base = sum(ours) / len(ours), sum(theirs) / len(theirs)
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    difference, stderr = math.fsum(differences) / len(differences), _stderr(differences)
-    p_value: float | None
+    several = len(ours) > 1
+    stderr = float(sem(differences)) if several else None
+    test, p_value = None, None
     if set(ours) | set(theirs) <= {0, 1}:
-        p_value, test = mcnemar(differences.count(1), differences.count(-1)), "mcnemar_exact"
-    else:
-        p_value, test = paired_t(ours, theirs), "paired_t"
-    kept, error = None, _stderr(theirs)
-    if chance is not None and error is not None and base - chance > _MARGIN * error:
+        gained, lost = differences.count(1), differences.count(-1)
+        test, p_value = "mcnemar_exact", float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    elif stderr is not None and math.isfinite(stderr) and any(differences):
+        test, p_value = "paired_t", float(ttest_rel(ours, theirs).pvalue)
+    kept = None
+    if chance is not None and several and base - chance > _MARGIN * sem(theirs):
         kept = (mean - chance) / (base - chance)
     share = mean / base if base else None
-    return PairedDifference(difference, stderr, share, kept, test if p_value is not None else None, p_value, len(ours))
-
-
-def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided exact McNemar test.
-
-    Args:
-        gained (`int`): Number of questions that only the model answers correctly.
-        lost (`int`): Number of questions that only the base answers correctly.
-
-    Returns:
-        `float`: The p-value of a sign test on the questions where the two differ; 1 if they never differ.
-    """
-    from scipy.stats import binomtest
-
-    return float(binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
-
-
-def paired_t(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
-    """Two-sided paired t test.
-
-    Returns:
-        `float`, *optional*: The p-value of the mean difference; `None` for fewer than two pairs, or if a number is not
-            finite.
-    """
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    stderr = _stderr(differences)
-    if stderr is None or not math.isfinite(stderr):
-        return None
-    if stderr == 0:  # scipy returns nan if all differences are the same
-        return float(not any(differences))
-    from scipy.stats import ttest_1samp
-
-    return float(ttest_1samp(differences, 0).pvalue)
+    return PairedDifference(math.fsum(differences) / len(ours), stderr, share, kept, test, p_value, len(ours))
 
 
 def require_statistics() -> None:
@@ -112,12 +83,3 @@ def require_statistics() -> None:
     """
     if importlib.util.find_spec("scipy") is None:
         raise LayerPruneError('comparing a model with its base needs scipy: pip install "hf-layerprune[eval]"')
-
-
-def _stderr(values: Sequence[float]) -> float | None:
-    """Standard error of a mean."""
-    n = len(values)
-    if n < 2:
-        return None
-    mean = math.fsum(values) / n
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)

@@ -140,10 +140,9 @@ def require_harness() -> None:
     """Check that lm-evaluation-harness is installed; make it use a sandbox for templates, our progress bars, and few words."""
     if importlib.util.find_spec("lm_eval") is None:
         raise LayerPruneError('tasks need lm-evaluation-harness: pip install "hf-layerprune[eval]"')
-    import lm_eval.utils
-
     import lm_eval.models.hf_vlms
     import lm_eval.models.huggingface
+    import lm_eval.utils
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     lm_eval.utils.env = sandbox()
