@@ -23,14 +23,14 @@ from typing import Any
 
 import yaml
 
-from hf_layerprune.measure.tasks import LocalTask, read_tasks, rows_of, task_config
+from hf_layerprune.measure.tasks import LocalTask, read_tasks, task_config
 from hf_layerprune.measure.texts import Text
 
 
-def write_task(task: LocalTask | Text, folder: Path) -> Path:
-    """Write a local task or text as a task that `lm_eval run --include_path FOLDER` reads. Returns the YAML file."""
+def write_task(task: LocalTask, folder: Path) -> Path:
+    """Write a local task as a task that `lm_eval run --include_path FOLDER` reads. Returns the YAML file."""
     data = folder / f"{task.name}.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows_of(task)), encoding="utf-8")
+    data.write_text("".join(json.dumps(row) + "\n" for row in task.rows), encoding="utf-8")
     place = {"data_files": {"test": str(data.resolve())}, "cache_dir": str(folder.resolve() / "cache")}
     path = folder / f"{task.name}.yaml"
     config = task_config(task) | {"dataset_path": "json", "dataset_kwargs": place}
@@ -103,7 +103,7 @@ def compare_text(args: argparse.Namespace, text: Text) -> None:
     """Compare perplexity with the textbook loop."""
     import torch
 
-    from hf_layerprune.measure.distance import perplexity
+    from hf_layerprune.measure.distance import text_metrics, window_means
     from hf_layerprune.measure.texts import windows
     from hf_layerprune.runtime.loading import load_base, load_tokenizer
 
@@ -112,7 +112,7 @@ def compare_text(args: argparse.Namespace, text: Text) -> None:
     times: dict[str, list[float]] = {"ours": [], "textbook": []}
     for _ in range(args.repeats):
         start = time.perf_counter()
-        measured = perplexity(model, rows)
+        measured, _ = text_metrics(window_means(model, rows)["nll"])["perplexity"]
         times["ours"].append(time.perf_counter() - start)
         start = time.perf_counter()
         with torch.no_grad():
@@ -120,7 +120,7 @@ def compare_text(args: argparse.Namespace, text: Text) -> None:
         times["textbook"].append(time.perf_counter() - start)
     expected = math.exp(sum(losses) / len(losses))
     print(f"\n{text.name}: {len(rows)} windows of {args.length} tokens")
-    print(f"perplexity {measured.perplexity:.9f}, textbook {expected:.9f}: {measured.perplexity / expected - 1:+.1e}")
+    print(f"perplexity {measured:.9f}, textbook {expected:.9f}: {measured / expected - 1:+.1e}")
     for name, seconds in times.items():
         print(f"{name}: {statistics.median(seconds):.1f} s ({min(seconds):.1f} to {max(seconds):.1f})")
 
@@ -141,12 +141,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.data is None:
         parser.error("specify a folder with --data, or in HF_LAYERPRUNE_DATA")
-    files = read_tasks(args.data).values()
     with tempfile.TemporaryDirectory() as folder:
-        compare_tasks(args, [one for one in files if isinstance(one, LocalTask)], Path(folder))
-    for one in files:
-        if isinstance(one, Text):
-            compare_text(args, one)
+        compare_tasks(args, list(read_tasks(args.data).values()), Path(folder))
+    for path in task_files(args.data, ".txt").values():
+        compare_text(args, read_text(path))
 
 
 if __name__ == "__main__":

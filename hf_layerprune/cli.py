@@ -26,15 +26,11 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         values, unknown = super().parse_known_args(args, namespace)
-        if flag := next((word.partition("=")[0] for word in unknown if word.startswith("-")), None):
-            flags = self._option_string_actions
-            meant = flag.replace("_", "-")
-            names = {name.lstrip("-"): name for name in flags}  # the dashes would make any two look alike
-            close = get_close_matches(meant.lstrip("-"), names, n=2)
-            near = [meant] if meant in flags else [names[name] for name in close]
-            self.error(f"unknown option {flag}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            meant = unknown[0].partition("=")[0].replace("_", "-")
+            near = get_close_matches(meant, self._option_string_actions, n=1, cutoff=0.8)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return values, unknown
 
     def error(self, message: str) -> NoReturn:

@@ -25,8 +25,6 @@ _PASSWORD = re.compile(r"(?<=:/)(/?)[^/\s@]{1,300}@")
 _MOST = 300  # characters to keep of a library's message
 # Exceptions whose message is clear without the class name.
 _PLAIN = (OSError, ValueError, RuntimeError, ImportError)
-# What torch says of a package whose compiled part is another torch's; transformers imports torchaudio where it finds it.
-_MISBUILT = re.compile(r"Could not load this library: .*site-packages[/\\](\w+)[/\\]")
 # What torch says of a file that it could not write, as on a full disk: the system's error is lost in its writer.
 _CUT_OFF = re.compile(r"inline_container\S* \. unexpected pos|PytorchStreamWriter failed writing|basic_ios::clear")
 DEBUG = "HF_LAYERPRUNE_DEBUG"
@@ -110,9 +108,6 @@ def explain(error: BaseException, debug: str = f"{DEBUG}=1") -> tuple[str, int]:
     """
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; nothing was left half-written", 130
-    if isinstance(error, OSError) and (library := _MISBUILT.search(str(error))):
-        package = library[1]
-        return f"{package} was built for another torch ({error}); uninstall it: pip uninstall {package}", 1
     if isinstance(error, LayerPruneError | OSError):
         return one_line(str(error)), 2 if isinstance(error, CutError) else 1
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without torch

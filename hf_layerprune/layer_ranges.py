@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from itertools import pairwise
 
 from .errors import CutError
 
@@ -22,7 +21,7 @@ def parse_layers(text: str) -> list[int]:
         `list[int]`: The indices in ascending order.
 
     Raises:
-        CutError: The text is malformed, a range runs backwards, or a layer occurs twice.
+        CutError: The text is malformed, or a range runs backwards.
     """
     layers: list[int] = []
     for part in text.split(","):
@@ -36,11 +35,7 @@ def parse_layers(text: str) -> list[int]:
         layers.extend(range(first, last + 1))
         if len(layers) > MOST_LAYERS:
             raise CutError(f"{text[:50]}... lists more than {MOST_LAYERS} layers; list only layers of the model")
-    ordered = sorted(layers)
-    for one, next_one in pairwise(ordered):
-        if one == next_one:
-            raise CutError(f"{text!r} lists layer {one} more than once; list each layer once")
-    return ordered
+    return sorted(layers)
 
 
 def blocks(layers: Collection[int]) -> list[tuple[int, int]]:

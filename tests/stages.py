@@ -24,7 +24,7 @@ from hf_layerprune.families.layout import find_decoder_layers
 from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.methods import parse_method
 from hf_layerprune.heal.trainer import HealTrainer
-from hf_layerprune.measure.distance import distance, perplexity
+from hf_layerprune.measure.distance import text_metrics, window_means
 from hf_layerprune.runtime.head import OutputHead
 from hf_layerprune.runtime.parts import hooked
 from hf_layerprune.runtime.walk import LayerWalk
@@ -225,14 +225,14 @@ def prove_evaluate(dense: Any, proven_cuts: dict[str, tuple[int, ...]]) -> None:
     rows = tiny_input(seed=5, batch=3, length=12)
     pruned = cut_of(dense, proven_cuts["middle"])
     own, whole = (torch.cat([logits(model, row[None]) for row in rows]) for model in (pruned, dense))
-    measured = distance(pruned, dense, rows)
-    same("KL", measured.kl, divergence(whole, own)[:, :-1].mean())
+    measured = window_means(pruned, rows, dense)
+    same("KL", measured["kl"].mean(), divergence(whole, own)[:, :-1].mean())
     agreement = (own.argmax(-1) == whole.argmax(-1))[:, :-1].double().mean()
-    same("top-1 agreement", measured.top1_agreement, agreement, 1e-6)
-    for name, nll, model in (("model", measured.nll, own), ("base", measured.base.nll, whole)):
-        same(f"log-likelihood of the {name}", nll, next_token_loss(model, rows))
-    alone = perplexity(pruned, rows)
-    same("perplexity", alone.perplexity, next_token_loss(own, rows).exp())
+    same("top-1 agreement", measured["top1_agreement"].mean(), agreement, 1e-6)
+    for name, nll, model in (("model", measured["nll"], own), ("base", measured["base_nll"], whole)):
+        same(f"log-likelihood of the {name}", nll.mean(), next_token_loss(model, rows))
+    alone, _ = text_metrics(window_means(pruned, rows)["nll"])["perplexity"]
+    same("perplexity", alone, next_token_loss(own, rows).exp())
     output = OutputHead(pruned)
     with torch.no_grad():
         part = output.head().logits(output.states(input_ids=rows, use_cache=False)[:, 3:7])

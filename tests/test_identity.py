@@ -61,8 +61,8 @@ def test_numbers_of_what_was_edited_since(cut: Path, change: str, capsys: pytest
     assert main(["card", str(cut)]) == 1
     assert "changed since it was measured" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match=r"with another .*--force"):
-        Store.open(identify(cut))
-    assert Store.open(identify(cut), force=True).metrics.results == []
+        Store(identify(cut))
+    assert Store(identify(cut), force=True).metrics.results == []
 
 
 def test_the_base_of_an_adapter_is_part_of_it(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,7 +146,7 @@ def test_processes_that_write_at_once_lose_nothing(cut: Path) -> None:
 
 def test_stores_that_are_open_at_once_keep_each_others_numbers(cut: Path) -> None:
     """`eval` and `bench` at the same time."""
-    one, other = Store.open(identify(cut)), Store.open(identify(cut))
+    one, other = Store(identify(cut)), Store(identify(cut))
     for store, task in ((one, "first"), (other, "second"), (one, "third")):
         weights = identity(cut).weights
         store.add(results=[{"weights": weights, "kind": "accuracy", "task": task, "metric": "acc", "value": 0.5}])

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from hf_layerprune import LayerDropConfig, LayerPruneError, drop_layers, prune_with
 from hf_layerprune.families.layout import find_decoder_layers
 from hf_layerprune.measure import distance as module
-from hf_layerprune.measure.distance import distance, perplexity
+from hf_layerprune.measure.distance import mean, text_metrics, window_means
 from hf_layerprune.runtime.memory import in_batches, positions_at_once
 from hf_layerprune.runtime.prefix import shared_layers
 
@@ -35,34 +35,37 @@ def log_probs(model: Any, rows: torch.Tensor) -> torch.Tensor:
     return model(input_ids=rows, use_cache=False).logits.double().log_softmax(-1)[:, :-1]
 
 
+def check_same(found: dict[str, torch.Tensor]) -> None:
+    assert not found["kl"].any()
+    assert found["top1_agreement"].eq(1).all()
+
+
 def check(model: Any, base: Any, rows: torch.Tensor) -> Any:
     """Hold a distance against its definition, computed from whole logits."""
-    found = distance(model, base, rows)
+    found = window_means(model, rows, base)
     p, q = log_probs(base, rows), log_probs(model, rows)
     kl = (p.exp() * (p - q)).sum(-1)
     nll = -q.gather(-1, rows[:, 1:, None]).squeeze(-1)
     base_nll = -p.gather(-1, rows[:, 1:, None]).squeeze(-1)
-    assert found.kl == pytest.approx(kl.mean().item(), rel=1e-4)
-    assert found.kl_stderr == pytest.approx(kl.mean(1).std().item() / len(rows) ** 0.5, rel=1e-3)
-    assert found.top1_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item(), abs=1e-9)
-    assert found.window_nll == pytest.approx(nll.mean(1).tolist(), rel=1e-5)
-    assert found.base.window_nll == pytest.approx(base_nll.mean(1).tolist(), rel=1e-5)
-    assert found.perplexity == pytest.approx(nll.mean().exp().item(), rel=1e-5)
-    assert found.base.perplexity == pytest.approx(base_nll.mean().exp().item(), rel=1e-5)
-    assert found.nll_stderr == pytest.approx(nll.mean(1).std().item() / len(rows) ** 0.5, rel=1e-3)
-    assert found.tokens == len(rows) * (rows.shape[1] - 1)
+    error = kl.mean(1).std().item() / len(rows) ** 0.5
+    assert mean(found["kl"]) == (pytest.approx(kl.mean().item(), rel=1e-4), pytest.approx(error, rel=1e-3))
+    agreement = (p.argmax(-1) == q.argmax(-1)).double().mean().item()
+    assert mean(found["top1_agreement"])[0] == pytest.approx(agreement, abs=1e-9)
+    for name, expected in (("nll", nll), ("base_nll", base_nll)):
+        assert found[name].tolist() == pytest.approx(expected.mean(1).tolist(), rel=1e-5)
+        assert text_metrics(found[name])["perplexity"][0] == pytest.approx(expected.mean().exp().item(), rel=1e-5)
     return found
 
 
 def test_perplexity_is_the_textbooks() -> None:
     model = tiny_model("llama")
-    found = perplexity(model, ROWS)
+    found = window_means(model, ROWS)["nll"]
     with torch.no_grad():
-        losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row in ROWS]
-    assert found.nll == pytest.approx(sum(losses) / 5, rel=1e-6)
-    assert found.perplexity == pytest.approx(math.exp(sum(losses) / 5), rel=1e-6)
-    assert found.window_nll == pytest.approx(losses, rel=1e-6)
-    assert (found.tokens, len(found.window_nll)) == (5 * 23, 5)
+        losses = [model(row[None], labels=row[None]).loss.item() for row in ROWS]
+    assert found.tolist() == pytest.approx(losses, rel=1e-6)
+    metrics = text_metrics(found)
+    assert metrics["nll"][0] == pytest.approx(sum(losses) / 5, rel=1e-6)
+    assert metrics["perplexity"][0] == pytest.approx(math.exp(sum(losses) / 5), rel=1e-6)
 
 
 # What families do around layers and head: soft-capped and scaled logits, hidden states in several streams, a norm after
@@ -101,15 +104,14 @@ def test_only_the_head_changed() -> None:
         model.lm_head.weight.mul_(0.5)
     check(model, base, ROWS)
     assert shared_layers(base, model) == 8
-    same = distance(base, copy.deepcopy(base), ROWS)
-    assert (same.kl, same.top1_agreement) == (0, 1)
+    check_same(window_means(base, ROWS, copy.deepcopy(base)))
 
 
 def test_a_model_against_itself() -> None:
     base = tiny_model("llama")
-    found = distance(base, base, ROWS)
-    assert (found.kl, found.top1_agreement) == (0, 1)
-    assert found.perplexity == found.base.perplexity
+    found = window_means(base, ROWS, base)
+    check_same(found)
+    assert torch.equal(found["nll"], found["base_nll"])
 
 
 @pytest.mark.parametrize("size", [1, 7, 24])
@@ -118,7 +120,8 @@ def test_chunks_change_nothing(size: int, monkeypatch: pytest.MonkeyPatch) -> No
     model = pruned(base, [3, 4])
     monkeypatch.setattr(module, "positions_at_once", lambda *_: size)
     check(model, base, ROWS)
-    assert perplexity(model, ROWS).nll == pytest.approx(-log_probs(model, ROWS).gather(-1, ROWS[:, 1:, None]).mean())
+    expected = -log_probs(model, ROWS).gather(-1, ROWS[:, 1:, None]).mean()
+    assert window_means(model, ROWS)["nll"].mean() == pytest.approx(expected)
 
 
 def test_chunks_fit_the_budget() -> None:
@@ -151,7 +154,7 @@ def test_weights_that_accelerate_offloads_make_no_difference(offloaded: tuple[st
         tmp_path / "model", device_map=places, offload_folder=tmp_path / "offloaded"
     )
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    assert perplexity(model, ROWS).nll == pytest.approx(perplexity(whole, ROWS).nll)
+    torch.testing.assert_close(window_means(model, ROWS)["nll"], window_means(whole, ROWS)["nll"])
 
 
 def test_models_are_left_as_they_were() -> None:
@@ -160,8 +163,8 @@ def test_models_are_left_as_they_were() -> None:
     model.lm_head.eval()
     modes = [part.training for part in model.modules()]
     before = log_probs(model, ROWS)
-    distance(model, base, ROWS)
-    perplexity(model, ROWS)
+    window_means(model, ROWS, base)
+    window_means(model, ROWS)
     assert [part.training for part in model.modules()] == modes
     assert torch.equal(log_probs(model, ROWS), before)
     assert not any("forward" in vars(part) for part in [*model.modules(), *base.modules()])
@@ -173,10 +176,10 @@ def test_ruined_models_have_numbers_too() -> None:
     model = pruned(base, [6, 7])
     with torch.no_grad():
         model.lm_head.weight.mul_(1e5)
-    found = distance(model, base, ROWS)
-    assert found.perplexity == math.inf
-    assert 700 < found.nll < math.inf
-    assert found.kl > 100
+    found = window_means(model, ROWS, base)
+    assert text_metrics(found["nll"])["perplexity"][0] == math.inf
+    assert 700 < found["nll"].mean() < math.inf
+    assert found["kl"].mean() > 100
 
 
 def test_what_the_base_excludes_adds_nothing() -> None:
@@ -184,8 +187,7 @@ def test_what_the_base_excludes_adds_nothing() -> None:
     model = copy.deepcopy(base)
     for one in (base, model):
         one.lm_head.register_forward_hook(lambda module, args, out: out.index_fill(-1, torch.tensor([0]), -math.inf))
-    found = distance(model, base, ROWS)
-    assert (found.kl, found.top1_agreement) == (0, 1)
+    check_same(window_means(model, ROWS, base))
 
 
 def test_batches_halve_where_memory_ends() -> None:

@@ -41,7 +41,7 @@ def printed(base: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -
     for task in read_tasks(tasks).values():
         write_task(task, folder)
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={base}"]
-    command += ["--include_path", str(folder), "--tasks", ",".join([*NAMES, "words"]), "--batch_size", "1"]
+    command += ["--include_path", str(folder), "--tasks", ",".join(NAMES), "--batch_size", "1"]
     command += ["--device", "cpu", "--output_path", str(folder / "out"), "--limit", "20"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -52,10 +52,8 @@ def printed(base: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -
 def test_numbers_are_those_of_the_harness_own_command(
     base: Path, tasks: Path, printed: dict[str, Any], tmp_path: Path
 ) -> None:
-    """To the last digit, for three tasks and a text."""
-    found = measure(
-        base, tasks, tasks=(*NAMES, "words"), texts=(), limit=20, batch_size=1, output=tmp_path / "metrics.json"
-    )
+    """To the last digit, for three tasks."""
+    found = measure(base, tasks, tasks=NAMES, texts=(), limit=20, batch_size=1, output=tmp_path / "metrics.json")
     weights = found.weights
     for task in NAMES:
         for metric in ("acc", "acc_norm"):
@@ -63,9 +61,6 @@ def test_numbers_are_those_of_the_harness_own_command(
             assert record["value"] == printed[task][f"{metric},none"]
             assert record["stderr"] == printed[task][f"{metric}_stderr,none"]
             assert record["samples"] == printed[task]["sample_len"] == 20
-    assert find(found, weights, "word_perplexity", "words")["value"] == printed["words"]["word_perplexity,none"]
-    assert find(found, weights, "bits_per_byte", "words")["value"] == printed["words"]["bits_per_byte,none"]
-    assert find(found, weights, "bits_per_byte", "words")["kind"] == "text"
 
 
 def test_perplexity_is_the_textbooks(base: Path, tasks: Path, tmp_path: Path) -> None:
@@ -207,7 +202,7 @@ def test_no_question_is_asked_twice(base: Path, cut: Path, tasks: Path, tmp_path
     assert len(list(answers.iterdir())) == 9
     files[0].write_text("{")
     measure(cut, tasks, base=str(base), texts=(), answers=answers)
-    assert json.loads(files[0].read_text())["run"]["samples"] == 24
+    assert json.loads(files[0].read_text())["samples"] == 24
 
 
 def test_batches_halve_where_memory_ends(
@@ -319,12 +314,6 @@ def test_two_texts_of_one_name(tmp_path: Path) -> None:
         text.write_text("Some text.")
     with pytest.raises(CutError, match=r"two texts are called notes, the second of them .*b/notes.txt; rename one"):
         check_request(EvalRequest("model", tasks=(), texts=tuple(map(str, texts))))
-
-
-def test_a_text_has_no_examples(base: Path, tasks: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    found = measure(base, tasks, tasks=("words",), texts=(), num_fewshot=1, output=tmp_path / "metrics.json")
-    assert find(found, found.weights, "word_perplexity", "words")["shots"] == 0
-    assert "num_fewshot=1 has no effect on words, which always has 0 examples" in caplog.text
 
 
 def test_the_table(base: Path, cut: Path, tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import asdict
 
 import pytest
 from scipy import stats
 
 from hf_layerprune.measure.paired import PairedDifference, compare_pairs, compare_values
-from hf_layerprune.measure.store import Store
-from hf_layerprune.records.metrics import Metrics
 
 
 def test_a_paired_t_test_at_its_ends() -> None:
@@ -65,12 +62,3 @@ def test_windows_and_plain_values() -> None:
     assert found.p_value == pytest.approx(stats.ttest_rel(ours, theirs).pvalue)
     assert compare_values(30.0, 20.0) == PairedDifference(10.0, share=1.5)
     assert compare_values(1.0, 0.0).share is None
-
-
-def test_only_what_is_known_and_finite_is_recorded() -> None:
-    store = Store(Metrics("a" * 64), None)
-    key = {"weights": "a" * 64, "base": "b" * 64, "kind": "text", "metric": "nll"}
-    unknown = PairedDifference(1.0, math.inf, math.nan, None, None, None, 3)
-    store.add(comparisons=[key | asdict(unknown), key | asdict(PairedDifference(math.nan))])
-    (one,) = store.metrics.comparisons
-    assert one == key | {"difference": 1.0, "samples": 3, "date": one["date"]}

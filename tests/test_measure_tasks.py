@@ -15,8 +15,8 @@ from tokenizers import processors
 
 from hf_layerprune import CutError, LayerPruneError
 from hf_layerprune.measure import harness, tasks
-from hf_layerprune.measure.tasks import PAPER, LocalTask, read_task, read_tasks, task_set
-from hf_layerprune.measure.texts import Text, check_same_tokens, find_text, windows
+from hf_layerprune.measure.tasks import PAPER, read_task, read_tasks, task_set
+from hf_layerprune.measure.texts import check_same_tokens, find_text, windows
 from hf_layerprune.runtime.windows import special_prefix
 
 from .measure_models import byte_tokenizer, write_tasks
@@ -32,9 +32,7 @@ def write(path: Path, *rows: Any) -> Path:
 def test_a_folder_of_tasks(tmp_path: Path) -> None:
     write_tasks(tmp_path)
     found = read_tasks(tmp_path)
-    assert list(found) == ["asked", "begun", "mixed", "words"]
-    assert isinstance(found["asked"], LocalTask)
-    assert isinstance(found["words"], Text)
+    assert list(found) == ["asked", "begun", "mixed"]
     assert found["asked"].fields["doc_to_text"] == "{{query}}\nAnswer:"
     assert found["begun"].fields["doc_to_text"] == "query"
 
@@ -129,8 +127,6 @@ def test_bad_lines(tmp_path: Path, line: Any, message: str) -> None:
     [
         ({}, "has no .jsonl file"),
         ({"a.jsonl": ""}, "a.jsonl has no questions"),
-        ({"a.txt": " \n"}, "a.txt is empty"),
-        ({"a.txt": b"\xff\xfe"}, "a.txt is not UTF-8: invalid start byte at byte 0"),
         ({"a.txt": "text", "a.jsonl": json.dumps(QUESTION)}, "have the same name"),
         *(
             (
@@ -235,6 +231,13 @@ def test_bad_texts(tmp_path: Path) -> None:
         find_text("nowhere.txt")
     with pytest.raises(LayerPruneError, match="is a folder; specify a file"):
         find_text(str(tmp_path))
+    for content, message in (
+        (b" \n", "a.txt is empty"),
+        (b"\xff\xfe", "a.txt is not UTF-8: invalid start byte at byte 0"),
+    ):
+        (tmp_path / "a.txt").write_bytes(content)
+        with pytest.raises(LayerPruneError, match=message):
+            find_text(str(tmp_path / "a.txt"))
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}')
     with pytest.raises(LayerPruneError, match=r"rows\.jsonl holds rows, and --text takes a plain text"):
         find_text(str(tmp_path / "rows.jsonl"))

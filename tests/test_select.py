@@ -93,7 +93,7 @@ def test_parser_never_crashes(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "neither a layer"), ("3-", "neither a layer"), ("5-3", "write 3-5"), ("1,1", "more than once"), ("1-4,3", "layer 3"), ("-1", "neither a layer"), ("1;2", "neither a layer"), ("9" * 7, "neither a layer")],
+    [("", "neither a layer"), ("3-", "neither a layer"), ("5-3", "write 3-5"), ("-1", "neither a layer"), ("1;2", "neither a layer"), ("9" * 7, "neither a layer")],
 )  # fmt: skip
 def test_bad_layer_sets(text: str, message: str) -> None:
     with pytest.raises(CutError, match=message):

@@ -68,8 +68,6 @@ def documents_of(source: str, seed: int) -> Iterator[Document]:
     path = Path(name).expanduser()
     kind = path.suffix.lower()
     if path.is_file() and kind != ".parquet":
-        if column and kind not in SUFFIXES:
-            raise CheckpointError(f"calibration file {path} is read as one text, without columns; omit :{column}")
         documents = _rows(path, column or "text") if kind in SUFFIXES else _text(path)
         Random(seed).shuffle(documents)
         yield from documents
@@ -80,18 +78,11 @@ def documents_of(source: str, seed: int) -> Iterator[Document]:
 def _text(path: Path) -> list[Document]:
     """Large pieces of a text, so that their boundaries matter little."""
     text = read_text(path)
-    if "\0" in text:
-        raise CheckpointError(f"calibration file {path} is binary; specify a text file")
-    if not text.strip():
-        raise CheckpointError(f"calibration file {path} is empty; specify one with text")
     return [Document(text[start : start + _PIECE]) for start in range(0, len(text), _PIECE)]
 
 
 def _rows(path: Path, column: str) -> list[Document]:
-    rows = [_document(row, column, where, str(path), path.parent) for where, row in read_rows(path, MAX_TEXT)]
-    if not rows:
-        raise CheckpointError(f"calibration file {path} is empty; specify one with text")
-    return rows
+    return [_document(row, column, where, str(path), path.parent) for where, row in read_rows(path, MAX_TEXT)]
 
 
 def _document(row: Any, column: str, where: str, source: str, folder: Path = Path()) -> Document:

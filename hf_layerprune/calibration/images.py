@@ -120,17 +120,15 @@ def _filled(chat: list[dict[str, Any]], images: list[Any], document: Document) -
         first = next((said for said in messages if said["role"] == "user"), messages[0])
         first["content"][:0] = [{"type": "image"} for _ in images]
     places = [part for said in messages for part in said["content"] if is_image(part)]
-    empty = [part for part in places if not _held(part)]
-    if len(empty) != len(images):
+    held = [_held(part) for part in places]
+    if (empty := held.count(None)) != len(images):
         raise CheckpointError(
-            f"{document.where} has {plural(len(images), 'image')} for {plural(len(empty), 'place')} in its messages; give each image one place"
+            f"{document.where} has {plural(len(images), 'image')} for {plural(empty, 'place')} in its messages; give each image one place"
         )
-    for part, image in zip(empty, images, strict=True):
-        part["image"] = image
-    for part in places:
-        held = _held(part)
+    left = iter(images)
+    for part, image in zip(places, held, strict=True):
         part.clear()
-        part |= {"type": "image", "image": _opened(held, document)}
+        part |= {"type": "image", "image": _opened(next(left) if image is None else image, document)}
     return messages
 
 

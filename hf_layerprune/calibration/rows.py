@@ -166,11 +166,8 @@ def load_calibration(
 
     Raises:
         CheckpointError: The text can't be read, is empty, or too short.
-        CutError: A setting is out of range, or the model or tokenizer it needs is missing.
+        CutError: The rows are longer than the model's context, or the model or tokenizer it needs is missing.
     """
-    for name, value, least in (("calibration_samples", samples, 1), ("calibration_length", length, 2)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise CutError(f"{name}={value!r} must be a whole number, {least} or more")
     if model is not None:
         check_context(model.config, length, "calibration_length")
     if source == SELF:

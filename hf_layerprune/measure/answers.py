@@ -1,8 +1,8 @@
 """A cache of answers, so that no model is asked the same question twice.
 
 The base of ten pruned models is evaluated once, and an interrupted run resumes where it stopped. A file holds the results
-of one model on one task, with everything that they depend on; another model (weights, config, tokenizer, ...), other
-prompts, other settings or other versions have a file of their own.
+of one model on one task; another model (weights, config, tokenizer, ...), other prompts, other settings or other versions
+have a file of their own.
 """
 
 from __future__ import annotations
@@ -31,32 +31,27 @@ def answers_file(folder: Path, key: dict[str, Any]) -> Path:
     return folder / f"{key['task']}-{digest[:16]}.json"
 
 
-def find_answers(path: Path, key: dict[str, Any]) -> TaskRun | None:
-    """Read earlier answers; `None` if there are none, or their file is damaged or of another key."""
+def find_answers(path: Path) -> TaskRun | None:
+    """Read earlier answers; `None` if there are none, or their file is damaged."""
     if not path.is_file():
         return None
     from .harness import Score, TaskRun
 
     try:
-        data = read_object(path, max_bytes=_MAX_BYTES)
-        if data["key"] != key:
-            return None
-        run = data["run"]
-        scores = {metric: Score(**score) for metric, score in run.pop("scores").items()}
-        answered = TaskRun(**run, scores=scores)
-        numbers = [answered.seconds, answered.samples, answered.shots]
-        for score in scores.values():
-            numbers += [score.value, *score.outcomes.values()]
-        if not all(isinstance(number, int | float) for number in numbers):
+        run = read_object(path, max_bytes=_MAX_BYTES)
+        scores = {metric: Score(**score) for metric, score in run["scores"].items()}
+        answered = TaskRun(**run | {"scores": scores})
+        numbers = [number for score in scores.values() for number in (score.value, *score.outcomes.values())]
+        if not all(isinstance(one, int | float) for one in (run["seconds"], run["samples"], run["shots"], *numbers)):
             raise TypeError("expected a number, found text")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s is damaged (%s), so the task is run again", path, error)
         return None
-    logger.info("%s: using the answers in %s", key["task"], path)
+    logger.info("using the answers in %s", path)
     return answered
 
 
-def keep_answers(path: Path, key: dict[str, Any], run: TaskRun) -> None:
-    """Save answers, with everything that they depend on."""
+def keep_answers(path: Path, run: TaskRun) -> None:
+    """Save answers."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({"key": key, "run": asdict(run)}) + "\n")
+    write_text(path, json.dumps(asdict(run)) + "\n")

@@ -18,7 +18,7 @@ from ..runtime.windows import context_of
 from ..screen import progress_bar
 from .cost import cache_bytes, decode_bytes, prefill_flops
 from .engine_bench import EngineBench
-from .measurement import Recorder
+from .measurement import Measurement
 from .paired import compare_values
 from .probe import probe
 from .requests import BenchRequest, Workload
@@ -44,8 +44,10 @@ def bench(request: BenchRequest) -> Metrics:
     return run.store.metrics
 
 
-class _Bench(Recorder):
+class _Bench(Measurement):
     """One run for a model alone, or for a model and its base."""
+
+    request: BenchRequest
 
     def __init__(self, request: BenchRequest) -> None:
         super().__init__(request)

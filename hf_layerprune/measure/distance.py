@@ -1,7 +1,7 @@
 """How far a model is from its base: divergence, agreement and perplexity on the same text, token by token.
 
-    result = distance(pruned, base, rows)
-    print(result.kl, result.top1_agreement, result.perplexity, result.base.perplexity)
+    found = window_means(pruned, rows, base)
+    print(mean(found["kl"]), mean(found["top1_agreement"]), text_metrics(found["nll"]), text_metrics(found["base_nll"]))
 
 Both models read the same tokens in one pass, and each runs in full: what is measured is the model as it is.
 """
@@ -9,8 +9,7 @@ Both models read the same tokens in one pass, and each runs in full: what is mea
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,151 +24,76 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True)
-class Perplexity:
-    """How well a model predicts a text.
-
-    Standard errors are over windows, since the tokens of one are not independent.
-
-    Args:
-        perplexity (`float`): `exp(nll)`; infinite if that is too large for a float.
-        nll (`float`): Mean negative log-likelihood of a token, in nats.
-        nll_stderr (`float`, *optional*): Its standard error; `None` for a single window.
-        tokens (`int`): Number of predicted tokens: all but the first of each window.
-        window_nll (`tuple[float, ...]`): The mean of each window, for paired comparisons.
-    """
-
-    perplexity: float
-    nll: float
-    nll_stderr: float | None
-    tokens: int
-    window_nll: tuple[float, ...]
-
-    @property
-    def values(self) -> dict[str, tuple[float, float | None]]:
-        """Value and standard error (to first order) of its metrics, named as in `metrics.json`."""
-        stderr = None if self.nll_stderr is None else self.perplexity * self.nll_stderr
-        return {"perplexity": (self.perplexity, stderr), "nll": (self.nll, self.nll_stderr)}
-
-
-@dataclass(frozen=True)
-class Distance(Perplexity):
-    """How far a model is from its base on a text, besides how well it predicts the text itself.
-
-    Args:
-        base (`Perplexity`): How well the base predicts the text.
-        kl (`float`): Mean over tokens of KL(base || model), in nats: the log-likelihood that is lost by predicting with
-            the model instead of the base, if the base is right.
-        kl_stderr (`float`, *optional*): Its standard error over windows; `None` for a single window.
-        top1_agreement (`float`): Share of tokens for which both models have the same most likely next token.
-        top1_agreement_stderr (`float`, *optional*): Its standard error.
-    """
-
-    base: Perplexity
-    kl: float
-    kl_stderr: float | None
-    top1_agreement: float
-    top1_agreement_stderr: float | None
-
-    @property
-    def distances(self) -> dict[str, tuple[float, float | None]]:
-        """Value and standard error of the metrics that compare it with its base."""
-        agreement = (self.top1_agreement, self.top1_agreement_stderr)
-        return {"kl": (self.kl, self.kl_stderr), "top1_agreement": agreement}
-
-
-def perplexity(model: PreTrainedModel, rows: torch.Tensor) -> Perplexity:
-    """Perplexity of a model on windows of a text.
+def window_means(
+    model: PreTrainedModel, rows: torch.Tensor, base: PreTrainedModel | None = None
+) -> dict[str, torch.Tensor]:
+    """How well a model predicts windows of a text, and how far it is from its base on them.
 
     Args:
         model (`PreTrainedModel`): A causal language model; its mode (training or evaluation) is restored.
         rows (`torch.Tensor`): Token ids `[windows, length]`, without padding. Each window is read on its own, and its
             first token is not predicted.
+        base (`PreTrainedModel`, *optional*): The model it was pruned from.
 
     Returns:
-        `Perplexity`: The mean over all predicted tokens.
+        `dict[str, torch.Tensor]`: Means over the predicted tokens of each window, `[windows]`: `nll`, the negative
+            log-likelihood in nats; and with a base, `base_nll`, `kl`, which is KL(base || model) in nats, and
+            `top1_agreement`, the share of tokens for which both models have the same most likely next token.
 
     Raises:
         LayerPruneError: A window does not fit into memory.
     """
-    (nll,) = _means_of_windows(model, None, rows)
-    return Perplexity(**_fields(nll, rows))
-
-
-def distance(model: PreTrainedModel, base: PreTrainedModel, rows: torch.Tensor) -> Distance:
-    """Distance of a model from its base on windows of a text.
-
-    Args:
-        model (`PreTrainedModel`): The pruned model; its mode (training or evaluation) is restored.
-        base (`PreTrainedModel`): The model it was pruned from.
-        rows (`torch.Tensor`): Token ids `[windows, length]`, without padding. Each window is read on its own, and its
-            first token is not predicted.
-
-    Returns:
-        `Distance`: Means over all predicted tokens.
-
-    Raises:
-        LayerPruneError: A window does not fit into memory.
-    """
-    nll, base_nll, agreement, kl = _means_of_windows(model, base, rows)
-    return Distance(
-        **_fields(nll, rows),
-        base=Perplexity(**_fields(base_nll, rows)),
-        kl=kl.mean().item(),
-        kl_stderr=_stderr(kl),
-        top1_agreement=agreement.mean().item(),
-        top1_agreement_stderr=_stderr(agreement),
-    )
-
-
-def _means_of_windows(model: PreTrainedModel, base: PreTrainedModel | None, rows: torch.Tensor) -> torch.Tensor:
-    """The mean of each window: `nll`, and with a base, also the base's `nll`, agreement and `kl`."""
     check_stage(model.config, "evaluate")
     output, base_output = OutputHead(model), OutputHead(base) if base is not None else None
     head, base_head = output.head(), base_output.head() if base_output else None
+    predicted = rows.shape[1] - 1  # the last position of a window predicts nothing
 
-    def run(batch: torch.Tensor) -> torch.Tensor:
+    def run(batch: torch.Tensor) -> dict[str, torch.Tensor]:
         ids = batch.to(output.device)
         states = output.states(input_ids=ids, use_cache=False)
-        base_states = (
-            base_output.states(input_ids=ids.to(base_output.device), use_cache=False) if base_output else None
-        )
-        sums = torch.zeros(4 if base_output else 1, len(ids), dtype=torch.float64)
-        predicted = ids.shape[1] - 1  # the last position of a window predicts nothing
+        if base_output:
+            base_states = base_output.states(input_ids=ids.to(base_output.device), use_cache=False)
+        sums: dict[str, torch.Tensor] = {}
         size = positions_at_once(ids.shape[1], len(ids), output.vocabulary)
         for start in range(0, predicted, size):
             positions = slice(start, min(start + size, predicted))
             targets = ids[:, positions.start + 1 : positions.stop + 1].flatten()
-            theirs, reference = None, None
-            if base_head is not None and base_states is not None:
+            reference, values = None, {}
+            if base_head is not None:
                 base_logits = base_head.logits(base_states[:, positions]).flatten(0, 1).to(output.device)
-                theirs, reference = diverge(base_logits, targets), Reference(base_logits)
+                reference = Reference(base_logits)
+                values["base_nll"] = diverge(base_logits, targets).nll
             ours = diverge(head.logits(states[:, positions]).flatten(0, 1), targets, reference)
-            values = (ours.nll, theirs.nll if theirs else None, ours.agrees, ours.kl)
-            for row, value in zip(sums, (one for one in values if one is not None), strict=True):
-                row += value.double().view(len(ids), -1).sum(-1).cpu()
+            values["nll"] = ours.nll
+            if ours.kl is not None and ours.agrees is not None:
+                values |= {"kl": ours.kl, "top1_agreement": ours.agrees}
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0) + value.double().view(len(ids), -1).sum(-1).cpu()
         return sums
 
     models = [model] if base is None else [model, base]
-    sums_of_batches: list[torch.Tensor] = []
+    batches: list[dict[str, torch.Tensor]] = []
     with evaluating(*models), progress_bar(total=len(rows), desc="text", unit="window") as bar:
         for sums in in_batches(rows, 1, run, "use shorter windows"):
-            sums_of_batches.append(sums)
-            bar.update(sums.shape[1])
-    return torch.cat(sums_of_batches, dim=1) / (rows.shape[1] - 1)
+            batches.append(sums)
+            bar.update(len(sums["nll"]))
+    return {name: torch.cat([sums[name] for sums in batches]) / predicted for name in batches[0]}
 
 
-def _fields(window_nll: torch.Tensor, rows: torch.Tensor) -> dict[str, Any]:
-    """The fields of [`Perplexity`]."""
-    nll = window_nll.mean().item()
+def mean(values: torch.Tensor) -> tuple[float, float | None]:
+    """The mean over windows, and its standard error; `None` for a single window.
+
+    The error is over windows, since the tokens of one are not independent.
+    """
+    error = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
+    return values.mean().item(), error
+
+
+def text_metrics(window_nll: torch.Tensor) -> dict[str, tuple[float, float | None]]:
+    """Perplexity (infinite if it is too large for a float) and `nll`, each with its standard error, to first order."""
+    nll, error = mean(window_nll)
     try:
         perplexity = math.exp(nll)
     except OverflowError:
         perplexity = math.inf
-    tokens = rows.numel() - len(rows)
-    return {"perplexity": perplexity, "nll": nll, "nll_stderr": _stderr(window_nll), "tokens": tokens,
-            "window_nll": tuple(window_nll.tolist())}  # fmt: skip
-
-
-def _stderr(values: torch.Tensor) -> float | None:
-    return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
+    return {"perplexity": (perplexity, None if error is None else perplexity * error), "nll": (nll, error)}

@@ -17,7 +17,7 @@ from .cost import decode_bytes, prefill_flops
 from .engines import EngineError, Timed
 from .engines.llama_cpp import LlamaCpp
 from .engines.vllm import Vllm
-from .measurement import Recorder
+from .measurement import Measurement
 from .requests import BenchRequest, Workload
 from .subject import Subject
 
@@ -25,8 +25,10 @@ from .subject import Subject
 _ENGINES: dict[str, type[LlamaCpp | Vllm]] = {LlamaCpp.name: LlamaCpp, Vllm.name: Vllm}
 
 
-class EngineBench(Recorder):
+class EngineBench(Measurement):
     """One run in an engine, for a model alone, or for a model and its base."""
+
+    request: BenchRequest
 
     def __init__(self, request: BenchRequest) -> None:
         self.engine = _ENGINES[request.engine]()
@@ -78,9 +80,9 @@ class EngineBench(Recorder):
                 self.engine.time([base], works, 1, **where)
                 why = f"it runs {base}, so it knows the architecture, and it is the cut or its file that it can't take"
             except EngineError as error:
-                failed = EngineError(error.reason, model) if failed.model == base else failed
+                failed = EngineError(str(error), model) if failed.model == base else failed
                 why = f"it does not run {base} either, so it does not know the architecture"
-        raise LayerPruneError(f"{self.engine.name} does not run {failed.model}: {failed.reason}; {why}")
+        raise LayerPruneError(f"{self.engine.name} does not run {failed.model}: {failed}; {why}")
 
     def _paths(self) -> dict[str, Path]:
         """What the engine reads, by the hash of the weights."""

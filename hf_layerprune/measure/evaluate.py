@@ -19,8 +19,8 @@ from .measurement import Measurement
 from .paired import compare_pairs, compare_values
 from .requests import DEFAULT_LENGTH, EvalRequest
 from .subject import Subject
-from .tasks import TaskSet, read_tasks, task_files, task_set
-from .texts import WIKITEXT2, Text, check_same_tokens, find_text, windows
+from .tasks import SEED, TaskSet, task_files, task_set
+from .texts import WIKITEXT2, Text, check_same_tokens, find_text, read_text, windows
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from .harness import Runs, TaskRun
 
 logger = logging.getLogger(__name__)
+
+# The metrics of texts; all others that tasks have are metrics of questions.
+_OF_TEXT = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 
 
 def evaluate(request: EvalRequest) -> Metrics:
@@ -85,8 +88,7 @@ def _texts_of(request: EvalRequest) -> list[Text]:
             found[text.name] = text
         return [*found.values()]
     if request.tasks_from is not None:
-        texts = [name for name, path in task_files(request.tasks_from).items() if path.suffix == ".txt"]
-        return [one for one in read_tasks(request.tasks_from, texts).values() if isinstance(one, Text)]
+        return [read_text(path) for path in task_files(request.tasks_from, ".txt").values()]
     return [find_text(WIKITEXT2)] if request.tasks is None else []
 
 
@@ -117,7 +119,7 @@ class _Evaluation(Measurement):
             check_measurable(
                 request.require, self.store.metrics, tasks=[*self.tasks.tasks], texts=texts, base=self.base is not None
             )
-            self.store.require(request.require)
+            self.store.bounds = request.require
 
     def _rows(self, text: Text) -> tuple[torch.Tensor, dict[str, Any]]:
         """A text as windows, and the settings to record with their results."""
@@ -164,16 +166,15 @@ class _Evaluation(Measurement):
         harnesses: dict[bool, Runs] = {}
         runs = {}
         for name, task in self.tasks.tasks.items():
-            key = self._key(subject, name, task) if self.request.answers else {}
-            file = answers_file(self.request.answers, key) if self.request.answers else None
-            run = find_answers(file, key) if file else None
+            file = answers_file(self.request.answers, self._key(subject, name, task)) if self.request.answers else None
+            run = find_answers(file) if file else None
             if run is None:
                 if (images := asks_about_media(task)) not in harnesses:
                     harnesses[images] = self._harness(subject, model, images)
                 logger.info("%s: running the task %s", subject.name, name)
                 run = harnesses[images].run(name, task, limit=self.request.limit, shots=self.request.num_fewshot)
                 if file:
-                    keep_answers(file, key, run)
+                    keep_answers(file, run)
             runs[name] = run
             self.store.add(results=self._task_results(subject, name, run))
         return runs
@@ -216,8 +217,6 @@ class _Evaluation(Measurement):
         return settings
 
     def _task_results(self, subject: Subject, name: str, run: TaskRun) -> list[dict[str, Any]]:
-        from .harness import SEED, kind_of
-
         more = {
             "task": name,
             "samples": run.samples,
@@ -229,25 +228,22 @@ class _Evaluation(Measurement):
         }
         results = []
         for metric, score in run.scores.items():
-            known = {
-                "stderr": score.stderr,
-                "higher_is_better": score.higher_is_better,
-                "chance": run.chance_of(metric),
-            }
-            kind, settings = kind_of(metric), self._settings(name)
-            results.append(self.result(subject.weights, kind, metric, score.value, settings, **known, **more))
+            known = {"stderr": score.stderr, "higher_is_better": score.higher_is_better, "chance": score.chance}
+            kind = "text" if metric in _OF_TEXT else "accuracy"
+            results.append(
+                self.result(subject.weights, kind, metric, score.value, self._settings(name), **known, **more)
+            )
         return results
 
     def _compare_scores(self, name: str, metric: str, ours: TaskRun, theirs: TaskRun) -> None:
-        from .harness import kind_of
-
         mine, other = ours.scores[metric], theirs.scores[metric]
         if mine.outcomes and mine.outcomes.keys() == other.outcomes.keys():
             theirs_in_order = [other.outcomes[question] for question in mine.outcomes]
-            difference = compare_pairs(list(mine.outcomes.values()), theirs_in_order, ours.chance_of(metric))
+            difference = compare_pairs(list(mine.outcomes.values()), theirs_in_order, mine.chance)
         else:
             difference = compare_values(mine.value, other.value)
-        self.compare(kind_of(metric), metric, self._settings(name), difference, task=name)
+        kind = "text" if metric in _OF_TEXT else "accuracy"
+        self.compare(kind, metric, self._settings(name), difference, task=name)
 
     # --- texts ----------------------------------------------------------------------------------------------
 
@@ -259,17 +255,20 @@ class _Evaluation(Measurement):
         rows: torch.Tensor,
         settings: dict[str, Any],
     ) -> None:
-        from .distance import Distance, distance, perplexity
+        from .distance import mean, text_metrics, window_means
 
         logger.info("%s: measuring the text %s", self.model.name, text.name)
         start = perf_counter()
         with boundary(f"{text.name} can't be measured", kind=LayerPruneError):
-            found = perplexity(model, rows) if base is None else distance(model, base, rows)
-        more = {"task": text.name, "dataset": text.dataset, "samples": found.tokens}
+            found = window_means(model, rows, base)
+        more = {"task": text.name, "dataset": text.dataset, "samples": rows.numel() - len(rows)}
         more["seconds"] = round(perf_counter() - start, 3)
-        numbers = [(self.model, "text", found.values)]
-        if isinstance(found, Distance) and self.base is not None:
-            numbers += [(self.base, "text", found.base.values), (self.model, "distance", found.distances)]
+        ours = text_metrics(found["nll"])
+        numbers = [(self.model, "text", ours)]
+        if self.base is not None:
+            theirs = text_metrics(found["base_nll"])
+            distances = {metric: mean(found[metric]) for metric in ("kl", "top1_agreement")}
+            numbers += [(self.base, "text", theirs), (self.model, "distance", distances)]
         self.store.add(
             results=[
                 self.result(subject.weights, kind, metric, value, settings, stderr=stderr, **more)
@@ -277,8 +276,8 @@ class _Evaluation(Measurement):
                 for metric, (value, stderr) in values.items()
             ]
         )
-        if isinstance(found, Distance):
-            nll = compare_pairs(found.window_nll, found.base.window_nll)
-            ratio = compare_values(found.perplexity, found.base.perplexity)
+        if self.base is not None:
+            nll = compare_pairs(found["nll"].tolist(), found["base_nll"].tolist())
+            ratio = compare_values(ours["perplexity"][0], theirs["perplexity"][0])
             self.compare("text", "nll", settings, nll, task=text.name)
             self.compare("text", "perplexity", settings, ratio, task=text.name)

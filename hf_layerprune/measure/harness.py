@@ -25,7 +25,7 @@ from transformers import set_seed
 from ..errors import LayerPruneError, boundary
 from ..runtime.memory import free_memory, halved
 from .image_tasks import asks_about_media, plain
-from .tasks import require_harness
+from .tasks import SEED, require_harness
 
 if TYPE_CHECKING:
     from lm_eval.tasks.manager import TaskDict
@@ -34,12 +34,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 require_harness()
 
-# The harness's own default.
-SEED = 1234
 # The first batch size of `auto`. A CPU gains nothing from more; on a GPU, memory is the limit.
 _AUTO, _AUTO_ON_DEVICE = 8, 64
-# The metrics of texts; all others are metrics of questions.
-_OF_TEXT = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 
 
 @dataclass(frozen=True)
@@ -50,12 +46,14 @@ class Score:
         value (`float`): The number.
         stderr (`float`, *optional*): Its standard error, as the harness computes it.
         higher_is_better (`bool`, *optional*): Whether higher values are better.
+        chance (`float`, *optional*): What random guessing gets, if that is known from the number of choices.
         outcomes (`dict[str, float]`): The values that it is the mean of, by question; empty if it is not a mean.
     """
 
     value: float
     stderr: float | None
     higher_is_better: bool | None
+    chance: float | None
     outcomes: dict[str, float]
 
 
@@ -64,27 +62,18 @@ class TaskRun:
     """The results of a model on a task.
 
     Args:
-        task (`str`): The task's name.
         scores (`dict[str, Score]`): The scores, by metric.
-        chance (`float`, *optional*): The accuracy of random guessing, from the number of choices; `None` if the task is
-            not multiple choice.
         samples (`int`): Number of questions.
         shots (`int`): Number of few-shot examples before each question.
         version (`str` or `float`, *optional*): The task's version.
         seconds (`float`): The duration of the run.
     """
 
-    task: str
     scores: dict[str, Score]
-    chance: float | None
     samples: int
     shots: int
     version: str | float | None
     seconds: float
-
-    def chance_of(self, metric: str) -> float | None:
-        """What random guessing gets in a metric, if that is known."""
-        return self.chance if metric in ("acc", "acc_norm") else None
 
 
 class Runs:
@@ -117,9 +106,7 @@ class Runs:
         if shots not in (None, given):
             logger.warning("num_fewshot=%d has no effect on %s, which always has %d examples", shots, name, given)
         return TaskRun(
-            task=name,
             scores=_scores(evaluated, name, samples),
-            chance=_chance(samples),
             samples=len(samples),
             shots=given,
             version=version if isinstance(version, str | int | float) else None,
@@ -225,7 +212,7 @@ def _by_question(samples: dict[str, list[dict[str, Any]]], images: bool) -> dict
 
 def _scores(evaluated: dict[str, Any], name: str, samples: dict[str, dict[str, Any]]) -> dict[str, Score]:
     results, better = evaluated["results"][name], evaluated["higher_is_better"].get(name, {})
-    scores: dict[str, Score] = {}
+    chance, scores = _chance(samples), {}
     for key, value in results.items():
         metric, _, which = key.partition(",")
         if not which or metric.endswith("_stderr") or metric in scores or not isinstance(value, int | float):
@@ -238,6 +225,7 @@ def _scores(evaluated: dict[str, Any], name: str, samples: dict[str, dict[str, A
             value=float(value),
             stderr=float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None,
             higher_is_better=better.get(metric),
+            chance=chance if metric in ("acc", "acc_norm") else None,
             outcomes={question: float(outcome) for question, outcome in outcomes.items()} if is_mean else {},
         )
     return scores
@@ -252,8 +240,3 @@ def _chance(samples: dict[str, dict[str, Any]]) -> float | None:
             return None
         shares.append((len(set(right)) if isinstance(right, list) else 1) / choices)
     return sum(shares) / len(shares)
-
-
-def kind_of(metric: str) -> str:
-    """The kind of a metric in `metrics.json`."""
-    return "text" if metric in _OF_TEXT else "accuracy"

@@ -35,20 +35,19 @@ class Measurement:
 
     def __init__(self, request: EvalRequest | BenchRequest) -> None:
         if request.output is not None:  # before weights are hashed
-            check_output(request.output.expanduser())
+            check_output(request.output.expanduser(), str(request.model), request.base)
         if request.base is not None:
             require_statistics()
         self.model = identify(request.model, request.revision)
         self.base = identify(request.base, request.base_revision) if request.base is not None else None
         self.subjects = [one for one in (self.base, self.model) if one is not None]
-        self.store = Store.open(
-            self.model, self.base, output=request.output, history=request.history, force=request.force
-        )
+        self.store = Store(self.model, self.base, output=request.output, history=request.history, force=request.force)
         if self.base is not None and self.base.weights == self.model.weights:
             raise LayerPruneError(
                 f"{request.model} and {request.base} have the same weights; specify the dense model as the base"
             )
         self.where: dict[str, dict[str, str]] = {}
+        self.machine: dict[str, Any] = {}  # what else decides a speed
         self.request, self.device = request, pick_device(request.device, spread=True)
 
     def load(self, subject: Subject) -> PreTrainedModel:
@@ -62,7 +61,7 @@ class Measurement:
         """Record the model or its base, which is measured in the data type and on the device that `where` names."""
         self.where[subject.weights] = where
         role = "dense" if subject is self.base and subject.role == "model" else subject.role
-        self.store.add_model(subject, role=role, layers=layers, parameters=parameters)
+        self.store.new.add_model(subject.identity, role=role, name=subject.name, layers=layers, parameters=parameters)
 
     def result(
         self, weights: str, kind: str, metric: str, value: float, settings: dict[str, Any], **more: Any
@@ -90,17 +89,6 @@ class Measurement:
         record = {"weights": self.model.weights, "base": self.base.weights, "kind": kind, "metric": metric}
         self.store.add(comparisons=[record | {"settings": settings} | asdict(difference) | more])
 
-
-class Recorder(Measurement):
-    """A measurement that is repeated, of a model and its base in turns.
-
-    Attributes:
-        machine (`dict[str, Any]`): What else decides the numbers; a subclass sets it before it records any.
-    """
-
-    request: BenchRequest
-    machine: dict[str, Any]
-
     def record(
         self,
         kind: str,
@@ -115,7 +103,7 @@ class Recorder(Measurement):
         Args:
             kind (`str`): As in `metrics.json`.
             metric (`str`): As in `metrics.json`.
-            settings (`dict[str, Any]`): How it was measured.
+            settings (`dict[str, Any]`): How it was measured; `machine` is added.
             values (`Mapping[str, Sequence[float]]`): The repeats, by the hash of the weights.
             cost (`Mapping[str, float]`): What theory says it takes, by the hash of the weights; any unit.
             seconds (`float`, *optional*): What the measurement took.

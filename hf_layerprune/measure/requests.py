@@ -31,7 +31,7 @@ def _number_or(word: str, meaning: Any) -> Kind:
     def check(value: Any) -> Any:
         return meaning if value in (word, meaning) else number.check(value)
 
-    return Kind(lambda text: text if text == word else number.parse(text), check, "N")
+    return Kind(lambda text: text if text == word else number.read(text), check, "N")
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,81 +22,56 @@ logger = logging.getLogger(__name__)
 
 
 class Store:
-    """The numbers of a model and their file.
+    """The numbers of a model and their file. Nothing is written before numbers are added.
 
     Args:
-        metrics (`Metrics`): The existing numbers.
-        path (`Path`, *optional*): The file; `None` if they are only shown.
-        replace (`bool`, defaults to `False`): Replace the file with the first write.
+        model (`Subject`): The model.
+        base (`Subject`, *optional*): Its base.
+        output (`Path`, *optional*): The file to write instead of `metrics.json` in the model's folder.
+        history (`Sequence[Path]`): Folders of earlier stages, whose numbers are copied.
+        force (`bool`, defaults to `False`): Replace numbers of other weights, or of the same weights with another
+            config, tokenizer, chat template or base.
+
+    Attributes:
+        metrics (`Metrics`): The numbers in the file, and those that were added; also where there is no file.
+        new (`Metrics`): What is not in the file yet.
+        bounds (`tuple[Bound, ...]`, *optional*): What the model must reach, in place of what was recorded before.
+
+    Raises:
+        CheckpointError: The existing numbers do not belong to this model and base as they are now, the model's history
+            does not contain the base, or an earlier stage does not belong to this model.
+        LayerPruneError: The folder can't be written.
     """
 
-    def __init__(self, metrics: Metrics, path: Path | None, *, replace: bool = False) -> None:
-        self.metrics = metrics
-        self.path = path
-        self._replace = replace
-        self._new = Metrics(metrics.weights)  # not in the file yet
-        self._bounds: tuple[Bound, ...] | None = None
-
-    @classmethod
-    def open(
-        cls,
+    def __init__(
+        self,
         model: Subject,
         base: Subject | None = None,
         *,
         output: Path | None = None,
         history: Sequence[Path] = (),
         force: bool = False,
-    ) -> Store:
-        """Read earlier numbers, and refuse those that do not belong to this model.
-
-        Args:
-            model (`Subject`): The model.
-            base (`Subject`, *optional*): Its base.
-            output (`Path`, *optional*): The file to write instead of `metrics.json` in the model's folder.
-            history (`Sequence[Path]`): Folders of earlier stages, whose numbers are copied.
-            force (`bool`, defaults to `False`): Replace numbers of other weights, or of the same weights with another
-                config, tokenizer, chat template or base.
-
-        Returns:
-            `Store`: Nothing is written yet.
-
-        Raises:
-            CheckpointError: The existing numbers do not belong to this model and base as they are now, the model's
-                history does not contain the base, an earlier stage does not belong to this model, or the output is a
-                link, a device, a folder, or a file of a model.
-            LayerPruneError: The output can't be written, or is not a .json file.
-        """
+    ) -> None:
         path = output or (model.folder / FILE_NAME if model.folder else None)
-        path = path and path.expanduser()
-        if path is not None and output is not None:
-            check_output(path, [model, base])
-        if path is not None and not os.access(path.parent, os.W_OK):
-            raise LayerPruneError(f"{path.parent} is not writable; write the numbers elsewhere with --output FILE")
-        before = _before(path, model, base, force)
+        self.path = path and path.expanduser()
+        if self.path is not None and not os.access(self.path.parent, os.W_OK):
+            raise LayerPruneError(
+                f"{self.path.parent} is not writable; write the numbers elsewhere with --output FILE"
+            )
+        before = _before(self.path, model, base, force)
         if base is not None and output is None and model.folder is not None:
             _check_base(model, base)
-        store = cls(before or Metrics(model.weights), path, replace=before is None)
+        self.metrics, self._replace = before or Metrics(model.weights), before is None
+        self.new = Metrics(model.weights)
+        self.bounds: tuple[Bound, ...] | None = None
+        self.versions = versions()
         for folder in history:
-            _copy_numbers(store._new, model, folder.expanduser())
-        store._merge_into(store.metrics)
-        if path is None:
+            _copy_numbers(self.new, model, folder.expanduser())
+        self._merge_into(self.metrics)
+        if self.path is None:
             logger.info(
                 "%s is not a folder, so its numbers are only shown; keep them with --output FILE", model.source
             )
-        return store
-
-    @cached_property
-    def versions(self) -> dict[str, str]:
-        """The versions of the packages that take part in measuring."""
-        return versions()
-
-    def add_model(self, model: Subject, *, role: str, layers: int, parameters: int) -> None:
-        """Record a model that was measured."""
-        self._new.add_model(model.identity, role=role, name=model.name, layers=layers, parameters=parameters)
-
-    def require(self, bounds: tuple[Bound, ...]) -> None:
-        """Record what the model must reach, in place of what was recorded before, with the next numbers."""
-        self._bounds = bounds
 
     def add(self, *, results: Sequence[dict[str, Any]] = (), comparisons: Sequence[dict[str, Any]] = ()) -> None:
         """Add numbers and differences from the base, with the date, and write them.
@@ -116,7 +90,7 @@ class Store:
                 where = f" on {record['task']}" if "task" in record else ""
                 logger.warning("%s%s is %s and is not recorded", record["metric"], where, record["value"])
         differences = [_known(record) | date for record in comparisons]
-        self._new.add(
+        self.new.add(
             results=[one for one in known if "value" in one],
             comparisons=[one for one in differences if "difference" in one],
         )
@@ -125,15 +99,15 @@ class Store:
         else:
             self.metrics = Metrics.update(self.path, self._merged)
             self._replace = False
-        self._new.results, self._new.comparisons = [], []
+        self.new.results, self.new.comparisons = [], []
 
     def _merged(self, current: Metrics | None) -> Metrics:
         """The new content of the file, from its current content."""
         if current is None or self._replace:
-            current = Metrics(self._new.weights)
-        for weights, measured in self._new.models.items():
+            current = Metrics(self.new.weights)
+        for weights, measured in self.new.models.items():
             recorded = current.models.get(weights, measured)
-            if current.weights != self._new.weights or recorded.get("identity") != measured.get("identity"):
+            if current.weights != self.new.weights or recorded.get("identity") != measured.get("identity"):
                 raise CheckpointError(
                     f"{self.path} now holds numbers of another model; measure again with --output FILE or --force"
                 )
@@ -141,9 +115,9 @@ class Store:
         return current
 
     def _merge_into(self, metrics: Metrics) -> None:
-        metrics.models |= self._new.models
-        metrics.add(results=self._new.results, comparisons=self._new.comparisons)
-        metrics.bounds = metrics.bounds if self._bounds is None else self._bounds
+        metrics.models |= self.new.models
+        metrics.add(results=self.new.results, comparisons=self.new.comparisons)
+        metrics.bounds = metrics.bounds if self.bounds is None else self.bounds
 
 
 def _known(record: dict[str, Any]) -> dict[str, Any]:
@@ -155,7 +129,7 @@ def _known(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_output(path: Path, subjects: Sequence[Subject | None] = ()) -> None:
+def check_output(path: Path, *models: str | None) -> None:
     """Refuse an output that would overwrite something other than numbers, or a file of the models.
 
     Raises:
@@ -163,9 +137,9 @@ def check_output(path: Path, subjects: Sequence[Subject | None] = ()) -> None:
         LayerPruneError: It is not a .json file.
     """
     check_file_target(path, force=True)
-    for subject in subjects:
-        if subject is not None and path.name != FILE_NAME:
-            check_file_target(path, force=True, apart_from=Path(subject.source))
+    for model in models:
+        if model is not None and path.name != FILE_NAME:
+            check_file_target(path, force=True, apart_from=Path(model).expanduser())
     if path.exists() and path.suffix != ".json":
         raise LayerPruneError(f"{path} exists and is not a .json file; choose another file for the numbers")
 
@@ -187,8 +161,6 @@ def _before(path: Path | None, model: Subject, base: Subject | None, force: bool
                 raise CheckpointError(
                     f"{path} holds numbers of {subject.name} with another {' and '.join(changed)}; {way_out}"
                 )
-        if model.folder is not None and path == model.folder / FILE_NAME:
-            metrics.check_belongs(model.folder, model.lineage)
     except CheckpointError:
         if not force:
             raise

@@ -12,7 +12,6 @@ from ..adapter.reading import find_adapter
 from ..errors import CheckpointError
 from ..files.hub import Repo
 from ..records.fingerprints import (
-    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CONFIG,
     Identity,
@@ -152,16 +151,12 @@ def identify(source: str | Path, revision: str | None = None) -> Subject:
     if is_hub_id(source):
         return _on_hub(str(source), revision)
     path = Path(source).expanduser()
-    if not path.exists():
-        raise CheckpointError(
-            f"{source} does not exist; specify a model folder, a .gguf file, or a Hub id such as org/name"
-        )
-    adapter = path.is_dir() and (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG).is_file()
-    if not adapter:
+    adapter = find_adapter(path) if path.is_dir() else None
+    if adapter is None:
         resolve_base(path)  # raises if it is not a model
     files = {path.name: path} if path.is_file() else model_files(path)
-    if adapter:
-        _check_adapter(find_adapter(path), path, files)
+    if adapter is not None:
+        _check_adapter(adapter, path, files)
     sizes = [file.stat().st_size for name, file in files.items() if holds_weights(name)]
     if not sizes:
         raise CheckpointError(f"{path} has no safetensors weights; save it with save_pretrained")
@@ -181,11 +176,11 @@ def _on_hub(repo: str, revision: str | None) -> Subject:
     return Subject(repo, repo, model, Lineage.of(folder), None, hub.commit, size)
 
 
-def _check_adapter(adapter: PeftConfig | None, source: str | Path, files: Container[str]) -> None:
+def _check_adapter(adapter: PeftConfig, source: str | Path, files: Container[str]) -> None:
     if ADAPTER_WEIGHTS not in files:
         raise CheckpointError(f"{source} has no {ADAPTER_WEIGHTS}, and pickled weights are not read; save it again")
-    name = adapter.base_model_name_or_path if adapter is not None else None
-    if adapter is not None and name and is_hub_id(name):
+    name = adapter.base_model_name_or_path
+    if name and is_hub_id(name):
         # The Hub client resolves the base's commit, so that the identity is that of the base that will be loaded.
         Repo.open(name, adapter.revision).get(CONFIG)
 

@@ -8,8 +8,7 @@ A line of a `.jsonl` file is one question: `{"query": "...", "choices": ["...", 
 file of the same name may set the harness's `doc_to_text`, `target_delimiter`, `description` and `metadata`, and nothing
 else. The first three are Jinja templates, which run in Jinja's sandbox: a folder of tasks can't run code. Questions
 about images, whose answers the model writes, have the form that [`.image_tasks`] describes. A `.txt` file is a text, on
-which perplexity and distance are measured; if it is listed in `tasks`, it also becomes a task of the harness, which
-measures its per-word and per-byte perplexity.
+which perplexity and distance are measured.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,6 @@ from ..files.json_file import check_schema
 from ..files.json_rows import read_rows
 from ..screen import progress_bar
 from . import image_tasks
-from .texts import Text, read_text
 
 if TYPE_CHECKING:
     from jinja2.sandbox import SandboxedEnvironment
@@ -38,6 +37,8 @@ if TYPE_CHECKING:
 
 # The eight tasks of arXiv:2411.15558: zero-shot, without a chat template.
 PAPER = ("piqa", "hellaswag", "openbookqa", "arc_easy", "arc_challenge", "mmlu", "cmmlu", "winogrande")
+
+SEED = 1234  # the harness's own default
 
 _CHOICES = "at least two texts, none of them empty"
 _QUESTION = {
@@ -108,9 +109,9 @@ def task_set(names: Sequence[str] | None, folder: Path | None = None) -> TaskSet
         CutError: A task is unknown.
         LayerPruneError: Its data is not available, or a file is not a valid task.
     """
-    paths = task_files(folder) if folder else {}
+    paths = task_files(folder, ".jsonl") if folder else {}
     if names is None:
-        names = [name for name, path in paths.items() if path.suffix == ".jsonl"]
+        names = list(paths)
     wanted = list(dict.fromkeys(name for one in names for name in (PAPER if one == "paper" else (one,))))
     files = read_tasks(folder, wanted) if folder else {}
     if not wanted:
@@ -188,31 +189,17 @@ def _task_dict(task: Any) -> TaskDict:
     return {"tasks": {task.task_name: task}, "groups": {}, "group_map": {}}
 
 
-def _local(task: LocalTask | Text) -> Any:
+def _local(task: LocalTask) -> Any:
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
-    data = {"test": Dataset.from_list(rows_of(task))}
+    data = {"test": Dataset.from_list(task.rows)}
     return ConfigurableTask(config=task_config(task) | {"custom_dataset": lambda **_: data})
 
 
-def rows_of(task: LocalTask | Text) -> list[dict[str, Any]]:
-    """The rows that a local task or text has as a task of the harness."""
-    return [{"text": task.text}] if isinstance(task, Text) else task.rows
-
-
-def task_config(task: LocalTask | Text) -> dict[str, Any]:
-    """The harness's config for a local task or text, without the place of its rows."""
+def task_config(task: LocalTask) -> dict[str, Any]:
+    """The harness's config for a local task, without the place of its rows."""
     config: dict[str, Any] = {"task": task.name, "test_split": "test", "metadata": {"version": 1.0}}
-    if isinstance(task, Text):
-        metrics = ("word_perplexity", "byte_perplexity", "bits_per_byte")
-        config |= {
-            "output_type": "loglikelihood_rolling",
-            "doc_to_text": "",
-            "doc_to_target": "text",
-            "num_fewshot": 0,
-        }
-        return config | {"metric_list": [{"metric": metric} for metric in metrics]}
     if "images" in task.rows[0]:
         return config | image_tasks.config_of_images() | task.fields
     config |= {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "gold"}
@@ -226,35 +213,31 @@ def task_config(task: LocalTask | Text) -> dict[str, Any]:
 # --- files ------------------------------------------------------------------------------------------------
 
 
-def read_tasks(folder: Path, names: Collection[str] | None = None) -> dict[str, LocalTask | Text]:
-    """Read tasks and texts of a folder, by name, in alphabetical order: those that are named, or all.
+def read_tasks(folder: Path, names: Collection[str] | None = None) -> dict[str, LocalTask]:
+    """Read tasks of a folder, by name, in alphabetical order: those that are named, or all.
 
     Raises:
-        LayerPruneError: The folder has none, or one is invalid; the message names the line.
+        LayerPruneError: The folder has neither tasks nor texts, or a task is invalid; the message names the line.
     """
-    return {
-        name: read_task(path) if path.suffix == ".jsonl" else read_text(path)
-        for name, path in task_files(folder).items()
-        if names is None or name in names
-    }
+    files = task_files(folder, ".jsonl")
+    return {name: read_task(path) for name, path in files.items() if names is None or name in names}
 
 
-def task_files(folder: Path) -> dict[str, Path]:
-    """The files of tasks (`.jsonl`) and texts (`.txt`) in a folder, by name, in alphabetical order.
+def task_files(folder: Path, suffix: str) -> dict[str, Path]:
+    """The files of tasks (`.jsonl`) or texts (`.txt`) in a folder, by name, in alphabetical order.
 
     Raises:
-        LayerPruneError: The folder has none, or two of the same name.
+        LayerPruneError: The folder has neither tasks nor texts, or two of the same name.
     """
     if not folder.is_dir():
         raise LayerPruneError(f"{folder} is not a folder; specify one with .jsonl files (tasks) or .txt files (texts)")
-    files: dict[str, Path] = {}
-    for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*.txt")]):
-        if path.stem in files:
-            raise LayerPruneError(f"{path} and {path.with_suffix('.jsonl')} have the same name; rename one")
-        files[path.stem] = path
-    if not files:
+    paths = sorted([*folder.glob("*.jsonl"), *folder.glob("*.txt")])
+    if not paths:
         raise LayerPruneError(f"{folder} has no .jsonl file (a task) and no .txt file (a text); choose another folder")
-    return files
+    for one, next_one in pairwise(paths):
+        if one.stem == next_one.stem:
+            raise LayerPruneError(f"{one} and {next_one} have the same name; rename one")
+    return {path.stem: path for path in paths if path.suffix == suffix}
 
 
 def read_task(path: Path) -> LocalTask:

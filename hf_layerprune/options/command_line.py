@@ -63,7 +63,7 @@ def word_of(known: Option) -> Callable[[str], Any]:
 
     def parse(text: str) -> Any:
         try:
-            return known.kind.parse(text)
+            return known.kind.read(text)
         except ValueError as error:
             said = str(error) if isinstance(error, CutError) else f"{quoted(text)} {error}"
             raise argparse.ArgumentTypeError(said) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -24,7 +23,7 @@ class Kind:
     """A kind of value.
 
     Args:
-        parse (`Callable[[str], Any]`): Parses a command-line argument; raises `ValueError`.
+        parse (`Callable[[str], Any]`): Parses a command-line argument; raises `ValueError`. See [`read`].
         check (`Callable[[Any], Any]`): Validates and normalises a value; raises `ValueError`, saying what it must be.
         metavar (`str`, *optional*): Its placeholder in `--help`.
         repeated (`bool`): Whether the option can be repeated, with one value each time.
@@ -34,6 +33,19 @@ class Kind:
     check: Callable[[Any], Any]
     metavar: str | None = None
     repeated: bool = False
+
+    def read(self, text: str) -> Any:
+        """Parse a command-line argument.
+
+        Raises:
+            ValueError: It can't be parsed; the message says what it must be.
+        """
+        try:
+            return self.parse(text)
+        except CutError:  # it says so already
+            raise
+        except ValueError:
+            return self.check(text)
 
 
 def whole(least: int = 1, most: int = 1_000_000, metavar: str = "N") -> Kind:
@@ -45,25 +57,21 @@ def whole(least: int = 1, most: int = 1_000_000, metavar: str = "N") -> Kind:
             raise ValueError(f"must be a whole number from {least} to {most}")
         return number
 
-    def parse(text: str) -> int:
-        digits = text.strip().removeprefix("-")
-        if not (digits.isascii() and digits.isdecimal() and len(digits) <= 20):
-            raise ValueError(f"must be a whole number from {least} to {most}")
-        return int(text)
-
-    return Kind(parse, check, metavar)
+    return Kind(int, check, metavar)
 
 
 def many(kind: Kind, check: Callable[[Any], Any] | None = None, separator: str | None = None) -> Kind:
     """Several values of a kind, as a tuple: from a repeated option, or with a `separator` from a single argument."""
 
     def check_each(values: Any) -> tuple[Any, ...]:
+        if isinstance(values, str) and separator:  # which could not be parsed
+            values = values.split(separator)
         if isinstance(values, str) or not isinstance(values, Iterable):
             raise ValueError("must be a list")
         return tuple(kind.check(value) for value in values)
 
     def parse(text: str) -> Any:
-        return tuple(kind.parse(part) for part in text.split(separator)) if separator else kind.parse(text)
+        return tuple(kind.read(part) for part in text.split(separator)) if separator else kind.parse(text)
 
     metavar = f"{kind.metavar},{kind.metavar}" if separator else kind.metavar
     return Kind(parse, check or check_each, metavar, repeated=separator is None)
@@ -91,19 +99,9 @@ def _check_drop(value: Any) -> float | int:
     number = index_of(value)
     if number is not None and 0 < number <= MOST_LAYERS:
         return number
-    if number is not None or not isinstance(value, float) or not math.isfinite(value) or value <= 0:
-        raise ValueError("must be a fraction between 0 and 1, or a number of layers")
-    if value >= 1:
-        way_out = f" such as drop={int(value)}" if value < MOST_LAYERS else ""
-        raise ValueError(f"must be a fraction below 1, or a whole number of layers{way_out}")
-    return value
-
-
-def _parse_drop(text: str) -> float | int:
-    try:
-        return int(text) if len(text) < 20 and text.strip().isdecimal() else float(text)
-    except ValueError:
-        raise ValueError("is neither a fraction such as 0.25 nor a number of layers") from None
+    if isinstance(value, float) and 0 < value < 1:
+        return value
+    raise ValueError("must be a fraction between 0 and 1, or a whole number of layers")
 
 
 def _check_layers(value: Any) -> list[int]:
@@ -121,14 +119,10 @@ def _check_tune_layers(value: Any) -> int | str | list[int]:
             return "cut"
         number = index_of(value)
         if number is None and isinstance(value, str):
-            return _parse_tune_layers(value)
+            return int(value) if value.isdecimal() else parse_layers(value)
         return _check_layers(value) if number is None else whole(0, MOST_LAYERS).check(number)
     except ValueError:
         raise ValueError("must be a number of last layers, 'cut', or a list of base indices") from None
-
-
-def _parse_tune_layers(text: str) -> int | str | list[int]:
-    return text if text == "cut" else int(text) if text.isdecimal() and len(text) < 7 else parse_layers(text)
 
 
 def index_of(value: Any) -> int | None:
@@ -145,9 +139,9 @@ TEXT = Kind(str, _check_text)
 MODEL = Kind(str, lambda value: _check_text(os.fspath(value) if isinstance(value, os.PathLike) else value))
 PATH = Kind(Path, _check_path, "PATH")
 FLAG = Kind(bool, _check_flag)
-DROP = Kind(_parse_drop, _check_drop, "D")
+DROP = Kind(lambda text: int(text) if text.isdecimal() else float(text), _check_drop, "D")
 LAYERS = Kind(parse_layers, _check_layers, "L")
-TUNE_LAYERS = Kind(_parse_tune_layers, _check_tune_layers, "T")
+TUNE_LAYERS = Kind(str, _check_tune_layers, "T")
 
 
 def checked(name: str, value: Any, kind: Kind) -> Any:

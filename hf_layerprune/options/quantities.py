@@ -36,7 +36,7 @@ def _kind(units: Mapping[str, int], wanted: str, metavar: str) -> Kind:
             raise ValueError(f"must be {wanted}")
         return number
 
-    return Kind(lambda text: _read(text, units, wanted), check, metavar)
+    return Kind(str, check, metavar)
 
 
 COUNT = _kind(_COUNTS, "a number of parameters such as 6.3B or 135M", "P")
@@ -51,13 +51,7 @@ def number(least: float, most: float, wanted: str, metavar: str) -> Kind:
             raise ValueError(f"must be {wanted}")
         return float(value)
 
-    def parse(text: str) -> float:
-        try:
-            return check(float(text))
-        except ValueError:
-            raise ValueError(f"must be {wanted}") from None
-
-    return Kind(parse, check, metavar)
+    return Kind(float, check, metavar)
 
 
 RATIO = number(1, 1000, "a ratio above 1, such as 1.1", "R")

@@ -46,7 +46,7 @@ class CalibrationOptions(Options):
         "column image or images next to the text is used as well",
     )
     calibration_samples: int = option(128, "Number of calibration rows", whole(1))
-    calibration_length: int = option(512, "Number of tokens in each calibration row", whole(1))
+    calibration_length: int = option(512, "Number of tokens in each calibration row", whole(2))
     seed: int = option(42, "Random seed for the choice of layers, rows and text", whole(0, 2**63 - 1, "SEED"))
 
 

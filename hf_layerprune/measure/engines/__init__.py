@@ -9,16 +9,11 @@ from ..requests import Workload
 
 
 class EngineError(LayerPruneError):
-    """An engine does not run a model.
-
-    Args:
-        reason (`str`): What it says.
-        model (`str`): The path of the model.
-    """
+    """An engine does not run the model with the path `model`; the message is what it says."""
 
     def __init__(self, reason: str, model: str) -> None:
         super().__init__(reason)
-        self.reason, self.model = reason, model
+        self.model = model
 
 
 @dataclass(frozen=True)
