@@ -23,8 +23,8 @@ from typing import Any
 
 import yaml
 
-from hf_layerprune.measure.tasks import LocalTask, read_tasks, task_config
-from hf_layerprune.measure.texts import Text
+from hf_layerprune.measure.tasks import LocalTask, read_tasks, task_config, task_files
+from hf_layerprune.measure.texts import Text, read_text
 
 
 def write_task(task: LocalTask, folder: Path) -> Path:

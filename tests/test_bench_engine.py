@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, PreTrainedConfig
 
@@ -243,7 +242,3 @@ def test_an_answer_that_is_none_is_an_error(tmp_path, monkeypatch):
 
     with pytest.raises(EngineError, match="llama-bench answered 'nonsense"):
         LlamaCpp().time(["a.gguf"], [Workload(1, 8, 4)], 1, dtype="auto", device="cpu")
-
-
-def test_the_files_of_this_test_are_what_they_seem(files):
-    assert GGUFReader(files["cut"]).fields["llama.block_count"].contents() == 3

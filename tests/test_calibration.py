@@ -129,7 +129,7 @@ def test_fingerprint_is_of_tokens_and_shape() -> None:
         ("a.txt", b"\x89PNG\r\n\x1a\n\xff\xd8", "is not UTF-8"),
         ("a.bin", b"\xff\xfe\x00", "is not UTF-8"),
         ("a.txt", b"short", "too short: 6 tokens make 0 rows of 64"),
-        ("a.txt", b"x" * 200, "use calibration_samples=3"),
+        ("a.txt", b"x" * 200, "tokens make 3 rows of 64, not 5; use a smaller"),
         ("a.jsonl", b'{"text": "a"}\n{"text": ', "line 2 is not JSON"),
         ("a.jsonl", b'{"body": "a", "title": "b"}\n', "has no text in 'text', only body, title"),
         ("a.jsonl", b"[1]\n", "only a int"),

@@ -145,15 +145,6 @@ def test_an_output_that_is_taken_is_told_before_torch_is_imported(
     assert done.stderr.count("\n") == 1
 
 
-def test_the_base_is_never_written(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`test_checkpoint_safety.py` has all the ways in which a target can overlap with its source."""
-    before = snapshot(base)
-    for output in (base, base / "pruned"):
-        assert main(["prune", str(base), str(output), "--force"]) == 1
-        assert capsys.readouterr().err.count("\n") == 1
-    assert snapshot(base) == before
-
-
 def bad_bases(tmp_path: Path) -> dict[str, Path]:
     empty, encoder, vision, broken = (tmp_path / name for name in ("empty", "encoder", "vision", "broken"))
     empty.mkdir()

@@ -67,9 +67,3 @@ def test_what_is_declared_is_imported() -> None:
     modules = {name for folder in ("hf_layerprune", "spaces", "recipes") for name in imported(ROOT / folder)}
     used = {normal(one) for module in modules for one in providers.get(module, [module])}
     assert declared() - used - NOT_IMPORTED == set()
-
-
-def test_bounds_of_the_stack() -> None:
-    listed = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["train"]]
-    for bound in ("transformers>=5.4,<6", "peft>=0.19,<1", "huggingface-hub>=1.31,<3", "trl>=1.0,<2"):
-        assert bound in listed

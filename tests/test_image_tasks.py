@@ -13,7 +13,7 @@ from hf_layerprune import CheckpointError, LayerPruneError
 from hf_layerprune.cli import main
 from hf_layerprune.measure.evaluate import EvalRequest, evaluate
 from hf_layerprune.measure.harness import prompts_hash
-from hf_layerprune.measure.tasks import read_tasks, task_set
+from hf_layerprune.measure.tasks import dataset_of, read_tasks, task_set
 from hf_layerprune.runtime.loading import load_processor
 
 from .measure_models import write_model
@@ -90,8 +90,8 @@ def test_another_picture_is_another_question(tmp_path: Path) -> None:
         folder = write_task(tmp_path / name, [question(0, "w7")])
         noise(seed).save(folder / "pictures" / "0.png")
         found = task_set(None, folder)
-        hashes.append(found.datasets["seen"])
-        seen = found.tasks["seen"]
+        seen = found["seen"]
+        hashes.append(dataset_of(seen))
         assert prompts_hash("seen", seen, None, None) == prompts_hash("seen", seen, None, None)
     assert hashes[0] == hashes[1] != hashes[2]
 

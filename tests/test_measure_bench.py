@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,7 @@ probe._probe(sys.argv[1], None, "auto", "cpu", json.loads(sys.argv[2]))
 
 def test_the_load_time_has_no_imports(tmp_path: Path) -> None:
     tiny_model("gemma3").save_pretrained(tmp_path)  # the code of its tower is in another file
-    words = [sys.executable, "-c", WATCHED, str(tmp_path), json.dumps(Workload(1, 8, 2).settings)]
+    words = [sys.executable, "-c", WATCHED, str(tmp_path), json.dumps(asdict(Workload(1, 8, 2)))]
     imported = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
     assert not [name for name in imported if "modeling_" in name or "jsonschema" in name]
 

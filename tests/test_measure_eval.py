@@ -114,7 +114,7 @@ def test_the_paired_difference_is_over_the_same_questions(base: Path, cut: Path,
     """Held against the harness's own log of each question."""
     found = measure(cut, tasks, base=str(base), tasks=("asked",), texts=())
     right = []
-    asked = task_set(["asked"], tasks).tasks["asked"]
+    asked = task_set(["asked"], tasks)["asked"]
     for folder in (cut, base):
         harness = Harness(load_model(folder), load_tokenizer(folder), 8)
         right.append(list(harness.run("asked", asked).scores["acc"].outcomes.values()))
@@ -175,7 +175,7 @@ def test_a_gguf_file(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert find(found, dense, "acc", "asked")["dtype"] == "bfloat16"
     # The same as the model that it unpacks to.
     model, tokenizer = load_model(path, dtype=torch.bfloat16), load_tokenizer(path)
-    asked = task_set(["asked"], tasks).tasks["asked"]
+    asked = task_set(["asked"], tasks)["asked"]
     run = Harness(model, tokenizer, "auto").run("asked", asked, limit=8)
     assert run.scores["acc"].value == find(found, dense, "acc", "asked")["value"]
 
@@ -218,7 +218,7 @@ def test_batches_halve_where_memory_ends(
         if len(ids) > 2:
             torch.empty(1 << 60, dtype=torch.uint8)
 
-    asked = task_set(["asked"], tasks).tasks["asked"]
+    asked = task_set(["asked"], tasks)["asked"]
     plain = Harness(model, load_tokenizer(base), 2).run("asked", asked)
     model.register_forward_pre_hook(forget, with_kwargs=True)
     harness = Harness(model, load_tokenizer(base), 8)
@@ -285,7 +285,7 @@ def test_ruined_models_are_recorded(base: Path, tasks: Path, tmp_path: Path, cap
     [
         (["--tasks", "askd"], 2, "did you mean asked"),
         (["--tasks", "none", "--text", "none"], 2, "nothing to measure"),
-        (["--tasks", "none", "--text", "missing.txt"], 2, "text missing.txt does not exist"),
+        (["--tasks", "none", "--text", "missing.txt"], 2, "text missing.txt is not a file"),
         (["--tasks", "asked", "--num-fewshot", "24", "--answers", "no"], 1, "use fewer few-shot examples"),
         (["--length", "513"], 2, "length=513 is more than the 512 positions"),
         (["--device", "gpu"], 2, "'gpu' is not a device"),

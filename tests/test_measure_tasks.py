@@ -41,7 +41,7 @@ def test_a_file_that_is_not_asked_for_is_left_alone(tmp_path: Path) -> None:
     """Training rows may lie beside the questions."""
     write_tasks(tmp_path)
     write(tmp_path / "rows.jsonl", {"text": "Not a question."})
-    assert list(task_set(["asked"], tmp_path).tasks) == ["asked"]
+    assert list(task_set(["asked"], tmp_path)) == ["asked"]
     with pytest.raises(LayerPruneError, match=r"rows.jsonl, line 1 .*: a question is"):
         task_set(["rows"], tmp_path)
     with pytest.raises(LayerPruneError, match=r"rows.jsonl, line 1 .*: a question is"):
@@ -53,7 +53,7 @@ def test_the_harness_asks_what_the_file_says(tmp_path: Path) -> None:
     write(tmp_path / "two.jsonl", {"query": "12", "choices": ["34", "[5]", "6"], "gold": 2})
     found = task_set(None, tmp_path)
     asked = {}
-    for name, loaded in found.tasks.items():
+    for name, loaded in found.items():
         (task,) = loaded["tasks"].values()
         task.build_all_requests(rank=0, world_size=1)
         asked[name] = [request.args for request in task.instances]
@@ -61,13 +61,12 @@ def test_the_harness_asks_what_the_file_says(tmp_path: Path) -> None:
     assert asked["one"][:2] == [("Question: Is it so?\nAnswer:", " yes"), ("Question: Is it so?\nAnswer:", " no")]
     assert asked["one"][2:] == [(text, " 49"), (text, " 7 {% x")]
     assert asked["two"] == [("12", " 34"), ("12", " [5]"), ("12", " 6")]
-    assert found.local == {"one", "two"}
-    assert all(len(dataset) == 64 for dataset in found.datasets.values())
+    assert all(len(tasks.dataset_of(loaded)) == 64 for loaded in found.values())
 
 
 def test_a_question_is_not_among_its_own_examples(tmp_path: Path) -> None:
     write(tmp_path / "one.jsonl", *({"query": f"{i}:", "choices": ["a", "b"], "gold": i % 2} for i in range(6)))
-    loaded = task_set(None, tmp_path).tasks["one"]
+    loaded = task_set(None, tmp_path)["one"]
     harness.prompts_hash("one", loaded, None, 4)
     (task,) = loaded["tasks"].values()
     assert all(one.args[0].count(one.doc["query"]) == 1 and one.args[0].count(":") == 5 for one in task.instances)
@@ -93,7 +92,7 @@ def test_a_file_beside_it_sets_the_prompt(tmp_path: Path) -> None:
     (tmp_path / "one.yaml").write_text(
         'doc_to_text: "Q {{query}} A"\ntarget_delimiter: ": "\nmetadata: {version: 7}\n'
     )
-    (task,) = task_set(["one"], tmp_path).tasks["one"]["tasks"].values()
+    (task,) = task_set(["one"], tmp_path)["one"]["tasks"].values()
     task.build_all_requests(rank=0, world_size=1)
     assert task.instances[1].args == ("Q Question: Is it so? A", ": no")
     assert task.VERSION == 7
@@ -225,12 +224,9 @@ def test_windows_begin_with_all_that_the_tokenizer_puts_first() -> None:
 def test_bad_texts(tmp_path: Path) -> None:
     with pytest.raises(LayerPruneError, match="the text has 5 tokens, but a window has 64"):
         windows("short", byte_tokenizer(), 64)
-    with pytest.raises(LayerPruneError, match="too short; give --length"):
-        windows("short", byte_tokenizer(), 1)
-    with pytest.raises(LayerPruneError, match=r"text nowhere\.txt does not exist; specify a file, or wikitext2"):
-        find_text("nowhere.txt")
-    with pytest.raises(LayerPruneError, match="is a folder; specify a file"):
-        find_text(str(tmp_path))
+    for name in ("nowhere.txt", str(tmp_path)):
+        with pytest.raises(LayerPruneError, match=f"text {name} is not a file; specify one, or wikitext2"):
+            find_text(name)
     for content, message in (
         (b" \n", "a.txt is empty"),
         (b"\xff\xfe", "a.txt is not UTF-8: invalid start byte at byte 0"),

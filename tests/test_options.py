@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import math
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from hypothesis import strategies as st
 from hf_layerprune import CutError, LayerDropConfig
 from hf_layerprune.cli import main
 from hf_layerprune.measure.requests import BenchRequest, EvalRequest
-from hf_layerprune.options import BUDGETS, CutOptions, TuningOptions, add, declared, gather, take, words_of
+from hf_layerprune.options import CutOptions, add, declared, gather, take, words_of
 from hf_layerprune.publish.requests import PushRequest
 from hf_layerprune.stages.requests import AdviseRequest, PruneRequest, RankRequest
 
@@ -140,27 +138,6 @@ def test_the_next_command_has_the_options_of_this_one() -> None:
         parser = argparse.ArgumentParser()
         add(parser, cls)
         assert gather(parser.parse_args([*place, *words_of(request)]), cls) == request
-
-
-def test_each_is_declared_once() -> None:
-    """As a field of one class, and by hand in no parser; but for what means something else in one command."""
-    shared = {*declared(CutOptions), *declared(TuningOptions)}
-    again = {"drop", "seed", *BUDGETS}
-    fields: Counter[str] = Counter()
-    words: list[str] = []
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ClassDef):
-                fields.update(
-                    item.target.id
-                    for item in node.body
-                    if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-                    if isinstance(item.value, ast.Call) and getattr(item.value.func, "id", "") in ("option", "field")
-                )
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
-                words += [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
-    assert {name: fields[name] for name in shared - again} == dict.fromkeys(shared - again, 1)
-    assert not {f"--{name.replace('_', '-')}" for name in shared} & set(words)
 
 
 def test_the_page_is_up_to_date() -> None:

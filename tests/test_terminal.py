@@ -53,10 +53,3 @@ def test_quiet_is_quiet_on_a_terminal(base: Path, tmp_path: Path) -> None:
     code, seen = on_a_terminal("prune", str(base), str(tmp_path / "a"), "--drop", "2", "--quiet")
     assert code == 0
     assert seen == f"dropped layers 6-7 of 8: 6 left, in {tmp_path / 'a'}\r\n"  # the result, and nothing else
-
-
-def test_help_has_no_colours_where_they_are_not_wanted() -> None:
-    code, seen = on_a_terminal("prune", "--help", NO_COLOR="1")
-    assert code == 0
-    assert "--drop" in seen
-    assert not COLOUR.search(seen)

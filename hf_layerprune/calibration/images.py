@@ -80,10 +80,9 @@ def image_rows(
             break
     if len(rows) < samples:
         fit = f", and {left_out} whose images take up to {longest} tokens" if left_out else ""
-        ways = [f"calibration_samples={len(rows)}"] * bool(rows) + ["a larger calibration_length"] * bool(left_out)
         raise CheckpointError(
             f"calibration {source} has {plural(len(rows), 'row')} within calibration_length={length}{fit}, not {samples}; "
-            f"use {', '.join([*ways, 'or more rows'] if ways else ['more rows'])}"
+            "use a smaller calibration_samples, a larger calibration_length, or more rows"
         )
     return rows
 

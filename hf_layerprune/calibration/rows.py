@@ -207,10 +207,9 @@ def _windows(
     windows = windows_of(ids, length, special_prefix(tokenizer))
     rows = len(windows)
     if rows < samples:
-        fewer = f"calibration_samples={rows}, " if rows else ""
         raise CheckpointError(
             f"calibration {source} is too short: {len(ids):,} tokens make {plural(rows, 'row')} of {length}, not {samples}; use "
-            f"{fewer}a smaller calibration_length, or more text"
+            "a smaller calibration_samples or calibration_length, or more text"
         )
     return windows[sorted(Random(seed).sample(range(rows), samples))]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from dataclasses import asdict
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -79,7 +80,7 @@ class _Bench(Measurement):
             for metric in timings[self.model.weights][0]:
                 values = {w: [run[metric] for run in runs] for w, runs in timings.items()}
                 cost = read if metric.startswith("decode") else flops
-                self.record("speed", metric, work.settings, values, cost, seconds)
+                self.record("speed", metric, asdict(work), values, cost, seconds)
 
     @property
     def _largest(self) -> Workload:
@@ -104,7 +105,7 @@ class _Bench(Measurement):
         # Python and its libraries take the same memory for every model.
         idle = statistics.median(one["idle_rss_bytes"] for runs in probes.values() for one in runs)
         resident = {w: idle + size for w, size in weights.items()}
-        work = self._largest.settings
+        work = asdict(self._largest)
         for kind, metric, settings, cost in (
             ("speed", "load_seconds", {"cache": "warm"}, weights),
             ("memory", "peak_rss_bytes", work, resident),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -62,7 +63,7 @@ class EngineBench(Measurement):
                 values = {weights: [run[metric] for run in found] for weights, found in by_weights.items()}
                 kind = "decode" if metric.startswith("decode") else "prefill"
                 theory = {weights: found.of(kind, work) for weights, found in cost.items()}
-                self.record("speed", metric, work.settings, values, theory, seconds)
+                self.record("speed", metric, asdict(work), values, theory, seconds)
 
     def _time(self, works: list[Workload]) -> Timed:
         where: dict[str, Any] = {"dtype": self.request.dtype, "device": self.device}

@@ -9,7 +9,7 @@ import logging
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, CutError, LayerPruneError, boundary
+from ..errors import CutError, LayerPruneError, boundary
 from ..records.metrics import Metrics
 from ..records.requirements import check_measurable
 from ..runtime.windows import length_within
@@ -19,7 +19,7 @@ from .measurement import Measurement
 from .paired import compare_pairs, compare_values
 from .requests import DEFAULT_LENGTH, EvalRequest
 from .subject import Subject
-from .tasks import SEED, TaskSet, task_files, task_set
+from .tasks import SEED, dataset_of, task_files, task_set
 from .texts import WIKITEXT2, Text, check_same_tokens, find_text, read_text, windows
 
 if TYPE_CHECKING:
@@ -64,12 +64,12 @@ def check_request(request: EvalRequest) -> None:
         CutError: A task or text is unknown, or a requirement is about something that is not measured.
         LayerPruneError: A task or text is not available.
     """
-    texts, tasks = [text.name for text in _texts_of(request)], [*_tasks_of(request).tasks]
+    texts, tasks = [text.name for text in _texts_of(request)], [*_tasks_of(request)]
     if request.require:
         check_measurable(request.require, Metrics(""), tasks=tasks, texts=texts, base=request.base is not None)
 
 
-def _tasks_of(request: EvalRequest) -> TaskSet:
+def _tasks_of(request: EvalRequest) -> dict[str, TaskDict]:
     names = request.tasks
     if names is None and request.tasks_from is None:
         names = ("paper",) if request.texts is None else ()
@@ -102,22 +102,16 @@ class _Evaluation(Measurement):
         if request.answers is not None and request.answers.exists() and not request.answers.is_dir():
             raise CutError(f"{request.answers} is a file; specify a folder for --answers")
         self.vocabulary = self.model.vocabulary()
-        self.tokenizer = self.model.tokenizer()
-        self.base_tokenizer, self.base_reads_with = self.tokenizer, self.model
-        if self.base is not None:
-            try:
-                self.base_tokenizer, self.base_reads_with = self.base.tokenizer(), self.base
-            except CheckpointError:
-                logger.info("%s has no tokenizer, so it reads the tokens of the model's tokenizer", self.base.name)
+        self.tokenizers = {subject.weights: subject.tokenizer() for subject in self.subjects}
         self.texts = [(text, *self._rows(text)) for text in _texts_of(request)]
         self.tasks = _tasks_of(request)
-        if not self.tasks.tasks and not self.texts:
+        if not self.tasks and not self.texts:
             raise CutError("there is nothing to measure; specify tasks or texts")
-        check_media_tasks(self.tasks.tasks, self.subjects[::-1], request.num_fewshot)
+        check_media_tasks(self.tasks, self.subjects[::-1], request.num_fewshot)
         if request.require is not None:
             texts = [text.name for text, *_ in self.texts]
             check_measurable(
-                request.require, self.store.metrics, tasks=[*self.tasks.tasks], texts=texts, base=self.base is not None
+                request.require, self.store.metrics, tasks=[*self.tasks], texts=texts, base=self.base is not None
             )
             self.store.bounds = request.require
 
@@ -125,7 +119,8 @@ class _Evaluation(Measurement):
         """A text as windows, and the settings to record with their results."""
         asked = self.request.length
         length = min(length_within(one.config(), asked, DEFAULT_LENGTH, "length") for one in self.subjects)
-        rows, begun = windows(text.text, self.tokenizer, length, self.request.windows, text.name)
+        tokenizer = self.tokenizers[self.model.weights]
+        rows, begun = windows(text.text, tokenizer, length, self.request.windows, text.name)
         if self.vocabulary is not None and (highest := int(rows.max())) >= self.vocabulary:
             raise LayerPruneError(
                 f"the tokenizer produces token {highest}, but the model has a vocabulary of {self.vocabulary}; use the "
@@ -139,7 +134,7 @@ class _Evaluation(Measurement):
                     "so they can't be compared token by token; specify the base that the model was made from, or omit the "
                     "texts"
                 )
-            check_same_tokens(self.tokenizer, self.base_tokenizer, text.text)
+            check_same_tokens(tokenizer, self.tokenizers[self.base.weights], text.text)
         return rows, {"length": length, "windows": len(rows), "starts_with_bos": begun}
 
     def run(self) -> None:
@@ -161,11 +156,11 @@ class _Evaluation(Measurement):
     # --- tasks ----------------------------------------------------------------------------------------------
 
     def _run_tasks(self, subject: Subject, model: PreTrainedModel) -> dict[str, TaskRun]:
-        if not self.tasks.tasks:
+        if not self.tasks:
             return {}
         harnesses: dict[bool, Runs] = {}
         runs = {}
-        for name, task in self.tasks.tasks.items():
+        for name, task in self.tasks.items():
             file = answers_file(self.request.answers, self._key(subject, name, task)) if self.request.answers else None
             run = find_answers(file) if file else None
             if run is None:
@@ -185,22 +180,19 @@ class _Evaluation(Measurement):
 
         if images:
             return ImageHarness(model, subject.processor(), self.request.batch_size)
-        tokenizer = self.tokenizer if subject is self.model else self.base_tokenizer
-        return Harness(model, tokenizer, self.request.batch_size)
+        return Harness(model, self.tokenizers[subject.weights], self.request.batch_size)
 
     def _key(self, subject: Subject, name: str, task: TaskDict) -> dict[str, Any]:
         """Everything that the answers depend on."""
         from .harness import prompts_hash
 
         versions = self.store.versions
-        reader = self.model if subject is self.model else self.base_reads_with
         return {
             "weights": subject.weights,
             "identity": subject.identity.parts,
-            "tokenizer_of": reader.identity.parts,
             "task": name,
             "prompts": prompts_hash(name, task, self.request.limit, self.request.num_fewshot),
-            "dataset": self.tasks.datasets[name],
+            "dataset": dataset_of(self.tasks[name]),
             "limit": self.request.limit,
             "num_fewshot": self.request.num_fewshot,
             "batch_size": self.request.batch_size,
@@ -208,12 +200,10 @@ class _Evaluation(Measurement):
             **self.where[subject.weights],
         }
 
-    def _settings(self, name: str) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         settings: dict[str, Any] = {"batch_size": self.request.batch_size, "chat_template": False}
         if self.request.limit is not None:
             settings["limit"] = self.request.limit
-        if name in self.tasks.local:
-            settings["local_file"] = True
         return settings
 
     def _task_results(self, subject: Subject, name: str, run: TaskRun) -> list[dict[str, Any]]:
@@ -223,16 +213,14 @@ class _Evaluation(Measurement):
             "shots": run.shots,
             "seed": SEED,
             "task_version": run.version,
-            "dataset": self.tasks.datasets[name],
+            "dataset": dataset_of(self.tasks[name]),
             "seconds": round(run.seconds, 3),
         }
         results = []
         for metric, score in run.scores.items():
             known = {"stderr": score.stderr, "higher_is_better": score.higher_is_better, "chance": score.chance}
             kind = "text" if metric in _OF_TEXT else "accuracy"
-            results.append(
-                self.result(subject.weights, kind, metric, score.value, self._settings(name), **known, **more)
-            )
+            results.append(self.result(subject.weights, kind, metric, score.value, self._settings(), **known, **more))
         return results
 
     def _compare_scores(self, name: str, metric: str, ours: TaskRun, theirs: TaskRun) -> None:
@@ -243,7 +231,7 @@ class _Evaluation(Measurement):
         else:
             difference = compare_values(mine.value, other.value)
         kind = "text" if metric in _OF_TEXT else "accuracy"
-        self.compare(kind, metric, self._settings(name), difference, task=name)
+        self.compare(kind, metric, self._settings(), difference, task=name)
 
     # --- texts ----------------------------------------------------------------------------------------------
 

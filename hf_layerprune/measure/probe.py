@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ def probe(source: str, revision: str | None, dtype: str, device: str, work: Work
     Raises:
         LayerPruneError: The process failed, for example for lack of memory.
     """
-    what = {"source": source, "revision": revision, "dtype": dtype, "device": device, "work": work.settings}
+    what = {"source": source, "revision": revision, "dtype": dtype, "device": device, "work": asdict(work)}
     command = [sys.executable, "-m", "hf_layerprune.measure.probe", json.dumps(what)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

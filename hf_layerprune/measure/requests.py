@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ class EvalRequest(MeasureOptions, RequireOptions):
     length: int | None = option(
         None,
         f"Number of tokens in each window of a text; by default {DEFAULT_LENGTH}, or fewer if the model's context is shorter",
-        whole(1),
+        whole(2),
     )
     windows: int | None = option(
         64, "Number of windows to measure, from the start of each text, or all", _number_or("all", None)
@@ -119,11 +119,6 @@ class Workload:
     batch: int
     prompt_tokens: int
     new_tokens: int
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings to record with its numbers."""
-        return asdict(self)
 
 
 @documented

@@ -17,7 +17,7 @@ import difflib
 import importlib.util
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -79,22 +79,7 @@ class LocalTask:
     dataset: str
 
 
-@dataclass(frozen=True)
-class TaskSet:
-    """Tasks that are ready to run, with their data loaded.
-
-    Args:
-        tasks (`dict[str, TaskDict]`): By name, what the harness loaded: a task, or a group with its tasks.
-        datasets (`dict[str, str]`): The Hub id of each task's data, or the sha256 of its file.
-        local (`frozenset[str]`): The names of the tasks that are local files.
-    """
-
-    tasks: dict[str, TaskDict] = field(default_factory=dict)
-    datasets: dict[str, str] = field(default_factory=dict)
-    local: frozenset[str] = frozenset()
-
-
-def task_set(names: Sequence[str] | None, folder: Path | None = None) -> TaskSet:
+def task_set(names: Sequence[str] | None, folder: Path | None = None) -> dict[str, TaskDict]:
     """Find and load tasks. Errors in them are reported here, before a model is loaded.
 
     Args:
@@ -103,7 +88,7 @@ def task_set(names: Sequence[str] | None, folder: Path | None = None) -> TaskSet
         folder (`Path`, *optional*): A folder with task files.
 
     Returns:
-        `TaskSet`: The tasks.
+        `dict[str, TaskDict]`: What the harness loaded, by name: a task, or a group with its tasks.
 
     Raises:
         CutError: A task is unknown.
@@ -115,11 +100,10 @@ def task_set(names: Sequence[str] | None, folder: Path | None = None) -> TaskSet
     wanted = list(dict.fromkeys(name for one in names for name in (PAPER if one == "paper" else (one,))))
     files = read_tasks(folder, wanted) if folder else {}
     if not wanted:
-        return TaskSet()
+        return {}
     require_harness()
-    theirs = [match for name in wanted if name not in files for match in _find(name, list(paths), folder)]
-    ours = [name for name in wanted if name in files]
     loaded: dict[str, TaskDict] = {}
+    theirs = [match for name in wanted if name not in files for match in _find(name, list(paths), folder)]
     for name in theirs:
         with boundary(
             f"can't load task {name}", "go online, or specify files with --tasks-from FOLDER", LayerPruneError
@@ -127,11 +111,15 @@ def task_set(names: Sequence[str] | None, folder: Path | None = None) -> TaskSet
             found = _all_tasks().load([name])
         alone = {one: _task_dict(task) for one, task in found["tasks"].items()}  # of a tag, each task on its own
         loaded |= {name: found} if name in found["groups"] else alone
-    for name in ours:
+    for name, task in files.items():
         with boundary(f"can't load task {name}", kind=LayerPruneError):
-            loaded[name] = _task_dict(_local(files[name]))
-    datasets = {name: files[name].dataset if name in files else _dataset(task) for name, task in loaded.items()}
-    return TaskSet(loaded, datasets, frozenset(ours))
+            loaded[name] = _task_dict(_local(task))
+    return loaded
+
+
+def dataset_of(task: TaskDict) -> str:
+    """The Hub id of a task's data, or the sha256 of its file."""
+    return str(next((one.config.dataset_path for one in task["tasks"].values()), ""))
 
 
 # --- the harness -------------------------------------------------------------------------------------------
@@ -181,10 +169,6 @@ def _find(name: str, files: Sequence[str], folder: Path | None) -> list[str]:
     raise CutError(f"{name!r} is {where}; {way_out}")
 
 
-def _dataset(task: TaskDict) -> str:
-    return str(next((one.config.dataset_path for one in task["tasks"].values()), ""))
-
-
 def _task_dict(task: Any) -> TaskDict:
     return {"tasks": {task.task_name: task}, "groups": {}, "group_map": {}}
 
@@ -194,7 +178,8 @@ def _local(task: LocalTask) -> Any:
     from lm_eval.api.task import ConfigurableTask
 
     data = {"test": Dataset.from_list(task.rows)}
-    return ConfigurableTask(config=task_config(task) | {"custom_dataset": lambda **_: data})
+    place = {"custom_dataset": lambda **_: data, "dataset_path": task.dataset}
+    return ConfigurableTask(config=task_config(task) | place)
 
 
 def task_config(task: LocalTask) -> dict[str, Any]:

@@ -62,8 +62,7 @@ def find_text(name: str) -> Text:
     if path.is_file():
         return read_text(path)
     if name != WIKITEXT2:
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise CutError(f"text {name} {what}; specify a file, or {WIKITEXT2}")
+        raise CutError(f"text {name} is not a file; specify one, or {WIKITEXT2}")
     repo, config, split = _WIKITEXT2
     with boundary(f"{WIKITEXT2} can't be downloaded", "specify a file with --text", LayerPruneError):
         from datasets import load_dataset
@@ -90,14 +89,12 @@ def windows(
             An incomplete window at the end is dropped.
 
     Raises:
-        CutError: Windows are too short to predict anything in.
+        CutError: The special tokens leave no room for text.
         LayerPruneError: The text is too short for one window.
     """
     from ..runtime.windows import special_prefix, windows_of
 
     begin = special_prefix(tokenizer)
-    if length < 2:
-        raise CutError(f"a window of {length} tokens is too short; give --length 2 or more")
     if most is not None:  # tokens average far fewer than 64 characters, so this part is enough
         text = text[: most * length * 64]
     # Texts are longer than a model's context on purpose; `verbose=False` suppresses the warning.

@@ -67,18 +67,9 @@ class _Help(str):
     option: Option
 
 
-def option(
-    default: Any,
-    help: str,
-    kind: Kind | None = None,
-    *,
-    choices: Collection[str] | str = (),
-    flag: str | None = None,
-    positional: bool = False,
-) -> Any:
+def option(default: Any, help: str, kind: Kind | None = None, **more: Any) -> Any:
     """Declare a field of a dataclass as an option; see [`Option`]. PEFT and transformers read its `help`."""
-    kind = kind or (FLAG if isinstance(default, bool) else TEXT)
-    known = Option(default, help, kind, choices, flag, positional)
+    known = Option(default, help, kind or (FLAG if isinstance(default, bool) else TEXT), **more)
     text = _Help(f"{known.text}.")
     text.option = known
     return dataclasses.field(default=default, metadata={"help": text})

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from ...errors import CutError, LayerPruneError
@@ -59,7 +60,7 @@ class Vllm:
         self, models: Sequence[str], works: Sequence[Workload], repeats: int, *, dtype: str, device: str
     ) -> Timed:
         """Time folders in turns, in one process. See [`llama_cpp.LlamaCpp.time`]."""
-        what = {"models": list(models), "works": [work.settings for work in works], "repeats": repeats, "dtype": dtype}
+        what = {"models": list(models), "works": [asdict(work) for work in works], "repeats": repeats, "dtype": dtype}
         command = [sys.executable, "-m", "hf_layerprune.measure.engines.vllm", json.dumps(what)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
