@@ -208,6 +208,12 @@ def test_no_network_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--drop", "-3"], "drop=-3.0 must be"),
         (["--drop", "0.05"], "less than one layer"),
         (["--drop", "8"], "would drop all 8 layers"),
+        (["--drop", "nan"], "drop=nan must be"),
+        (["--drop", "9" * 5000], "must be a fraction"),
+        (["--steps", "1e3"], "'1e3' must be a whole number from 1"),
+        (["--protect-last", "9" * 5000], "must be a whole number"),
+        (["--calibration", ""], "must be a string of 1 to"),
+        (["--tune-layers", "all"], "tune_layers='all' must be a number of last layers"),
         (["--drop", "many"], "'many' must be a fraction between 0 and 1, or a whole number of layers"),
         (["--drop-layers", "8"], "drop_layers has 8, but the model's layers are 0..7"),
         (["--drop-layers", "0-7"], "all 8 layers"),
@@ -216,6 +222,7 @@ def test_no_network_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--drop-layers", ""], "is neither a layer nor a range"),
         (["--drop", "2", "--drop-layers", "1"], "not allowed with argument"),
         (["--criterion", "vibes"], "criterion 'vibes' is unknown"),
+        (["--criterion", "\x1b[31m"], "criterion '\\x1b[31m' is unknown"),
         (["--protect-first", "7"], "only 1 may"),
         (["--adapter", "--tune-layers", "7"], "the cut leaves 6 layers"),
         (["--tune-layers", "2"], "add --adapter"),
@@ -238,6 +245,7 @@ def test_bad_words(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert len(error) < 600
     assert os.listdir(tmp_path) == []
 
 

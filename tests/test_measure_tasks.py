@@ -134,6 +134,17 @@ def test_bad_lines(tmp_path: Path, line: Any, message: str) -> None:
             )
             for field in ("task", "doc_to_choice", "doc_to_target", "dataset_path", "process_docs")
         ),
+        *(
+            (
+                {"a.jsonl": json.dumps(QUESTION), "a.yaml": yaml.safe_dump(fields)},
+                rf"a\.yaml .* at {next(iter(fields))}: ",
+            )
+            for fields in ({"doc_to_text": 5}, {"doc_to_text": None}, {"description": ["a"]}, {"metadata": "x"})
+        ),
+        (
+            {"a.jsonl": json.dumps(QUESTION), "a.yaml": "doc_to_text: '{% if %}'"},
+            "a.yaml: the template doc_to_text can't be used",
+        ),
         ({"a.jsonl": json.dumps(QUESTION), "a.yaml": "[1]"}, "must be a mapping with string keys"),
         (
             {"a.jsonl": json.dumps(QUESTION), "a.yaml": 'metadata: &a {version: [*a, "\\ud800"]}'},
@@ -276,20 +287,3 @@ def test_the_harness_renders_in_the_sandbox(tmp_path: Path, template: str) -> No
         apply_template(template.replace("{proof}", str(proof)), dict(QUESTION))
     assert not proof.exists()
     assert apply_template("{{query|regex_replace('Question: ', '')}}", dict(QUESTION)) == "Is it so?"
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"doc_to_text": 5},
-        {"doc_to_text": None},
-        {"description": ["a"]},
-        {"metadata": "x"},
-        {"doc_to_text": "{% if %}"},
-    ],
-)
-def test_odd_fields_beside_the_questions(tmp_path: Path, fields: dict[str, Any]) -> None:
-    write(tmp_path / "one.jsonl", QUESTION)
-    (tmp_path / "one.yaml").write_text(yaml.safe_dump(fields))
-    with pytest.raises(LayerPruneError, match=r"one\.yaml"):
-        read_tasks(tmp_path)

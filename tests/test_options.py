@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_layerprune import CutError, LayerDropConfig
-from hf_layerprune.cli import main
 from hf_layerprune.measure.requests import BenchRequest, EvalRequest
 from hf_layerprune.options import CutOptions, add, declared, gather, take, words_of
 from hf_layerprune.publish.requests import PushRequest
@@ -43,29 +42,6 @@ def test_refused_with_one_line(name: str, value: Any) -> None:
             make(**{name: value})
         assert len(str(caught.value).splitlines()) == 1
         assert len(str(caught.value)) < 400
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--drop", "nan"], ["--drop", "9" * 5000], ["--drop-layers", "3.7,4.2"], ["--drop-layers", "-1"],
-        ["--steps", "0"], ["--steps", "1e3"], ["--protect-first", "-1"], ["--protect-last", "9" * 5000],
-        ["--calibration-samples", "0"], ["--calibration", ""], ["--seed", "-5"], ["--tune-layers", "all"],
-        ["--repair", "glue"], ["--variant", "mine"], ["--criterion", "\x1b[31m"], ["--dtype", "int4"],
-    ],
-    ids=lambda words: " ".join(words)[:30],
-)  # fmt: skip
-def test_refused_on_the_command_line(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        code = main(["prune", "org/base", str(tmp_path / "out"), *words])
-    except SystemExit as error:  # argparse
-        code = error.code
-    said = capsys.readouterr().err
-    assert code == 2
-    assert "Traceback" not in said
-    assert len(said.splitlines()[-1]) < 400
-    assert "\x1b" not in said
-    assert not list(tmp_path.iterdir())
 
 
 values = st.one_of(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..cut.gguf import gguf_layer_count
 from ..errors import CutError, LayerPruneError
@@ -116,37 +117,36 @@ def _check_same(path: Path, subject: Subject) -> None:
         )
 
 
-class _Weighed:
-    """The theoretical cost of a GGUF file: all layer parameters per prompt token, and all bytes per generated token."""
+class _Cost(NamedTuple):
+    """The size of a model, and its theoretical cost of a workload, by `"prefill"` or `"decode"`; in any unit."""
 
-    def __init__(self, path: Path) -> None:
-        header = read_header(path)
-        sizes = {tensor.name: math.prod(tensor.dimensions) for tensor in header.tensors}
-        self.layers, self.parameters = gguf_layer_count(path), sum(sizes.values())
-        self._read = float(sum(size for name, size in sizes.items() if name.startswith("blk.")))
+    layers: int
+    parameters: int
+    of: Callable[[str, Workload], float]
+
+
+def _cost(path: Path) -> _Cost:
+    """For a GGUF file, all layer parameters per prompt token and all bytes per generated token; for a model folder,
+    operations and bytes, counted on a model without weights.
+    """
+    if path.is_file():
+        tensors = read_header(path).tensors
+        sizes = {tensor.name: math.prod(tensor.dimensions) for tensor in tensors}
         tied = "output.weight" not in sizes
-        self._written = float(sum(t.size for t in header.tensors if tied or t.name != "token_embd.weight"))
+        read = float(sum(size for name, size in sizes.items() if name.startswith("blk.")))
+        written = float(sum(tensor.size for tensor in tensors if tied or tensor.name != "token_embd.weight"))
+        return _Cost(
+            gguf_layer_count(path), sum(sizes.values()), lambda kind, _: written if kind == "decode" else read
+        )
+    import torch
 
-    def of(self, kind: str, work: Workload) -> float:
-        return self._written if kind == "decode" else self._read
+    config = load_config(path)
+    dtype = getattr(torch, str(config.dtype).removeprefix("torch."), torch.float32)
+    model = model_without_weights(config, dtype=dtype).eval()
 
-
-class _Counted:
-    """The theoretical cost of a model folder: operations and bytes, counted on a model without weights."""
-
-    def __init__(self, path: Path) -> None:
-        import torch
-
-        config = load_config(path)
-        dtype = getattr(torch, str(config.dtype).removeprefix("torch."), torch.float32)
-        self._model = model_without_weights(config, dtype=dtype).eval()
-        self.layers, self.parameters = layer_count(config), self._model.num_parameters()
-
-    def of(self, kind: str, work: Workload) -> float:
+    def of(kind: str, work: Workload) -> float:
         if kind == "decode":
-            return decode_bytes(self._model, work.batch, work.prompt_tokens + work.new_tokens // 2)
-        return float(prefill_flops(self._model, work.batch, work.prompt_tokens))
+            return decode_bytes(model, work.batch, work.prompt_tokens + work.new_tokens // 2)
+        return float(prefill_flops(model, work.batch, work.prompt_tokens))
 
-
-def _cost(path: Path) -> _Weighed | _Counted:
-    return _Weighed(path) if path.is_file() else _Counted(path)
+    return _Cost(layer_count(config), model.num_parameters(), of)
