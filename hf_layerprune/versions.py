@@ -10,30 +10,23 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from packaging.version import Version
+
 if TYPE_CHECKING:
     from enum import Enum
-
-    from packaging.version import Version
 
 __version__ = "0.1.0"
 
 
 @cache
 def installed(distribution: str) -> Version:
-    """The installed version of a distribution, or `0` if it is not installed."""
-    from importlib.metadata import PackageNotFoundError, version
+    """The installed version of a distribution."""
+    from importlib.metadata import version
 
-    from packaging.version import Version
-
-    try:
-        return Version(version(distribution))
-    except PackageNotFoundError:
-        return Version("0")
+    return Version(version(distribution))
 
 
 def _is_at_least(distribution: str, floor: str) -> bool:
-    from packaging.version import Version
-
     return installed(distribution) >= Version(floor)
 
 

@@ -105,6 +105,8 @@ class _Evaluation(Measurement):
         self.tokenizers = {subject.weights: subject.tokenizer() for subject in self.subjects}
         self.texts = [(text, *self._rows(text)) for text in _texts_of(request)]
         self.tasks = _tasks_of(request)
+        self.settings = {"batch_size": request.batch_size, "chat_template": False}
+        self.settings |= {"limit": request.limit} if request.limit is not None else {}
         if not self.tasks and not self.texts:
             raise CutError("there is nothing to measure; specify tasks or texts")
         check_media_tasks(self.tasks, self.subjects[::-1], request.num_fewshot)
@@ -186,25 +188,15 @@ class _Evaluation(Measurement):
         """Everything that the answers depend on."""
         from .harness import prompts_hash
 
-        versions = self.store.versions
         return {
             "weights": subject.weights,
             "identity": subject.identity.parts,
             "task": name,
             "prompts": prompts_hash(name, task, self.request.limit, self.request.num_fewshot),
-            "dataset": dataset_of(self.tasks[name]),
-            "limit": self.request.limit,
-            "num_fewshot": self.request.num_fewshot,
             "batch_size": self.request.batch_size,
-            "versions": {name: versions.get(name) for name in ("lm-eval", "transformers", "torch")},
+            "versions": {name: self.store.versions.get(name) for name in ("lm-eval", "transformers", "torch")},
             **self.where[subject.weights],
         }
-
-    def _settings(self) -> dict[str, Any]:
-        settings: dict[str, Any] = {"batch_size": self.request.batch_size, "chat_template": False}
-        if self.request.limit is not None:
-            settings["limit"] = self.request.limit
-        return settings
 
     def _task_results(self, subject: Subject, name: str, run: TaskRun) -> list[dict[str, Any]]:
         more = {
@@ -220,7 +212,7 @@ class _Evaluation(Measurement):
         for metric, score in run.scores.items():
             known = {"stderr": score.stderr, "higher_is_better": score.higher_is_better, "chance": score.chance}
             kind = "text" if metric in _OF_TEXT else "accuracy"
-            results.append(self.result(subject.weights, kind, metric, score.value, self._settings(), **known, **more))
+            results.append(self.result(subject.weights, kind, metric, score.value, self.settings, **known, **more))
         return results
 
     def _compare_scores(self, name: str, metric: str, ours: TaskRun, theirs: TaskRun) -> None:
@@ -231,7 +223,7 @@ class _Evaluation(Measurement):
         else:
             difference = compare_values(mine.value, other.value)
         kind = "text" if metric in _OF_TEXT else "accuracy"
-        self.compare(kind, metric, self._settings(), difference, task=name)
+        self.compare(kind, metric, self.settings, difference, task=name)
 
     # --- texts ----------------------------------------------------------------------------------------------
 

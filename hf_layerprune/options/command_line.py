@@ -71,11 +71,10 @@ def word_of(known: Option) -> Callable[[str], Any]:
     return parse
 
 
-def gather(args: argparse.Namespace, cls: type[T], **others: Any) -> T:
-    """Make a dataclass from parsed arguments, and from values that are not on the command line."""
-    said = {name: getattr(args, name) for name in declared(cls) if hasattr(args, name)}
-    said = {name: value for name, value in said.items() if value is not None}
-    return cls(**said | others)
+def gather(args: argparse.Namespace, cls: type[T]) -> T:
+    """Make a dataclass from parsed arguments."""
+    said = {name: getattr(args, name, None) for name in declared(cls)}
+    return cls(**{name: value for name, value in said.items() if value is not None})
 
 
 def words_of(values: Any, *without: str) -> list[str]:
