@@ -129,6 +129,8 @@ def require_harness() -> None:
     """Check that lm-evaluation-harness is installed; make it use a sandbox for templates, our progress bars, and few words."""
     if importlib.util.find_spec("lm_eval") is None:
         raise LayerPruneError('tasks need lm-evaluation-harness: pip install "hf-layerprune[eval]"')
+    import lm_eval.api.model
+    import lm_eval.api.task
     import lm_eval.models.hf_vlms
     import lm_eval.models.huggingface
     import lm_eval.utils
@@ -136,7 +138,7 @@ def require_harness() -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     lm_eval.utils.env = sandbox()
     lm_eval.utils.env.filters["regex_replace"] = lm_eval.utils.regex_replace
-    for module in (lm_eval.models.huggingface, lm_eval.models.hf_vlms):
+    for module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.hf_vlms, lm_eval.models.huggingface):
         module.tqdm = lambda *args, **words: progress_bar(*args, **words | {"disable": None})
 
 
