@@ -236,12 +236,13 @@ def read_task(path: Path) -> LocalTask:
     from jsonschema import Draft202012Validator
 
     rows: list[dict[str, Any]] = []
-    about_images = False
     for where, row in read_rows(path, text_file.MAX_TEXT):
-        about_images = image_tasks.has_images(row) if not rows else about_images
+        if not rows:
+            about_images = image_tasks.has_images(row)
+            schema = Draft202012Validator(image_tasks.QUESTION if about_images else _QUESTION)
         if image_tasks.has_images(row) != about_images:
             raise LayerPruneError(f"{where}: put questions with images and those without into files of their own")
-        check_schema(row, Draft202012Validator(image_tasks.QUESTION if about_images else _QUESTION), where)
+        check_schema(row, schema, where)
         if about_images:
             rows.append(image_tasks.to_row(row, path.parent, where))
             continue
