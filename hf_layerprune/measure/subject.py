@@ -153,7 +153,7 @@ def identify(source: str | Path, revision: str | None = None) -> Subject:
     path = Path(source).expanduser()
     adapter = find_adapter(path) if path.is_dir() else None
     if adapter is None:
-        resolve_base(path)  # raises if it is not a model
+        resolve_base(source)  # raises if it is not a model
     files = {path.name: path} if path.is_file() else model_files(path)
     if adapter is not None:
         _check_adapter(adapter, path, files)
