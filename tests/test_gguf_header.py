@@ -1,15 +1,13 @@
 """Hostile and damaged GGUF files: each is one clear error, at once, whatever the header claims."""
 
-import inspect
 import os
 import struct
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from gguf.constants import MODEL_ARCH_NAMES, Keys
+from gguf.constants import MODEL_ARCH_NAMES
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -263,32 +261,8 @@ def test_is_gguf_looks_at_the_first_bytes(tmp_path):
             plan_gguf_cut(tmp_path / "pipe", [0])
 
 
-def _keys(holder: type) -> Iterator[str]:
-    for item in vars(holder).values():
-        if inspect.isclass(item):
-            yield from _keys(item)
-        elif isinstance(item, str) and item.startswith("{arch}."):
-            yield item.removeprefix("{arch}.")
-
-
-def test_the_tables_know_every_key_and_architecture_name_of_the_installed_gguf():
-    kinds = [
-        {"block_count"},
-        tables.PER_LAYER,
-        tables.LEADING,
-        tables.TRAILING,
-        set(tables.PERIODS) - tables.PER_LAYER,
-        tables.UNMOVED_FIRST,
-        tables.UNMOVED_ALL,
-        tables.ZERO_ONLY,
-        tables.ARRAYS,
-        tables.SCALARS,
-    ]
-    known = set().union(*kinds)
-    assert len(known) == sum(map(len, kinds)), "a key is in two tables"
-    assert {name for name in _keys(Keys) if "{" not in name} <= known, "a new gguf has new keys: sort them in"
+def test_the_tables_fit_each_other_and_the_installed_gguf():
+    kinds = [tables.PER_LAYER, tables.PERIODS - tables.PER_LAYER, tables.ARRAYS, tables.SCALARS]
+    assert len(set().union(*kinds)) == sum(map(len, kinds)), "a key is in two tables"
     assert tables.FIRST_SIZES_ALL | tables.TWO_KINDS <= tables.PER_LAYER
-    names = set(MODEL_ARCH_NAMES.values())
-    assert set(tables.ARCHITECTURES) <= names
-    assert set(tables.REFUSED) - names <= {"minimax-01", "nanbeige"}
-    assert not set(tables.ARCHITECTURES) & set(tables.REFUSED)
+    assert set(tables.ARCHITECTURES) <= set(MODEL_ARCH_NAMES.values())

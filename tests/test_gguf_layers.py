@@ -26,7 +26,6 @@ PER_LAYER_CASES = {
     "expert_feed_forward_length": ([9, 8, 7, 6, 5, 4], T.UINT16),
     "attention.sliding_window_pattern": ([True, True, False, True, False, False], T.BOOL),
     "attention.recurrent_layers": ([1, 0, 1, 0, 0, 0], T.INT8),
-    "swiglu_clamp_exp": ([0.5, 1.5, 2.5, 3.5, 4.5, 5.5], T.FLOAT32),
 }
 
 
@@ -64,10 +63,6 @@ def test_an_array_of_the_same_length_by_accident_is_left_alone(tmp_path):
         ("deepseek", "leading_dense_block_count", 1, (0,), 0),
         ("glm4moe", "nextn_predict_layers", 1, (1,), 1),
         ("glm4moe", "nextn_predict_layers", 2, (3, 5), 1),
-        ("qwen2", "n_deepstack_layers", 3, (3, 5), 3),
-        ("llama", "rescale_every_n_layers", 2, (4, 5), 2),
-        ("llama", "rescale_every_n_layers", 0, (1, 3), 0),
-        ("llama", "attention.shared_kv_layers", 0, (1, 3), 0),
         ("ernie4_5-moe", "interleave_moe_layer_step", 1, (1, 2), 1),
         ("ernie4_5-moe", "interleave_moe_layer_step", 2, (2, 3), 2),
         ("qwen3next", "full_attention_interval", 2, (0, 1), 2),
@@ -137,10 +132,8 @@ def test_a_sliding_olmo2_is_periodic(tmp_path):
         (number("llama.odd_interval", 2), [1], "llama.odd_interval"),
         (number("llama.mystery", 6), [1], "llama.mystery"),
         (number("clip.vision.block_count", 3), [1], "clip.vision.block_count"),
-        (number("llama.attention.shared_kv_layers", 2), [1], "shared_kv_layers is not 0"),
-        (number("llama.decoder_block_count", 6), [1], "decoder_block_count is not 0"),
-        (number("llama.rescale_every_n_layers", 2), [1], "drop only layers from 5 on"),
-        (number("llama.n_deepstack_layers", 3), [1], "drop only layers from 3 on"),
+        (number("llama.rescale_every_n_layers", 2), [1], "may say something about the layers"),
+        (array("llama.deepstack_mapping", [-1, 0, -1, 1, -1, -1], T.INT32), [4], "may say something about the layers"),
         (number("llama.leading_dense_block_count", 1, T.FLOAT32), [1], "one whole number"),
         (number("llama.leading_dense_block_count", -1, T.INT32), [1], "cannot be negative"),
         (number("llama.nextn_predict_layers", 6), [1], "does not fit the 6 layers"),
@@ -148,8 +141,7 @@ def test_a_sliding_olmo2_is_periodic(tmp_path):
         (array("llama.attention.head_count", [8] * 5, T.UINT32), [1], "array of 5"),
         (array("llama.attention.head_count", [8, 4, 4, 4, 4, 4], T.UINT32), [0], "so keep layer 0"),
         (array("llama.attention.head_count_kv", [2, 0, 2, 2, 2, 2], T.UINT32), [1], "keep a layer of each"),
-        (array("llama.deepstack_mapping", [-1, 0, -1, 1, -1, -1], T.INT32), [4], "image features"),
-        (array("llama.attention.indexer.types", ["x"] * 6, T.STRING), [1], "6 strings"),
+        (array("llama.attention.head_count", ["x"] * 6, T.STRING), [1], "6 strings"),
         (array("general.tensor_extra.name", ["blk.0.x"], T.STRING), [1], "lists tensors by name"),
         (number("split.count", 3, T.UINT16), [1], "one of 3 parts of a split model"),
     ],
@@ -165,12 +157,9 @@ def test_a_file_with_only_one_part_is_no_split_file(tmp_path):
     cut(make_gguf(tmp_path / "a.gguf", more=number("split.count", 1, T.UINT16)), [1])
 
 
-@pytest.mark.parametrize(
-    ("arch", "reason"),
-    [("gemma3n", "one tensor for all layers"), ("rwkv7", "feeds all"), ("hal9000", "has not been checked")],
-)
-def test_an_unknown_architecture_is_refused(tmp_path, arch, reason):
-    with refused(f"'{arch}' cannot be cut in this format: .*{reason}"):
+@pytest.mark.parametrize("arch", ["gemma3n", "rwkv7", "hal9000"])
+def test_an_unknown_architecture_is_refused(tmp_path, arch):
+    with refused(f"'{arch}' cannot be cut in this format"):
         plan_gguf_cut(make_gguf(tmp_path / "a.gguf", arch), [1])
 
 

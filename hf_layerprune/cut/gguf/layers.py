@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import CutError
@@ -17,17 +17,11 @@ from ...families.gguf import (
     ARCHITECTURES,
     ARRAYS,
     FIRST_SIZES_ALL,
-    LEADING,
     PER_LAYER,
     PER_LAYER_UNPREFIXED,
     PERIODS,
-    REFUSED,
     SCALARS,
-    TRAILING,
     TWO_KINDS,
-    UNMOVED_ALL,
-    UNMOVED_FIRST,
-    ZERO_ONLY,
 )
 from ...files.gguf_header import architecture_of, block_count_of, whole_number
 from ...layer_ranges import format_layers
@@ -91,10 +85,9 @@ def rewrite_metadata(header: GGUFHeader, drop_layers: Sequence[int]) -> tuple[GG
 def _check_architecture(cut: GGUFCut) -> None:
     rule = ARCHITECTURES.get(cut.architecture)
     if rule is None:
-        reason = REFUSED.get(cut.architecture, "its dependence on layer indices has not been checked")
         cut.header.fail(
-            f"the GGUF architecture {cut.architecture!r} cannot be cut in this format: {reason}; "
-            "cut the model's safetensors checkpoint instead and convert that"
+            f"the GGUF architecture {cut.architecture!r} cannot be cut in this format: it is not known to run the same layers "
+            "at other indices; cut the model's safetensors checkpoint instead and convert that"
         )
     for counts in rule.counts:
         if (cut.main_count in counts) != (cut.kept_main in counts):
@@ -110,15 +103,15 @@ def _check_architecture(cut: GGUFCut) -> None:
     if entry is not None and not entry.is_array:
         period = whole_number(cut.header, entry)
     # An array of flags describes the layers too, but readers older than the array go by the fixed period.
-    _check_turns(cut, period, lambda layer, n: (layer + 1) % n == 0, f"every {cut.architecture} model")
+    _check_turns(cut, period, f"every {cut.architecture} model")
 
 
-def _check_turns(cut: GGUFCut, period: int, picked: Callable[[int, int], bool], source: str) -> None:
+def _check_turns(cut: GGUFCut, period: int, source: str) -> None:
+    """Refuse a cut after which other layers would end a group of `period`, and so be of the other kind."""
     if not period:
         return
-    kept = cut.kept[: cut.kept_main]
-    for new, old in enumerate(kept):
-        if picked(new, period) != picked(old, period):
+    for new, old in enumerate(cut.kept[: cut.kept_main]):
+        if ((new + 1) % period == 0) != ((old + 1) % period == 0):
             first = next(index for index, layer in enumerate(cut.kept) if index != layer)
             first -= first % period
             last = min(first + period, cut.main_count) - 1
@@ -126,8 +119,7 @@ def _check_turns(cut: GGUFCut, period: int, picked: Callable[[int, int], bool], 
                 f"two kinds of layers alternate in groups of {period} ({source}), and layer {old} would become layer {new}, "
                 f"which is of the other kind; drop whole groups, for example {format_layers(range(first, last + 1))}"
             )
-    kinds = {picked(layer, period) for layer in range(cut.main_count)}
-    if kinds != {picked(layer, period) for layer in kept}:
+    if cut.kept_main < period <= cut.main_count:
         cut.header.fail(
             f"two kinds of layers alternate in groups of {period} ({source}), and only one kind would be left; keep a layer "
             "of each"
@@ -151,8 +143,6 @@ def _new_values(cut: GGUFCut, entry: Entry) -> list[Any] | None:
         return [len(cut.kept)]
     if suffix in PER_LAYER and entry.is_array:
         before, after = entry.values, _per_layer(cut, entry)
-        if suffix == "deepstack_mapping" and max(before) >= 0:
-            header.fail(f"{key} feeds image features to certain layers, so the cut would change what they see")
         if suffix in FIRST_SIZES_ALL and before[0] != after[0]:
             header.fail(
                 f"{key} is {before[0]} in the first layer, and readers size the whole model by it; after this cut the "
@@ -162,19 +152,11 @@ def _new_values(cut: GGUFCut, entry: Entry) -> list[Any] | None:
             header.fail(f"{key} tells two kinds of layers apart, and only one would be left; keep a layer of each")
         return after
     if suffix in PERIODS:
-        _check_turns(cut, whole_number(header, entry), PERIODS[suffix], key)
-    elif suffix in LEADING:
+        _check_turns(cut, whole_number(header, entry), key)
+    elif suffix == "leading_dense_block_count":
         return [bisect_left(cut.kept, whole_number(header, entry))]
-    elif suffix in TRAILING:
+    elif suffix == "nextn_predict_layers":
         return [len(cut.kept) - cut.kept_main]
-    elif suffix in UNMOVED_FIRST or suffix in UNMOVED_ALL:
-        number = whole_number(header, entry)
-        still = number if suffix in UNMOVED_FIRST else len(cut.kept) * bool(number)
-        if cut.kept[:still] != tuple(range(still)):
-            header.fail(f"{key} is {number} and ties layers to their index; drop only layers from {still} on")
-    elif suffix in ZERO_ONLY:
-        if whole_number(header, entry):
-            header.fail(f"{key} is not 0, and what it says about the layers cannot be rewritten for a cut")
     elif suffix in SCALARS or suffix in PER_LAYER:
         if entry.is_array:
             _unknown(cut, entry)
