@@ -156,8 +156,9 @@ def test_layers_that_are_quantised_in_two_ways_stay_so_when_they_are_renumbered(
     from torchao.quantization import FqnToConfig, Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
-    ways = {"[0-3]": Int8WeightOnlyConfig(), "[4-7]": Int8DynamicActivationInt8WeightConfig()}
-    how = TorchAoConfig(quant_type=FqnToConfig({f"re:model\\.layers\\.{i}\\..*_proj": way for i, way in ways.items()}))
+    ways = [Int8WeightOnlyConfig(), Int8DynamicActivationInt8WeightConfig()]
+    names = {f"model.layers.{i}.mlp.{name}_proj": ways[i // 4] for i in range(8) for name in ("gate", "up", "down")}
+    how = TorchAoConfig(quant_type=FqnToConfig(names))
     base = quantise(place / "base", tmp_path / "base", how)
     assert main(["prune", str(base), str(tmp_path / "cut"), "--drop-layers", "2"]) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", device_map="cpu")
@@ -171,8 +172,9 @@ def test_notes_name_layers_as_the_model_does_where_the_checkpoint_has_other_name
     from transformers import TorchAoConfig
 
     tiny_model("llava").to(torch.bfloat16).save_pretrained(tmp_path / "dense")
-    ways = {"[0-3]": Int8WeightOnlyConfig(), "[4-7]": Int8DynamicActivationInt8WeightConfig()}
-    names = {rf"re:model\.language_model\.layers\.{i}\..*_proj\.weight": way for i, way in ways.items()}
+    ways = [Int8WeightOnlyConfig(), Int8DynamicActivationInt8WeightConfig()]
+    modules = ("self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    names = {f"model.language_model.layers.{i}.{name}.weight": ways[i // 4] for i in range(8) for name in modules}
     base = tmp_path / "base"
     load_base(tmp_path / "dense", quantization_config=TorchAoConfig(quant_type=FqnToConfig(names))).save_pretrained(
         base

@@ -2,9 +2,9 @@ r"""Rewrite quantisation settings that name layers by index.
 
 Each quantiser has its own fields for this (skip lists, ignore patterns, targets, per-module overrides), and new ones
 keep appearing. So fields are not looked up by name; every string and every key of the settings is examined. A name
-(`model.layers.12.mlp.down_proj`) is renumbered, or removed with its layer. A pattern (`re:.*layers\.(0|31)\..*`,
-`model.layers.3*`) is resolved to the layers it matches, and rewritten for the new indices. Anything that can't be
-resolved exactly, or that looks like a layer's index in another form, is refused.
+(`model.layers.12.mlp.down_proj`) is renumbered, or removed with its layer; one with a wildcard (`model.layers.3*`) is
+resolved to the layers it matches. A regular expression that may pick layers by their index, and anything else that looks
+like a layer's index, is refused.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from ..errors import CutError
 from .fields import LIST_NAMES, NOT_TEXT, Cut, looks_per_layer
 
 # Characters that distinguish a regular expression from a module name, with or without wildcards.
-_REGEX = re.compile(r"[\\^$()|+{]")
-_WILD = re.compile(r"[*?\[]")
+_REGEX = re.compile(r"[\\^$()|+{\[]")
 # Fields whose keys are regular expressions even if they look like names: GPTQModel's and Gemma's.
 _PATTERNS = ("dynamic", "module_quant_configs")
 # The quantisers whose stars match any text, as in file names; all others take what has a star as a regular expression.
@@ -29,14 +28,9 @@ _PLAIN = ("model", "transformer", "thinker.model")
 # A layer's index in a form that is not a module's name, such as `layer_3`, `blk.3` or `3.mlp`.
 _ODD = re.compile(r"(?<![a-z])(?:layers?|blocks?|blk)[\W_]*[0-9]|^[0-9]+\.(?!dev|post|rc)[a-z_]", re.IGNORECASE)
 _INDICES = re.compile(r"[0-9][0-9\s,:;-]*")
-# A sub-pattern that matches only digits: digits and classes of them, alone or as alternatives in parentheses.
-_TIMES = r"(?:(?:[*+?]|\{[0-9]*,?[0-9]*\})[?+]?)?"
-_DIGIT = rf"(?:[0-9]|\\d|\[(?:[0-9-]|\\d)+\]){_TIMES}"
-_INDEX = re.compile(rf"(?:{_DIGIT}|\((?:\?:)?(?:{_DIGIT}|\|)*\){_TIMES})*")
-_SEPARATOR = r"\\\.|\.(?![*+?{])|\[\.\]"
 _ANY_DIGIT = re.compile(r"(?<!\{)(?<!,)(?:\\d|[0-9]+)")
 # A segment that matches any index.
-_ANY_INDEX = re.compile(r"(?<=\\\.)(?:\\d|\[0-9\])\+(?=\\\.)")
+_ANY_INDEX = re.compile(r"(?<=\.)(?:\\d|\[0-9\])\+(?=\\?\.)")
 _WORD_END = re.compile(r"(?:^|[^\\A-Za-z0-9_])(?:\\b)?[A-Za-z_][A-Za-z0-9_]*$")
 _LIST = re.compile(rf"(?:(?<=\\b)|(?<![A-Za-z0-9_]))(?:{'|'.join(LIST_NAMES)})(?:\\\.|\.|\[\.\])")
 _OWNER = re.compile(r"(?:(?<=\\b)|(?<!\\))(?<![A-Za-z0-9_])([A-Za-z_][A-Za-z0-9_]*)(\\\.|\.|\[\.\])$")
@@ -97,17 +91,13 @@ class _Rewriter:
         return value
 
     def _walk_dict(self, value: dict[str, Any], where: str) -> dict[str, Any]:
-        by_index = [key for key in value if "layer" in where.lower() and re.fullmatch(r"[0-9]{1,9}", str(key))]
-        if by_index:
-            if len(by_index) < len(value) or max(map(int, by_index)) >= self._cut.num_layers:
-                raise self._by_index(where, "has some keys that may be layers")
-            return {str(self._cut.new_index[int(k)]): v for k, v in value.items() if int(k) in self._cut.new_index}
+        if "layer" in where.lower() and any(re.fullmatch(r"[0-9]+", str(key)) for key in value):
+            raise self._by_index(where, "has keys that may be layers")
         new: dict[str, Any] = {}
         for key, item in value.items():
             field = "" if "." in str(key) else str(key).lower()
             short = isinstance(item, list) and (len(item) < 3 or str in map(type, item))  # such as a block's size
-            other = short or (isinstance(item, dict) and "layer" in field)
-            if not other and (why := looks_per_layer(field, item, self._cut.num_layers)):
+            if not short and (why := looks_per_layer(field, item, self._cut.num_layers)):
                 raise self._by_index(str(key), why)
             for text in self._texts(key, where) if isinstance(key, str) else [key]:
                 rewritten = self.walk(item, key if isinstance(key, str) else where)
@@ -119,18 +109,12 @@ class _Rewriter:
         """Rewrite a string: none if it only names dropped layers, several if a wildcard has to be written out."""
         if where == "version":
             return [text]
-        mark = next((mark for mark in ("re:", "+:", "-:") if text.startswith(mark)), "")
-        body = text[len(mark) :]
-        if mark or where in _PATTERNS or _REGEX.search(body):
-            new = self._regex(text, body)
-            return [] if new is None else [mark + new]
+        body = text.removeprefix("re:").removeprefix("+:").removeprefix("-:")
+        if body != text or where in _PATTERNS or _REGEX.search(body):
+            self._check_no_index(text, body)
+            return [text]
         if not any(char.isdecimal() for char in body):
             return [text]
-        if "[" in body:
-            # Accepted if it means the same as a wildcard and as a regular expression.
-            if self._regex(text, body) == body:
-                return [text]
-            raise self._refuse(text, "it could be a wildcard or a regular expression")
         return self._name(text)
 
     # --- names, with or without wildcards --------------------------------------------------------------------
@@ -146,7 +130,7 @@ class _Rewriter:
                     return [text]
                 self._check_stack(text, before, place == 0 or "*" in before + part)
                 return self._numbered(text, parts, place + 1)
-            if re.fullmatch(r"[*?]*[0-9]+[*?]*", index) and (_WILD.search(part) or not part):
+            if re.fullmatch(r"[*?]*[0-9]+[*?]*", index) and (not part or "*" in part or "?" in part):
                 raise self._refuse(text, "its index may belong to a layer")
         odd = _ODD.search(text)
         if re.fullmatch(r"[*?]+[0-9]+[*?]*", parts[0]) or (odd and not NOT_TEXT.search(text[: odd.start()])):
@@ -167,60 +151,11 @@ class _Rewriter:
 
     # --- regular expressions ---------------------------------------------------------------------------------
 
-    def _regex(self, text: str, body: str) -> str | None:
-        out, rest, done, empty = "", "", 0, False
-        for match in _LIST.finditer(body):
-            if match.end() < done or match.start() < done:
-                raise self._refuse(text, "it nests lists of layers")
-            group, before = _INDEX.match(body, match.end())[0], body[: match.start()]  # type: ignore[index]
-            end = match.end() + len(group)
-            if group and not NOT_TEXT.search(before):
-                new, some = self._group(text, before, group, body[end:])
-                empty |= not some
-            else:
-                new = group
-            out += body[done : match.end()] + new
-            # The index is replaced by a letter: no other index may remain.
-            rest += body[done : match.end()] + ("x" if group else "")
-            done = end
-        out, rest = out + body[done:], rest + body[done:]
-        self._check_no_index(text, rest)
-        if empty and not ("|" in rest or "(?!" in rest or "(?<!" in rest):
-            return None
-        return out
-
-    def _group(self, text: str, before: str, group: str, after: str) -> tuple[str, bool]:
-        try:
-            pattern = re.compile(group)
-        except (re.error, RecursionError) as error:
-            raise self._refuse(text, f"it is not a valid regular expression ({error})") from None
-        layers = range(self._cut.num_layers)
-        exactly = [i for i in layers if pattern.fullmatch(str(i))]
-        begun = [i for i in layers if any(pattern.fullmatch(str(i)[:end]) for end in range(1, len(str(i)) + 1))]
-        if len(exactly) == len(layers):
-            return group, True
-        if after.startswith("$") or re.match(_SEPARATOR, after):
-            picked, close = exactly, ""
-        elif re.match(r"\.[*+]", after):
-            picked, close = begun, r"(?!\d)"
-        elif not after or after[0] in "|)":
-            if exactly != begun:
-                raise self._refuse(text, f"it matches layers {exactly} or {begun}, depending on the program")
-            picked, close = exactly, r"(?!\d)"
-        else:
-            raise self._refuse(text, "the part after its layer index is not supported")
-        wild = not before.strip("^") or bool(re.search(r"[*+?\[(|]", before))
-        self._check_stack(text, before, wild)
-        new = self._new(picked)
-        if not new:
-            return "(?!)", False
-        return (str(new[0]) if len(new) == 1 else f"(?:{'|'.join(map(str, new))})") + close, True
-
-    def _check_no_index(self, text: str, rest: str) -> None:
-        """Refuse remaining indices, except digits in a word (`w1`) or outside a layer list (`experts.0`)."""
-        rest = _ANY_INDEX.sub("x", rest)
-        for match in _ANY_DIGIT.finditer(rest):
-            before = rest[: match.start()]
+    def _check_no_index(self, text: str, pattern: str) -> None:
+        """Refuse digits, except in a word (`w1`), outside a list of layers (`experts.0`), or for any number."""
+        pattern = _ANY_INDEX.sub("x", pattern)
+        for match in _ANY_DIGIT.finditer(pattern):
+            before = pattern[: match.start()]
             if match[0] != r"\d" and _WORD_END.search(before):
                 continue
             # Back to the start of the sub-pattern that contains the digit.
@@ -230,8 +165,8 @@ class _Rewriter:
             owner = _OWNER.search(opened)
             if owner and owner[1] not in LIST_NAMES:
                 continue
-            named = _LIST.search(rest)
-            if named and NOT_TEXT.search(rest[: named.start()]):
+            named = _LIST.search(pattern)
+            if named and NOT_TEXT.search(pattern[: named.start()]):
                 continue
             raise self._refuse(text, f"{match[0]!r} may pick layers by their index")
 
