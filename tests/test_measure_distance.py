@@ -17,7 +17,7 @@ from hf_layerprune.families.layout import find_decoder_layers
 from hf_layerprune.measure import distance as module
 from hf_layerprune.measure.distance import mean, text_metrics, window_means
 from hf_layerprune.runtime.memory import in_batches, positions_at_once
-from hf_layerprune.runtime.prefix import shared_layers
+from hf_layerprune.runtime.prefix import Prefix
 
 from .tiny_models import tiny_input, tiny_model
 
@@ -67,23 +67,29 @@ def test_distance_is_its_definition(model_type: str) -> None:
     check(pruned(base, [3, 4]), base, ROWS)
 
 
+def same_start(base: Any, model: Any, depth: int) -> bool:
+    return Prefix(base, depth).computes_as(Prefix(model, depth))
+
+
 @pytest.mark.parametrize("where", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
 def test_nothing_changed_is_shared(where: str) -> None:
     base = tiny_model("llama")
     model = pruned(base, [3, 4])
     with torch.no_grad():
         model.get_parameter(where).flatten()[-1].add_(0.5)
-    assert shared_layers(base, model) == (1 if "layers.1" in where else 0)
+    assert same_start(base, model, 1) == ("layers.1" in where)
+    assert not same_start(base, model, 2)
 
 
 def test_no_layer_of_another_kind_is_shared() -> None:
     """Equal weights are not all: a window makes another layer of them."""
     base = tiny_model("gemma2")
     model = pruned(base, [5])
-    assert shared_layers(base, model) == 5
+    assert same_start(base, model, 5)
     layer = find_decoder_layers(model).layers[2]
     layer.self_attn.sliding_window = 2
-    assert shared_layers(base, model) == 2
+    assert same_start(base, model, 2)
+    assert not same_start(base, model, 3)
 
 
 def test_only_the_head_changed() -> None:
@@ -92,7 +98,7 @@ def test_only_the_head_changed() -> None:
     with torch.no_grad():
         model.lm_head.weight.mul_(0.5)
     check(model, base, ROWS)
-    assert shared_layers(base, model) == 8
+    assert same_start(base, model, 8)
     check_same(window_means(base, ROWS, copy.deepcopy(base)))
 
 
@@ -124,7 +130,8 @@ def test_a_peft_model() -> None:
                 parameter.add_(0.05)
     for model, shared in ((tuned.eval(), 4), (lora.eval(), 5)):
         check(model, base, ROWS)
-        assert shared_layers(base, model) == shared
+        assert same_start(base, model, shared)
+        assert not same_start(base, model, shared + 1)
 
 
 @pytest.mark.parametrize("offloaded", [("model.layers",), ("model.embed_tokens", "lm_head")])

@@ -16,7 +16,7 @@ from ..errors import LayerPruneError
 from ..runtime.head import Head, OutputHead
 from ..runtime.loading import load_base
 from ..runtime.memory import free_memory
-from ..runtime.prefix import Prefix, shared_layers
+from ..runtime.prefix import Prefix
 from .placement import is_spread, runnable_where_it_is
 from .store import hash_tensors
 from .student import check_dense, cut_of
@@ -69,11 +69,14 @@ class Teacher:
         self._features = features
         self._middle = Prefix(source, features[-1]) if features else None
         self._prefix: Prefix | None = None
-        if prefix is not None and shared_layers(source, student, prefix.depth) == prefix.depth:
-            self._prefix = Prefix(source, prefix.depth, needs_ids=prefix.needs_ids)
-            self._prefix.returns = prefix.returns
-            self._prefix.skip()
-            self._prefix.unload()
+        if prefix is None or source is student:
+            return
+        own = Prefix(source, prefix.depth, needs_ids=prefix.needs_ids)
+        if own.computes_as(prefix):
+            own.returns = prefix.returns
+            own.skip()
+            own.unload()
+            self._prefix = own
 
     @property
     def shares(self) -> bool:

@@ -16,7 +16,6 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from ..errors import UnsupportedModelError
 from ..families.layout import DecoderStack, find_decoder_layers, find_final_norm, find_output_head
 from .parts import hidden_of, hooked, input_device, layer_stub, replaced_forward, returned
 
@@ -45,23 +44,6 @@ def first_trained_layer(model: PreTrainedModel) -> int:
 def _behind(model: PreTrainedModel, stack: DecoderStack) -> list[str]:
     """Names of the modules that follow the layers."""
     return [name for name in (find_final_norm(model, stack), find_output_head(model)) if name]
-
-
-def shared_layers(base: PreTrainedModel, model: PreTrainedModel, limit: int | None = None) -> int:
-    """How many leading layers, at most `limit`, are the same in two models.
-
-    It is 0 if the models differ before the first layer, or are the same object.
-    """
-    try:
-        stacks = find_decoder_layers(base), find_decoder_layers(model)
-    except UnsupportedModelError:
-        return 0
-    most = min(len(stack.layers) for stack in stacks)
-    most = most if limit is None else min(limit, most)
-    if base is model or not most or not _same_around(base, stacks[0], model, stacks[1]):
-        return 0
-    pairs = zip(stacks[0].layers[:most], stacks[1].layers[:most], strict=True)
-    return next((depth for depth, (one, other) in enumerate(pairs) if not _same(one, other)), most)
 
 
 class _Enough(Exception):
@@ -142,6 +124,21 @@ class Prefix:
         with self.recorded(depths, stop=True) as states, suppress(_Enough):
             (forward or self.model)(**(inputs | {"use_cache": False}))
         return states
+
+    def computes_as(self, other: Prefix) -> bool:
+        """Whether another model's prefix has the same layers (classes, attributes, weights) and surroundings."""
+        parts = [[part for layer in prefix._layers for part in layer.modules()] for prefix in (self, other)]
+        if [(type(part), _attributes(part)) for part in parts[0]] != [(type(p), _attributes(p)) for p in parts[1]]:
+            return False
+        ours, theirs = (
+            {name.rpartition("base_model.model.")[2]: tensor for name, tensor in prefix.parameters()}
+            for prefix in (self, other)
+        )
+        return ours.keys() == theirs.keys() and all(
+            (tensor.shape, tensor.dtype) == (theirs[name].shape, theirs[name].dtype)
+            and (tensor.data_ptr() == theirs[name].data_ptr() or torch.equal(tensor, theirs[name].to(tensor.device)))
+            for name, tensor in ours.items()
+        )
 
     # --- running without the prefix ----------------------------------------------------------------------
 
@@ -242,49 +239,7 @@ class Prefix:
             buffers.update({name: buffer.to(device) for name, buffer in buffers.items() if buffer is not None})
 
 
-# --- whether two models are the same at the start ---------------------------------------------------------
-
-
-def _same_around(base: PreTrainedModel, stack: DecoderStack, model: PreTrainedModel, other: DecoderStack) -> bool:
-    """Whether everything but the layers, the final norm and the head is the same."""
-    around = []
-    for one, where in ((base, stack), (model, other)):
-        after = (where.path, *_behind(one, where))
-        ids = {id(t) for path in after for t in _tensors(one.get_submodule(path)).values()}
-        embeddings = _tensors(one.get_input_embeddings())  # a tied head is among them
-        rest = {name: t for name, t in _tensors(one).items() if id(t) not in ids}
-        around.append({name.rpartition("base_model.model.")[2]: t for name, t in rest.items()} | embeddings)
-    return _same_tensors(*around)
-
-
-def _same(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two layers have the same classes, plain attributes and weights."""
-    ours, theirs = list(one.modules()), list(other.modules())
-    if len(ours) != len(theirs):
-        return False
-    for a, b in zip(ours, theirs, strict=True):
-        if type(a) is not type(b) or _plain(a) != _plain(b):
-            return False
-    return _same_tensors(_tensors(one), _tensors(other))
-
-
-def _plain(module: nn.Module) -> dict[str, Any]:
+def _attributes(module: nn.Module) -> dict[str, Any]:
     plain = (int, float, str, bool, tuple, type(None))
     ignored = ("training", "gradient_checkpointing", "_is_hf_initialized")
     return {name: value for name, value in vars(module).items() if isinstance(value, plain) and name not in ignored}
-
-
-def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-def _same_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    if ours.keys() != theirs.keys():
-        return False
-    for name, tensor in ours.items():
-        other = theirs[name]
-        if (tensor.shape, tensor.dtype) != (other.shape, other.dtype):
-            return False
-        if tensor.data_ptr() != other.data_ptr() and not torch.equal(tensor, other.to(tensor.device)):
-            return False
-    return True
