@@ -111,20 +111,25 @@ _BEHIND = (
     "no output projection of its layers writes into the hidden states, directly or through an RMS norm: it belongs to a "
     "mixture of experts, is followed by another norm, or is not a plain matrix"
 )
-# Types without any layer that can be repaired. If some layers can be, only cuts at the others are refused.
-_UNREPAIRED = (
-    "bart", "bert", "bert-generation", "big_bird", "blenderbot-small", "camembert", "data2vec-text", "dbrx",
-    "electra", "ernie", "falcon", "flex_olmo", "git", "gpt_oss", "granitemoe", "inkling_mm_model", "inkling_text",
-    "jetmoe", "kolibri1", "marian", "minimax_m2", "mixtral", "muse_spark", "muse_spark_text", "mvp", "olmoe",
-    "openai-gpt", "phimoe", "plbart", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_omni_moe_text",
-    "qwen3_omni_moe_thinker", "qwen3_vl_moe", "qwen3_vl_moe_text", "qwen4_exp", "qwen4_exp_text", "rembert",
-    "roberta", "roc_bert", "roformer", "trocr", "xlm-roberta", "xmod",
-)  # fmt: skip
+
+
+@cache
+def proven_stages() -> dict[str, dict[str, tuple[str, ...]]]:
+    """The proven stages of each model type, `"cut"` first, each with its variants, such as the repairs."""
+    table: dict[str, dict[str, tuple[str, ...]]] = {}
+    for line in files(__package__).joinpath("proven.txt").read_text().splitlines():
+        model_type, *stages = line.split()
+        parts = (stage.partition("=") for stage in stages)
+        table[model_type] = {stage: tuple(variants.split(",")) if variants else () for stage, _, variants in parts}
+    return table
+
 
 # Types that are proven for a cut but refused at a later stage: the reason, by stage and model type.
 REFUSED_AT: dict[str, dict[str, str]] = {
     "rank": _UNRANKED,
-    "repair": _UNRANKED | dict.fromkeys(_UNREPAIRED, _BEHIND),
+    # Types without any layer that can be repaired. If some layers can be, only cuts at the others are refused.
+    "repair": _UNRANKED
+    | {t: _BEHIND for t, stages in proven_stages().items() if "repair" not in stages and t not in _UNRANKED},
     "heal": {
         "git": "its output embedding shares its name with modules inside its layers, so PEFT can't train it alone",
         **dict.fromkeys(
@@ -138,17 +143,6 @@ REFUSED_AT: dict[str, dict[str, str]] = {
     },
     "evaluate": {},
 }
-
-
-@cache
-def proven_stages() -> dict[str, dict[str, tuple[str, ...]]]:
-    """The proven stages of each model type, `"cut"` first, each with its variants, such as the repairs."""
-    table: dict[str, dict[str, tuple[str, ...]]] = {}
-    for line in files(__package__).joinpath("proven.txt").read_text().splitlines():
-        model_type, *stages = line.split()
-        parts = (stage.partition("=") for stage in stages)
-        table[model_type] = {stage: tuple(variants.split(",")) if variants else () for stage, _, variants in parts}
-    return table
 
 
 @cache
