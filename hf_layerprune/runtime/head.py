@@ -10,6 +10,7 @@ measured transform and compared with the model's own. If they differ, [`OutputHe
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,8 +32,6 @@ logger = logging.getLogger(__name__)
 _PROBE_TOKENS = 8
 # The test values range from small enough for a softcap to be linear to large enough for any softcap to show.
 _SMALL, _LARGE = 1e-3, 1e5
-# A measured scale or softcap within this relative distance of a config value is replaced by it (float32; 16 bits).
-_SAME_NUMBER, _SAME_NUMBER_HALF = 1e-4, 5e-3
 
 
 @dataclass(frozen=True)
@@ -212,26 +211,21 @@ class OutputHead:
 
         with replaced_forward([self._module], put_in):
             made = self.model(input_ids=ids, use_cache=False).logits
-        if len(calls) != 1 or calls[0][:-1] != ids.shape or made.shape != raw.shape:
+        if len(calls) != 1 or calls[0][:-1] != ids.shape or (made.shape, made.dtype) != (raw.shape, raw.dtype):
             return None
-        exact = made.dtype in (torch.float32, torch.float64)
-        made = made.float()
-        scale = self._named((made[..., 0] / raw[..., 0]).median().item(), exact)
-        largest = made[..., 1].abs().max().item()
-        bounded = largest < 0.9 * abs(scale) * _LARGE
-        transform = LogitTransform(scale, self._named(largest, exact) if bounded else None)
+        scale = _rounded((made[..., 0] / raw[..., 0]).median().item())
+        largest = _rounded(made[..., 1].abs().max().item())
+        transform = LogitTransform(scale, largest if largest < 0.9 * abs(scale) * _LARGE else None)
         return transform if torch.allclose(transform.forward(raw.clone()), made, rtol=1e-2, atol=0) else None
-
-    def _named(self, number: float, exact: bool) -> float:
-        """The config value, or inverse of one, that a measured number is close to; the number itself if there is none."""
-        config = self.model.config.get_text_config().to_dict()
-        numbers = {float(v) for v in config.values() if isinstance(v, int | float) and not isinstance(v, bool) and v}
-        best = min([1.0, *numbers, *(1 / n for n in numbers)], key=lambda n: abs(n - number))
-        tolerance = _SAME_NUMBER if exact else _SAME_NUMBER_HALF
-        return best if abs(best - number) <= tolerance * abs(number) else number
 
     def _refusal(self, why: str) -> UnsupportedModelError:
         return UnsupportedModelError(
             f"{type(self.model).__name__} can't be healed or evaluated: {why}. Only drop its layers "
             "(hf-layerprune prune), and train it with its own trainer"
         )
+
+
+def _rounded(number: float) -> float:
+    """A short number that differs only by the rounding of float32, such as 1.6 for 1.600000024, if there is one."""
+    short = float(f"{number:.6g}")
+    return short if math.isclose(short, number, rel_tol=2e-7) else number
