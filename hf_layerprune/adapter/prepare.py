@@ -96,13 +96,11 @@ def prepare(
     if not chooses:
         resolve_drop(config, model.config, cut, target)
     if cut is not None or is_made(config, model.config):
-        what, way_out = f"repair={config.repair!r}", "use repair=None"
-        if chooses and cut is not None:
-            what, way_out = (
-                f"criterion {config.criterion!r}",
-                f"specify its layers with drop_layers={list(cut.cut.drop)}",
-            )
-        raise CutError(f"{what} needs the dense model, and this one is cut already; {way_out}, or load the base again")
+        way_out = f"specify its layers with drop_layers={list(cut.cut.drop)}" if chooses and cut else "use repair=None"
+        raise CutError(
+            f"choosing layers and fitting a repair need the dense model, and this one is cut already; {way_out}, or load "
+            "the base again"
+        )
     if config.repair is not None:  # now, as the model may write its calibration text for minutes
         check_repair(model.config, config.drop_layers or [], config.calibration_samples, config.repair)
     if chooses:

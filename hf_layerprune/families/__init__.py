@@ -83,26 +83,24 @@ def check_supported(config: PreTrainedConfig) -> None:
         UnsupportedModelError: The model type is refused (with the reason) or unknown, or this config enables a
             feature that a cut would break.
     """
-    path = path_to_text(config)
-    for part in path:
-        if reason := REFUSED.get(part.model_type):
+    version = str(installed("transformers"))
+    for part in path_to_text(config):
+        reason, known = REFUSED.get(part.model_type), part.model_type in proven()
+        if not known and getattr(part, "is_encoder_decoder", False):
+            reason = reason or ENCODER_DECODER
+        if reason:
             raise UnsupportedModelError(f"model type {part.model_type!r} can't be pruned by layers: {reason}")
-    for part in path:
-        if part.model_type not in proven() and getattr(part, "is_encoder_decoder", False):
-            raise UnsupportedModelError(f"model type {part.model_type!r} can't be pruned by layers: {ENCODER_DECODER}")
-        if part.model_type not in proven():
+        if not known:
             raise UnsupportedModelError(
                 f"model type {part.model_type!r} is not among the {len(proven())} proven ones (docs/architectures.md), "
                 "and a cut of an unknown layout could change silently on reload; choose a model of a proven type"
             )
-    version = str(installed("transformers"))
-    for part in path:
         if is_wrong_with(version, part.model_type):
             raise UnsupportedModelError(
                 f"a cut of model type {part.model_type!r} is known to go wrong with transformers {version}; install one of "
                 f"those that it is proven with: {', '.join(proven_versions(part.model_type))}"
             )
-    part = path[-1]
+    part = text_config(config)
     family = _family(part)
     if family.requires and (reason := family.requires(part.to_dict())):
         raise UnsupportedModelError(f"this {part.model_type} model can't be pruned: {reason}")

@@ -1,7 +1,7 @@
 """Rewrite the metadata of a GGUF file that describes its layers.
 
-`families/gguf.py` lists the meaning of each key and the known architectures. Anything not in its tables is refused,
-because a model that loads but silently gives wrong results must never be written.
+`families/gguf.py` lists the known architectures and keys. Any other architecture, and any other key that may be about
+layers, is refused, because a model that loads but silently gives wrong results must never be written.
 """
 
 from __future__ import annotations
