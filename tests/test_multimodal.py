@@ -156,13 +156,6 @@ def test_an_unknown_field_is_refused() -> None:
             families.cut_config(config, families.make_cut(config, DROP))
 
 
-@pytest.mark.parametrize("model_type", ["florence2", "blip", "pix2struct", "udop"])
-def test_an_encoder_decoder_is_refused(model_type: str) -> None:
-    config: Any = type("Config", (), {"model_type": model_type})()
-    with pytest.raises(UnsupportedModelError, match="it is an encoder-decoder: every layer of its decoder reads"):
-        families.check_supported(config)
-
-
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
