@@ -89,8 +89,8 @@ def test_a_command_line_gives_what_the_request_has() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RankRequest("base", curve_up_to=3), "add --curve"),
-        (lambda: RankRequest("base", curve=True, lengths=[1, 2]), "leave --curve out"),
+        (lambda: RankRequest("base", curve_up_to=3), "curve_up_to has no effect without curve"),
+        (lambda: RankRequest("base", curve=True, lengths=[1, 2]), "lengths has no effect on a curve"),
         (lambda: EvalRequest("model", base_revision="v1"), "needs --base"),
         (lambda: BenchRequest("model", base_revision="v1"), "needs --base"),
     ],

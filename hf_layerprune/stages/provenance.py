@@ -26,35 +26,25 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def write_lineage(
-    request: PruneRequest, entry: dict[str, Any], commit: str | None, folder: Path, hub: Base | None
-) -> None:
-    """Record a cut: its base, what the base declares about itself, and what was done.
+def write_lineage(request: PruneRequest, entry: dict[str, Any], folder: Path, hub: Base | None) -> None:
+    """Record a cut in the folder that was written: its base, what the base declares about itself, and what was done.
 
-    Args:
-        request (`PruneRequest`): What was asked for.
-        entry (`dict[str, Any]`): The stage's entry.
-        commit (`str`, *optional*): The base's commit on the Hub.
-        folder (`Path`): The folder that was written.
-        hub (`Base`, *optional*): The base, if it is open already.
+    `hub` is the base, if it is on the Hub.
 
     Raises:
         CheckpointError: The base can't be read, or the history can't be written.
     """
-    if hub is None and is_hub_id(request.base):
-        from ..cut.base import Base
-
-        hub = Base.open(request.base, commit or request.revision)
     source = hub.folder if hub else Path(request.base).expanduser()
+    repo = hub.repo if hub else None
     lineage = (Lineage.of(source) if source.is_dir() else None) or Lineage({})
     if not lineage.base:
         lineage.base = {
             "id": _recorded_name(request.base),
-            "commit": commit,
-            "files": hub.repo.fingerprint() if hub and hub.repo else fingerprint(source),
-        } | _declared(source, hub.repo if hub else None)
+            "commit": repo.commit if repo else None,
+            "files": repo.fingerprint() if repo else fingerprint(source),
+        } | _declared(source, repo)
         # A copy may lack files that the base on the Hub has; an adapter has none of them.
-        if not request.adapter and not is_hub_id(request.base) and source.is_dir():
+        if not (request.adapter or repo) and source.is_dir():
             lineage.base["companions"] = companion_names(source)
         if source.is_dir():
             lineage.base |= _configured(read_config_file(source / CONFIG))

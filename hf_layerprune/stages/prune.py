@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from ..families.engines import WAY_OUT, misread
 from ..files.copy import write_text
 from ..files.folders import check_target, new_folder
 from ..layer_ranges import name_layers
-from ..options import AMOUNTS, COUNTED_BY, spell_bytes, take
+from ..options import AMOUNTS, COUNTED_BY, refuse_unused, spell_bytes, take
 from ..records.fingerprints import passing_weights_hash
 from ..records.lineage import Lineage, stage
 from ..records.names import is_gguf_name, public
@@ -123,14 +123,18 @@ def prune_to(request: PruneRequest) -> Pruned:
     request = request.with_calibration()
     if is_gguf_name(output):
         return _prune_gguf(request, Path(request.base), output)
-    _refuse_what_has_no_effect(request)
+    if request.link and (request.adapter or request.repair or _needs_a_model(request)):
+        raise CutError(
+            "--link shares weight files with the base, but this cut changes or writes them; leave --link out"
+        )
     hub = None
-    if not (request.adapter or _needs_a_model(request)) and is_hub_id(request.base):
+    if is_hub_id(request.base):
         from ..cut.base import Base
 
         hub = Base.open(request.base, request.revision)
-        source = hub.folder
-    config = load_config(hub.folder) if hub else load_config(request.base, revision=request.revision)
+        revision = hub.repo.commit if hub.repo else None
+        request, source = replace(request, revision=revision), hub.folder  # everything comes from this commit
+    config = load_config(source)
     _check_family(request, config)
     dropped, prepared, target = _choose(request, config)
     cut = families.make_cut(config, dropped)
@@ -144,11 +148,11 @@ def prune_to(request: PruneRequest) -> Pruned:
         with stage("prune", settings_of(request, list(cut.drop))) as entry:
             if prepared is None and request.repair:
                 prepared = _prepare(request, list(cut.drop))
-            if request.adapter or _needs_a_model(request):
-                make = _adapter if request.adapter else _model
-                commit = make(request, list(cut.drop), folder, prepared)
+            if request.adapter:
+                _adapter(request, list(cut.drop), folder, prepared)
+            elif _needs_a_model(request):
+                _model(request, list(cut.drop), folder, prepared)
             else:
-                commit = hub.repo.commit if hub and hub.repo else None
                 _files(request, plan_cut(hub or source, cut.drop), folder, prepared)
         if request.target_size is not None and not request.adapter:
             _check_size(folder, int(request.target_size), len(dropped))
@@ -161,7 +165,7 @@ def prune_to(request: PruneRequest) -> Pruned:
         if warning:
             entry["misread"] = warning
         entry["layers"] = {"base": cut.num_layers, "left": len(cut.keep)}
-        write_lineage(request, entry, commit, folder, hub)
+        write_lineage(request, entry, folder, hub)
     return Pruned(str(output), list(cut.drop), cut.num_layers, "adapter" if request.adapter else "model")
 
 
@@ -198,20 +202,6 @@ def _choose(request: PruneRequest, config: PreTrainedConfig) -> tuple[list[int],
     return select_layers(families.layer_count(config), request, protected, target), None, target
 
 
-def _refuse_what_has_no_effect(request: PruneRequest) -> None:
-    """Refuse options that would be ignored; those of a GGUF file that stays one are refused elsewhere."""
-    if request.repair and request.link:
-        raise CutError("--repair changes weights, and --link shares them with the base; leave one of them out")
-    if request.link and (request.adapter or _needs_a_model(request)):
-        raise CutError(
-            "--link shares weight files with the base, but this cut writes all of them itself; leave --link out"
-        )
-    plain = PruneRequest(request.base, request.output)
-    tuning = (request.tune_layers, request.tune_lm_head) != (plain.tune_layers, plain.tune_lm_head)
-    if tuning and not request.adapter:
-        raise CutError("--tune-layers and --tune-lm-head say what an adapter tunes; add --adapter, or leave them out")
-
-
 def _needs_a_model(request: PruneRequest) -> bool:
     """Whether the weights are converted or unpacked, so that copying bytes is not enough."""
     return request.dtype != "auto" or resolve_base(request.base)[1] is not None
@@ -228,14 +218,8 @@ def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> Pruned:
             f"run llama.cpp's converter: python convert_hf_to_gguf.py {output.stem} --outfile {output} (docs/engines.md "
             "says where it is)"
         )
-    given = {
-        "--dtype": request.dtype != "auto", "--adapter": request.adapter, "--repair": request.repair,
-        "--check": request.check, "--link": request.link, "--target-dtype": request.target_dtype != "auto",
-    }  # fmt: skip
-    if refused := [name for name, value in given.items() if value]:
-        raise CheckpointError(
-            f"a GGUF file is cut without being loaded; leave out {' and '.join(refused)}, or specify a folder as the output"
-        )
+    unused = ("dtype", "adapter", "repair", "check", "link", "target_dtype")
+    refuse_unused(request, unused, "where a GGUF file stays one, since it is cut without being loaded")
     if os.path.lexists(output) and not request.force:
         raise CheckpointError(f"{output} exists; replace it with --force, or choose another file")
     if needs_model(request):
@@ -277,27 +261,21 @@ def _gguf_target(request: PruneRequest, base: Path, num_layers: int) -> Target |
     return Target("target_size", limit, left, each, spell_bytes)
 
 
-def _dtype(request: PruneRequest) -> Any:
-    """The type in which the base is loaded, as `from_pretrained` takes it."""
-    import torch
-
+def _dtype(request: PruneRequest) -> str:
+    """The type in which the base is loaded."""
     unpacks = request.dtype == "auto" and resolve_base(request.base)[1] is not None
-    name = UNPACKED if unpacks else request.dtype
-    return name if name == "auto" else getattr(torch, name)
+    return UNPACKED if unpacks else request.dtype
 
 
 def _config(request: PruneRequest, dropped: list[int] | None) -> LayerDropConfig:
     from ..adapter.config import LayerDropConfig
 
-    dtype = request.target_dtype if request.target_dtype != "auto" else request.dtype
-    if dtype == "auto" and resolve_base(request.base)[1] is not None:
-        dtype = UNPACKED
     return take(
         LayerDropConfig,
         request,
         base_model_name_or_path=request.base,
         drop_layers=dropped,
-        target_dtype=dtype,
+        target_dtype=request.target_dtype if request.target_dtype != "auto" else _dtype(request),
         tune_lm_head=request.tune_lm_head if request.adapter else False,  # a whole model's head is not untied
     )
 
@@ -309,8 +287,8 @@ def _prepare(request: PruneRequest, dropped: list[int] | None) -> Prepared:
     return look_at_dense(_config(request, dropped), {"revision": request.revision, "dtype": _dtype(request)})
 
 
-def _model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Prepared | None) -> str | None:
-    """Load the whole model, cut it, and save it. Returns the commit that it was loaded from."""
+def _model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Prepared | None) -> None:
+    """Load the whole model, cut it, and save it."""
     from ..cut.memory import drop_layers
     from ..families.layout import find_decoder_layers
     from ..repair.frozen import tensor_names
@@ -325,7 +303,7 @@ def _model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Pr
     cut = drop_layers(model, dropped).cut
     if prepared is not None and prepared.repair is not None:
         model.save_pretrained(folder)
-        _note_plain_cut(prepared, folder)
+        prepared.record["repair"]["input_weights"] = passing_weights_hash(folder)  # finds the numbers of the plain cut
         stack = find_decoder_layers(model)
         prepared.repair.apply(list(stack.layers), cut.new_index)
         names = tensor_names(prepared.repair, stack.path, cut)
@@ -336,7 +314,6 @@ def _model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Pr
         load_tokenizer(request.base, revision=request.revision).save_pretrained(folder)
     except CheckpointError as error:
         logger.warning("%s; none is written", error)
-    return getattr(model.config, "_commit_hash", None)
 
 
 def _files(request: PruneRequest, plan: CheckpointPlan, folder: Path, prepared: Prepared | None) -> None:
@@ -352,18 +329,13 @@ def _files(request: PruneRequest, plan: CheckpointPlan, folder: Path, prepared: 
     else:
         warn_if_unproven(plan.config)
     if prepared is not None and prepared.repair is not None:
-        _note_plain_cut(prepared, folder)
+        prepared.record["repair"]["input_weights"] = passing_weights_hash(folder)
         values = {(plan.cut.new_index[i], name): v for (i, name), v in prepared.repair.tensors.items()}
         prepared.record["repair"]["changed_tensors"] = patch_layers(folder, plan.config, values, request.output)
 
 
-def _note_plain_cut(prepared: Prepared, folder: Path) -> None:
-    """Record the hash of the weights before the repair, by which the card finds the numbers of the plain cut."""
-    prepared.record["repair"]["input_weights"] = passing_weights_hash(folder)
-
-
-def _adapter(request: PruneRequest, dropped: list[int], folder: Path, prepared: Prepared | None) -> str | None:
-    """Save the plan, the tail that will be tuned, and what the repair changed. Returns the base's commit."""
+def _adapter(request: PruneRequest, dropped: list[int], folder: Path, prepared: Prepared | None) -> None:
+    """Save the plan, the tail that will be tuned, and what the repair changed."""
     from ..adapter.pruning import prune_prepared
     from ..adapter.resolve import cut_of
     from ..families.layout import find_decoder_layers
@@ -377,4 +349,3 @@ def _adapter(request: PruneRequest, dropped: list[int], folder: Path, prepared: 
         pruned: Any = model.get_base_model()
         names = tensor_names(prepared.repair, find_decoder_layers(pruned).path, cut_of(made))
         prepared.record["repair"]["changed_tensors"] = names
-    return made.base_commit

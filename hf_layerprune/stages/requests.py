@@ -104,6 +104,8 @@ class PruneRequest(TuningOptions, CutOptions):
             refuse_unused(self, ("steps",), f"with criterion {criterion.name}, which chooses all layers at once")
         if not criterion.has_variant:
             refuse_unused(self, ("variant",), f"with criterion {criterion.name}, of which there is one definition")
+        if not self.adapter:
+            refuse_unused(self, ("tune_layers", "tune_lm_head"), "without adapter")
         super().refuse_unused()
         by_text = self.drop_layers is None and (self.budget or self.from_curve or criterion.needs == "text")
         if not (by_text or self.repair):
@@ -163,15 +165,13 @@ class RankRequest(WalkOptions, CalibrationOptions, ChoiceOptions):
         """Refuse what only a curve, or only a ranking, uses."""
         super().settle()
         if self.curve:
-            refuse_unused(self, ("criteria", "variant", "target_dtype"), "on a curve, whose cuts are searched for")
+            unused = ("criteria", "variant", "target_dtype", "lengths")
+            refuse_unused(self, unused, "on a curve, whose cuts are searched for")
         else:
+            refuse_unused(self, ("curve_up_to",), "without curve")
             self.refuse_unused()
             if not any(find_criterion(name).needs == "text" for name in self.criteria):
                 refuse_unused(self, TEXT_OPTIONS, f"with criterion {' and '.join(self.criteria)}")
-        if self.curve_up_to is not None and not self.curve:
-            raise CutError("curve_up_to is for a curve; add --curve (curve=True), or leave it out")
-        if self.lengths is not None and self.curve:
-            raise CutError("lengths are for scores, not for a curve; leave them out, or leave --curve out")
 
 
 @documented
