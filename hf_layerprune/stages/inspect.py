@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import families
 from ..cut.gguf import plan_gguf_cut
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Anatomy:
     """Parameters of a model, by part.
 
@@ -63,12 +63,12 @@ class Anatomy:
     other: int
     tied: bool
     layers_path: str
-    refusal: str | None
-    protected: dict[int, str]
     dropped_before: list[int]
     refused_at: dict[str, str]
     repairs: list[str]
-    counted: str | None = None
+    counted: str | None
+    refusal: str | None = None
+    protected: dict[int, str] = field(default_factory=dict)
     dropped: list[int] = field(default_factory=list)
     left: int | None = None
     no_cut: str | None = None
@@ -102,29 +102,12 @@ def inspect_model(request: InspectRequest) -> Anatomy:
             f"a {config.model_type} model has no language decoder of its own, so there are no decoder layers to prune; "
             "docs/architectures.md lists the types that can be pruned"
         ) from error
-    refusal, protected = None, {}
-    try:
-        families.check_supported(model.config)
-        protected = families.protected_layers(model.config)
-    except LayerPruneError as error:
-        refusal = str(error)
-    stack = find_decoder_layers(model)
-    layers = count_by_layer(stack.layers)
-    embeddings, tied, output = model.get_input_embeddings(), ties_head(model), model.get_output_embeddings()
-    in_table, in_head = count_parameters(embeddings), 0 if tied or output is None else count_parameters(output)
-    dropped: list[int] = []
-    left = no_cut = None
-    sizes = Sizes(config, request.model, revision=request.revision)
-    try:
-        if refusal is None:
-            dropped = select_layers(len(layers), CutOptions(drop=request.drop), protected)
-            left = sizes.parameters(dropped)
-    except CutError as error:
-        if request.drop != InspectRequest.drop:
-            raise
-        dropped, no_cut = [], str(error)  # the user did not ask for this cut, and still wants to see the parts
-    return Anatomy(
-        model_type=families.text_config(config).model_type,
+    stack, table, output = find_decoder_layers(model), model.get_input_embeddings(), model.get_output_embeddings()
+    layers, tied = count_by_layer(stack.layers), ties_head(model)
+    in_table, in_head = count_parameters(table), 0 if tied or output is None else count_parameters(output)
+    model_type = families.text_config(config).model_type
+    anatomy = Anatomy(
+        model_type=model_type,
         architecture=type(model).__name__,
         layers=layers,
         embeddings=in_table,
@@ -132,34 +115,40 @@ def inspect_model(request: InspectRequest) -> Anatomy:
         other=count_parameters(model) - sum(layers) - in_table - in_head,
         tied=tied,
         layers_path=stack.path,
-        refusal=refusal,
-        protected=protected,
         dropped_before=list((getattr(config, families.MARKER, None) or {}).get("drop_layers", [])),
         refused_at=_refused_at(config),
-        repairs=list(families.proven_stages().get(families.text_config(config).model_type, {}).get("repair", ())),
+        repairs=list(families.proven_stages().get(model_type, {}).get("repair", ())),
         counted=misread(config) or counted(config),
-        dropped=dropped,
-        left=left,
-        no_cut=no_cut,
-        **({} if left is None else _in_bytes(request.model, sizes, dropped)),
     )
-
-
-def _in_bytes(model: str, sizes: Sizes, dropped: list[int]) -> dict[str, Any]:
-    """What is known of the bytes of a model, and of a cut of it."""
-    known: dict[str, Any] = {}
-    folder, file = resolve_base(model)
+    try:
+        families.check_supported(model.config)
+        anatomy.protected = families.protected_layers(model.config)
+    except LayerPruneError as error:
+        anatomy.refusal = str(error)
+        return anatomy
+    sizes = Sizes(config, request.model, revision=request.revision)
+    try:
+        dropped = select_layers(len(layers), CutOptions(drop=request.drop), anatomy.protected)
+        anatomy.left = sizes.parameters(dropped)
+    except CutError as error:
+        if request.drop != InspectRequest.drop:
+            raise
+        anatomy.no_cut = str(error)  # the user did not ask for this cut, and still wants to see the parts
+        return anatomy
+    anatomy.dropped = dropped
+    folder, file = resolve_base(request.model)
     try:
         if file is not None:
             path = Path(folder) / file
-            return {"file_bytes": [path.stat().st_size, plan_gguf_cut(path, dropped).target_bytes]}
-        known["file_bytes"] = [sizes.file_bytes(drop) for drop in ((), dropped)]
-        known["context"] = sizes.context(None)
-        known["memory_bytes"] = [sizes.memory_bytes(drop) for drop in ((), dropped)]
+            anatomy.file_bytes = [path.stat().st_size, plan_gguf_cut(path, dropped).target_bytes]
+        else:
+            anatomy.file_bytes = [sizes.file_bytes(drop) for drop in ((), dropped)]
+            anatomy.context = sizes.context(None)
+            anatomy.memory_bytes = [sizes.memory_bytes(drop) for drop in ((), dropped)]
     except LayerPruneError as error:
         # A config without weights, or a model whose cache is not known without running it.
         logger.debug("%s", error)
-    return known
+    return anatomy
 
 
 def _refused_at(config: PreTrainedConfig) -> dict[str, str]:
