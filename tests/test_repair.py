@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from hf_layerprune import CutError, LayerDropConfig, LayerPruneError, drop_layers, prune_with
 from hf_layerprune.calibration.rows import CalibrationSet
 from hf_layerprune.cli import main
-from hf_layerprune.repair.fit import blocks, fit_repair
+from hf_layerprune.repair.fit import fit_repair
 from hf_layerprune.repair.frozen import freeze, thaw
 from hf_layerprune.repair.linear import NormalEquations, solve_ridge
 from hf_layerprune.repair.registry import REPAIRS
@@ -118,21 +119,23 @@ def test_noise_is_not_fitted():
 
 
 @pytest.mark.parametrize(
-    ("model_type", "method"),
-    [("llama", "linear"), ("gpt2", "refit"), ("opt", "borrow"), ("gemma2", "linear"), ("olmo2", "borrow")],
-)
-def test_a_fitted_repair_brings_the_states_behind_the_cut_closer(model_type, method):
+    ("model_type", "method", "drop"),
+    [
+        ("llama", "linear", [3, 4]), ("gpt2", "refit", [3, 4]), ("opt", "borrow", [3, 4]), ("gemma2", "linear", [3, 4]),
+        ("olmo2", "borrow", [3, 4]), ("llama", "linear", [2, 5]),
+        ("llama", "linear", [6, 7]),  # the states before the final norm
+    ],
+)  # fmt: skip
+def test_a_fitted_repair_brings_the_states_behind_the_cut_closer(model_type, method, drop):
     model = tiny_model(model_type)
-    ids = calibration(model, samples=400)
-    repair = fit_repair(model, [3, 4], ids, method)
-    unseen = tiny_input(seed=9, batch=16, length=32)
-    wanted = states(model, unseen)[5]
+    repair = fit_repair(model, drop, calibration(model, samples=400), method)
+    unseen, end = tiny_input(seed=9, batch=16, length=32), drop[-1] + 1
+    wanted = states(model, unseen)[end]
     plain, repaired = copy.deepcopy(model), copy.deepcopy(model)
-    cut = drop_layers(plain, [3, 4]).cut
-    drop_layers(repaired, [3, 4])
+    cut = drop_layers(plain, drop).cut
+    drop_layers(repaired, drop)
     repair.apply(LayerWalk(repaired).layers, cut.new_index)
-    before = (states(plain, unseen)[3] - wanted).square().sum()
-    after = (states(repaired, unseen)[3] - wanted).square().sum()
+    before, after = ((states(one, unseen)[end - 2] - wanted).square().sum() for one in (plain, repaired))
     assert after < 0.9 * before
     assert repair.cuts[0]["unexplained_share"] < 0.95
 
@@ -140,31 +143,9 @@ def test_a_fitted_repair_brings_the_states_behind_the_cut_closer(model_type, met
 def test_behind_a_repaired_cut_the_next_one_sees_the_repaired_states():
     model = tiny_model("llama")
     ids = calibration(model, samples=400)
-    both = fit_repair(model, [2, 5], ids)
-    alone = fit_repair(model, [5], ids)
+    both, alone = fit_repair(model, [2, 5], ids), fit_repair(model, [5], ids)
     assert list(both.tensors) == [(1, "mlp.down_proj.weight"), (4, "mlp.down_proj.weight")]
     assert not torch.equal(both.tensors[4, "mlp.down_proj.weight"], alone.tensors[4, "mlp.down_proj.weight"])
-    repaired = copy.deepcopy(model)
-    cut = drop_layers(repaired, [2, 5]).cut
-    both.apply(LayerWalk(repaired).layers, cut.new_index)
-    plain = copy.deepcopy(model)
-    drop_layers(plain, [2, 5])
-    unseen = tiny_input(seed=9, batch=16, length=32)
-    wanted = states(model, unseen)[6]
-    assert (states(repaired, unseen)[4] - wanted).norm() < (states(plain, unseen)[4] - wanted).norm()
-
-
-def test_a_cut_at_the_tail_aims_at_the_state_before_the_final_norm():
-    model = tiny_model("llama")
-    ids = calibration(model, samples=400)
-    repair = fit_repair(model, [6, 7], ids)
-    repaired, plain = copy.deepcopy(model), copy.deepcopy(model)
-    cut = drop_layers(repaired, [6, 7]).cut
-    repair.apply(LayerWalk(repaired).layers, cut.new_index)
-    drop_layers(plain, [6, 7])
-    unseen = tiny_input(seed=9, batch=16, length=32)
-    wanted = states(model, unseen)[-1]
-    assert (states(repaired, unseen)[-1] - wanted).norm() < (states(plain, unseen)[-1] - wanted).norm()
 
 
 def test_magnitude_has_nothing_to_do_at_the_tail(caplog):
@@ -241,15 +222,8 @@ def test_every_way_gives_the_same_repaired_model(base, tmp_path, method, tune_la
 
 
 def test_a_repaired_module_is_saved_and_not_trained(base):
-    config = LayerDropConfig(
-        base_model_name_or_path=str(base),
-        drop_layers=[3, 4],
-        repair="linear",
-        tune_layers=1,
-        calibration_samples=12,
-        calibration_length=32,
-    )
-    model = prune_with(config)
+    settings = {"drop_layers": [3, 4], "repair": "linear", "calibration_samples": 12, "calibration_length": 32}
+    model = prune_with(LayerDropConfig(base_model_name_or_path=str(base), tune_layers=1, **settings))
     assert model.peft_config["default"].repaired_modules == ["model.layers.2.mlp.down_proj"]
     trained = {name.split("modules_to_save")[0] for name, value in model.named_parameters() if value.requires_grad}
     assert not any("layers.2" in name for name in trained)
@@ -288,8 +262,6 @@ def test_a_config_that_was_used_repairs_again(base, tmp_path):
 
 
 def test_the_lineage_says_what_a_repair_did(base, tmp_path):
-    import json
-
     words = ["--drop-layers", "3-4", "--repair", "linear", "--calibration-samples", "12", "--calibration-length", "32"]
     assert main(["prune", str(base), str(tmp_path / "out"), *words]) == 0
     entry = json.loads((tmp_path / "out" / "lineage.json").read_text())["entries"][0]
@@ -303,8 +275,6 @@ def test_the_lineage_says_what_a_repair_did(base, tmp_path):
 @pytest.mark.parametrize("more", [[], ["--dtype", "bfloat16"]])
 @pytest.mark.parametrize("model_type", ["hy_v3", "minimax_m3_vl"])
 def test_a_repaired_tensor_that_the_checkpoint_names_otherwise(model_type, more, tmp_path):
-    import json
-
     tiny_model(model_type).save_pretrained(tmp_path / "base")
     words = ["--drop-layers", "3-4", "--repair", "refit", "--calibration-samples", "4", "--calibration-length", "16"]
     assert main(["prune", str(tmp_path / "base"), str(tmp_path / "out"), *words, *more]) == 0
@@ -328,8 +298,3 @@ def test_a_repair_of_another_type_than_the_checkpoint_has_is_refused(base, tmp_p
     assert main(["prune", str(base), str(tmp_path / "out"), *words]) == 1
     assert "is F16[32, 48] in the checkpoint, and the repair computed bfloat16[32, 48]" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_blocks():
-    assert blocks([6, 3, 4]) == [(3, 5), (6, 7)]
-    assert blocks([]) == []

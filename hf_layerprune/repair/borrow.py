@@ -152,7 +152,7 @@ class BorrowFitter(LinearFitter):
                 f'repair="{self.method}" finds no neurons in layer {i}: what its {self.writer.name} reads is not made '
                 'by rows of projections beside it; use repair="refit"'
             )
-        self.readers, self.read, self.maps = readers, [], {}
+        self.front, self.readers, self.read, self.maps = layer, readers, [], {}
         with inputs(layer.get_submodule(readers.names[0]), lambda x: self.read.append(x.clone())):
             for state, batch in zip(self.student or [], batches, strict=True):
                 run(state, batch)
@@ -161,7 +161,7 @@ class BorrowFitter(LinearFitter):
     def watch(self, i: int, batches: list[Batch]) -> Iterator[None]:
         """Fit the map from what the neurons before the block read to what those of a dropped layer read."""
         layer = self.walk.layers[i]
-        if i not in self.dropped or not self.readers.fits(self._front(i), layer):
+        if i not in self.dropped or not self.readers.fits(self.front, layer):
             yield
             return
         seen: list[torch.Tensor] = []
@@ -196,10 +196,6 @@ class BorrowFitter(LinearFitter):
             self.tensors, self.student = tensors, student
 
     # --- internals ---------------------------------------------------------------------------------------
-
-    def _front(self, i: int) -> nn.Module:
-        """The layer before the block that a dropped layer belongs to."""
-        return self.walk.layers[max(first for first in self.first_of if first <= i) - 1]
 
     def _chosen(self, layer: nn.Module, first: int, batches: list[Batch]) -> tuple[Tensors, int] | None:
         """The layer's parameters with the chosen neurons, and how many are borrowed; `None` if a fit explains nothing.
@@ -311,17 +307,12 @@ def survivors(sums: NormalEquations, weight: torch.Tensor, strength: float, keep
     target = sums.moment + gram @ weight
     alive = torch.arange(len(weight), device=weight.device)
     for left in range(_ROUNDS, 0, -1):
-        cost = _costs(gram if len(alive) == len(gram) else gram[alive[:, None], alive], target[alive])
+        factor = torch.linalg.cholesky(gram if len(alive) == len(gram) else gram[alive[:, None], alive])
+        # What it costs to leave out each feature.
+        cost = solved(factor, target[alive]).square().sum(1) / torch.cholesky_inverse(factor, out=factor).diagonal()
         count = keep if left == 1 else round(len(alive) * (keep / len(alive)) ** (1 / left))
         alive = alive[cost.topk(count).indices.sort().values]
     return alive
-
-
-def _costs(gram: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """What it costs to leave out each feature."""
-    factor = torch.linalg.cholesky(gram)
-    columns = solved(factor, target)
-    return columns.square().sum(1) / torch.cholesky_inverse(factor, out=factor).diagonal()
 
 
 fitter = BorrowFitter

@@ -35,13 +35,7 @@ STRENGTHS = tuple(10.0**k for k in range(-6, 4))
 
 
 class NormalEquations:
-    """Sums for a least-squares problem `features @ D = change`.
-
-    Args:
-        width (`int`): Width of the features.
-        outputs (`int`): Width of the change.
-        device (`torch.device`): Where to accumulate the sums.
-    """
+    """Sums for a least-squares problem `features @ D = change`, with `D` of the shape `[width, outputs]`."""
 
     def __init__(self, width: int, outputs: int, device: torch.device) -> None:
         # MPS does not support float64.
@@ -96,21 +90,16 @@ def solve_ridge(fitted: NormalEquations, held_out: NormalEquations) -> Fit:
         torch.zeros_like(fitted.moment), float("inf"), 1.0, (fitted.tokens, held_out.tokens), held_out.total.item()
     )
     for strength in STRENGTHS:
-        change = _with_ridge(fitted, strength * (scale or 1.0))
-        if change is None:
+        gram = fitted.gram.clone()
+        gram.diagonal().add_(strength * (scale or 1.0))
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if failed:  # the ridge is too weak for float32
             continue
+        change = solved(factor, fitted.moment)
         unexplained = held_out.unexplained(change)
         if unexplained < best.unexplained:
             best = replace(best, change=change, strength=strength, unexplained=unexplained)
     return best
-
-
-def _with_ridge(sums: NormalEquations, ridge: torch.Tensor | float) -> torch.Tensor | None:
-    """The solution with a ridge; `None` if it is too weak for float32."""
-    gram = sums.gram.clone()
-    gram.diagonal().add_(ridge)
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    return None if failed else solved(factor, sums.moment)
 
 
 def solved(factor: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -162,10 +151,7 @@ def parted(
 class LinearFitter(Fitter):
     """Fits a map or a projection for each block. From the first block on, it also runs the repaired model.
 
-    Args:
-        walk (`LayerWalk`): The dense model.
-        cuts (`list[tuple[int, int]]`): The dropped blocks.
-        method (`str`): `"linear"`: fit from the projection's output; `"refit"`: from its input.
+    With the method `"linear"`, the fit is from the projection's output, otherwise from its input.
     """
 
     fit: Fit  # of the last block

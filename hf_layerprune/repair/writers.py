@@ -80,11 +80,10 @@ class Writer:
         """
         seen: list[torch.Tensor] = []
         if output:
-            with outputs(self.last, lambda x: seen.append(x.clone().float() * self.gain)):
-                yield seen
-            return
-
-        with inputs(self.module, lambda x: seen.append(x.float() * self.factor(x))):
+            hook = outputs(self.last, lambda x: seen.append(x.clone().float() * self.gain))
+        else:
+            hook = inputs(self.module, lambda x: seen.append(x.float() * self.factor(x)))
+        with hook:
             yield seen
 
     def factor(self, x: torch.Tensor) -> torch.Tensor:
