@@ -17,8 +17,7 @@ from hf_layerprune.cut.sizes import Sizes
 from hf_layerprune.options import CutOptions
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.runtime.loading import load_config
-from hf_layerprune.select import CRITERIA, select_layers
-from hf_layerprune.select.decode_times import DecodeTimes
+from hf_layerprune.select import decode_times, select_layers
 from hf_layerprune.select.targets import Target
 from hf_layerprune.stages.inspect import inspect_model
 from hf_layerprune.stages.rank import rank
@@ -134,14 +133,11 @@ def test_layers_of_unequal_size_are_counted_as_they_are(bases: dict[str, Path]) 
     target = Target.of(choice, config, str(bases["qwen2_moe"]))
     assert target is not None
     order = sorted(range(LAYERS), key=sizes.__getitem__)
-    counts = [
-        target.choose(LAYERS, CRITERIA["reverse_order"], choice, (), picked)
-        for picked in (lambda k: order[:k], lambda k: order[-k:])
-    ]
+    counts = [target.choose(LAYERS, range(LAYERS), picked) for picked in (lambda k: order[:k], lambda k: order[-k:])]
     assert counts[0] > counts[1]
     # A choice that is not nested: with two layers it drops small ones, with three large ones, with four small ones.
     odd = {1: order[:1], 2: order[:2], 3: order[-3:], 4: order[:4], 5: order[:5], 6: order[:6], 7: order[:7]}
-    count = target.choose(LAYERS, CRITERIA["reverse_order"], choice, (), odd.__getitem__)
+    count = target.choose(LAYERS, range(LAYERS), odd.__getitem__)
     assert count == 3
     assert target.left(odd[count]) <= target.limit
 
@@ -194,9 +190,7 @@ def test_an_adapter_counts_the_head_that_it_unties(bases: dict[str, Path]) -> No
 
 
 def test_speed_follows_measured_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    import hf_layerprune.select.decode_times as decode_times
-
-    measured = DecodeTimes([1.0, 1.0, 1.0, 3.0, 1.0, 1.0, 1.0, 3.0], 2.0)
+    measured = decode_times.DecodeTimes([1.0, 1.0, 1.0, 3.0, 1.0, 1.0, 1.0, 3.0], 2.0)
     monkeypatch.setattr(decode_times, "time_decoding", lambda *_: measured)
     # 14 without layers: dropping the last (3) gives 14 / 11 = 1.27, another (1) gives 1.4.
     for speedup, dropped in ((1.27, [7]), (1.3, [6, 7]), (1.4, [6, 7]), (1.45, [5, 6, 7])):
@@ -207,9 +201,7 @@ def test_speed_follows_measured_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_times_are_of_the_layers_of_the_model() -> None:
-    from hf_layerprune.select.decode_times import time_decoding
-
-    times = time_decoding(tiny_model("qwen2_moe"), 40, 2)
+    times = decode_times.time_decoding(tiny_model("qwen2_moe"), 40, 2)
     assert len(times.layers) == LAYERS
     assert all(time > 0 for time in times.layers)
     assert times.rest > 0
@@ -221,9 +213,6 @@ def test_times_are_taken_on_the_device_that_runs_the_layers(
     bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stand-in for a GPU notes what is moved there; nothing stays behind."""
-    import hf_layerprune.select.decode_times as decode_times
-    import hf_layerprune.stages.rank as stage
-
     moved: list[Any] = []
 
     @contextmanager
@@ -234,15 +223,13 @@ def test_times_are_taken_on_the_device_that_runs_the_layers(
     monkeypatch.setattr(decode_times, "moved_to", note)
     monkeypatch.setattr("hf_layerprune.runtime.devices.pick_device", lambda name: "meta" if name == "gpu" else name)
     request = RankRequest(str(bases["llama"]), criteria=["reverse_order"], target_speedup=1.2, device="gpu")
-    stage.rank(request)
+    rank(request)
     assert moved == [torch.device("meta")]
 
 
 def test_a_model_that_is_too_large_for_a_device_is_timed_where_it_is(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import hf_layerprune.select.decode_times as decode_times
-
     @contextmanager
     def too_small(device: Any, *modules: Any) -> Iterator[None]:
         raise torch.OutOfMemoryError("no room")
@@ -260,7 +247,7 @@ def test_a_model_that_is_too_large_for_a_device_is_timed_where_it_is(
     [
         (
             ["--target-size", "1KB"],
-            "dropping 7 layers leaves 65.14KB, 64.14KB too much; raise the target to at least that",
+            "dropping 7 layers leaves 65.11KB, 64.11KB too much; raise the target to at least that",
         ),
         (["--target-params", "1M"], "is met by the model as it is (70.18K), so there is nothing to drop"),
         (["--target-memory", "200KB", "--context", "999"], "context=999 is more than the 128 positions"),

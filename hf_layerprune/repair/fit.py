@@ -6,7 +6,6 @@ repaired block, the next one is fitted to the hidden states of the repaired mode
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from .. import families
-from ..errors import CutError
+from ..errors import CutError, LayerPruneError
 from ..families.multimodal import path_to_text
 from ..layer_ranges import blocks
 from ..runtime.walk import Batch, LayerWalk
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from ..calibration.rows import CalibrationSet
-
-logger = logging.getLogger(__name__)
 
 _BATCH_ROWS, _PROBE_TOKENS = 8, 32
 HELD_OUT = 5  # every fifth batch is held out
@@ -107,11 +104,7 @@ def fit_repair(
         model (`PreTrainedModel` or `LayerWalk`): The dense model; left unchanged.
         drop_layers (`Sequence[int]`): Base indices of the layers to drop.
         calibration (`CalibrationSet`): Rows `[samples, seq]`; a fifth of them is held out to choose the ridge.
-        method (`str`, defaults to `"linear"`): `"linear"`: the ridge map of ReplaceMe (arXiv:2505.02819, section 3),
-            folded into the output projection of the MLP before each block. `"refit"`: the same least squares for
-            the projection's own weight. Its input is wider than its output, so the fit explains more, but it needs
-            more tokens than the projection has inputs. `"borrow"`: the same after some neurons of the MLP have given
-            way to neurons of the dropped layers. `"magnitude"`: the rescaling of Prune&Comp (arXiv:2507.18212).
+        method (`str`, defaults to `"linear"`): One of `REPAIRS`.
 
     Returns:
         `Repair`: The new weights; [`~Repair.apply`] writes them into a model.
@@ -121,34 +114,30 @@ def fit_repair(
             the map can be folded into.
         UnsupportedModelError: The model type can't be repaired, or its layers can't be run one at a time.
     """
-    check_repair(
-        (model.model if isinstance(model, LayerWalk) else model).config, drop_layers, len(calibration), method
-    )
-    repair, cuts = find_repair(method), blocks(drop_layers)
+    dense = model.model if isinstance(model, LayerWalk) else model
+    check_repair(dense.config, drop_layers, len(calibration), method)
     walk = model if isinstance(model, LayerWalk) else LayerWalk(model)
-    fitter: Fitter = repair.load().fitter(walk, cuts, method)
+    fitter: Fitter = find_repair(method).load().fitter(walk, blocks(drop_layers), method)
     with torch.no_grad():
         fitter.run(calibration)
-    logger.debug("repaired %s: %s", method, "; ".join(map(str, fitter.records)) or "nothing to do")
     return Repair(method, fitter.tensors, fitter.records)
 
 
 @torch.no_grad()
-def check_layers(walk: LayerWalk, method: str) -> None:
-    """Refuse a repair that would be refused for some cut, since a layer lacks the weights that it changes.
-
-    Raises:
-        CutError: The repair does not exist, or a layer lacks them, such as one with experts.
-        UnsupportedModelError: The model type can't be repaired.
-    """
-    check_repair(walk.model.config, [], HELD_OUT, method)
-    fitter: Fitter = find_repair(method).load().fitter(walk, [], method)
-    fitter.first_of = {i: i + 1 for i in range(1, walk.num_layers)}  # as if a block began behind each of them
-    probe = walk.begin(torch.arange(3, _PROBE_TOKENS + 3)[None])
-    for i in range(walk.num_layers - 1):
-        with walk.layer(i) as run:
-            fitter.step(i, run, [], probe)
-            probe.hidden = run(probe.hidden, probe)
+def fits_every_cut(walk: LayerWalk, method: str) -> bool:
+    """Whether every cut of a model can have a repair: no layer lacks the weights that it changes, as one with experts may."""
+    try:
+        check_repair(walk.model.config, [], HELD_OUT, method)
+        fitter: Fitter = find_repair(method).load().fitter(walk, [], method)
+        fitter.first_of = {i: i + 1 for i in range(1, walk.num_layers)}  # as if a block began behind each of them
+        probe = walk.begin(torch.arange(3, _PROBE_TOKENS + 3)[None])
+        for i in range(walk.num_layers - 1):
+            with walk.layer(i) as run:
+                fitter.step(i, run, [], probe)
+                probe.hidden = run(probe.hidden, probe)
+    except LayerPruneError:
+        return False
+    return True
 
 
 class Fitter:
@@ -175,8 +164,6 @@ class Fitter:
         batches = [walk.begin(*given) for given in calibration.batches(size)]
         probe = walk.begin(*calibration.probe())
         for i in progress_bar(range(self.last), desc="fitting the repair", unit="layer"):
-            if i in self.first_of:
-                self.enter(i, batches)
             with walk.layer(i) as run:
                 self.step(i, run, batches, probe)
                 with self.watch(i, batches):
@@ -185,11 +172,8 @@ class Fitter:
             if i + 1 in self.end_of:
                 self.leave(self.end_of[i + 1], i + 1, batches)
 
-    def enter(self, first: int, batches: list[Batch]) -> None:
-        """Called with the states that enter the dropped block that starts at layer `first`."""
-
     def step(self, i: int, run: Run, batches: list[Batch], probe: Batch) -> None:
-        """Called before layer `i` runs; `probe` holds a few tokens for trial runs of the layer."""
+        """Called before layer `i` runs, with the states that enter it; `probe` holds a few tokens for trial runs."""
 
     def watch(self, i: int, batches: list[Batch]) -> AbstractContextManager[None]:
         """Observe layer `i` while the probe and then all batches run through it."""

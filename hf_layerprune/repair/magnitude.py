@@ -43,11 +43,10 @@ class MagnitudeFitter(Fitter):
             )
             self.last = 0
 
-    def enter(self, first: int, batches: list[Batch]) -> None:
-        self.before = [batch.hidden for batch in batches]
-
     def step(self, i: int, run: Run, batches: list[Batch], probe: Batch) -> None:
-        """Rescale a kept layer after a cut."""
+        """Note what enters a dropped block, and rescale a kept layer after one."""
+        if i in self.first_of:
+            self.before = [batch.hidden for batch in batches]
         if i not in self.dropped and self.factor != 1.0:
             new = scaled_writers(i, self.walk.layers[i], run, probe, self.factor)
             self.tensors |= {(i, name): value for name, value in new.items()}
@@ -70,12 +69,7 @@ fitter = MagnitudeFitter
 def scaled_writers(index: int, layer: nn.Module, run: Run, batch: Batch, factor: float) -> dict[str, torch.Tensor]:
     """A layer's parameters, changed so that everything it adds to the residual stream is multiplied by a factor.
 
-    Args:
-        index (`int`): The layer's index in the base, for error messages.
-        layer (`nn.Module`): The layer.
-        run (`Callable`): Runs the layer.
-        batch (`Batch`): A few tokens, with the hidden states that enter the layer.
-        factor (`float`): The factor.
+    The layer is tried on a batch of a few tokens.
 
     Raises:
         CutError: The layer can't be rescaled by its output projections alone.

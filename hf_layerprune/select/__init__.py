@@ -57,15 +57,14 @@ def select_layers(
     criterion = find_criterion(choice.criterion)
     if needs_model(choice):
         raise CutError(f"criterion {choice.criterion!r} needs the model; use choose_layers")
+    count = 1 if choice.drop is None else drop_count(choice.drop, num_layers)
+    free = free_layers(num_layers, count, *criterion.protection(choice), protected)
     if choice.target is not None:
-        if target is None:
-            raise CutError(f"{choice.target} needs the sizes of the layers; use choose_layers, or pass the target")
+        assert target is not None, "it is passed"
 
         def pick(count: int) -> list[int]:
             return select_layers(num_layers, take(CutOptions, choice, **just(count)), protected)
 
-        return pick(target.choose(num_layers, criterion, choice, protected, pick))
-    count = drop_count(choice.drop, num_layers)
-    free = free_layers(num_layers, count, *criterion.protection(choice), protected)
+        return pick(target.choose(num_layers, free, pick))
     order = criterion.load().order(num_layers, count, choice.seed, choice.variant)
     return Scores.of_order(criterion.name, choice.variant, order, num_layers).pick(count, free, choice.contiguous)

@@ -20,8 +20,8 @@ from ..calibration.rows import CalibrationSet
 from ..layer_ranges import format_layers, name_layers
 from ..repair.registry import find_repair
 from ..runtime.walk import LayerWalk
-from .scores import Choice, Scores
-from .search import BLOCK, GREEDY, Candidate, Search
+from .scores import Choice
+from .search import BLOCK, GREEDY, Search
 
 if TYPE_CHECKING:
     from ..options import ChoiceOptions
@@ -42,32 +42,33 @@ def choose(
     if choice.repair:
         choice = replace(choice, repair=find_repair(choice.repair).judged_by or choice.repair)
     search = Search(walk, calibration, free, choice)
-    looked_at: list[Scores] = []
-    scores = search.blocks(count)
-    ranked = sorted(scores.blocks, key=scores.blocks.__getitem__)[:_SHORT_LIST]
-    sets = dict.fromkeys(ranked, BLOCK)
-    if ranked:
-        looked_at.append(scores)
+    scored = search.blocks(count)
+    sets = dict.fromkeys(sorted(scored, key=scored.__getitem__)[:_SHORT_LIST], BLOCK)
     if not choice.contiguous and count > 1:
         sets.setdefault(search.nested(count), GREEDY)
-    elif not ranked:
+    elif not sets:
         search.lowest({}, count)  # raises the error that no block may be dropped
     logger.info("short list: %s", "; ".join(map(format_layers, sets)))
-    judged = search.judge(sets.items())
+    judged, rows = search.judge(sets.items()), len(search.judging)
+    short_list = [
+        {
+            "layers": format_layers(one.drop),
+            "found_by": one.found_by,
+            "kl": round(one.outcome.kl, 5),
+            "perplexity": round(one.outcome.perplexity, 4),
+        }
+        for one in judged
+    ]
     details = {
-        "short_list": [candidate.record() for candidate in judged],
+        "short_list": short_list,
         "fitted_rows": len(search.fitting),
-        "judged_rows": len(search.judging),
+        "judged_rows": rows,
         "repair": choice.repair,
     }
-    why = _why(judged, choice.repair, len(search.judging))
-    return Choice(list(judged[0].drop), "auto", why, looked_at, details)
-
-
-def _why(ranked: list[Candidate], repair: str | None, rows: int) -> str:
-    best = ranked[0]
-    state = f"cut and {repair} repair" if repair else "cut"
-    why = f"{name_layers(best.drop)} ({best.found_by}): after the {state}, KL to the dense model is "
-    why += f"{best.outcome.kl:.3g} nats on {rows} held-out rows"
-    rest = (f"; {format_layers(c.drop)} ({c.found_by}) has {c.outcome.kl:.3g}" for c in ranked[1:])
-    return why + "".join(rest)
+    best, *others = judged
+    state = f"cut and {choice.repair} repair" if choice.repair else "cut"
+    why = (
+        f"{name_layers(best.drop)} ({best.found_by}): after the {state}, KL to the dense model is {best.outcome.kl:.3g} nats on "
+        f"{rows} held-out rows"
+    ) + "".join(f"; {format_layers(one.drop)} ({one.found_by}) has {one.outcome.kl:.3g}" for one in others)
+    return Choice(list(best.drop), "auto", why, details=details)

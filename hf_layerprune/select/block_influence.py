@@ -21,12 +21,7 @@ from .scores import Scores
 
 
 class BlockInfluence(Observer):
-    """Compares the states that enter and leave each layer.
-
-    Args:
-        variant (`str`): `"original"` or `"paper"`.
-        num_layers (`int`): How many layers the base has.
-    """
+    """Compares the states that enter and leave each layer."""
 
     def __init__(self, variant: str, num_layers: int) -> None:
         self.variant, self.num_layers = variant, num_layers

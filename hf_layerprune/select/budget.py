@@ -2,33 +2,30 @@
 
 First, nested sets grow by a layer at a time until one is outside the budget. Blocks of layers then try to go deeper, in
 steps that double until the budget is passed and are bisected. Each set is judged with its repair, on rows that neither
-the search nor the repair has seen; only sets that are far inside by the rows they were found on are not judged. A set
-is inside the budget if its loss and one standard error together are.
+the search nor the repair has seen. It is inside the budget if its loss and one standard error together are.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..calibration.rows import CalibrationSet, held_out_rows
 from ..errors import CutError
 from ..layer_ranges import format_layers, name_layers
-from ..options import plural
 from ..runtime.walk import LayerWalk
 from .scores import Choice
-from .search import BLOCK, GREEDY, HELD_OUT, Candidate, Loss, Search
+from .search import BLOCK, GREEDY, HELD_OUT, Candidate, Search
 
 if TYPE_CHECKING:
     from ..options import ChoiceOptions, CutOptions
-    from .trials import Outcome
 
 logger = logging.getLogger(__name__)
 
 Pick = Callable[[CalibrationSet, int], tuple[int, ...]]
-Probes = dict[int, tuple[Candidate, Loss]]  # the best cut that was judged, by its number of layers
+Figures = Mapping[str, float]  # see `Outcome.quality`
 
 
 def check_rows(choice: ChoiceOptions, rows: int) -> None:
@@ -43,25 +40,25 @@ def check_rows(choice: ChoiceOptions, rows: int) -> None:
         )
 
 
-def limit_of(budget: str, value: float) -> float:
-    """A budget as the most that a `Loss` may be."""
-    if budget == "max_perplexity_ratio":
-        return math.log(value)
-    return 1 - value if budget == "min_top1_agreement" else value
+def room(figures: Figures, budget: str, limit: float) -> float:
+    """How far inside a budget a cut is, with its loss and one standard error; negative if it is outside."""
+    figure, error = _limited(figures, budget)
+    return (figure - limit if budget == "min_top1_agreement" else limit - figure) - error
 
 
-def _in_unit_of(budget: str, loss: Loss) -> tuple[float, float]:
-    """A loss as its budget counts it, and its standard error."""
-    if budget == "max_perplexity_ratio":
-        ratio = math.exp(min(loss.mean, 700))
-        return ratio, ratio * loss.error
-    return (1 - loss.mean if budget == "min_top1_agreement" else loss.mean), loss.error
+def _limited(figures: Figures, budget: str) -> tuple[float, float]:
+    """The figure that a budget limits, and its standard error."""
+    name = budget.partition("_")[2]
+    return figures.get(name, math.inf), figures.get(f"{name}_stderr", math.inf)
 
 
-def spell_loss(budget: str, loss: Loss) -> str:
-    """A loss as its budget counts it, with its standard error."""
-    value, error = _in_unit_of(budget, loss)
-    return f"{value:.3g} ± {error:.2g}"
+def _spelled(figures: Figures, budget: str) -> str:
+    figure, error = _limited(figures, budget)
+    return f"{figure:.3g} ± {error:.2g}"
+
+
+def _said(choice: ChoiceOptions) -> str:
+    return f"{choice.budget}={getattr(choice, str(choice.budget)):g}"
 
 
 def choose(
@@ -83,9 +80,8 @@ def choose(
     Raises:
         CutError: Dropping one layer passes the budget, or there are too few rows to tell.
     """
-    budget = choice.budget
-    assert budget is not None, "there is a budget"
-    limit = limit_of(budget, getattr(choice, budget))
+    budget = str(choice.budget)
+    limit: float = getattr(choice, budget)
     check_rows(choice, len(calibration))
     search = Search(walk, calibration, free, choice)
     most = search.most
@@ -94,70 +90,54 @@ def choose(
     depth = max(1, walk.num_layers // 4)
     rounds = depth.bit_length() if pick else 2
     search.announce("the search within the budget", depth, rounds, depth + rounds)
-    probes: Probes = {}
+    judged: dict[int, tuple[Candidate, Figures]] = {}  # the best cut of each number of layers
 
     def inside(count: int, found_by: str) -> bool:
         """Find a set of a size and judge it; the better one of a size is kept."""
         try:
             if pick is not None:
                 drop = pick(search.fitting, count)
+            elif found_by == GREEDY:
+                drop = search.nested(count)
             else:
-                drop = search.nested(count) if found_by == GREEDY else search.best_block(count)
+                drop = search.lowest(search.blocks(count), count)
             (candidate,) = search.judge([(drop, found_by)])
         except CutError:
             if pick is not None or count == 1:
                 raise
             return False  # no set of that size may be dropped and can be repaired
-        loss = Loss.of(budget, candidate.outcome, search.dense)
-        logger.info("without %s: %s", name_layers(candidate.drop), spell_loss(budget, loss))
-        best = probes.get(count)
-        if best is None or loss.mean + loss.error < best[1].mean + best[1].error:
-            probes[count] = candidate, loss
-        return loss.mean + loss.error <= limit
+        figures = candidate.outcome.quality(search.dense)
+        logger.info("without %s: %s", name_layers(candidate.drop), _spelled(figures, budget))
+        left = room(figures, budget, limit)
+        if count not in judged or left > room(judged[count][1], budget, limit):
+            judged[count] = candidate, figures
+        return left >= 0
 
     if pick is not None:
         low = _deepest(lambda count: inside(count, str(choice.criterion)), 0, most)
     else:
         nested = 0
-        while nested < most and (search.seems_inside(budget, limit, nested + 1) or inside(nested + 1, GREEDY)):
+        while nested < most and inside(nested + 1, GREEDY):
             nested += 1
         low = _deepest(lambda count: inside(count, BLOCK), nested, most)
-        if low == nested:
-            while low and low not in probes and not inside(low, GREEDY):
-                low -= 1
-            if low > 1:
-                inside(low, BLOCK)
+        if low == nested > 1:
+            inside(low, BLOCK)
+    rows = len(search.judging)
     if not low:
-        raise _too_strict(choice, limit, *probes[1])
-    return _chosen(low, probes, search, choice, limit)
-
-
-def _said(choice: ChoiceOptions) -> str:
-    return f"{choice.budget}={getattr(choice, str(choice.budget)):g}"
-
-
-def _chosen(low: int, probes: Probes, search: Search, choice: CutOptions, limit: float) -> Choice:
-    """The deepest cut that is inside, and what is known of the next number of layers."""
-    budget, said, high = str(choice.budget), _said(choice), low + 1
-    candidate, loss = probes[low]
-    if high in probes and probes[high][1].mean <= limit:
-        nearly = probes[high][1]
-        logger.warning(
-            "%s may be within %s as well (%s); calibration_samples=%d would tell", plural(high, "layer"), said,
-            spell_loss(budget, nearly), 4 * nearly.rows_needed(limit - nearly.mean),
-        )  # fmt: skip
+        raise _too_strict(choice, *judged[1], rows)
+    candidate, figures = judged[low]
     why = (
-        f"{name_layers(candidate.drop)} ({candidate.found_by}): the deepest cut found within {said}, at "
-        f"{spell_loss(budget, loss)} on {loss.rows} held-out rows"
+        f"{name_layers(candidate.drop)} ({candidate.found_by}): the deepest cut found within {_said(choice)}, at "
+        f"{_spelled(figures, budget)} on {rows} held-out rows"
         + (f" after the {choice.repair} repair" if choice.repair else "")
     )
-    if high in probes:
-        why += f"; {high} layers have {spell_loss(budget, probes[high][1])}"
+    if low + 1 in judged:
+        why += f"; {low + 1} layers have {_spelled(judged[low + 1][1], budget)}"
     details = {
-        "budget": {budget: getattr(choice, budget)},
-        "curve": [point(*probes[count], search) for count in sorted(probes)],
+        "budget": {budget: limit},
+        "curve": [_point(*judged[count]) for count in sorted(judged)],
         "fitted_rows": len(search.fitting),
-        "judged_rows": len(search.judging),
+        "judged_rows": rows,
         "repair": choice.repair,
     }
     return Choice(list(candidate.drop), str(choice.criterion), why, [], details, candidate.repair)
@@ -175,36 +155,30 @@ def _deepest(inside: Callable[[int], bool], low: int, most: int) -> int:
     return low
 
 
-def point(candidate: Candidate, loss: Loss, search: Search) -> dict[str, Any]:
-    """A cut that was judged, as an entry for records."""
-    outcome = candidate.outcome
+def _point(candidate: Candidate, figures: Figures) -> dict[str, Any]:
+    """A cut that was judged, as a point of a curve in records."""
     return {
         "dropped": len(candidate.drop),
         "layers": format_layers(candidate.drop),
         "found_by": candidate.found_by,
-        "repaired" if candidate.repair else "cut": quality(outcome, search.dense),
+        "repaired" if candidate.repair else "cut": figures,
     }
 
 
-def quality(outcome: Outcome, dense: Outcome) -> dict[str, float]:
-    """What a cut does to the model, with standard errors over rows."""
-    found: dict[str, float] = {}
-    for budget in ("max_kl", "max_perplexity_ratio", "min_top1_agreement"):
-        name = budget.partition("_")[2]
-        found[name], found[f"{name}_stderr"] = _in_unit_of(budget, Loss.of(budget, outcome, dense))
-    return {name: round(value, 6) for name, value in found.items() if math.isfinite(value)}
-
-
-def _too_strict(choice: ChoiceOptions, limit: float, candidate: Candidate, loss: Loss) -> CutError:
-    said, value = _said(choice), spell_loss(str(choice.budget), loss)
+def _too_strict(choice: ChoiceOptions, candidate: Candidate, figures: Figures, rows: int) -> CutError:
+    said, budget = _said(choice), str(choice.budget)
+    limit: float = getattr(choice, budget)
+    figure, error = _limited(figures, budget)
     layer = (
-        f"without layer {format_layers(candidate.drop)}, the best found, it is {value} on {loss.rows} held-out rows"
+        f"without layer {format_layers(candidate.drop)}, the best found, it is {_spelled(figures, budget)} on {rows} held-out "
+        "rows"
     )
-    if loss.mean - loss.error <= limit:
-        rows = 4 * loss.rows_needed(abs(limit - loss.mean))
+    if room(figures, budget, limit) + 2 * error >= 0:
+        # The standard error should be less than the gap, and a quarter of the rows is held out.
+        needed = 4 * (math.ceil(rows * (error / max(abs(limit - figure), 1e-12)) ** 2) + 1)
         return CutError(
             f"the calibration set is too small to tell whether any layer can go within {said}: {layer}; about "
-            f"{rows} rows are needed (calibration_samples={rows})"
+            f"{needed} rows are needed (calibration_samples={needed})"
         )
     way_out = "" if choice.repair else ", or choose a repair"
     return CutError(f"no layer can go within {said}: {layer}; allow a larger loss{way_out}")

@@ -19,13 +19,7 @@ from .scores import Scores
 
 
 class Magnitude(Observer):
-    """Sums the weight norms of each layer.
-
-    Args:
-        name (`str`): `"magnitude_l1"` or `"magnitude_l2"`.
-        variant (`str`): `"original"` or `"paper"`.
-        num_layers (`int`): How many layers the base has.
-    """
+    """Sums the weight norms of each layer; the name ends in the power."""
 
     def __init__(self, name: str, variant: str, num_layers: int) -> None:
         self.name, self.variant, self.power = name, variant, int(name[-1])
@@ -39,7 +33,7 @@ class Magnitude(Observer):
         except UnsupportedModelError as error:  # raised by `scores`: other criteria may share this pass
             self.refused = self.refused or error
             return
-        for _, parameter in matrices:
+        for parameter in matrices:
             size = parameter.detach().float().abs().pow(self.power).sum(dtype=torch.float64).item()
             total += size ** (1 / self.power) if self.variant == ORIGINAL else size
         self.sums[index] = total
@@ -51,20 +45,20 @@ class Magnitude(Observer):
         return Scores(self.name, self.variant, alive, layers=self.sums)
 
 
-def weight_matrices(layer: nn.Module, index: int) -> list[tuple[str, nn.Parameter]]:
+def weight_matrices(layer: nn.Module, index: int) -> list[nn.Parameter]:
     """All weights of a layer except biases.
 
     Raises:
         UnsupportedModelError: The weights are packed (quantised).
     """
-    matrices = [(name, parameter) for name, parameter in layer.named_parameters() if not name.endswith("bias")]
-    packed = [name for name, parameter in matrices if not parameter.is_floating_point()]
-    if packed:
-        raise UnsupportedModelError(
-            f"layer {index} has packed weights ({packed[0]}), whose norms are meaningless; load the model without "
-            "quantisation, or use another criterion"
-        )
-    return matrices
+    matrices = {name: parameter for name, parameter in layer.named_parameters() if not name.endswith("bias")}
+    for name, parameter in matrices.items():
+        if not parameter.is_floating_point():
+            raise UnsupportedModelError(
+                f"layer {index} has packed weights ({name}), whose norms are meaningless; load the model without "
+                "quantisation, or use another criterion"
+            )
+    return list(matrices.values())
 
 
 def observer(criterion: Criterion, variant: str, num_layers: int, lengths: Sequence[int]) -> Magnitude:

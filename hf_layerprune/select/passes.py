@@ -29,12 +29,7 @@ class Observer:
     """Observes the dense model while it runs. Each criterion overrides the methods it needs."""
 
     def begin(self, alive: Sequence[int], batches: Sequence[Batch]) -> None:
-        """Called before the first layer runs, with the hidden states that enter it.
-
-        Args:
-            alive (`Sequence[int]`): The layers that run, as indices in the base.
-            batches (`Sequence[Batch]`): All rows.
-        """
+        """Called before the first layer runs, with the layers that will, and all rows with the states that enter it."""
 
     def weights(self, index: int, layer: nn.Module) -> None:
         """Called when a layer's weights are loaded; `index` is its index in the base."""
@@ -68,14 +63,9 @@ def run_pass(
     alive: Sequence[int] | None = None,
     rows: int | None = None,
 ) -> None:
-    """Run the model once, with observers.
+    """Run the dense model on the text once, with observers.
 
-    Args:
-        walk (`LayerWalk`): The dense model.
-        calibration (`CalibrationSet`): The text.
-        observers (`Sequence[Observer]`): Called along the way.
-        alive (`Sequence[int]`, *optional*): The layers that run; all by default.
-        rows (`int`, *optional*): How many rows a batch has, see [`batch_rows`].
+    By default, all layers run (`alive`), and batches have as many `rows` as [`batch_rows`] says.
 
     Raises:
         CheckpointError: The states, or a layer's weights, are not finite.

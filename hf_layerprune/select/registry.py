@@ -21,7 +21,7 @@ KINDS = {
     "count": "order(num_layers, count, seed, variant): all layers, in the order in which to drop them",
     "weights": "observer(criterion, variant, num_layers, lengths): a `passes.Observer` that needs weights only",
     "states": "observer(criterion, variant, num_layers, lengths): a `passes.Observer` that needs hidden states",
-    "trial": "score(outcome): a number, from the outcome of a `trials.Trial`",
+    "trial": "Outcome(...): has the number under the criterion's name, see `trials.Outcome`",
     "passes": "score(walk, calibration, variant, alive): `Scores`, from its own passes over the model",
     "choice": "choose(walk, calibration, count, free, choice): a `scores.Choice`, made without scores",
 }
@@ -94,7 +94,7 @@ CRITERIA: dict[str, Criterion] = {
             has_variant=True,
         ),
         Criterion(
-            "perplexity", "perplexity", "trial", "perplexity without it", _SHORTENED, "perplexity", has_variant=True
+            "perplexity", "trials", "trial", "perplexity without it", _SHORTENED, "perplexity", has_variant=True
         ),
         Criterion(
             "block_influence", "block_influence", "states", "change of direction of the hidden states",
@@ -104,7 +104,7 @@ CRITERIA: dict[str, Criterion] = {
             "angular_distance", "angular_distance", "states", "angle between the states before and after a block",
             "Gromov et al., arXiv:2403.17887", "angle / pi", blocks_only=True,
         ),
-        Criterion("kl", "kl", "trial", "KL to the dense model without it", "this project", "nats"),
+        Criterion("kl", "trials", "trial", "KL to the dense model without it", "this project", "nats"),
         Criterion(
             "repairability", "repairability", "states", "error left by a linear map",
             "this project, after ReplaceMe, arXiv:2505.02819", "unexplained share", blocks_only=True,

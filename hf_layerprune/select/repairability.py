@@ -127,8 +127,3 @@ class Repairability(Observer):
 
 def observer(criterion: Criterion, variant: str, num_layers: int, lengths: Sequence[int]) -> Repairability:
     return Repairability(lengths)
-
-
-def fits(num_layers: int, lengths: Sequence[int]) -> int:
-    """How many maps are fitted, for an estimate of the cost."""
-    return sum(num_layers - length for length in lengths)

@@ -7,16 +7,14 @@ from the same trials.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..calibration.rows import CalibrationSet, check_vocabulary
-from ..errors import CutError, LayerPruneError, UnsupportedModelError
+from ..errors import CutError, UnsupportedModelError
 from ..families.layout import find_decoder_layers
 from ..layer_ranges import name_layers
 from ..options import CutOptions, find, just, take
@@ -75,34 +73,75 @@ def score_layers(
     wanted = [find_criterion(name) for name in dict.fromkeys(criteria)]
     if any(criterion.kind == "choice" for criterion in wanted):
         raise CutError("criterion 'auto' gives no scores; use choose_layers")
-    num_layers = len(_layers(model))
+    layers = _layers(model)
+    num_layers, count = len(layers), drop_count(drop, len(layers))
     alive = [i for i in range(num_layers) if i not in set(gone)]
-    for length in lengths or ():
+    lengths = sorted(lengths or ())
+    for length in lengths:
         if not 0 < length < len(alive):
             raise CutError(
                 f"blocks of {length} layers don't fit: there are {len(alive)} layers, and at least one must stay"
             )
-    count = drop_count(drop, num_layers)
-    work = _Work(model, calibration, variant, alive, sorted(lengths or ()))
     scores: dict[str, Scores] = {}
+    observers: dict[str, Observer] = {}
+    trials: list[Criterion] = []
+    later: dict[str, Callable[[], Scores]] = {}  # may find that the model has no scores, or that memory is too small
+    if by_text := [criterion for criterion in wanted if criterion.needs == "text"]:
+        walk, text = _walk(model), _text(calibration, by_text[0])
+        check_vocabulary(text, walk.model)
     for criterion in wanted:
+        module, name, own = criterion.load(), criterion.name, criterion.variant(variant)
         if criterion.kind == "count":
-            order = criterion.load().order(num_layers, count, seed, variant)
-            order = [i for i in order if i in alive]
-            scores[criterion.name] = Scores.of_order(criterion.name, criterion.variant(variant), order, num_layers)
-    scores |= work.observed([c for c in wanted if c.kind in ("weights", "states")], count)
-    for criterion in wanted:
-        if criterion.kind == "passes":
-            with work.may_refuse(criterion.name):
-                own = criterion.variant(variant)
-                scores[criterion.name] = criterion.load().score(work.walk, work.text(criterion), own, alive)
-    scores |= work.tried([criterion for criterion in wanted if criterion.kind == "trial"])
-    for criterion in wanted:
-        if criterion.name not in scores:
-            logger.warning("%s is left out: %s", criterion.name, work.without_scores[criterion.name])
-    if wanted and not scores:
-        raise next(iter(work.without_scores.values()))
-    return {criterion.name: scores[criterion.name] for criterion in wanted if criterion.name in scores}
+            order = [i for i in module.order(num_layers, count, seed, variant) if i in alive]
+            scores[name] = Scores.of_order(name, own, order, num_layers)
+        elif criterion.kind in ("weights", "states"):
+            observers[name] = module.observer(criterion, own, num_layers, lengths or [count])
+            later[name] = observers[name].scores
+        elif criterion.kind == "passes":
+            later[name] = partial(module.score, walk, text, own, alive)
+        else:
+            trials.append(criterion)
+    if any(criterion.kind == "states" for criterion in wanted):
+        run_pass(walk, text, list(observers.values()), alive)
+    else:  # weights can also be read from a model whose layers can't be run one at a time
+        with torch.no_grad():
+            for i in alive:
+                for observer in observers.values():
+                    observer.weights(i, layers[i])
+    for name, compute in later.items():
+        try:
+            scores[name] = compute()
+        except (UnsupportedModelError, CutError) as error:
+            wanted = [criterion for criterion in wanted if criterion.name != name]
+            if not wanted:
+                raise
+            logger.warning("%s is left out: %s", name, error)
+    if trials:
+        scores |= _by_trial(walk, text, trials, variant, alive, lengths)
+    return {criterion.name: scores[criterion.name] for criterion in wanted}
+
+
+def _by_trial(
+    walk: LayerWalk,
+    text: CalibrationSet,
+    criteria: Sequence[Criterion],
+    variant: str,
+    alive: Sequence[int],
+    lengths: Sequence[int],
+) -> dict[str, Scores]:
+    """Scores by criteria that run the model without a layer or a block."""
+    gone = set(range(walk.num_layers)).difference(alive)
+    sets: list[tuple[int, ...]] = [(i,) for i in alive] if 1 not in lengths else []
+    for length in lengths:
+        sets += neighbours(alive, length)
+    outcomes = try_out(walk, text, [Trial(tuple(sorted(gone.union(layers)))) for layers in sets])
+    scores = {}
+    for criterion in criteria:
+        values = {drop: getattr(outcome, criterion.name) for drop, outcome in zip(sets, outcomes, strict=True)}
+        by_layer = [values.get((i,)) for i in range(walk.num_layers)]
+        blocks = {layers: value for layers, value in values.items() if len(layers) in lengths}
+        scores[criterion.name] = Scores(criterion.name, criterion.variant(variant), tuple(alive), by_layer, blocks)
+    return scores
 
 
 def choose_layers(
@@ -133,6 +172,10 @@ def choose_layers(
         UnsupportedModelError: The model's layers can't be run one at a time.
     """
     criterion, num_layers = find_criterion(choice.criterion), len(_layers(model))
+    count = 1 if choice.drop is None else drop_count(choice.drop, num_layers)
+    free = free_layers(num_layers, count, *criterion.protection(choice), protected)
+    if choice.budget is not None or criterion.needs == "text":
+        model = _walk(model)
 
     def of(count: int, text: CalibrationSet | None = calibration) -> Choice:
         return choose_layers(model, text, take(CutOptions, choice, **just(count)), protected=protected)
@@ -141,25 +184,18 @@ def choose_layers(
         dense, device = (model.model, model.device) if isinstance(model, LayerWalk) else (model, None)
         target = target or Target.of(choice, dense.config, dense.name_or_path, model=dense, device=device)
         assert target is not None, "there is one"
-        model = _walk(model) if criterion.needs == "text" else model
         made: dict[int, Choice] = {}
 
         def pick(count: int) -> list[int]:
             made[count] = of(count)
             return made[count].drop_layers
 
-        chosen = made[target.choose(num_layers, criterion, choice, protected, pick)]
+        chosen = made[target.choose(num_layers, free, pick)]
         chosen.details["target"] = target.record(chosen.drop_layers)
         return chosen
     if choice.budget is not None:
-        free = free_layers(num_layers, 1, *criterion.protection(choice), protected)
         by_criterion = None if criterion.kind == "choice" else lambda text, count: tuple(of(count, text).drop_layers)
-        walk = model = _walk(model)
-        return budget.choose(walk, _text(calibration, criterion), free, choice, by_criterion)
-    count = drop_count(choice.drop, num_layers)
-    free = free_layers(num_layers, count, *criterion.protection(choice), protected)
-    if criterion.needs == "text":
-        model = _walk(model)
+        return budget.choose(_walk(model), _text(calibration, criterion), free, choice, by_criterion)
     if criterion.kind == "choice":
         return criterion.load().choose(model, _text(calibration, criterion), count, free, choice)
     return _in_rounds(model, calibration, criterion, choice, count, free)
@@ -182,87 +218,11 @@ def _in_rounds(
         ).values()
         looked_at.append(scores)
         gone = sorted([*gone, *scores.pick(share, free - set(gone), choice.contiguous)])
-    return Choice(gone, criterion.name, _why(criterion, choice.variant, gone, len(shares)), looked_at)
-
-
-def _why(criterion: Criterion, variant: str, dropped: Sequence[int], steps: int) -> str:
-    how = f", in {steps} rounds" if steps > 1 else ""
-    computed = f" as {CRITERIA['random'].source} computed it" if criterion.variant(variant) == PAPER else ""
     kind = "block" if criterion.blocks_only else "layers"
-    return f"{name_layers(dropped)}: the {kind} with the lowest {criterion.name}{computed}{how}"
-
-
-@dataclass
-class _Work:
-    """The work shared by the criteria of one call."""
-
-    model: PreTrainedModel | LayerWalk
-    calibration: CalibrationSet | None
-    variant: str
-    alive: list[int]
-    lengths: list[int]
-    without_scores: dict[str, LayerPruneError] = field(default_factory=dict)
-
-    @contextmanager
-    def may_refuse(self, name: str) -> Iterator[None]:
-        """Note that a criterion has no scores for the model or needs too much memory, and go on with the others."""
-        try:
-            yield
-        except (UnsupportedModelError, CutError) as error:
-            self.without_scores[name] = error
-
-    @cached_property
-    def walk(self) -> LayerWalk:
-        return _walk(self.model)
-
-    def text(self, criterion: Criterion) -> CalibrationSet:
-        text = _text(self.calibration, criterion)
-        check_vocabulary(text, self.walk.model)
-        return text
-
-    def observed(self, criteria: Sequence[Criterion], count: int) -> dict[str, Scores]:
-        """Scores by criteria that observe the dense model, all in one pass."""
-        layers = _layers(self.model)
-        observers: dict[str, Observer] = {
-            criterion.name: criterion.load().observer(
-                criterion, criterion.variant(self.variant), len(layers), self.lengths or [count]
-            )
-            for criterion in criteria
-        }
-        of_states = [criterion for criterion in criteria if criterion.kind == "states"]
-        if of_states:
-            run_pass(self.walk, self.text(of_states[0]), list(observers.values()), self.alive)
-        else:  # weights can also be read from a model whose layers can't be run one at a time
-            with torch.no_grad():
-                for i in self.alive:
-                    for observer in observers.values():
-                        observer.weights(i, layers[i])
-        scores = {}
-        for name, observer in observers.items():
-            with self.may_refuse(name):
-                scores[name] = observer.scores()
-        return scores
-
-    def tried(self, criteria: Sequence[Criterion]) -> dict[str, Scores]:
-        """Scores by criteria that run the model without a layer or a block."""
-        if not criteria:
-            return {}
-        text, num_layers = self.text(criteria[0]), self.walk.num_layers
-        gone = [i for i in range(num_layers) if i not in set(self.alive)]
-        sets: list[tuple[int, ...]] = [(i,) for i in self.alive] if 1 not in self.lengths else []
-        for length in self.lengths:
-            sets += neighbours(self.alive, length)
-        trials = [Trial(tuple(sorted([*gone, *layers]))) for layers in sets]
-        outcomes = try_out(self.walk, text, trials)
-        scores = {}
-        for criterion in criteria:
-            score = criterion.load().score
-            values = {layers: score(outcome) for layers, outcome in zip(sets, outcomes, strict=True)}
-            by_layer = [values.get((i,)) for i in range(num_layers)]
-            blocks = {layers: value for layers, value in values.items() if len(layers) in self.lengths}
-            variant = criterion.variant(self.variant)
-            scores[criterion.name] = Scores(criterion.name, variant, tuple(self.alive), by_layer, blocks)
-        return scores
+    computed = f" as {CRITERIA['random'].source} computed it" if criterion.variant(choice.variant) == PAPER else ""
+    how = f", in {len(shares)} rounds" if len(shares) > 1 else ""
+    why = f"{name_layers(gone)}: the {kind} with the lowest {criterion.name}{computed}{how}"
+    return Choice(gone, criterion.name, why, looked_at)
 
 
 def _text(calibration: CalibrationSet | None, criterion: Criterion) -> CalibrationSet:

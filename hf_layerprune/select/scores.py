@@ -37,17 +37,12 @@ class Scores:
 
     def __post_init__(self) -> None:
         """Refuse scores that are not finite."""
-        for i, score in enumerate(self.layers or ()):
+        of_layers = (((i,), score) for i, score in enumerate(self.layers or ()))
+        for block, score in (*of_layers, *self.blocks.items()):
             if score is not None and not math.isfinite(score):
                 raise CheckpointError(
-                    f"{self.criterion} gives layer {i} the score {score}: its effect on the calibration set overflows "
-                    "this dtype; load the model in bfloat16 or float32"
-                )
-        for block, score in self.blocks.items():
-            if not math.isfinite(score):
-                raise CheckpointError(
-                    f"{self.criterion} gives {name_layers(block)} the score {score}: without them, the model "
-                    "overflows this dtype; load the model in bfloat16 or float32"
+                    f"{self.criterion} gives {name_layers(block)} the score {score}: the model overflows this dtype; load it in "
+                    "bfloat16 or float32"
                 )
 
     @classmethod

@@ -24,9 +24,9 @@ from torch import nn
 from ..calibration.rows import CalibrationSet, check_vocabulary
 from ..errors import CutError
 from ..families import UNREPAIRABLE, check_stage, text_config
-from ..layer_ranges import format_layers
+from ..layer_ranges import blocks, format_layers
 from ..options import plural
-from ..repair.fit import Repair, blocks, fit_repair
+from ..repair.fit import Repair, fit_repair
 from ..repair.registry import find_repair
 from ..repair.writers import swapped
 from ..runtime.walk import LayerWalk
@@ -65,15 +65,6 @@ class Candidate:
     found_by: str
     outcome: Outcome
     repair: Repair | None
-
-    def record(self) -> dict[str, Any]:
-        """The entry for `lineage.json`."""
-        return {
-            "layers": format_layers(self.drop),
-            "found_by": self.found_by,
-            "kl": round(self.outcome.kl, 5),
-            "perplexity": round(self.outcome.perplexity, 4),
-        }
 
 
 class Search:
@@ -115,7 +106,6 @@ class Search:
         self._warn_of_few_tokens()
         self.steps = list(found)
         self._fits: dict[tuple[int, ...], BlockFit | None] = {}
-        self._estimates: dict[int, tuple[Outcome, Outcome]] = {}  # by size: a step and the dense model on a few rows
 
     @cached_property
     def dense(self) -> Outcome:
@@ -132,14 +122,12 @@ class Search:
             self.steps.append(self._next())
         return tuple(sorted(self.steps[:count]))
 
-    def blocks(self, count: int) -> Scores:
+    def blocks(self, count: int) -> dict[tuple[int, ...], float]:
         """KL of every block of a length on a few rows, with its map if a fitted repair will follow."""
-        every = [
-            block for block in neighbours(range(self.walk.num_layers), count) if all(i in self.free for i in block)
-        ]
-        outcomes = zip(every, self._tried(every, _TRY_ROWS), strict=True)
         alive = tuple(range(self.walk.num_layers))
-        return Scores("kl", ORIGINAL, alive, blocks={block: one.kl for block, one in outcomes if one})
+        every = [block for block in neighbours(alive, count) if self.free.issuperset(block)]
+        kls = {block: one.kl for block, one in self._tried(every, _TRY_ROWS).items()}
+        return Scores("kl", ORIGINAL, alive, blocks=kls).blocks  # refuses what is not finite
 
     def best(self, count: int) -> tuple[tuple[int, ...], str]:
         """The best set of a size on the rows for trying, and what found it.
@@ -147,23 +135,29 @@ class Search:
         Raises:
             CutError: No set of that size may be dropped.
         """
-        scored = self.blocks(count).blocks
+        scored = self.blocks(count)
         if self.contiguous or count == 1:
             return self.lowest(scored, count), BLOCK
         nested = self.nested(count)
         block = self.lowest(scored, count) if scored else nested
         if block == nested:
             return nested, GREEDY
-        (one,) = self._tried([nested], _TRY_ROWS)
+        one = self._tried([nested], _TRY_ROWS).get(nested)
         return (nested, GREEDY) if one and one.kl < scored[block] else (block, BLOCK)
 
-    def best_block(self, count: int) -> tuple[int, ...]:
-        """The best block of a length on the rows for trying.
+    def point(self, count: int) -> dict[str, Any]:
+        """Find and judge the best set of a size.
 
-        Raises:
-            CutError: There is none.
+        Returns:
+            `dict[str, Any]`: How many layers, which, what found them, and the quality of the `cut` and of what is
+                `repaired`.
         """
-        return self.lowest(self.blocks(count).blocks, count)
+        drop, found_by = self.best(count)
+        repair = self.fit(drop)
+        trials = {"cut": Trial(drop)} | ({"repaired": Trial(drop, changes_of(repair))} if repair else {})
+        outcomes = try_out(self.walk, self.judging, list(trials.values()))
+        states = {name: one.quality(self.dense) for name, one in zip(trials, outcomes, strict=True)}
+        return {"dropped": count, "layers": format_layers(drop), "found_by": found_by, **states}
 
     def lowest(self, scores: Mapping[tuple[int, ...], float], count: int) -> tuple[int, ...]:
         """The block of a length with the lowest score, of those that [`blocks`] gave one.
@@ -177,15 +171,6 @@ class Search:
                 f"repair={self.repair!r} could change; {UNREPAIRABLE}"
             )
         return tuple(lowest_block(scores, count, self.free))
-
-    def seems_inside(self, budget: str, limit: float, count: int) -> bool:
-        """Whether the nested set of a size loses less than half of a budget on the few rows that found it."""
-        try:
-            self.nested(count)
-        except CutError:
-            return False
-        known = self._estimates.get(count)
-        return known is not None and Loss.of(budget, *known).mean < limit / 2
 
     def judge(self, sets: Iterable[tuple[tuple[int, ...], str]]) -> list[Candidate]:
         """Evaluate sets with the repair that each would really get, best first; those without one are left out.
@@ -228,9 +213,8 @@ class Search:
         steps = nested * (mapping + n * n // 2 * min(_STEP_ROWS, len(self._trying)))
         tries = 2 * mapping + n * n // 2 * min(_TRY_ROWS, len(self._trying))
         judging = n * (len(self.fitting) * bool(self.repair) + 2 * len(self.judging))
-        # Nested sets start with single layers; each step then needs the blocks beside the layer that went.
-        maps = n * (rounds + bool(nested)) + 2 * nested if self._in_front else 0
-        announce(self.walk, self.judging, steps + rounds * tries + judged * judging, maps, what)
+        runs = steps + rounds * tries + judged * judging
+        announce(self.walk, self.judging, what, 1.3 * runs, 0)  # the head takes its share
 
     @property
     def most(self) -> int:
@@ -261,37 +245,31 @@ class Search:
             raise CutError(
                 f"no more than {plural(len(gone), 'layer')} may be dropped from this model; drop fewer, or protect fewer"
             )
-        dense, *outcomes = self._tried([(), *(tuple(sorted((*gone, i))) for i in left)], _STEP_ROWS)
-        known = dict(zip(left, outcomes, strict=True))
-        scored = {i: one.kl for i, one in known.items() if one is not None}
-        if not scored:
+        tried = self._tried([tuple(sorted((*gone, i))) for i in left], _STEP_ROWS)
+        if not tried:
             raise CutError(
                 f"repair={self.repair!r} works for none of the layers that are left; leave it out (repair=None)"
             )
-        # Free the maps of blocks that can't be needed again.
-        step = min(scored, key=scored.__getitem__)
+        best = min(tried, key=lambda drop: tried[drop].kl)
+        (step,) = set(best) - gone
         gone.add(step)
-        cut = known[step]
-        assert cut is not None, "it was scored"
-        assert dense is not None, "no layer is dropped"
-        self._estimates[len(gone)] = cut, dense
+        # Free the maps of blocks that can't be needed again.
         self._fits = {b: fit for b, fit in self._fits.items() if len(b) == 1 or not gone.isdisjoint(b)}
         return step
 
-    def _tried(self, sets: Sequence[tuple[int, ...]], rows: int) -> list[Outcome | None]:
-        """Outcomes on a few rows, with maps; `None` for a set that can't be repaired."""
-        runs = [[tuple(range(*run)) for run in blocks(drop)] for drop in sets]
+    def _tried(self, sets: Iterable[tuple[int, ...]], rows: int) -> dict[tuple[int, ...], Outcome]:
+        """Outcomes on a few rows, with maps, of the sets that can be repaired."""
+        runs = {drop: [tuple(range(*run)) for run in blocks(drop)] for drop in sets}
         if self._in_front:
-            self._fit({block for each in runs for block in each})
-        trials: list[Trial | None] = []
-        for drop, each in zip(sets, runs, strict=True):
+            self._fit({block for each in runs.values() for block in each})
+        trials: dict[tuple[int, ...], Trial] = {}
+        for drop, each in runs.items():
             fits = [self._fits[block] for block in each] if self._in_front else []
-            known = [fit for fit in fits if fit is not None]
-            changes = {fit.before: fit.applied for fit in known}
-            trials.append(Trial(drop, changes) if len(known) == len(fits) else None)
-        asked = [trial for trial in trials if trial is not None]
-        outcomes = iter(try_out(self.walk, self._trying.first(rows), asked) if asked else ())
-        return [None if trial is None else next(outcomes) for trial in trials]
+            changes = {fit.before: fit.applied for fit in fits if fit is not None}
+            if len(changes) == len(fits):
+                trials[drop] = Trial(drop, changes)
+        outcomes = try_out(self.walk, self._trying.first(rows), list(trials.values())) if trials else ()
+        return dict(zip(trials, outcomes, strict=True))
 
     def _fit(self, wanted: Collection[tuple[int, ...]]) -> None:
         """Fit the maps that are missing, all in one pass over the dense model."""
@@ -305,34 +283,3 @@ class Search:
 def changes_of(repair: Repair) -> dict[int, Callable[[nn.Module], AbstractContextManager]]:
     """A repair as the `changes` of a [`~trials.Trial`]."""
     return {index: partial(swapped, values=values) for index, values in repair.by_layer().items()}
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A loss of quality on the rows for judging, with its standard error over rows.
-
-    Args:
-        mean (`float`): Zero for the dense model; larger is worse.
-        error (`float`): Its standard error; infinite for a single row.
-        rows (`int`): The rows that it was measured on.
-    """
-
-    mean: float
-    error: float
-    rows: int
-
-    @classmethod
-    def of(cls, budget: str, cut: Outcome, dense: Outcome) -> Loss:
-        """What a budget limits: KL, the logarithm of the ratio of perplexities, or the share that disagrees."""
-        values = {
-            "max_kl": cut.rows[:, 1],
-            "max_perplexity_ratio": cut.rows[:, 0] - dense.rows[:, 0],
-            "min_top1_agreement": 1 - cut.rows[:, 2],
-        }[budget]
-        rows = len(values)
-        error = (values.std(correction=1) / math.sqrt(rows)).item() if rows > 1 else math.inf
-        return cls(values.mean().item(), error, rows)
-
-    def rows_needed(self, gap: float) -> int:
-        """How many rows it takes for the standard error to be less than a gap."""
-        return math.ceil(self.rows * (self.error / max(gap, 1e-12)) ** 2) + 1

@@ -15,19 +15,15 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CutError
 from ..layer_ranges import name_layers
 from ..options import plural, spell_bytes, spell_count
-from .sets import free_layers
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from ..options import ChoiceOptions
-    from .registry import Criterion
 
 logger = logging.getLogger(__name__)
 
-# How far a size may be off when it is summed layer by layer: headers, and each layer's slices of shared tensors.
-_SLACK = 0.02
 # Tokens in the cache while decoding is timed: a short chat.
 _SHORT_CONTEXT = 512
 
@@ -107,49 +103,35 @@ class Target:
         """Whether a cut meets it."""
         return self.left(drop) <= self.limit
 
-    def choose(
-        self,
-        num_layers: int,
-        criterion: Criterion,
-        options: ChoiceOptions,
-        protected: Collection[int],
-        pick: Callable[[int], Sequence[int]],
-    ) -> int:
+    def choose(self, num_layers: int, free: Collection[int], pick: Callable[[int], Sequence[int]]) -> int:
         """How many layers to drop: just enough to meet the target.
 
         Args:
             num_layers (`int`): How many layers the model has.
-            criterion (`Criterion`): How they are chosen.
-            options (`ChoiceOptions`): Which of them may be dropped.
-            protected (`Collection[int]`): Layers that the architecture requires to stay.
+            free (`Collection[int]`): The layers that may be dropped.
             pick (`Callable[[int], Sequence[int]]`): The layers that the criterion drops, by their number. It is called
                 once for each number that is tried.
 
         Raises:
             CutError: The model meets it as it is, or no cut does.
         """
-        free = free_layers(num_layers, 1, *criterion.protection(options), protected)
         most = min(len(free), num_layers - 1)
         if self.met_by(()):
             raise CutError(
-                f"{self.option}={self.spell(self.limit)} is met by the model as it is ({self.spell(self.left(()))}), so "
-                "there is nothing to drop; choose a stricter target"
+                f"{self} is met by the model as it is ({self.spell(self.left(()))}), so there is nothing to drop; choose a "
+                "stricter target"
             )
-        # The largest layers first: with fewer, no set can meet it.
-        by_size = sorted(free, key=self.of_layers.__getitem__, reverse=True)[:most]
-        count, left = 0, self.left(())
-        while left > self.limit * (1 + _SLACK):
-            if count == most:
-                raise self._out_of_reach(by_size, len(free) < num_layers)
-            left -= self.of_layers[by_size[count]]
+        # With fewer than it takes of the largest layers, no set meets it.
+        sizes = sorted((self.of_layers[i] for i in free), reverse=True)
+        count, picked = 1, cache(pick)
+        while count < most and self.left(()) - sum(sizes[:count]) > self.limit:
             count += 1
-        count, picked = max(1, count), cache(pick)
         while not self.met_by(picked(count)):
             if count == most:
                 raise self._out_of_reach(picked(count), len(free) < num_layers)
             count += 1
-        smallest = min(self.of_layers[i] for i in free)
-        while count > 1 and self.left(picked(count)) + smallest <= self.limit and self.met_by(picked(count - 1)):
+        # What layers share makes that sum inexact.
+        while count > 1 and self.left(picked(count)) + sizes[-1] <= self.limit and self.met_by(picked(count - 1)):
             count -= 1
         drop = picked(count)
         logger.info("%s: without %s, the model is %s", self, name_layers(drop), self.spell(self.left(drop)))

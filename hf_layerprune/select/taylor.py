@@ -87,7 +87,7 @@ def _backward(
 
     The sum of the weights' gradients has a factor for each batch, its share.
     """
-    weights = [weight for _, weight in weight_matrices(walk.layers[index], index)]
+    weights = weight_matrices(walk.layers[index], index)
     sums: list[Any] = [None] * len(weights)
     with walk.layer(index) as run, torch.enable_grad():
         for weight in weights:
@@ -103,13 +103,15 @@ def _backward(
                 down[number] = gradients.pop(0)
                 del output, hidden
                 for k in range(len(weights)):
-                    gradient, gradients[k] = gradients[k], None
+                    gradient, gradients[k] = gradients[k], None  # frees the memory
                     if gradient is None:
                         continue
-                    if sums[k] is not None:
+                    if len(batches) == 1:  # nothing is accumulated, so its dtype will do
+                        sums[k] = gradient
+                    elif sums[k] is None:
+                        sums[k] = gradient.float().mul_(shares[number])
+                    else:
                         sums[k].add_(gradient, alpha=shares[number])
-                    else:  # with a single batch, nothing is accumulated, so its dtype will do
-                        sums[k] = gradient if len(batches) == 1 else gradient.float().mul_(shares[number])
                     del gradient
         finally:
             for weight in weights:
@@ -154,15 +156,12 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(wanted)
 
 
-def state_bytes(walk: LayerWalk, calibration: CalibrationSet, layers: int) -> int:
-    """The size of the hidden states that enter the layers, in bytes."""
-    width = walk.model.config.get_text_config().hidden_size
-    return calibration.tokens * width * walk.model.dtype.itemsize * layers
-
-
 def _place_for_states(walk: LayerWalk, calibration: CalibrationSet, layers: int) -> torch.device:
-    """The device that keeps the hidden states: that of the walk, or the CPU if they would fill half of a GPU."""
-    needed, free = state_bytes(walk, calibration, layers), 0
+    """The device that keeps the states that enter all layers: that of the walk, or the CPU if they would fill half of a
+    GPU.
+    """
+    width = walk.model.config.get_text_config().hidden_size
+    needed, free = calibration.tokens * width * walk.model.dtype.itemsize * layers, 0
     for place in dict.fromkeys((walk.device, torch.device("cpu"))):
         free = free_bytes(place) // (1 if place.type == "cpu" else 2)
         if needed <= free:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 Change = Callable[[nn.Module], AbstractContextManager]
-Key = tuple[object, ...]
+Key = frozenset[object]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,9 @@ class Outcome:
 
     Args:
         loss (`float`): Mean negative log-likelihood per token, in nats.
-        kl (`float`): Mean KL(dense || cut) of the next-token distribution, over all positions, in nats.
+        kl (`float`): Mean KL(dense || cut) of the next-token distribution, over all positions, in nats. Unlike perplexity,
+            it is meaningful on any text, including text that the model wrote itself, and it detects changes that don't
+            affect the probability of the text's own next tokens.
         rows (`torch.Tensor`): Both numbers of each row, and the share of positions at which both have the same most
             likely token, `[rows, 3]`.
     """
@@ -64,19 +66,32 @@ class Outcome:
 
     @property
     def perplexity(self) -> float:
-        """`exp(loss)`, infinite where that overflows."""
+        """`exp(loss)`, infinite where that overflows (Shortened LLaMA, arXiv:2402.02834, section 3).
+
+        The code of arXiv:2411.15558 computes the same, on the text it also reports results on: the test split of
+        WikiText-2 in rows of 128 tokens. With one layer per step, this is the greedy removal of SLEB (arXiv:2402.09025).
+        """
         return math.exp(self.loss) if self.loss < 709 else math.inf
+
+    def quality(self, dense: Outcome) -> dict[str, float]:
+        """What the cut does to the model, with standard errors over rows; without what is not finite."""
+        nll, kl, agreement = self.rows.unbind(1)
+        of_rows = {"kl": kl, "perplexity_ratio": nll - dense.rows[:, 0], "top1_agreement": agreement}
+        found: dict[str, float] = {}
+        for name, values in of_rows.items():
+            mean, error = values.mean().item(), math.nan
+            if len(values) > 1:
+                error = values.std(correction=1).item() / math.sqrt(len(values))
+            if name == "perplexity_ratio":  # so far its logarithm
+                mean = math.exp(min(mean, 700))
+                error *= mean
+            found |= {name: mean, f"{name}_stderr": error}
+        return {name: round(value, 6) for name, value in found.items() if math.isfinite(value)}
 
 
 @torch.no_grad()
 def try_out(walk: LayerWalk, calibration: CalibrationSet, trials: Sequence[Trial]) -> list[Outcome]:
-    """Run the model with each of some cuts.
-
-    Args:
-        walk (`LayerWalk`): The dense model.
-        calibration (`CalibrationSet`): The text.
-        trials (`Sequence[Trial]`): The cuts.
-    """
+    """Run the dense model on the text with each of some cuts."""
     tracks = [*trials, Trial(())]
     rows = rows_per_pass(walk, calibration, tracks)
     size = min(rows, batch_rows(calibration))
@@ -108,7 +123,7 @@ def rows_per_pass(walk: LayerWalk, calibration: CalibrationSet, trials: Sequence
     samples, length = calibration.input_ids.shape
     width, size = walk.model.config.get_text_config().hidden_size, walk.model.dtype.itemsize
     # The hidden states kept after a layer, plus one set while it is computed.
-    most = max((len({move.after for move in moves}) for moves in _all_moves(walk.num_layers, trials)), default=1) + 1
+    most = max((len({_key(trial, i + 1) for trial in trials}) for i in range(walk.num_layers)), default=1) + 1
     rows = memory_for(walk) // (most * length * width * size)
     small = batch_rows(calibration)
     return max(1, min(samples, rows // small * small if rows >= small else rows))
@@ -116,43 +131,25 @@ def rows_per_pass(walk: LayerWalk, calibration: CalibrationSet, trials: Sequence
 
 def layer_runs(num_layers: int, trials: Sequence[Trial]) -> int:
     """How many layer runs each row takes, for a cost estimate."""
-    return sum(len({move for move in moves if move.runs}) for moves in _all_moves(num_layers, trials))
+    return sum(len({_key(trial, i + 1) for trial in trials if i not in trial.drop}) for i in range(num_layers))
 
 
-class _Move(NamedTuple):
-    """One layer of one trial: the keys of its hidden states before and after, and whether the layer runs."""
-
-    before: Key
-    after: Key
-    runs: bool
-
-
-def _all_moves(num_layers: int, trials: Sequence[Trial]) -> Iterator[list[_Move]]:
-    """For each layer, the move of each trial. Trials whose hidden states are the same have the same key."""
-    keys: list[Key] = [()] * len(trials)
-    for i in range(num_layers):
-        moves = []
-        for key, trial in zip(keys, trials, strict=True):
-            if i in trial.drop:
-                moves.append(_Move(key, (*key, i), False))
-            else:
-                moves.append(_Move(key, (*key, (i, id(trial))) if i in trial.changes else key, True))
-        yield moves
-        keys = [move.after for move in moves]
+def _key(trial: Trial, layer: int) -> Key:
+    """What the hidden states that enter a layer depend on. Trials with the same key share them."""
+    changed = {(i, id(trial)) for i in trial.changes if i < layer}
+    return frozenset(changed.union(i for i in trial.drop if i < layer))
 
 
 def _advance(
     walk: LayerWalk, batches: Sequence[Batch], trials: Sequence[Trial], bar: tqdm
 ) -> list[Sequence[torch.Tensor]]:
     """Run all trials through all layers; returns the final hidden states, by trial and batch."""
-    states: dict[Key, list[torch.Tensor]] = {(): [batch.hidden for batch in batches]}
+    states: dict[Key, list[torch.Tensor]] = {frozenset(): [batch.hidden for batch in batches]}
     for batch in batches:
         batch.hidden = batch.hidden.new_empty(0)  # frees the memory
-    moves: list[_Move] = [_Move((), (), False)] * len(trials)
-    for i, moves in enumerate(_all_moves(walk.num_layers, trials)):
-        layer = walk.layers[i]
-        new = {move.after: states[move.before] for move in moves if not move.runs}
-        todo = {move.after: (move.before, trial) for move, trial in zip(moves, trials, strict=True) if move.runs}
+    for i, layer in enumerate(walk.layers):
+        new = {_key(trial, i + 1): states[_key(trial, i)] for trial in trials if i in trial.drop}
+        todo = {_key(trial, i + 1): (_key(trial, i), trial) for trial in trials if i not in trial.drop}
         left = Counter(before for before, _ in todo.values())
         if todo:
             with walk.layer(i) as run:
@@ -167,7 +164,7 @@ def _advance(
                         del states[before], source
         states = new
         bar.update()
-    return [states[move.after] for move in moves]
+    return [states[_key(trial, walk.num_layers)] for trial in trials]
 
 
 def _compare(walk: LayerWalk, batch: Batch, states: Sequence[torch.Tensor]) -> torch.Tensor:

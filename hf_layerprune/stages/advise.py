@@ -12,23 +12,19 @@ import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import families
-from ..errors import CutError, LayerPruneError
+from ..errors import CutError
 from ..files.copy import check_file_target, write_text
 from ..heal.frontier import Expected, Frontier
 from ..layer_ranges import parse_layers
-from ..options import COUNTED_BY, CutOptions, declared, just, refuse_unused, spell_count, take, words_of
+from ..options import COUNTED_BY, CutOptions, declared, refuse_unused, spell_count, take, words_of
 from ..records.curve import quality_of
 from ..runtime.loading import load_config
 from ..runtime.windows import context_of
-from ..select.registry import find_criterion
 from ..select.sets import drop_count, free_layers
 from .requests import AdviseRequest, PruneRequest
-
-if TYPE_CHECKING:
-    from ..runtime.walk import LayerWalk
 
 _PAPER_SIZE = 5e9  # parameters; the paper's models have 6 to 9 billion
 _GOAL = 1.25  # the perplexity ratio that decides how many layers go unless an option does
@@ -107,11 +103,8 @@ def _amount(request: AdviseRequest, otherwise: float) -> dict[str, Any]:
     amount = request.target or request.budget
     if amount is None:
         return {"drop": otherwise}
-    plain = declared(AdviseRequest)
-    said = {name: getattr(request, name) for name in COUNTED_BY.get(amount, ())}
-    return {amount: getattr(request, amount)} | {
-        name: value for name, value in said.items() if value != plain[name].default
-    }
+    plain, names = declared(AdviseRequest), (amount, *COUNTED_BY.get(amount, ()))
+    return {name: value for name in names if (value := getattr(request, name)) != plain[name].default}
 
 
 def _like_the_paper(request: AdviseRequest, config: Any) -> Advice:
@@ -144,6 +137,7 @@ def _launch(request: AdviseRequest) -> tuple[str, ...]:
 
 
 def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
+    from ..repair.fit import fits_every_cut
     from ..select.cost import forward_seconds
     from .curve import curve_in
     from .rank import open_base, open_walk
@@ -154,11 +148,11 @@ def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
     walk = open_walk(request, *open_base(request))
     seconds = forward_seconds(walk, length)  # to read a token on this machine
     counts = _counts(config, curve)
-    repairable = [frontier for frontier in Frontier.every() if _takes(walk, frontier.source["heal"]["repair"])]
+    repairable = [frontier for frontier in Frontier.every() if fits_every_cut(walk, frontier.source["heal"]["repair"])]
     frontier, tokens = _best(repairable or Frontier.every(), request.minutes * 60, seconds, counts[-1] / n)
     expected = {count: _expected(frontier, curve, count, n, tokens) for count in counts}
     count = _count(request, config, expected)
-    here = expected.get(count) or _expected(frontier, curve, count, n, tokens)
+    here = expected.setdefault(count, _expected(frontier, curve, count, n, tokens))
     heal = frontier.source["heal"]
     point = curve[count - 1] if curve and count <= len(curve) else None
     which: dict[str, Any] = {"criterion": "angular_distance", "contiguous": True}
@@ -196,19 +190,8 @@ def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
         command = ("hf-layerprune", "prune", request.base, "pruned", *words_of(cut))
         settings = {}
     record["settings"] = settings
-    text = _told(request, frontier, expected | {count: here}, n, record)
+    text = _told(request, frontier, expected, n, record)
     return Advice(settings, command, text, record)
-
-
-def _takes(walk: LayerWalk, repair: str) -> bool:
-    """Whether every cut of a model takes a repair."""
-    from ..repair.fit import check_layers
-
-    try:
-        check_layers(walk, repair)
-    except LayerPruneError:
-        return False
-    return True
 
 
 def _best(
@@ -239,13 +222,8 @@ def _expected(frontier: Frontier, curve: list[dict[str, Any]] | None, count: int
 def _counts(config: Any, curve: list[dict[str, Any]] | None) -> range:
     """The numbers of layers that are considered: up to a quarter, or as far as the curve goes."""
     n = families.layer_count(config)
-    free = free_layers(
-        n, 1, *find_criterion("angular_distance").protection(CutOptions()), families.protected_layers(config)
-    )
-    most = min(len(free), n - 1, len(curve) if curve else max(1, n // 4))
-    if most < 1:
-        raise CutError("no layer of this model may be dropped; choose another model")
-    return range(1, most + 1)
+    most = min(n - len(families.protected_layers(config)), n - 1)
+    return range(1, min(most, len(curve) if curve else max(1, n // 4)) + 1)
 
 
 def _count(request: AdviseRequest, config: Any, expected: dict[int, Expected]) -> int:
@@ -255,14 +233,14 @@ def _count(request: AdviseRequest, config: Any, expected: dict[int, Expected]) -
         return drop_count(request.drop, n)
     if request.target is not None:
         return _for_target(request, config)
-    limits = {"kl": request.max_kl, "perplexity_ratio": request.max_perplexity_ratio or _GOAL}
-    name = "kl" if request.max_kl is not None else "perplexity_ratio"
-    known = {count: getattr(one, name) for count, one in expected.items() if not one.at_least}
-    inside = [count for count, loss in known.items() if loss <= (limits[name] or 0)]
+    name, limit = "perplexity_ratio", request.max_perplexity_ratio or _GOAL
+    if request.max_kl is not None:
+        name, limit = "kl", request.max_kl
+    inside = [count for count, one in expected.items() if not one.at_least and getattr(one, name) <= limit]
     if not inside and request.budget:
         least = getattr(expected[1], name)
         raise CutError(
-            f"{request.budget}={limits[name]:g} is less than the {least:.3g} expected after dropping one layer and healing for "
+            f"{request.budget}={limit:g} is less than the {least:.3g} expected after dropping one layer and healing for "
             f"{request.minutes:g} minutes; allow more loss or more time"
         )
     return max(inside, default=1)
@@ -277,9 +255,9 @@ def _for_target(request: AdviseRequest, config: Any) -> int:
         )
     target = Target.of(take(CutOptions, request), config, request.base, revision=request.revision)
     assert target is not None, "there is a target"
-    n, options = families.layer_count(config), take(CutOptions, request, **just(1))
-    criterion = find_criterion("reverse_order")
-    return target.choose(n, criterion, options, families.protected_layers(config), lambda k: range(n - k, n))
+    n = families.layer_count(config)
+    free = free_layers(n, 1, 0, 0, families.protected_layers(config))
+    return target.choose(n, free, lambda count: range(n - count, n))
 
 
 def _passes(settings: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 _PLOTS = ("curve.png", "curve.svg")
 _OURS = re.compile(r"curve\.(json|png|svg)")
-_SCHEMA_VERSION = 1
 _BEST_REPAIR = "refit"
 # The options that decide the points.
 _OPTIONS = (
@@ -74,10 +73,8 @@ class Curve:
 
     @property
     def knee(self) -> int | None:
-        """The number of layers beyond which quality falls off."""
-        from ..select.curve import knee
-
-        return knee(self.points)
+        """The number of layers beyond which quality falls off, if the curve has such a point."""
+        return self.record.get("knee")
 
     def __str__(self) -> str:
         heads = [
@@ -153,10 +150,9 @@ def make_curve(request: RankRequest) -> Curve:
         **{name: getattr(request, name) for name in _OPTIONS},
         "version": __version__,
     }
-    record: dict[str, Any] = {"schema_version": _SCHEMA_VERSION, "identity": identity, "points": [], "steps": []}
-    record["num_layers"] = n
-    if request.output is not None and (old := _earlier(request.output.expanduser(), identity, request.force)):
-        record = old
+    record = None if request.output is None else _earlier(request.output.expanduser(), identity, request.force)
+    if record is None:
+        record = {"schema_version": 1, "identity": identity, "points": [], "steps": [], "num_layers": n}
     if len(record["points"]) < up_to:
         _continue(request, record, free, up_to)
     elif not has_same_rows(record.get("calibration", {}), request):
@@ -164,12 +160,23 @@ def make_curve(request: RankRequest) -> Curve:
     points = record["points"][:up_to]
     curve = Curve(points, record)
     record["chosen"] = _chosen(request, curve, n)
-    record["knee"] = curve.knee
+    record["knee"] = knee(points)
     if request.output is not None:
         folder = request.output.expanduser()
         _write(folder, record)
         _draw(curve, folder)
     return curve
+
+
+def knee(points: list[dict[str, Any]]) -> int | None:
+    """The number of layers behind which quality falls off: the point that is farthest below the chord of the curve."""
+    kls = [0.0, *(quality_of(point)["kl"] for point in points)]
+    if len(kls) < 4 or kls[-1] <= 0:
+        return None
+    last = len(kls) - 1
+    below = [i / last - kl / kls[-1] for i, kl in enumerate(kls)]
+    best = max(range(len(kls)), key=below.__getitem__)
+    return best if 0 < best < last and below[best] > 0.05 else None
 
 
 def _last_point(request: RankRequest, num_layers: int, most: int) -> int:
@@ -191,7 +198,6 @@ def _continue(request: RankRequest, record: dict[str, Any], free: set[int], up_t
     """Find and measure the points that are missing."""
     from ..adapter.prepare import calibration_of
     from ..cut.sizes import Sizes
-    from ..select.curve import curve_points
     from ..select.decode_times import DecodeTimes, time_decoding
     from .rank import open_base, open_walk
 
@@ -199,9 +205,9 @@ def _continue(request: RankRequest, record: dict[str, Any], free: set[int], up_t
     sizes = Sizes(model.config, request.base, revision=request.revision)
     if "decode" not in record:
         times = time_decoding(model, sizes.context(request.context, 512), request.batch, device)
-        record["decode"] = {"layers": times.layers, "rest": times.rest, "device": times.device}
+        record["decode"] = asdict(times)
         record["dense"] = {"parameters": sizes.parameters(), "bytes": sizes.file_bytes()}
-    times = DecodeTimes(record["decode"]["layers"], record["decode"]["rest"])
+    times = DecodeTimes(**record["decode"])
     walk = open_walk(request, model, device)
     calibration = calibration_of(request, walk, request.revision)
     if record.setdefault("calibration", calibration.record()) != calibration.record():
@@ -209,7 +215,8 @@ def _continue(request: RankRequest, record: dict[str, Any], free: set[int], up_t
     search = _search(request, record, walk, calibration, free)
     left = up_to - len(record["points"])
     search.announce(f"a curve up to {plural(up_to, 'layer')}", left, left, left)
-    for point in curve_points(search, up_to, len(record["points"])):
+    for count in range(len(record["points"]) + 1, up_to + 1):
+        point = search.point(count)
         drop = parse_layers(point["layers"])
         point |= {
             "parameters": sizes.parameters(drop),
@@ -294,14 +301,10 @@ def point_of(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dict[st
     curve = curve_in(folder, request)
     record = curve.record
     count = _chosen(request, curve, record["num_layers"])
-    if count is None and request.budget:
-        raise CutError(
-            f"no point of {folder} meets {request.budget}={getattr(request, request.budget):g} by one standard error; allow more loss"
-        )
     if count is None:
+        way_out = "allow more loss" if request.budget else "ask for less, or extend the curve with rank --curve-up-to"
         raise CutError(
-            f"no point of {folder} meets the request: it drops up to {plural(len(curve.points), 'layer')}; ask for less, "
-            "or extend the curve with rank --curve-up-to"
+            f"no point of {folder}, which drops up to {plural(len(curve.points), 'layer')}, meets the request; {way_out}"
         )
     point = curve.points[count - 1]
     repair = request.repair or (record["repair"] if "repaired" in point else None)
@@ -347,18 +350,18 @@ def _check_known(request: AmountOptions) -> None:
 
 def _is_inside(point: dict[str, Any], name: str, value: float) -> bool:
     """Whether a point meets a target or, with one standard error, a budget."""
+    from ..select.budget import room
+
     best = quality_of(point)
     if name in ("target_params", "target_size"):
         return point["parameters" if name == "target_params" else "bytes"] <= value
     if name == "target_speedup":
         return point["speedup"] >= value
-    figure = {"max_kl": "kl", "max_perplexity_ratio": "perplexity_ratio"}.get(name, "top1_agreement")
-    error = best.get(f"{figure}_stderr")
-    if error is None:
+    if f"{name.partition('_')[2]}_stderr" not in best:
         raise CutError(
             f"{name} needs a standard error, and the curve has none; make it again with calibration_samples=8 or more"
         )
-    return best[figure] - error >= value if figure == "top1_agreement" else best[figure] + error <= value
+    return room(best, name, value) >= 0
 
 
 def _draw(curve: Curve, folder: Path) -> None:

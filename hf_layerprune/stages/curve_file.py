@@ -20,29 +20,23 @@ def read_curve(path: Path) -> dict[str, Any]:
         CheckpointError: It is something else.
     """
     record = read_object(path)
-    n, points, steps, decode = (record.get(name) for name in ("num_layers", "points", "steps", "decode"))
-    sound = (
-        type(n) is int
-        and isinstance(points, list)
-        and len(points) > 0
-        and all(is_point(point, n) and point["dropped"] == i for i, point in enumerate(points, 1))
-        and all(_is_number(point.get(name)) for point in points for name in ("parameters", "bytes", "speedup"))
-        and isinstance(steps, list)
-        and len(set(map(str, steps))) == len(steps)
-        and all(type(step) is int and 0 <= step < n for step in steps)
-        and isinstance(decode, dict)
-        and isinstance(decode.get("layers"), list)
-        and len(decode["layers"]) == n
-        and all(map(_is_number, [*decode["layers"], decode.get("rest")]))
-        and isinstance(record.get("dense"), dict)
-        and all(_is_number(record["dense"].get(name)) for name in ("parameters", "bytes"))
-        and isinstance(record.get("identity"), dict)
-        and record.get("repair") in (None, *REPAIRS)
-    )
+    try:
+        n, points, steps, dense, decode = (
+            record[name] for name in ("num_layers", "points", "steps", "dense", "decode")
+        )
+        figures = [point[name] for point in points for name in ("parameters", "bytes", "speedup")]
+        figures += [dense["parameters"], dense["bytes"], *decode["layers"], decode["rest"]]
+        sound = (
+            all(is_point(point, n) and point["dropped"] == i for i, point in enumerate(points, 1))
+            and all(not isinstance(figure, bool) and 0 <= figure < 1e18 for figure in figures)
+            and len(points) > 0
+            and len(decode["layers"]) == n
+            and len({range(n).index(step) for step in steps}) == len(steps)
+            and isinstance(record["identity"], dict)
+            and record["repair"] in (None, *REPAIRS)
+        )
+    except (KeyError, TypeError, ValueError):
+        sound = False
     if not sound:
         raise CheckpointError(f"{path} is not a curve; make it again with --force")
     return record
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e18

@@ -17,6 +17,7 @@ from ..calibration.documents import check_source
 from ..errors import CheckpointError, CutError, LayerPruneError, UnsupportedModelError
 from ..files.copy import write_text
 from ..files.folders import check_target, new_folder
+from ..layer_ranges import format_layers, name_layers
 from ..options import AMOUNTS, CutOptions, take
 from ..records.lineage import peak_rss, versions
 from ..runtime.loading import load_base, load_config
@@ -26,7 +27,6 @@ from ..select.targets import Target
 from .requests import AdviseRequest, RankRequest
 
 WalkRequest = RankRequest | AdviseRequest
-Opened = tuple[Any, "CalibrationSet | None", Target | None]
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
+_BEST_BLOCKS = 3
 # What a ranking consists of. A folder that holds anything else is not replaced.
 _OURS = re.compile(r"scores\.json|(choices|scores|blocks-\w+)\.(png|svg)")
 
@@ -62,10 +63,49 @@ class Ranking:
     record: dict[str, Any]
     on_text: bool = True
 
-    def __str__(self) -> str:
-        from ..select.report import report
+    @property
+    def of_layers(self) -> list[Scores]:
+        """The scores of single layers, but for those that are only an order."""
+        return [s for s in self.scores.values() if s.layers is not None and CRITERIA[s.criterion].needs != "count"]
 
-        return report(self.scores, self.drops, self.why, self.record["protect"])
+    def __str__(self) -> str:
+        rows = [[name, format_layers(gone), CRITERIA[name].what] for name, gone in self.drops.items()]
+        lines = _columns([["criterion", "would drop", "by"], *rows])
+        for name, reason in self.why.items():
+            lines += ["", f"{name}: {reason}"]
+        if shown := self.of_layers:
+            table = [["layer", *(s.criterion for s in shown)]]
+            for i, scores in enumerate(zip(*(s.layers or () for s in shown), strict=True)):
+                cells = zip(scores, shown, strict=True)
+                table.append([str(i), *(_cell(score, i in self.drops[s.criterion]) for score, s in cells)])
+            note = "layers with lower scores are dropped first; * would be dropped"
+            lines += ["", *_columns(table, right=True), "", note]
+        protected: dict[tuple[int, ...], list[str]] = {}
+        for name, layers in self.record["protect"].items():
+            protected.setdefault(tuple(layers), []).append(name)
+        for layers, names in protected.items():
+            if layers:
+                options = "--protect-first, --protect-last"
+                lines.append(f"{', '.join(names)}: {name_layers(layers)} may not be dropped ({options})")
+        for name, found in self.scores.items():
+            if CRITERIA[name].blocks_only:
+                length = len(self.drops[name])
+                ranked = sorted((score, block) for block, score in found.blocks.items() if len(block) == length)
+                best = ", ".join(f"{format_layers(block)} ({score:.4g})" for score, block in ranked[:_BEST_BLOCKS])
+                lines.append(f"{name}, blocks of {length}: {best}")
+        return "\n".join(lines)
+
+
+def _cell(score: float | None, dropped: bool) -> str:
+    return ("-" if score is None else f"{score:.4g}") + ("*" if dropped else " ")
+
+
+def _columns(rows: Sequence[Sequence[str]], right: bool = False) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.rjust(w) if right else cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def rank(request: RankRequest) -> Ranking:
@@ -79,7 +119,8 @@ def rank(request: RankRequest) -> Ranking:
     source = Path(request.base).expanduser()
     if request.output is not None:  # at once: before torch is imported
         check_target(request.output.expanduser(), source, request.force, replaces=_OURS)
-    from ..runtime.walk import LayerWalk
+    from ..adapter.prepare import calibration_of
+    from ..select.cost import announce, runs_of
     from ..select.runner import choose_layers
 
     # What is refused is refused before a weight is read.
@@ -90,11 +131,19 @@ def rank(request: RankRequest) -> Ranking:
     count = 1 if request.drop is None else drop_count(request.drop, n)
     free = _free(request, criteria, n, count, protected)
     start = time.perf_counter()
-    model, calibration, target = opened = _open(request, list(free), count)
+    dense, device = open_base(request)
+    # Sizes and times are those of the type in which the base is.
+    target = Target.of(request, dense.config, request.base, revision=request.revision, model=dense, device=device)
+    model, calibration = dense, None
+    if any(CRITERIA[name].needs == "text" for name in free):
+        model = open_walk(request, dense, device)
+        calibration = calibration_of(request, model, request.revision)
+        runs = runs_of(n, [name for name in free if name != "auto"], count, request.lengths)
+        announce(model, calibration, "scoring", *(len(calibration) * each for each in runs))
     if target is not None:  # what blocks are scored at: the number of layers that go if the last ones do
-        order = sorted(free_layers(n, 1, 0, 0, protected))
-        count = target.choose(n, find_criterion("reverse_order"), request, protected, lambda k: order[-k:])
-    scores, drops = _scored(request, opened, n, count, free, protected)
+        order = sorted(free_layers(n, 1, request.protect_first or 0, request.protect_last or 0, protected))
+        count = target.choose(n, order, lambda k: order[-k:])
+    scores, drops = _scored(request, model, calibration, target, n, count, free)
     why: dict[str, str] = {}
     found = {name: score.record() for name, score in scores.items()}
     if "auto" in free:
@@ -104,7 +153,7 @@ def rank(request: RankRequest) -> Ranking:
     record = {
         "schema_version": SCHEMA_VERSION,
         "base": request.base,
-        "commit": getattr((model.model if isinstance(model, LayerWalk) else model).config, "_commit_hash", None),
+        "commit": getattr(dense.config, "_commit_hash", None),
         "num_layers": n,
         **{name: value for name in AMOUNTS if (value := getattr(request, name)) is not None},
         "count": count,
@@ -129,16 +178,14 @@ def _free(
     request: RankRequest, criteria: Sequence[Criterion], n: int, count: int, protected: Collection[int]
 ) -> dict[str, set[int]]:
     """The layers that each criterion may drop. Of several criteria, those that may not drop enough are left out."""
-    free, refused = dict[str, set[int]](), dict[str, CutError]()
+    free: dict[str, set[int]] = {}
     for criterion in criteria:
         try:
             free[criterion.name] = free_layers(n, count, *criterion.protection(request), protected)
         except CutError as error:
-            refused[criterion.name] = error
-    if not free:
-        raise next(iter(refused.values()))
-    for name, why in refused.items():
-        logger.warning("%s is left out: %s", name, why)
+            if criterion is criteria[-1] and not free:
+                raise
+            logger.warning("%s is left out: %s", criterion.name, error)
     return free
 
 
@@ -170,15 +217,18 @@ def _checked(request: RankRequest, config: PreTrainedConfig) -> list[Criterion]:
 
 
 def _scored(
-    request: RankRequest, opened: Opened, n: int, count: int, free: Mapping[str, set[int]], protected: Collection[int]
+    request: RankRequest,
+    model: Any,
+    calibration: CalibrationSet | None,
+    target: Target | None,
+    n: int,
+    count: int,
+    free: Mapping[str, set[int]],
 ) -> tuple[dict[str, Scores], dict[str, list[int]]]:
     """The scores by all criteria but `auto`, and what each would drop."""
     from ..select.runner import score_layers
 
-    model, calibration, target = opened
     names = [name for name in free if name != "auto"]
-    if not names:
-        return {}, {}
     scores = score_layers(
         model, calibration, names, variant=request.variant, drop=count, lengths=request.lengths, seed=request.seed
     )
@@ -190,31 +240,8 @@ def _scored(
             score.blocks |= more[name].blocks
         return score.pick(count, free[name], request.contiguous)
 
-    counts = {
-        name: target.choose(n, find_criterion(name), request, protected, partial(pick, name)) if target else count
-        for name in scores
-    }
+    counts = {name: target.choose(n, free[name], partial(pick, name)) if target else count for name in scores}
     return scores, {name: pick(name, number) for name, number in counts.items()}
-
-
-def _open(request: RankRequest, names: Sequence[str], count: int) -> Opened:
-    """Open the model (as a `LayerWalk` if a criterion needs text), the calibration set and the target; log the cost."""
-    from ..adapter.prepare import calibration_of
-    from ..select.cost import estimate
-
-    model, device = open_base(request)
-    # Sizes and times are those of the type in which the base is.
-    target = Target.of(request, model.config, request.base, revision=request.revision, model=model, device=device)
-    if not any(CRITERIA[name].needs == "text" for name in names):
-        return model, None, target
-    walk = open_walk(request, model, device)
-    scored = [name for name in names if name != "auto"]
-    cost = estimate(
-        walk, request.calibration_samples, request.calibration_length, scored, count=count, lengths=request.lengths
-    )
-    if cost.layers:
-        logger.info("scoring takes %s", cost)
-    return walk, calibration_of(request, walk, request.revision), target
 
 
 def open_base(request: WalkRequest) -> tuple[Any, torch.device]:
@@ -228,8 +255,7 @@ def open_base(request: WalkRequest) -> tuple[Any, torch.device]:
     from ..runtime.devices import pick_device
 
     device = torch.device(pick_device(request.device))
-    dtype = request.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
-    return load_base(request.base, revision=request.revision, dtype=dtype), device
+    return load_base(request.base, revision=request.revision, dtype=request.dtype), device
 
 
 def open_walk(request: WalkRequest, model: Any, device: torch.device) -> LayerWalk:
@@ -239,43 +265,37 @@ def open_walk(request: WalkRequest, model: Any, device: torch.device) -> LayerWa
 
     if request.dtype == "auto" and device.type == "cpu":
         in_fast_precision(model)
-    return LayerWalk(model, device=None if device.type == "cpu" else device)
+    return LayerWalk(model, device=device)
 
 
 def _write(ranking: Ranking, folder: Path, num_layers: int) -> None:
     write_text(folder / "scores.json", json.dumps(ranking.record, indent=1, allow_nan=False) + "\n")
     try:
-        draw_ranking(ranking.scores, ranking.drops, num_layers, folder)
+        draw_ranking(ranking, num_layers, folder)
     except CheckpointError:  # a picture can't be written, so the disk may be full: all or nothing
         raise
     except LayerPruneError as error:  # matplotlib is not installed
         logger.warning("%s; only the scores are written", error)
 
 
-def draw_ranking(
-    scores: Mapping[str, Scores], drops: Mapping[str, Sequence[int]], num_layers: int, folder: Path
-) -> list[Path]:
-    """Draw the scores and what each criterion would drop; return the plots, each as PNG and as SVG.
+def draw_ranking(ranking: Ranking, num_layers: int, folder: Path) -> None:
+    """Draw the scores and what each criterion would drop; each plot as PNG and as SVG.
 
     Raises:
         LayerPruneError: matplotlib is not installed.
     """
     from ..publish.card import score_plots
 
-    of_layers = [s for s in scores.values() if s.layers is not None and CRITERIA[s.criterion].needs != "count"]
-    written = []
+    drops = ranking.drops
     for kind in ("png", "svg"):
-        written.append(folder / f"choices.{kind}")
-        score_plots.choices(drops, num_layers, written[-1])
-        if of_layers:
-            written.append(folder / f"scores.{kind}")
-            score_plots.layer_scores(of_layers, drops, written[-1])
-        for score in scores.values():
+        score_plots.choices(drops, num_layers, folder / f"choices.{kind}")
+        if ranking.of_layers:
+            score_plots.layer_scores(ranking.of_layers, drops, folder / f"scores.{kind}")
+        for name, score in ranking.scores.items():
             if score.blocks:
-                written.append(folder / f"blocks-{score.criterion}.{kind}")
-                drop = drops[score.criterion]
+                drop = drops[name]
                 # A criterion that also scores single layers may drop no block; the best one of that length is shown.
                 of_length = (block for block in score.blocks if len(block) == len(drop))
                 best = min(of_length, key=score.blocks.__getitem__, default=())
-                score_plots.block_scores(score, drop if CRITERIA[score.criterion].blocks_only else best, written[-1])
-    return written
+                shown = drop if CRITERIA[name].blocks_only else best
+                score_plots.block_scores(score, shown, folder / f"blocks-{name}.{kind}")
