@@ -111,7 +111,6 @@ def main(
     from datasets import Dataset
 
     from hf_layerprune.heal import preflight
-    from hf_layerprune.heal.checkpoints import TrainingStopped
     from hf_layerprune.heal.data import has_images
     from hf_layerprune.heal.describe import describe_command, describe_rows, row_settings, settings_of
     from hf_layerprune.heal.progress import show_progress
@@ -172,7 +171,7 @@ def main(
         with stage("heal", settings) as entry:
             trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
             if trainer.state.global_step < trainer.state.max_steps:  # such as by SIGTERM with --enable_jit_checkpoint
-                raise TrainingStopped(
+                raise LayerPruneError(
                     f"training was stopped after {trainer.state.global_step} of {trainer.state.max_steps} steps; go on with "
                     "--resume_from_checkpoint true"
                 )

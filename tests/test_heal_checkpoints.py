@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from hf_layerprune.heal.checkpoints import TrainingStopped, last_checkpoint
+from hf_layerprune.errors import LayerPruneError
+from hf_layerprune.heal.checkpoints import last_checkpoint
 from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.trainer import HealTrainer
 
@@ -107,7 +108,7 @@ def test_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(llama: Bench
 
     trainer.add_callback(Break())
     with pytest.raises(
-        TrainingStopped,
+        LayerPruneError,
         match=r"the loss is nan at step 4, in the batch of rows \d+(, \d+){3}; .*checkpoint-2 is the last good",
     ):
         trainer.train()
@@ -125,9 +126,9 @@ def test_weights_that_are_no_numbers_are_not_saved(llama: Bench, tmp_path: Path)
                 next(p for p in model.parameters() if p.requires_grad).data.fill_(float("inf"))
 
     trainer.add_callback(Break())
-    with pytest.raises(TrainingStopped, match="not finite after step 4"):
+    with pytest.raises(LayerPruneError, match="not finite after step 4"):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
-    with pytest.raises(TrainingStopped, match="checkpoint-2 is the last good"):
+    with pytest.raises(LayerPruneError, match="checkpoint-2 is the last good"):
         trainer.save_model(str(tmp_path / "trained"))
     assert not (tmp_path / "trained").exists()

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from hf_layerprune import drop_layers
 from hf_layerprune.errors import CheckpointError, LayerPruneError
-from hf_layerprune.heal.checkpoints import TrainingStopped, last_checkpoint
+from hf_layerprune.heal.checkpoints import last_checkpoint
 from hf_layerprune.heal.preflight import check_data
 from hf_layerprune.publish.requests import VerifyRequest
 from hf_layerprune.publish.verify.verdict import verify
@@ -207,7 +207,7 @@ def test_a_run_that_is_stopped_halfway_is_not_finished(
             control.should_save = control.should_training_stop = state.global_step == 3
 
     monkeypatch.setattr("hf_layerprune.heal.progress.show_progress", lambda trainer: trainer.add_callback(Stop()))
-    with pytest.raises(TrainingStopped, match="after 3 of 16 steps; go on with --resume_from_checkpoint true"):
+    with pytest.raises(LayerPruneError, match="after 3 of 16 steps; go on with --resume_from_checkpoint true"):
         run(recipe, words(base, tmp_path / "run", save_strategy="no"))
     assert last_checkpoint(tmp_path / "run")
     assert not (tmp_path / "run" / "model").exists()

@@ -1,4 +1,4 @@
-"""The checkpoints of an interrupted run, and the error that stops a run."""
+"""The checkpoints of an interrupted run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,7 @@ from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..errors import LayerPruneError
-
 logger = logging.getLogger(__name__)
-
-
-class TrainingStopped(LayerPruneError):
-    """Training can't continue, because the loss or a weight is not finite."""
 
 
 def last_checkpoint(folder: str | Path) -> str | None:

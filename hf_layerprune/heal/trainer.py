@@ -23,7 +23,7 @@ from ..families import check_stage
 from ..runtime.head import OutputHead
 from ..runtime.precision import in_fast_precision
 from .batches import Precomputed, StateCollator, real_tokens, taught_positions, token_counts
-from .checkpoints import TrainingStopped, last_checkpoint
+from .checkpoints import last_checkpoint
 from .config import HealConfig
 from .data import has_images
 from .features import FeaturePhase, leave_parameters_out, phased
@@ -190,7 +190,7 @@ class HealTrainer(SFTTrainer):
             `TrainOutput`: The result of [`~transformers.Trainer.train`].
 
         Raises:
-            TrainingStopped: The loss, or a weight of a checkpoint, is not finite.
+            LayerPruneError: The loss, or a weight of a checkpoint, is not finite.
             CheckpointError: The cache can't be written, or its disk is too small.
         """
         word = str(resume_from_checkpoint).lower()  # from a command line
@@ -238,7 +238,7 @@ class HealTrainer(SFTTrainer):
         if not torch.isfinite(loss):
             rows = ", ".join(map(str, inputs["rows"][:8].tolist())) if "rows" in inputs else ""
             where = f", in the batch of rows {rows}" if rows else ""
-            raise TrainingStopped(
+            raise LayerPruneError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}{where}; {self._way_back()}"
             )
         return loss
@@ -253,11 +253,11 @@ class HealTrainer(SFTTrainer):
         """Save the adapter, or the model; called by all processes.
 
         Raises:
-            TrainingStopped: A weight is not finite.
+            LayerPruneError: A weight is not finite.
         """
         broken = [n for n, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
         if broken:
-            raise TrainingStopped(
+            raise LayerPruneError(
                 f"{broken[0]} has a value that is not finite after step {self.state.global_step}; {self._way_back()}"
             )
         adapters = getattr(self.model, "peft_config", {}).values()
