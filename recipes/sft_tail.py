@@ -153,7 +153,7 @@ def main(
     if model_args.attn_implementation:
         kwargs["attn_implementation"] = model_args.attn_implementation
     model = load_student(student, method, **kwargs)
-    peft_config = adapter_config(student, method, **preflight.lora_settings(model_args))
+    peft_config = adapter_config(student, method, model_args)
     with boundary("can't train", "HF_LAYERPRUNE_DEBUG=1 shows where it came from", LayerPruneError):
         trainer = HealTrainer(
             model,
@@ -214,12 +214,11 @@ def check(
         raise CutError("specify the model with --model_name_or_path")
     preflight.check_training(training_args)
     preflight.check_data(script_args, dataset_args, row_args, training_args)
-    preflight.check_resume(training_args.resume_from_checkpoint)
     name, revision = model_args.model_name_or_path, revision_of(model_args)
     config = load_config(name, revision=revision)
     pruned = cut_of(config) is not None
     preflight.check_cut(cut_args, name, pruned)
-    preflight.check_method(training_args, model_args, cut_args, config)
+    preflight.check_method(training_args, model_args, config)
     student = Student.at(name, revision) if pruned else None
     base, base_revision = (student.base, student.revision) if student else (name, revision)
     preflight.check_teacher(training_args, script_args, row_args, base, base_revision, config)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from trl import ModelConfig
 
 from hf_layerprune.errors import CutError
 from hf_layerprune.families import Cut
@@ -148,7 +149,7 @@ def test_other_families(model_type: str, tmp_path: Path) -> None:
 
 
 def test_lora_learns_in_front_of_the_cut(middle: Bench) -> None:
-    lora = parse_method("lora").adapter(r=4, alpha=8, dropout=0.0, target_modules=None)
+    lora = parse_method("lora").adapter(ModelConfig(lora_r=4))
     trainer = middle.trainer(**FEATURES | {"method": "lora"}, peft_config=lora, max_steps=3)
     before = tuned(trainer)
     trainer.train()

@@ -11,6 +11,7 @@ from peft import get_peft_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
+from trl import ModelConfig
 
 from hf_layerprune import UnsupportedModelError
 from hf_layerprune.heal.methods import parse_method
@@ -110,7 +111,7 @@ def test_a_tuned_copy_of_the_head_is_taken_for_the_head(tmp_path: Path) -> None:
 
 def test_lora_in_the_head_is_part_of_it() -> None:
     """At the start LoRA does nothing, so the logits alone would not tell."""
-    lora = parse_method("lora").adapter(r=2, alpha=4, dropout=0.0, target_modules=["lm_head", "q_proj"])
+    lora = parse_method("lora").adapter(ModelConfig(lora_target_modules=["lm_head", "q_proj"]))
     output = OutputHead(get_peft_model(tiny_model("llama"), lora).get_base_model())
     assert not output.is_linear
     assert output.width == output.vocabulary

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
+from trl import ModelConfig
 
 from hf_layerprune import CutError, drop_layers
 from hf_layerprune.families import Cut
@@ -42,7 +43,7 @@ def test_names(name: str, parts: dict[str, int], head: bool, norm: bool) -> None
 def test_methods_that_train_no_whole_layers(name: str, adapter: bool) -> None:
     method = parse_method(name)
     assert not method.trains_layers
-    lora = method.adapter(r=2, alpha=4, dropout=0.0, target_modules=None)
+    lora = method.adapter(ModelConfig())
     assert (lora is not None) == adapter
 
 

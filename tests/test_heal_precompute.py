@@ -13,6 +13,7 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import ModelConfig
 
 from hf_layerprune.errors import CheckpointError, LayerPruneError
 from hf_layerprune.heal.methods import parse_method
@@ -227,7 +228,7 @@ def test_what_else_turns_it_off(llama: Bench, settings: dict[str, Any], why: str
 
 
 def test_lora_has_no_frozen_layers_but_can_have_a_teacher(llama: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    lora = parse_method("lora").adapter(r=4, alpha=8, dropout=0.0, target_modules=None)
+    lora = parse_method("lora").adapter(ModelConfig(lora_r=4, lora_dropout=0.0))
     trainer = llama.trainer("lora", peft_config=lora, loss="kd", max_steps=24)
     with caplog.at_level(logging.WARNING, "hf_layerprune"):
         trainer.train()

@@ -40,7 +40,7 @@ def test_only_a_model_that_was_cut_once_is_an_adapter_of_its_base(tmp_path: Path
     student = Student.at(tmp_path / f"{rounds}")
     assert student.whole_only == (rounds > 1)
     method = parse_method("last1")
-    model = get_peft_model(load_student(student, method), adapter_config(student, method))
+    model = get_peft_model(load_student(student, method), adapter_config(student, method, ModelConfig()))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -99,7 +99,7 @@ def test_a_trained_head_of_a_multimodal_model_is_untied_in_each_section_of_the_c
     tiny_model("gemma3").save_pretrained(tmp_path / "base")
     prune_to(PruneRequest(str(tmp_path / "base"), str(tmp_path / "cut"), drop_layers=[2]))
     student, method = Student.at(tmp_path / "cut"), parse_method("lm_head")
-    model = get_peft_model(load_student(student, method), adapter_config(student, method))
+    model = get_peft_model(load_student(student, method), adapter_config(student, method, ModelConfig()))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -121,7 +121,7 @@ def test_what_training_left_as_it_was_is_not_healed(tmp_path: Path) -> None:
     write_model(tmp_path / "base")
     prune_to(PruneRequest(str(tmp_path / "base"), str(tmp_path / "cut"), drop_layers=[2]))
     student, method = Student.at(tmp_path / "cut"), parse_method("last1")
-    model = get_peft_model(load_student(student, method), adapter_config(student, method))
+    model = get_peft_model(load_student(student, method), adapter_config(student, method, ModelConfig()))
     model.save_pretrained(tmp_path / "trained")
     with stage("heal", {}) as entry:
         pass
@@ -139,7 +139,7 @@ def test_an_evaluation_leaves_4_bit_weights_trainable(tmp_path: Path) -> None:
     ids, found = torch.arange(3, 43)[None], []
     for evaluated in (False, True):
         torch.manual_seed(0)
-        config = adapter_config(student, method, r=4, alpha=4, dropout=0.0, target_modules=None)
+        config = adapter_config(student, method, ModelConfig(lora_r=4))
         args = HealConfig(output_dir=str(tmp_path / "heal"), use_cpu=True, report_to="none")
         model: Any = load_student(student, method)
         model = HealTrainer(

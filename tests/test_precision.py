@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from trl import ModelConfig
 
 from hf_layerprune import LayerDropConfig, prune_with
 from hf_layerprune.errors import CutError
@@ -112,13 +113,12 @@ def test_training(slow: bool, base: Path, tmp_path: Path, method: str) -> None:
         save_strategy="no", disable_tqdm=True, per_device_train_batch_size=2, learning_rate=1e-2,
     )  # fmt: skip
     assert args.bf16 == (not slow)
-    lora: dict[str, Any] = {"r": 4, "alpha": 4, "dropout": 0.0, "target_modules": None}
     trainer = HealTrainer(
         load_student(student, way, dtype="auto"),
         args,
         train_dataset=rows(8),
         processing_class=word_tokenizer(),
-        peft_config=adapter_config(student, way, **lora),
+        peft_config=adapter_config(student, way, ModelConfig()),
     )
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     frozen = [p for p in trainer.model.parameters() if not p.requires_grad]

@@ -140,6 +140,7 @@ def _train(
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
+    from trl import ModelConfig
 
     from hf_layerprune.heal.config import HealConfig
     from hf_layerprune.heal.features import RATE
@@ -194,7 +195,7 @@ def _train(
         teacher=setting.dense if settings.distils else None,
         train_dataset=rows,
         processing_class=setting.tokenizer,
-        peft_config=adapter_config(student, method, r=16, alpha=32, dropout=0.0, target_modules=None),
+        peft_config=adapter_config(student, method, ModelConfig(lora_dropout=0.0)),
         callbacks=[] if tokens else [TimeIsOver()],
     )
     made = clock.spent

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CutError, LayerPruneError
@@ -17,6 +17,7 @@ from ..families import Cut
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+    from trl import ModelConfig
 
     from ..adapter.config import LayerDropConfig
 
@@ -43,14 +44,12 @@ def _behind(cut: Cut, n: int) -> Collection[int]:
 # --- adapters and how the model is loaded -----------------------------------------------------------------
 
 
-def _lora(
-    *, r: int, alpha: int, dropout: float, target_modules: list[str] | str | None = None, **more: Any
-) -> PeftConfig:
-    """LoRA on a pruned model: on every linear layer but the head, unless `target_modules` or another setting says where."""
-    from peft import LoraConfig
+def _lora(settings: ModelConfig) -> PeftConfig:
+    """TRL's LoRA, on every linear layer but the head unless the settings say where."""
+    from trl import get_peft_config
 
-    where = target_modules or (None if more.get("target_parameters") else "all-linear")
-    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=where, task_type="CAUSAL_LM", **more)
+    where = settings.lora_target_modules or (None if settings.lora_target_parameters else "all-linear")
+    return get_peft_config(replace(settings, use_peft=True, lora_target_modules=where))
 
 
 def _four_bits() -> dict[str, Any]:
@@ -92,7 +91,7 @@ class Tuning:
             `"[N]"` if it is optional and defaults to 1.
         lm_head (`bool`, defaults to `False`): Whether the head is trained.
         final_norm (`bool`, defaults to `False`): Whether the norm before the head is trained.
-        adapter (`Callable`, *optional*): For other methods: makes the PEFT config from the LoRA settings. Without
+        adapter (`Callable`, *optional*): For other methods: makes the PEFT config from the settings of LoRA. Without
             `adapter` and `layers`, all weights are trained.
         loading (`Callable[[], dict]`, *optional*): Extra arguments for `from_pretrained`; raises `LayerPruneError` if
             the method can't run.
@@ -105,7 +104,7 @@ class Tuning:
     number: str = ""
     lm_head: bool = False
     final_norm: bool = False
-    adapter: Callable[..., PeftConfig] | None = None
+    adapter: Callable[[ModelConfig], PeftConfig] | None = None
     loading: Callable[[], dict[str, Any]] | None = None
 
     def count(self, word: str) -> int | None:
@@ -196,10 +195,10 @@ class Method:
             tune_final_norm=any(part.final_norm for part, _ in self.parts),
         )
 
-    def adapter(self, **lora: Any) -> PeftConfig | None:
+    def adapter(self, settings: ModelConfig) -> PeftConfig | None:
         """The adapter of a method that does not train whole layers; `None` if all weights are trained."""
         make = self.parts[0][0].adapter
-        return None if make is None else make(**lora)
+        return None if make is None else make(settings)
 
     def loading(self) -> dict[str, Any]:
         """Extra arguments for `from_pretrained`."""

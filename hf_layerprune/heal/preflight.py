@@ -5,23 +5,19 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import fields, is_dataclass, replace
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, CutError, boundary
-from ..families import check_stage, check_trainable, layer_count
-from ..families.fields import cut_without
+from ..errors import CutError, boundary
+from ..families import check_stage, check_trainable
 from ..options import AMOUNTS, CutOptions, declared, refuse_unused
 from ..runtime.loading import load_config
 from ..runtime.model_class import model_without_weights, whole_models
 from ..runtime.windows import check_context
-from ..select.sets import drop_count
-from .features import trained_places
 from .methods import parse_method
 from .options import RowOptions
 from .self_data import SELF
-from .student import check_dense, cut_of
+from .student import check_dense
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,22 +26,13 @@ if TYPE_CHECKING:
 
     from .config import HealConfig
 
-# The options of TRL's `ModelConfig` that are used: for every method, and for LoRA alone, with PEFT's names.
+# The options of TRL's `ModelConfig` that are used: for every method, and for LoRA alone.
 _MODEL = ("model_name_or_path", "model_revision", "dtype", "attn_implementation", "trust_remote_code")
-_LORA = {
-    "lora_r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "lora_target_modules": "target_modules",
-    "lora_target_parameters": "target_parameters", "lora_modules_to_save": "modules_to_save",
-    "use_rslora": "use_rslora", "use_dora": "use_dora",
-}  # fmt: skip
-# Settings of the training that count something.
-_COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length")
+_LORA = (
+    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
+    "use_rslora", "use_dora",
+)  # fmt: skip
 _DATA = ("dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming")
-
-
-def lora_settings(model_args: ModelConfig) -> dict[str, Any]:
-    """The settings of LoRA; those that are not set have PEFT's defaults."""
-    found = {ours: getattr(model_args, name, None) for name, ours in _LORA.items()}
-    return {name: value for name, value in found.items() if value is not None or name == "target_modules"}
 
 
 def check_data(
@@ -59,7 +46,6 @@ def check_data(
     name = script_args.dataset_name
     if not all(is_dataclass(part) for part in dataset_args.datasets):
         raise CutError("each entry of `datasets` is a mapping with a path, such as `- path: rows.jsonl`")
-    refuse_unused(script_args, ["ignore_bias_buffers"], "in this recipe")
     if dataset_args.datasets:
         refuse_unused(script_args, ["dataset_name", *_DATA], "beside `datasets`, which the settings file names")
     elif not name:
@@ -71,24 +57,16 @@ def check_data(
         why = "with --dataset_name self, where the dense model writes the rows"
         refuse_unused(script_args, _DATA, why)
         refuse_unused(row_args, ["template", "rewrite_answers"], why)
-        if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
-            raise CutError(
-                "--eval_strategy needs evaluation rows, and --dataset_name self has none; leave it out, and measure the "
-                "finished model with --eval_texts or --eval_tasks"
-            )
-    if script_args.dataset_streaming or dataset_args.streaming:
-        if args.distils or row_args.rewrite_answers:
-            what = args.teacher_setting if args.distils else "--rewrite_answers"
-            raise CutError(f"{what} needs all rows at once; leave out --dataset_streaming (`streaming` in a file)")
-        if args.max_steps <= 0:
-            raise CutError("the number of streamed rows is not known; set --max_steps N")
+    if (script_args.dataset_streaming or dataset_args.streaming) and (args.distils or row_args.rewrite_answers):
+        what = args.teacher_setting if args.distils else "--rewrite_answers"
+        raise CutError(f"{what} needs all rows at once; leave out --dataset_streaming (`streaming` in a file)")
 
 
 def check_training(args: HealConfig) -> None:
     """Check the settings of the training itself, before anything is read.
 
     Raises:
-        CutError: A setting can't be followed or trains nothing, or it changes a tokenizer that is not kept.
+        CutError: A setting has no effect, or changes a tokenizer that is not kept.
     """
     refuse_unused(args, ["model_init_kwargs"], "in this recipe, which has --dtype and --attn_implementation")
     for name in ("chat_template_path", "eos_token"):
@@ -97,21 +75,10 @@ def check_training(args: HealConfig) -> None:
                 f"--{name} changes the tokenizer only during training: the finished model has the one of its base, with which "
                 "verify compares it; change it in a copy of the base, and specify that copy with --model_name_or_path"
             )
-    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
-        name = "max_steps" if args.max_steps == 0 else "num_train_epochs"
-        raise CutError(f"--{name} {getattr(args, name):g} trains nothing; raise it")
-    if args.learning_rate == 0:
-        raise CutError("--learning_rate 0 trains nothing; raise it, or leave it out for the method's own")
-    for name in _COUNTS:
-        count = getattr(args, name)
-        if count is not None and count < 1:
-            raise CutError(f"--{name} {count} must be at least 1")
     if args.activation_offloading and args.device.type == "cpu":
         raise CutError(
             "--activation_offloading frees memory of a GPU, and training would run on the CPU; leave it out"
         )
-    if args.eval_strategy == "no":
-        refuse_unused(args, ["do_eval", "eval_on_start", "load_best_model_at_end"], "without --eval_strategy")
 
 
 def check_cut(cut_args: CutOptions, name: str, pruned: bool) -> None:
@@ -128,12 +95,11 @@ def check_cut(cut_args: CutOptions, name: str, pruned: bool) -> None:
         refuse_unused(cut_args, AMOUNTS, "beside drop_layers, which say which layers go")
 
 
-def check_method(args: HealConfig, model_args: ModelConfig, cut_args: CutOptions, config: PreTrainedConfig) -> None:
+def check_method(args: HealConfig, model_args: ModelConfig, config: PreTrainedConfig) -> None:
     """Check that a model can be trained as a method asks, as far as that is known before the cut.
 
     Raises:
-        CutError: The method trains more layers than are left, or does not use a setting of the model; or ZeRO-3 rules out
-            distillation.
+        CutError: The method does not use a setting of the model, or ZeRO-3 rules out distillation.
         UnsupportedModelError: This model type can't be healed.
         LayerPruneError: The method can't run here.
     """
@@ -153,20 +119,6 @@ def check_method(args: HealConfig, model_args: ModelConfig, cut_args: CutOptions
         refuse_unused(model_args, _LORA, f"with --method {args.method}, unlike with lora")
     if method is not None:
         method.loading()
-        method.layers(cut_of(config) or _expected_cut(cut_args, layer_count(config)))
-    cut = cut_of(config) or (_expected_cut(cut_args, layer_count(config)) if cut_args.drop_layers else None)
-    if args.features and cut is not None:
-        trains = method is not None and method.trains_layers
-        layers = method.layers(cut) if method is not None and trains else cut.keep
-        trained_places(cut, [cut.new_index[layer] for layer in layers])
-
-
-def _expected_cut(cut_args: CutOptions, num_layers: int) -> Any:
-    """A cut of as many layers as the options name, or of a single layer if a target or a budget decides the number."""
-    if cut_args.drop_layers:
-        return cut_without(cut_args.drop_layers, num_layers)
-    count = 1 if cut_args.drop is None else drop_count(cut_args.drop, num_layers)
-    return cut_without(range(num_layers - count, num_layers), num_layers)
 
 
 def check_teacher(
@@ -233,7 +185,7 @@ def rehearse(
     args = copy.deepcopy(args)
     args.features = 0.0  # which depends on the cut
     kernels = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
-    lora = None if args.method == "auto" else parse_method(args.method).adapter(**lora_settings(model_args))
+    lora = None if args.method == "auto" else parse_method(args.method).adapter(model_args)
     logging.disable(logging.INFO)  # training says it again
     try:
         with TemporaryDirectory() as folder, boundary("can't train", kind=CutError):
@@ -248,19 +200,3 @@ def rehearse(
             trainer.accelerator.free_memory()  # or all later steps would be taken for those of an unfinished loop
     finally:
         logging.disable(logging.NOTSET)
-
-
-def check_resume(word: Any) -> None:
-    """Check the checkpoint to go on from.
-
-    Raises:
-        CheckpointError: A path is not that of a complete checkpoint.
-    """
-    from transformers.trainer import TRAINER_STATE_NAME
-
-    named = word is not None and str(word).lower() not in ("true", "false")
-    if named and not (Path(word) / TRAINER_STATE_NAME).is_file():
-        raise CheckpointError(
-            f"{word} has no {TRAINER_STATE_NAME}, so it is not a checkpoint; specify a folder checkpoint-N, or use "
-            "--resume_from_checkpoint true for the last one"
-        )

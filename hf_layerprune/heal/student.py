@@ -24,6 +24,7 @@ from .methods import Method, choose_method, parse_method
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedConfig, PreTrainedModel
+    from trl import ModelConfig
 
 logger = logging.getLogger(__name__)
 
@@ -135,14 +136,14 @@ def load_student(student: Student, method: Method, **from_pretrained_kwargs: Any
     return model
 
 
-def adapter_config(student: Student, method: Method, **lora: Any) -> PeftConfig | None:
+def adapter_config(student: Student, method: Method, settings: ModelConfig) -> PeftConfig | None:
     """The adapter config of a method, with these settings of LoRA; `None` for `full`.
 
     The adapter of a method that trains whole layers has the dense model as its base: it records the cut, and holds the
     trained and the repaired weights. A LoRA adapter has the folder of the pruned model as its base.
     """
     if not method.trains_layers:
-        return method.adapter(**lora)
+        return method.adapter(settings)
     base = None if student.whole_only else student.base
     config = method.tail_config(student.cut, base or str(student.folder))
     config.revision = student.revision if base else None
