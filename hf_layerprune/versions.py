@@ -94,11 +94,6 @@ def trl_pads_by_itself() -> bool:
     return _is_at_least("trl", "1.16")
 
 
-def trl_shortens_batches() -> bool:
-    """Whether TRL cuts rows to `max_length` as it makes batches of them; else, as it prepares them."""
-    return not _is_at_least("trl", "1.8")
-
-
 def trl_drops_rows_without_labels() -> bool:
     """Whether TRL drops rows whose prompt fills `max_length`, which would have no labels."""
     return _is_at_least("trl", "1.10")

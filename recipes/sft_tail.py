@@ -129,8 +129,7 @@ def main(
     dense = training_args.teacher or (student.base if student else named)
     evaluation = eval_request(output / "model", dense, measure_args)
     tokenizer = load_tokenizer(named, revision=revision)
-    data = Sources.read(script_args, dataset_args, training_args)
-    data = data.shaped(row_args, training_args, tokenizer, named, revision)
+    data = Sources.read(script_args, dataset_args, row_args, training_args, tokenizer, named, revision)
     processor = load_processor(named, revision=revision) if has_images(data.train) else tokenizer
     rows = data.train
     if rows is None:  # they are written by the dense model, which comes later
@@ -203,8 +202,6 @@ def check(
     from hf_layerprune.heal.student import Student, cut_of
     from hf_layerprune.runtime.loading import load_config
 
-    if os.path.isfile(training_args.output_dir):
-        raise CheckpointError(f"--output_dir {training_args.output_dir} is a file; choose a folder")
     for folder in (Path(str(training_args.output_dir)) / name for name in ("model", "adapter")):
         if os.path.lexists(folder):
             raise CheckpointError(f"{folder} exists already; choose another --output_dir, or remove it")
@@ -297,8 +294,6 @@ def write_rows(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Dataset:
     """Rows that the dense model writes, or whose answers it rewrites; all processes share the work."""
-    from accelerate.state import PartialState
-
     from hf_layerprune.heal.self_data import Writer
     from hf_layerprune.heal.stage import weights_dtype
     from hf_layerprune.runtime.loading import load_base
@@ -308,9 +303,8 @@ def write_rows(
     source, revision = str(training_args.teacher), training_args.teacher_revision
     dense: Any = load_base(source, revision=revision, dtype=weights_dtype(student))
     dense = in_fast_precision(dense.to(training_args.device))
-    share = training_args.process_index, training_args.world_size
     folder = Path(str(training_args.output_dir)) / "self"
-    writer = Writer(dense, tokenizer, folder, training_args.row_seed, share, PartialState().wait_for_everyone)
+    writer = Writer(dense, tokenizer, folder, training_args.row_seed)
     if rows is None:
         return writer.rows(row_args.self_rows, row_args.self_length)
     return writer.rewritten(rows, row_args.rewrite_max_tokens, row_args.rewrite_temperature)

@@ -121,16 +121,13 @@ GOOD = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
             [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}],
             "row 1 .* None in column completion",
         ),
-        (
-            [GOOD, {"input_ids": [5, 6, 128]}],
-            r"row 1 .* \[5, 6, 128\] in column input_ids, which needs .* ids below 128",
-        ),
-        ([GOOD | {"input_ids": [5, -1, 6]}], "row 0 .* in column input_ids"),
-        ([GOOD | {"input_ids": [5, None, 6]}], "row 0 .* in column input_ids"),
-        ([{"input_ids": "w5 w6"}], "row 0 .* 'w5 w6' in column input_ids"),
-        ([GOOD | {"labels": [6, 7]}], "in column labels, which needs as many values as in input_ids, 3,"),
-        ([GOOD | {"labels": [-1, 6, 7]}], r"in column labels, which needs .* below 128, or -100 for no label"),
-        ([GOOD | {"completion_mask": [0, 1]}], "in column completion_mask"),
+        ([GOOD, {"input_ids": [5, 6, 128]}], r"row 1 .* 'input_ids': \[5, 6, 128\], .* needs token ids below 128"),
+        ([GOOD | {"input_ids": [5, -1, 6]}], "row 0 .* in column input_ids and labels"),
+        ([GOOD | {"input_ids": [5, None, 6]}], "row 0 .* in column input_ids and labels"),
+        ([{"input_ids": "w5 w6"}], "row 0 .* 'w5 w6'} in column input_ids"),
+        ([GOOD | {"labels": [6, 7]}], "as many in each column"),
+        ([GOOD | {"labels": [-1, 6, 7]}], "or -100 for no label"),
+        ([GOOD | {"completion_mask": [0, 1]}], "in column input_ids and labels and completion_mask"),
     ],
 )
 def test_values_that_can_not_be_trained_on(rows: list[dict[str, Any]], message: str) -> None:
@@ -285,21 +282,6 @@ def test_what_a_mixture_holds_out_is_drawn_by_the_seed(tmp_path: Path) -> None:
     assert len(held_out(1)) == 15
     assert held_out(1) == held_out(1)
     assert held_out(1) != held_out(2)
-
-
-@pytest.mark.parametrize("damage", ["{", '["a"]', "1", '{"input_ids": [3]}', "[[3], 4]", "null"])
-def test_rows_of_an_earlier_run_that_are_damaged(tmp_path: Path, damage: str) -> None:
-    model = tiny_model("llama")
-
-    def write() -> Dataset:
-        return Writer(model, word_tokenizer(), tmp_path, 0).rows(2, 8)
-
-    rows = write().to_list()
-    assert [len(row["input_ids"]) for row in rows] == [8, 8]
-    (part,) = tmp_path.glob("*/part-*")
-    part.write_text(f"{part.read_text()[:-1]}, {damage}]")
-    with pytest.raises(CheckpointError, match=str(tmp_path)):
-        write()
 
 
 def test_answers_are_rewritten_by_greedy_decoding(tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from peft import get_peft_model
 from trl import ModelConfig
 
@@ -91,19 +89,6 @@ def test_other_names(name: str) -> None:
 )
 def test_layers_in_the_base(name: str, drop: list[int], layers: list[int]) -> None:
     assert parse_method(name).layers(cut(drop)) == layers
-
-
-@given(drop=st.sets(st.integers(0, 7), min_size=1, max_size=7), beside=st.integers(1, 4))
-def test_layers_beside_a_cut_stay_and_touch_it(drop: set[int], beside: int) -> None:
-    found = parse_method(f"cut{beside}").layers(cut(sorted(drop)))
-    assert not set(found) & drop
-    kept = [i for i in range(8) if i not in drop]
-    for i in found:
-        others = kept[: kept.index(i)], kept[kept.index(i) + 1 :]
-        # With so many kept layers or fewer between them, there is a dropped one before or behind.
-        assert any(sum(d < k < i for k in others[0]) < beside for d in drop if d < i) or any(
-            sum(i < k < d for k in others[1]) < beside for d in drop if d > i
-        )
 
 
 def test_more_layers_than_there_are() -> None:

@@ -6,14 +6,13 @@ Neither the layers after the cut nor the head run, so a step costs a fraction of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import CutError
 from ..families import Cut
-from ..families.layout import find_decoder_layers
 from ..runtime.prefix import Prefix, first_trained_layer
 from .student import cut_of
 
@@ -43,33 +42,6 @@ def boundaries(cut: Cut) -> dict[int, int]:
         front = sum(layer < last for layer in cut.keep)
         if front and (last + 1 in kept or last + 1 == cut.num_layers):
             found[front] = last + 1
-    return found
-
-
-def trained_places(cut: Cut | None, layers: Collection[int]) -> dict[int, int]:
-    """The [`boundaries`] with a trained layer before them.
-
-    Args:
-        cut (`Cut`, *optional*): The cut; `None` for a model that was not pruned.
-        layers (`Collection[int]`): The layers that are trained, as indices in the pruned model.
-
-    Returns:
-        `dict[int, int]`: As [`boundaries`].
-
-    Raises:
-        CutError: There are none.
-    """
-    if cut is None:
-        raise CutError("features reproduces what dropped layers did, and this model was not pruned; use features=0")
-    places = boundaries(cut)
-    found = {front: dense for front, dense in places.items() if any(layer < front for layer in layers)}
-    if not places:
-        raise CutError("features trains the layers before the cut, but the first layers were dropped; use features=0")
-    if not found:
-        raise CutError(
-            "features trains the layers before the cut, and none of them is trained; use --method behind2 or cut2 "
-            '(tune_layers="cut"), or features=0'
-        )
     return found
 
 
@@ -116,12 +88,21 @@ class FeaturePhase:
         model (`PreTrainedModel`): The pruned model, without PEFT's wrapper.
 
     Raises:
-        CutError: No layer before the cut is trained.
+        CutError: No layer before the cut is trained, or the model was not pruned.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        trained = range(first_trained_layer(model), len(find_decoder_layers(model).layers))
-        places = trained_places(cut_of(model.config), trained)
+        cut, first = cut_of(model.config), first_trained_layer(model)
+        if cut is None:
+            raise CutError(
+                "features reproduces what dropped layers did, and this model was not pruned; use features=0"
+            )
+        places = {front: dense for front, dense in boundaries(cut).items() if first < front}
+        if not places:
+            raise CutError(
+                "features trains the layers before the cut, and none of them is trained; use --method behind2 or cut2 "
+                '(tune_layers="cut"), or features=0'
+            )
         self._depths = tuple(places)
         # After how many of its layers the dense model's states are wanted.
         self.wanted = tuple(places.values())

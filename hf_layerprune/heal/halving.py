@@ -7,6 +7,7 @@ parts of a batch add up to those of the batch, and a step still has as many rows
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ class Halving:
         self._most: int | None = None
         self._step = -1
         self._seen: list[Batch] = []
-        self._before: tuple[int, dict[str, list[Any]]] = (0, {})
+        self._before: tuple[int, Any] = (0, {})
 
     def run(self, one: Callable[[Batch], torch.Tensor], batch: Batch) -> torch.Tensor:
         """Run forward and backward for the next batch of a step, and return its loss.
@@ -52,8 +53,7 @@ class Halving:
         trainer = self._trainer
         if trainer.state.global_step != self._step:
             self._step, self._seen = trainer.state.global_step, []
-            metrics = {name: list(values) for name, values in trainer._metrics["train"].items()}
-            self._before = trainer._total_train_tokens, metrics
+            self._before = copy.deepcopy((trainer._total_train_tokens, trainer._metrics["train"]))
         self._seen.append(batch)
         again = [batch]
         while True:
@@ -67,9 +67,7 @@ class Halving:
                 return losses[-1]
             # The gradients of this step are incomplete, so all of its batches run again.
             trainer.model.zero_grad()
-            trainer._total_train_tokens = self._before[0]
-            trainer._metrics["train"].clear()
-            trainer._metrics["train"].update({name: list(values) for name, values in self._before[1].items()})
+            trainer._total_train_tokens, trainer._metrics["train"] = copy.deepcopy(self._before)
             free_memory()
             again = self._seen
 

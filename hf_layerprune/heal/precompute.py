@@ -78,11 +78,6 @@ class _Run:
             logger.warning("all layers run in every step: %s", self.why_not)
         if prefix is None and not args.distils:
             return Precomputed()
-        if is_split_by_deepspeed(self.model):
-            raise LayerPruneError(
-                f"{args.teacher_setting} needs the dense model whole, but DeepSpeed ZeRO-3 splits every model; use ZeRO-2, "
-                "FSDP or DDP, or loss=ce without features"
-            )
         if not self.datasets:
             raise LayerPruneError(
                 f"{args.teacher_setting} does not work with streamed data; use loss=ce without features, or do not stream"

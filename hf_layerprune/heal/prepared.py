@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from ..errors import CutError, LayerPruneError
 from ..runtime.windows import context_of
-from ..versions import trl_drops_rows_without_labels, trl_shortens_batches
+from ..versions import trl_drops_rows_without_labels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -46,9 +46,7 @@ def labelled_rows(rows: Any, args: HealConfig, given: Any, what: str = "training
     if limit is not None and masks and not trl_drops_rows_without_labels():
         rows = rows.filter(lambda row: any(map(all, zip(*(row[name][:limit] for name in masks), strict=True))))
     taught = "labels" if "labels" in rows.column_names else "input_ids"
-    if not any(
-        token != -100 for tokens in rows[taught] for token in tokens[1:]
-    ):  # nothing predicts a row's first token
+    if not any(token != -100 for tokens in rows[taught] for token in tokens[1:]):  # nothing predicts the first
         raise LayerPruneError(
             f"none of the {count} {what} rows has a labelled token within max_length={limit}, after its first token: they "
             "are empty, or their prompts are longer; raise --max_length, or check the rows"
@@ -71,15 +69,13 @@ def check_lengths(train: Dataset, evaluated: Any, config: PreTrainedConfig, args
         CutError: A row, or a text packed into one, has more tokens than the model has positions.
     """
     others = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
-    most, limit = context_of(config), args.max_length
-    if most is not None and limit is not None and limit <= most and trl_shortens_batches() and not args.padding_free:
-        return
+    most, limit = context_of(config), None if args.padding_free else args.max_length
     for rows in (train, *others):
         if most is None or not isinstance(rows, Dataset):
             continue
         packed = "seq_lengths" in rows.column_names
         longest = max(map(max, rows["seq_lengths"]) if packed else map(len, rows["input_ids"]), default=0)
-        if longest > most:
+        if min(longest, limit or longest) > most:  # TRL below 1.8 cuts rows only as it makes batches of them
             raise CutError(f"a row has {longest} tokens, and the model {most} positions; use max_length={most}")
 
 

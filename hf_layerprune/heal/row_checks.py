@@ -53,20 +53,12 @@ def check_chats(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase) ->
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer with the template.
 
     Raises:
-        CutError: It does not take one, or there are no rows.
+        CutError: It does not take one.
     """
     from datasets import Dataset
     from trl import is_conversational
 
-    first = next(iter(rows), None)
-    if first is None:
-        raise CutError(f"{name} has no rows; specify a set with rows to train on")
-    pair = [isinstance(first[part], list) for part in ("prompt", "completion") if part in first]
-    if "input_ids" not in first and len(set(pair)) == 2:
-        raise CutError(
-            f"{name} has text and messages side by side; make prompt and completion both text, or both messages"
-        )
-    if "input_ids" in first or not is_conversational(first) or not isinstance(rows, Dataset):
+    if not isinstance(rows, Dataset) or not rows or "input_ids" in rows.column_names or not is_conversational(rows[0]):
         return
     for index, row in enumerate(rows.select(range(min(len(rows), _CHATS)))):
         tools, more = row.get("tools"), row.get("chat_template_kwargs", {})
@@ -96,25 +88,19 @@ def check_text(rows: Dataset, name: str, columns: Sequence[str], *, messages: bo
 
 def _check_ids(rows: Dataset, name: str, columns: Sequence[str], vocab_size: int | None) -> None:
     for first, table in _tables(rows, columns):
-        if _are_ids(table, columns, vocab_size):
-            continue
-        for row, values in enumerate(table.to_pylist(), first):
-            ids = values["input_ids"]
-            for column in columns:
-                if not _is_whole(values[column], column, vocab_size):
-                    most = "" if vocab_size is None else f" below {vocab_size}"
-                    needs = f"a list of token ids{most}" + ", or -100 for no label" * (column == "labels")
-                    raise _error(name, row, column, values[column], needs)
-                if len(values[column]) != len(ids):
-                    raise _error(name, row, column, values[column], f"as many values as in input_ids, {len(ids)},")
+        if not _are_ids(table, vocab_size):
+            row = next(row for row in range(len(table)) if not _are_ids(table.slice(row, 1), vocab_size))
+            most = "" if vocab_size is None else f" below {vocab_size}"
+            needs = f"token ids{most}, as many in each column, or -100 for no label"
+            raise _error(name, first + row, " and ".join(columns), table.slice(row, 1).to_pylist()[0], needs)
 
 
-def _are_ids(table: Any, columns: Sequence[str], vocab_size: int | None) -> bool:
-    """Whether a whole table is valid, checked column by column, which is fast."""
+def _are_ids(table: Any, vocab_size: int | None) -> bool:
+    """Whether every row has lists of ids of the same length, checked column by column, which is fast."""
     from pyarrow import compute, types
 
     lengths = None
-    for column in columns:
+    for column in table.column_names:
         lists = table[column].combine_chunks()
         if not (types.is_list(lists.type) or types.is_large_list(lists.type)) or lists.null_count:
             return False
@@ -128,14 +114,6 @@ def _are_ids(table: Any, columns: Sequence[str], vocab_size: int | None) -> bool
         if least is not None and (least < 0 or (vocab_size is not None and most >= vocab_size)):
             return False
     return True
-
-
-def _is_whole(values: Any, column: str, vocab_size: int | None) -> bool:
-    """Whether one row of a column is a list of ids."""
-    if not isinstance(values, list) or not all(isinstance(value, int) for value in values):
-        return False
-    ids = [value for value in values if column != "labels" or value != _UNLABELLED]
-    return all(value >= 0 and (vocab_size is None or value < vocab_size) for value in ids)
 
 
 def _tables(rows: Dataset, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
+from torch.nn.utils.rnn import pad_sequence
 
 from ..calibration.self_text import write_text_with
 from ..errors import CheckpointError, CutError, boundary
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 SELF = "self"
 # Rows in a part, which are written at the same time; on a GPU, a thousand take about as long as a hundred.
 _ROWS_A_PART, _ROWS_A_PART_ON_DEVICE = 64, 1024
@@ -50,16 +50,12 @@ class Writer:
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         folder (`Path`): Where parts are kept.
         seed (`int`): Seed of the sampling.
-        share (`tuple[int, int]`, *optional*): Rank of this process, and number of processes.
-        wait (`Callable`, *optional*): Waits for the other processes.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     folder: Path
     seed: int
-    share: tuple[int, int] = (0, 1)
-    wait: Callable[[], None] = lambda: None
 
     def rows(self, count: int, length: int) -> Dataset:
         """Generate training rows.
@@ -83,12 +79,9 @@ class Writer:
             begins = self.tokenizer if part % 2 == 0 else None
             return write_text_with(self.model, begins, size, length, self.seed + part).tolist()
 
-        def use(rows: list[list[int]]) -> Dataset:
-            ids = [list(map(int, row)) for row in rows]
-            return Dataset.from_dict({"input_ids": ids, "labels": ids})
-
         settings = ("rows", count, length, str(self.tokenizer.chat_template))
-        return self._in_parts(-(-count // in_a_part), make, use, *settings)
+        ids = self._in_parts(-(-count // in_a_part), make, *settings)
+        return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
     def rewritten(self, rows: Dataset, max_tokens: int, temperature: float) -> Dataset:
         """Replace the answers of a data set with the model's own (arXiv:2410.09982).
@@ -124,24 +117,20 @@ class Writer:
         # Batch prompts of similar length, to keep padding low.
         order = sorted(fitting, key=lambda i: len(prompts[i]))
 
-        kept = [name for name in FOR_TEMPLATES if name in rows.column_names]
-
         def make(part: int) -> list[tuple[int, str]]:
             chosen = order[part * _ANSWERS_A_PART : (part + 1) * _ANSWERS_A_PART]
             torch.manual_seed(self.seed + part)
             answers = self._answers([prompts[i] for i in chosen], max_tokens, temperature)
             return list(zip(chosen, answers, strict=True))
 
-        def use(made: list[tuple[int, str]]) -> list[dict[str, Any]]:
-            shaped = []
-            for i, answer in sorted((int(i), str(answer)) for i, answer in made if answer):
+        parts = -(-len(order) // _ANSWERS_A_PART)
+        kept = [name for name in FOR_TEMPLATES if name in rows.column_names]
+        shaped = []
+        for i, answer in sorted(self._in_parts(parts, make, "answers", prompts, max_tokens, temperature)):
+            if answer:
                 prompt = rows[i]["prompt"]
                 completion = answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
                 shaped.append({name: rows[i][name] for name in kept} | {"prompt": prompt, "completion": completion})
-            return shaped
-
-        parts = -(-len(order) // _ANSWERS_A_PART)
-        shaped = self._in_parts(parts, make, use, "answers", prompts, max_tokens, temperature)
         if not shaped:
             raise CheckpointError(
                 f"no answer of the dense model ends within {max_tokens} tokens; raise --rewrite_max_tokens"
@@ -170,16 +159,16 @@ class Writer:
         """One answer for each prompt; empty if it did not end within `max_tokens`."""
         model, tokenizer = self.model, self.tokenizer
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[padding] * (longest - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        left: Any = {"batch_first": True, "padding_side": "left"}
+        ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], padding_value=padding, **left)
+        mask = pad_sequence([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts], **left)
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
         settings = {"max_new_tokens": max_tokens, "pad_token_id": padding, "do_sample": False} | sampling
 
         def answer(part: torch.Tensor) -> list[list[int]]:
             part = part.to(model.device)
             generate: Any = model.generate
-            return generate(part[:, 0], attention_mask=part[:, 1], **settings)[:, longest:].tolist()
+            return generate(part[:, 0], attention_mask=part[:, 1], **settings)[:, ids.shape[1] :].tolist()
 
         written = in_batches(torch.stack([ids, mask], 1), len(ids), answer, "leave out the longest rows")
         ends = model.generation_config.eos_token_id
@@ -190,11 +179,10 @@ class Writer:
             answers.append(str(tokenizer.decode(row[:ended], skip_special_tokens=True)).strip())
         return answers
 
-    def _in_parts(
-        self, parts: int, make: Callable[[int], list[Any]], use: Callable[[list[Any]], T], *settings: Any
-    ) -> T:
-        """Make the missing parts, and use the rows of all parts, some of which may come from an earlier run."""
-        rank, world = self.share
+    def _in_parts(self, parts: int, make: Callable[[int], list[Any]], *settings: Any) -> list[Any]:
+        """Make the missing parts, and return the rows of all parts, some of which may come from an earlier run."""
+        processes = PartialState()
+        rank, world = processes.process_index, processes.num_processes
         known = hash_tensors(self.model.named_parameters(), *settings, self.seed)
         folder = self.folder / known[:16]
         folder.mkdir(parents=True, exist_ok=True)
@@ -202,7 +190,6 @@ class Writer:
         mine = [part for part in range(rank, parts, world) if not paths[part].is_file()]
         for part in progress_bar(mine, desc="the dense model writes", unit="part", disable=True if rank else None):
             write_text(paths[part], json.dumps(make(part)))
-        self.wait()
+        processes.wait_for_everyone()
         logger.info("the rows that the dense model wrote are in %s", folder)
-        with boundary(f"can't use the rows in {folder}", "remove it, and they are written again"):
-            return use([row for path in paths for row in parse_json(read_text(path), str(path))])
+        return [row for path in paths for row in parse_json(read_text(path), str(path))]

@@ -37,67 +37,53 @@ class Sources:
     test: Dataset | None = None
 
     @classmethod
-    def read(cls, script_args: ScriptArguments, dataset_args: DatasetMixtureConfig, args: HealConfig) -> Sources:
-        """Read the rows that are named, those to evaluate on only if there is an `eval_strategy`.
-
-        Raises:
-            CutError: A split does not exist.
-            CheckpointError: A data set can't be read.
-        """
-        name = str(script_args.dataset_name)
-        if dataset_args.datasets:
-            parts = [asdict(part) for part in dataset_args.datasets]
-            splits = load_mixture(dataset_args, args.row_seed)
-        else:
-            parts = [{"path": name, "name": script_args.dataset_config, "split": script_args.dataset_train_split}]
-            if name == SELF:
-                return cls(parts)
-            splits = load_rows(name, config=script_args.dataset_config, streaming=script_args.dataset_streaming)
-        train, evaluated = pick_split(splits, script_args.dataset_train_split, cls(parts).name), None
-        if args.eval_strategy != "no":
-            evaluated = pick_split(splits, script_args.dataset_test_split, cls(parts).name)
-        return cls(parts, train, evaluated)
-
-    @property
-    def name(self) -> str:
-        """The data sets as errors name them."""
-        return "+".join(part["path"] for part in self.parts)
-
-    def shaped(
-        self,
+    def read(
+        cls,
+        script_args: ScriptArguments,
+        dataset_args: DatasetMixtureConfig,
         row_args: RowOptions,
         args: HealConfig,
         tokenizer: PreTrainedTokenizerBase,
         model: str,
         revision: str | None = None,
     ) -> Sources:
-        """The same rows in the form that the trainer takes, for a model with this tokenizer.
+        """Read the rows that are named, in the form that the trainer takes, for a model with this tokenizer.
+
+        Those to evaluate on are read only if there is an `eval_strategy`.
 
         Raises:
-            CutError: They can't be used as the options say.
+            CutError: A split does not exist, or the rows can't be used as the options say.
+            CheckpointError: A data set can't be read.
         """
+        if dataset_args.datasets:
+            parts = [asdict(part) for part in dataset_args.datasets]
+            splits = load_mixture(dataset_args, args.row_seed)
+        elif script_args.dataset_name == SELF:
+            return cls([{"path": SELF}])
+        else:
+            name, config_name = str(script_args.dataset_name), script_args.dataset_config
+            parts = [{"path": name, "name": config_name, "split": script_args.dataset_train_split}]
+            splits = load_rows(name, config=config_name, streaming=script_args.dataset_streaming)
+        name = "+".join(part["path"] for part in parts)
         config = load_config(model, revision=revision)
-        reads_images, vocabulary = bool(placeholders(config)), getattr(config.get_text_config(), "vocab_size", None)
-        processor = partial(load_processor, model, revision=revision) if reads_images else None
+        vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+        processor = partial(load_processor, model, revision=revision) if placeholders(config) else None
+        field, whole = args.dataset_text_field, args.assistant_only_loss and not row_args.rewrite_answers
 
-        def shape(rows: Dataset | None) -> Dataset | None:
-            if rows is None:
-                return None
-            field, whole = args.dataset_text_field, args.assistant_only_loss and not row_args.rewrite_answers
-            shaped = shape_rows(rows, tokenizer, row_args.template, self.name, field, processor, whole)
-            check_rows(shaped, self.name, field, vocabulary)
-            if not has_images(shaped):
-                check_chats(shaped, self.name, tokenizer)
-                columns = set(shaped.column_names or ("completion",))  # unknown of some that are streamed
-                if args.completion_only_loss and not columns & {"completion", "completion_mask", "labels"}:
-                    raise CutError(
-                        f"--completion_only_loss needs completions, and {self.name} has only text; leave it out"
-                    )
-            return shaped
+        def shaped(split: str) -> Dataset:
+            rows = pick_split(splits, split, name)
+            rows = shape_rows(rows, tokenizer, row_args.template, name, field, processor, whole)
+            check_rows(rows, name, field, vocabulary)
+            if has_images(rows):
+                return rows
+            check_chats(rows, name, tokenizer)
+            columns = set(rows.column_names or ("completion",))  # unknown of some that are streamed
+            if args.completion_only_loss and not columns & {"completion", "completion_mask", "labels"}:
+                raise CutError(f"--completion_only_loss needs completions, and {name} has only text; leave it out")
+            return rows
 
-        train, evaluated = shape(self.train), shape(self.test)
+        train = shaped(script_args.dataset_train_split)
         if row_args.rewrite_answers and has_images(train):
-            raise CutError(
-                f"{self.name} has images, and --rewrite_answers rewrites answers to text alone; leave it out"
-            )
-        return Sources(self.parts, train, evaluated)
+            raise CutError(f"{name} has images, and --rewrite_answers rewrites answers to text alone; leave it out")
+        test = shaped(script_args.dataset_test_split) if args.eval_strategy != "no" else None
+        return cls(parts, train, test)

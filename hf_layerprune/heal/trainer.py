@@ -65,8 +65,7 @@ class HealTrainer(SFTTrainer):
 
     Raises:
         CutError: A row is longer than the model's context, or a trained weight is offloaded.
-        LayerPruneError: No row has a token to learn within `max_length`, the settings exclude each other, or `args` or
-            `model` is something else.
+        LayerPruneError: No row has a token to learn within `max_length`, or the settings exclude each other.
         UnsupportedModelError: This model type can't be healed.
     """
 
@@ -76,12 +75,6 @@ class HealTrainer(SFTTrainer):
     data_collator: StateCollator
 
     def __init__(self, model: Any, args: HealConfig, *, teacher: PreTrainedModel | None = None, **kwargs: Any) -> None:
-        if not isinstance(args, HealConfig):
-            raise LayerPruneError(
-                f"args is {type(args).__name__}; use HealConfig, which takes the same arguments and more"
-            )
-        if not hasattr(model, "config"):
-            raise LayerPruneError(f"model is {type(model).__name__}; pass a model, such as prune_with returns")
         check_stage(model.config, "heal")
         if args.router_aux_loss_coef is None:
             args.router_aux_loss_coef = 0.0  # the routers of the frozen layers do not run in training
@@ -215,20 +208,19 @@ class HealTrainer(SFTTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule of the learning rate; see [`~transformers.Trainer`]."""
-        if self.lr_scheduler is not None or not self.args.features:
-            return super().create_scheduler(num_training_steps, optimizer)
-        rate: float = self.args.learning_rate or 0.0
-        own: Any = optimizer or self.optimizer
-        usual = super().create_scheduler(num_training_steps, torch.optim.SGD([torch.zeros(1)], lr=rate))
-        self.lr_scheduler = None
+        known = self.lr_scheduler is not None
+        usual = super().create_scheduler(num_training_steps, optimizer)
+        if known or not self.args.features:
+            return usual
         if not isinstance(usual, LambdaLR):
             logger.warning(
                 "%s has no separate phases: features are trained at its learning rate", type(usual).__name__
             )
-            return super().create_scheduler(num_training_steps, optimizer)
+            return usual
         first = math.ceil(self.args.features * num_training_steps - _SAME)
         warmup = self.args.get_warmup_steps(num_training_steps)
-        self.lr_scheduler = LambdaLR(own, phased(usual.lr_lambdas[0], first, num_training_steps, warmup))
+        phases = phased(usual.lr_lambdas[0], first, num_training_steps, warmup)
+        self.lr_scheduler = LambdaLR(usual.optimizer, phases)
         return self.lr_scheduler
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -273,13 +265,6 @@ class HealTrainer(SFTTrainer):
         if prefix is not None and self.model is self.plain_model:  # a whole model, not an adapter
             state_dict = (state_dict or self.model.state_dict()) | prefix.state_dict()
         super()._save(output_dir, state_dict)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        prefix = self.data_collator.precomputed.prefix
-        if prefix is not None:  # a checkpoint of a whole model has its weights, which are not in the model now
-            away = prefix.state_dict().keys()
-            load_result.unexpected_keys[:] = [name for name in load_result.unexpected_keys if name not in away]
-        super()._issue_warnings_after_load(load_result)
 
     def _way_back(self) -> str:
         last = last_checkpoint(str(self.args.output_dir))

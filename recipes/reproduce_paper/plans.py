@@ -10,15 +10,15 @@ import fnmatch
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hf_layerprune.errors import LayerPruneError
-from hf_layerprune.measure.tasks import PAPER
+from hf_layerprune.errors import CutError
 from hf_layerprune.records.fingerprints import sha256_of
 from hf_layerprune.select.registry import CRITERIA
 
@@ -29,10 +29,6 @@ CONFIGS = HERE.parent / "configs"
 _BY_THE_ROW = ("model_name_or_path", "drop", "criterion", "datasets", "test_split_size", "output_dir")
 # The paper's numbers that a row may have, besides those of single tasks.
 FIGURES = ("mean", "wikitext2", "ptb", "trainable_millions", "memory_gb", "seconds")
-
-
-class UsageError(LayerPruneError):
-    """An invalid command line or file of rows."""
 
 
 @dataclass(frozen=True)
@@ -192,79 +188,34 @@ def defaults() -> dict[str, Any]:
     return yaml.safe_load((HERE / "defaults.yaml").read_text(encoding="utf-8"))
 
 
-def read_rows(folder: Path = ROWS) -> dict[str, Row]:
-    """Read all rows.
-
-    Args:
-        folder (`Path`): The folder with the tables' files, each of which maps names to rows.
+def read_rows() -> dict[str, Row]:
+    """Read all rows from the tables' files, each of which maps names to rows.
 
     Returns:
         `dict[str, Row]`: By name, such as `table1/llama-taylor`, in alphabetical order.
-
-    Raises:
-        UsageError: A file is not a valid table; the message names the row and the field.
     """
     rows = {}
-    for path in sorted(folder.glob("*.yaml"), key=lambda path: path.name.lower()):
-        try:
-            table = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(table, dict):
-            raise UsageError(f"{path} must map names to rows")
-        for name in sorted(table, key=str.lower):
-            rows[f"{path.stem}/{name}"] = _read_row(f"{path.stem}/{name}", table[name])
+    for path in sorted(ROWS.glob("*.yaml"), key=lambda path: path.name.lower()):
+        table = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for short, fields in sorted(table.items(), key=lambda item: item[0].lower()):
+            name = f"{path.stem}/{short}"
+            rows[name] = Row(name=name, **fields | {"texts": tuple(fields.get("texts", ()))})
     return rows
 
 
-def _read_row(name: str, said: Any) -> Row:
-    if not isinstance(said, dict):
-        raise UsageError(f"{name} must have fields such as model and method, and has none")
-    known = {one.name for one in fields(Row)} - {"name"}
-    for field_name in said:
-        if field_name not in known:
-            raise UsageError(f"{name} has a field {field_name!r}; a row may have {', '.join(sorted(known))}")
-    for field_name in ("model", "method", "paper"):
-        if field_name not in said:
-            raise UsageError(f"{name} has no {field_name!r}")
-    row = Row(name=name, **said | {"texts": tuple(said.get("texts", ()))})
-    _check(row)
-    return row
-
-
-def _check(row: Row) -> None:
-    common = defaults()
-    for name, value, choices in (
-        ("model", row.model, common["models"]),
-        ("method", row.method, common["methods"]),
-        ("data", row.data, common["data"]),
-        ("criterion", row.criterion, [None, *CRITERIA]),
-        *(("tasks", task, PAPER) for task in row.paper.get("tasks", {})),
-        *(("paper", figure, (*FIGURES, "tasks", "removed")) for figure in row.paper),
-        *(("corrected", figure, row.paper) for figure in row.corrected),
-    ):
-        if value not in choices:
-            raise UsageError(f"{row.name}: {name} has {value!r}, and knows {', '.join(map(str, choices))}")
-    if row.criterion is None and row.method != "none":
-        raise UsageError(f"{row.name}: only a model of which layers were dropped is trained; specify a criterion")
-    for name, number in row.figures().items():
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise UsageError(f"{row.name}: {name} is {number!r}, and must be a number")
-
-
-def choose_rows(rows: dict[str, Row], patterns: list[str], matching: str | None) -> dict[str, Row]:
+def choose_rows(rows: dict[str, Row], patterns: list[str], matching: re.Pattern[str] | None) -> dict[str, Row]:
     """Pick rows by name.
 
     Args:
         rows (`dict[str, Row]`): All of them.
         patterns (`list[str]`): Names, or shell patterns such as `table1/llama-*`; a table stands for all its rows.
-        matching (`str`, *optional*): A regular expression to search for in the name.
+        matching (`re.Pattern`, *optional*): A regular expression to search for in the name.
 
     Returns:
         `dict[str, Row]`: Rows that match a pattern or the expression; all rows if neither is given.
 
     Raises:
-        UsageError: A pattern matches no row.
+        CutError: A pattern matches no row.
     """
     if not patterns and matching is None:
         return rows
@@ -273,16 +224,12 @@ def choose_rows(rows: dict[str, Row], patterns: list[str], matching: str | None)
         matches = [name for name in rows if fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}/")]
         if not matches:
             tables = ", ".join(dict.fromkeys(name.partition("/")[0] for name in rows))
-            raise UsageError(f"no row is called {pattern}; the tables are {tables}, and --list shows their rows")
+            raise CutError(f"no row is called {pattern}; the tables are {tables}, and --list shows their rows")
         chosen |= set(matches)
     if matching is not None:
-        try:
-            expression = re.compile(matching)
-        except re.error as error:
-            raise UsageError(f"--rows-matching {matching} is not a regular expression: {error}") from error
-        matches = [name for name in rows if expression.search(name)]
+        matches = [name for name in rows if matching.search(name)]
         if not matches:
-            raise UsageError(f"no row's name has {matching} in it; --list shows all")
+            raise CutError(f"no row's name has {matching.pattern} in it; --list shows all")
         chosen |= set(matches)
     return {name: row for name, row in rows.items() if name in chosen}
 
@@ -307,50 +254,57 @@ def make_plan(row: Row, options: Options) -> Plan:
         `Plan`: All settings.
 
     Raises:
-        UsageError: There is no such mistake or model.
+        CutError: There is no such mistake or model.
     """
     common = defaults()
     for name in options.mistakes:
         if name not in common["mistakes"]:
-            raise UsageError(f"there is no mistake {name!r}; there are {', '.join(common['mistakes'])}, and all")
+            raise CutError(f"there is no mistake {name!r}; there are {', '.join(common['mistakes'])}, and all")
     for word in options.models:
         if word not in ("*", *common["models"]):
-            raise UsageError(f"no row has a model {word!r}; they have {', '.join(common['models'])}")
+            raise CutError(f"no row has a model {word!r}; they have {', '.join(common['models'])}")
     mistakes = [name for name in concerning(row) if name in options.mistakes]
-    changes = [common["mistakes"][name] for name in mistakes]
-    model = options.models.get(row.model) or options.models.get("*") or common["models"][row.model]
-    plan = Plan(
-        model=model,
-        cut=_cut(row, options, changes),
+
+    def changed(part: str, settings: dict[str, Any]) -> dict[str, Any]:
+        """The settings, with the mistakes of the paper's code that are to be repeated."""
+        for name in mistakes:
+            settings = settings | common["mistakes"][name].get(part, {})
+        return settings
+
+    tune = _tune(row, options, changed)
+    return Plan(
+        model=options.models.get(row.model) or options.models.get("*") or common["models"][row.model],
+        cut=_cut(row, options, changed),
         per_step=row.per_step,
-        tune=_tune(row, options, changes),
-        data=_data(row, options, changes),
-        evaluate=_evaluate(row, options, changes),
+        tune=tune,
+        data=None if tune is None else _data(row, options, changed),
+        evaluate=_evaluate(row, options, changed),
         mistakes=tuple(mistakes),
         differences=tuple(options.differences()),
     )
-    return plan if plan.tune is not None else replace(plan, data=None)
 
 
-def _cut(row: Row, options: Options, changes: list[dict[str, Any]]) -> dict[str, Any] | None:
+Changed = Callable[[str, dict[str, Any]], dict[str, Any]]
+
+
+def _cut(row: Row, options: Options, changed: Changed) -> dict[str, Any] | None:
     if row.criterion is None:
         return None
-    cut = {**defaults()["cut"], "criterion": row.criterion}
+    common = defaults()["cut"]
+    cut = common | {"criterion": row.criterion}
     if row.drop is not None:
         cut["drop"] = row.drop
-    for change in changes:
-        cut |= change.get("cut", {})
+    cut = changed("cut", cut)
+    if options.calibration is not None:
+        cut |= {"calibration": options.calibration, "calibration_samples": common["calibration_samples"]}
     if row.calibration_samples is not None:
         cut["calibration_samples"] = row.calibration_samples
-    if options.calibration is not None:
-        cut["calibration"] = options.calibration
-        cut["calibration_samples"] = row.calibration_samples or defaults()["cut"]["calibration_samples"]
     if CRITERIA[row.criterion].needs != "text":
         cut = {name: value for name, value in cut.items() if not name.startswith("calibration")}
     return cut
 
 
-def _tune(row: Row, options: Options, changes: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _tune(row: Row, options: Options, changed: Changed) -> dict[str, Any] | None:
     common = defaults()
     method = common["methods"][row.method]
     if method is None:
@@ -358,8 +312,7 @@ def _tune(row: Row, options: Options, changes: list[dict[str, Any]]) -> dict[str
     settings = yaml.safe_load((CONFIGS / method["settings"]).read_text(encoding="utf-8"))
     settings = {name: value for name, value in settings.items() if name not in _BY_THE_ROW}
     settings |= common["tune"] | common["data"][row.data].get("tune", {}) | method.get("change", {})
-    for change in changes:
-        settings |= change.get("tune", {})
+    settings = changed("tune", settings)
     if options.max_steps is not None:
         # Keep the shape of the schedule: the paper warms up for 100 of about 1,555 steps.
         warm_up = round(options.max_steps * 100 / 1555)
@@ -369,25 +322,17 @@ def _tune(row: Row, options: Options, changes: list[dict[str, Any]]) -> dict[str
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def _data(row: Row, options: Options, changes: list[dict[str, Any]]) -> dict[str, Any]:
-    data = {name: value for name, value in defaults()["data"][row.data].items() if name != "tune"}
-    for change in changes:
-        data |= change.get("data", {})
-    if options.data is not None:
-        data["name"] = str(Path(options.data).resolve())
-    return data
+def _data(row: Row, options: Options, changed: Changed) -> dict[str, Any]:
+    data = changed("data", {name: value for name, value in defaults()["data"][row.data].items() if name != "tune"})
+    return data if options.data is None else data | {"name": options.data}
 
 
-def _evaluate(row: Row, options: Options, changes: list[dict[str, Any]]) -> dict[str, Any]:
-    evaluate = dict(defaults()["evaluate"])
-    for change in changes:
-        evaluate |= change.get("evaluate", {})
+def _evaluate(row: Row, options: Options, changed: Changed) -> dict[str, Any]:
+    evaluate = dict(changed("evaluate", defaults()["evaluate"]))
     if options.tasks_from is not None:
-        evaluate |= {"tasks": None, "tasks_from": str(Path(options.tasks_from).resolve())}
+        evaluate |= {"tasks": None, "tasks_from": options.tasks_from}
     if options.limit is not None:
-        evaluate["limit"] = options.limit
+        evaluate |= {"limit": options.limit}
     if options.windows is not None:
-        evaluate["windows"] = options.windows
-    wanted = {name: options.texts.get(name, name) for name in row.texts}
-    texts = wanted | {name: str(Path(source).resolve()) for name, source in options.texts.items()}
-    return evaluate | {"texts": texts}
+        evaluate |= {"windows": options.windows}
+    return evaluate | {"texts": {name: name for name in row.texts} | options.texts}

@@ -13,16 +13,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from plans import FIGURES, Plan, Row, UsageError, defaults
+from plans import FIGURES, Plan, Row, defaults
 
+from hf_layerprune.errors import CheckpointError
 from hf_layerprune.files.copy import write_text
+from hf_layerprune.files.json_file import read_object
 
 SCHEMA_VERSION = 1
 NOT_RUN = "not run"
 _UNITS = {"trainable_millions": "trained, millions", "memory_gb": "GPU memory, GB", "seconds": "training, s"}
 # Figures that have no standard error here, and depend on the machine.
 _OF_THE_MACHINE = ("memory_gb", "seconds")
-_SHARES = ("mean",)
 
 
 @dataclass
@@ -44,21 +45,14 @@ class Results:
         """Read results; there are none if the file does not exist.
 
         Raises:
-            UsageError: The file is damaged, or has another schema version.
+            CheckpointError: The file is damaged, or has another schema version.
         """
         if not path.is_file():
             return cls(path)
-        try:
-            said = json.loads(path.read_text(encoding="utf-8"))
-            if said["schema_version"] != SCHEMA_VERSION:
-                raise UsageError(f"{path} has schema version {said['schema_version']}, not {SCHEMA_VERSION}")
-            return cls(path, said["runs"], said["rows"])
-        except UsageError:
-            raise
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"{path} is damaged ({error}); remove it, and runs that are there are read again"
-            ) from error
+        said = read_object(path)
+        if said.get("schema_version") != SCHEMA_VERSION:
+            raise CheckpointError(f"{path} has no schema version {SCHEMA_VERSION}; remove it, and rows are run again")
+        return cls(path, said["runs"], said["rows"])
 
     def of(self, row: Row) -> dict[str, Any] | None:
         """The outcome of a row's last run."""
@@ -173,7 +167,7 @@ def removed(row: Row, outcome: dict[str, Any] | None) -> str:
     ours, theirs = (outcome or {}).get("removed", ""), str(row.paper.get("removed", ""))
     if not theirs or (outcome or {}).get("differences"):
         return ours
-    return f"{ours}{' ' if ours else ''}({'as' if ours == theirs else 'paper:'} {'the paper' if ours == theirs else theirs})"
+    return f"{ours} (as the paper)" if ours == theirs else f"{ours} (paper: {theirs})".strip()
 
 
 def markdown(rows: dict[str, Row], results: Results) -> str:

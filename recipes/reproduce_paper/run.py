@@ -13,14 +13,12 @@ are written to results.json and results.md in the output folder after each row.
 from __future__ import annotations
 
 import argparse
-import difflib
-import importlib.util
 import json
 import logging
 import os
+import re
 import signal
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -28,15 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from plans import HERE, Options, Plan, Row, UsageError, choose_rows, concerning, defaults, make_plan, read_rows
+from plans import Options, Plan, Row, choose_rows, concerning, defaults, make_plan, read_rows
 from results import NOT_RUN, Results, describe, lines_of, markdown, mistakes_text
 
-from hf_layerprune.errors import LayerPruneError
+from hf_layerprune.errors import CutError, LayerPruneError, explain
 from hf_layerprune.files.copy import write_text
+from hf_layerprune.files.folders import lock_folder
 from hf_layerprune.options import plural
-
-if os.name == "posix":
-    import fcntl
 
 logger = logging.getLogger("hf_layerprune.reproduce_paper")
 OUTPUT = Path("reproduce_paper_output")
@@ -49,7 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     rows = parser.add_argument_group("which rows")
     rows.add_argument("rows", nargs="*", metavar="ROW", help="names, tables or patterns: table7, 'table1/llama-*'")
     rows.add_argument("--rows", nargs="+", default=[], dest="more_rows", metavar="ROW", help="the same")
-    rows.add_argument("--rows-matching", metavar="REGEX", help="rows whose name matches a regular expression")
+    rows.add_argument(
+        "--rows-matching", type=re.compile, metavar="REGEX", help="rows whose name matches a regular expression"
+    )
     rows.add_argument("--all", action="store_true", help="every row")
     what = parser.add_argument_group("what to do")
     what.add_argument("--list", action="store_true", help="show rows, their status, and the paper's numbers")
@@ -58,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--list-mistakes", action="store_true", help="show the mistakes of the paper's code")
     how = parser.add_argument_group("how")
     how.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER", help=f"output folder ({OUTPUT})")
-    how.add_argument("--accelerate-config", type=Path, metavar="FILE", help="config file for accelerate launch")
+    how.add_argument("--accelerate-config", type=_path, metavar="FILE", help="config file for accelerate launch")
     how.add_argument("--device", default="auto", help="device for evaluation (auto)")
     how.add_argument("--keep-models", action="store_true", help="keep the weights of finished rows")
     how.add_argument(
@@ -77,14 +75,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     small.add_argument("--limit", type=_count, metavar="N", help="number of questions per task")
     small.add_argument(
-        "--tasks-from", type=Path, metavar="FOLDER", help="task files that replace the paper's eight tasks"
+        "--tasks-from", type=_path, metavar="FOLDER", help="task files that replace the paper's eight tasks"
     )
     small.add_argument("--text", action="append", default=[], metavar="[NAME=]FILE", help="a text for perplexity")
     small.add_argument("--windows", type=_count, metavar="N", help="number of windows per text")
     small.add_argument(
         "--calibration", metavar="TEXT", help="calibration text: self, a file, or a data set on the Hub"
     )
-    small.add_argument("--data", type=Path, metavar="FILE", help="training rows that replace each row's own")
+    small.add_argument("--data", type=_path, metavar="FILE", help="training rows that replace each row's own")
     small.add_argument("--max-steps", type=_count, metavar="N", help="number of training steps")
     small.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="another setting of recipes/sft_tail.py"
@@ -98,49 +96,46 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _path(text: str) -> str:
+    if not os.path.exists(text):
+        raise argparse.ArgumentTypeError(f"{text} does not exist")
+    return os.path.realpath(text)
+
+
 def read_options(args: argparse.Namespace) -> Options:
     """The changes to all rows that the arguments ask for.
 
     Raises:
-        UsageError: A file does not exist, or an argument is invalid.
+        CutError: A text does not exist, or an argument is invalid.
     """
-    for path, what in (
-        (args.tasks_from, Path.is_dir),
-        (args.data, Path.is_file),
-        (args.accelerate_config, Path.is_file),
-    ):
-        if path is not None and not what(path):
-            kind = "folder" if what is Path.is_dir else "file"
-            raise UsageError(f"{path} does not exist, or is not a {kind}")
     models: dict[str, str] = {}
     for word in args.model:
         name, mark, source = word.partition("=")
-        models |= {name: source} if mark else {"*": name}
+        name, source = (name, source) if mark else ("*", name)
+        models[name] = os.path.abspath(source) if os.path.isdir(source) else source
     texts = {}
     for word in args.text:
         name, mark, source = word.partition("=")
         source = source if mark else name
-        if not Path(source).is_file():
-            raise UsageError(f"the text {source} does not exist")
-        texts[name if mark else Path(source).stem] = source
+        if not os.path.isfile(source):
+            raise CutError(f"the text {source} does not exist")
+        texts[name if mark else Path(source).stem] = os.path.realpath(source)
     settings: dict[str, Any] = {}
     for word in args.set:
         name, mark, value = word.partition("=")
         if not mark:
-            raise UsageError(f"--set {word} must be NAME=VALUE, such as max_length=128")
+            raise CutError(f"--set {word} must be NAME=VALUE, such as max_length=128")
         settings[name] = yaml.safe_load(value)
     named = tuple(name.strip() for name in args.mistakes.split(",") if name.strip())
+    plain = {
+        name: getattr(args, name) for name in ("limit", "tasks_from", "windows", "calibration", "data", "max_steps")
+    }
     return Options(
-        models={name: os.path.abspath(source) if Path(source).is_dir() else source for name, source in models.items()},
+        models=models,
         mistakes=tuple(defaults()["mistakes"]) if named == ("all",) else named,
-        limit=args.limit,
-        tasks_from=str(args.tasks_from) if args.tasks_from else None,
         texts=texts,
-        windows=args.windows,
-        calibration=args.calibration,
-        data=str(args.data) if args.data else None,
-        max_steps=args.max_steps,
         settings=settings,
+        **plain,
     )
 
 
@@ -155,21 +150,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("hf_layerprune").setLevel(logging.INFO)
     try:
         return _act(args)
-    except UsageError as error:
-        return _fail(error, 2)
-    except (LayerPruneError, OSError) as error:
-        return _fail(error, 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted; start the same command again to resume", 130)
+    except (LayerPruneError, OSError, KeyboardInterrupt) as error:
+        said, code = explain(error)
+        return _fail(said, code)
 
 
 def _act(args: argparse.Namespace) -> int:
     if args.list_mistakes:
         print(mistakes_text())
         return 0
-    patterns = [*args.rows, *args.more_rows]
+    patterns, options = [*args.rows, *args.more_rows], read_options(args)
     rows = choose_rows(read_rows(), patterns, args.rows_matching)
-    plans = {name: make_plan(row, options) for options in [read_options(args)] for name, row in rows.items()}
+    plans = {name: make_plan(row, options) for name, row in rows.items()}
     results = Results.read(args.output / "results.json")
     if args.list:
         print(_list(rows, plans, results, args.output))
@@ -179,71 +171,43 @@ def _act(args: argparse.Namespace) -> int:
     elif args.table:
         print(markdown(rows, results), end="")
     elif not patterns and args.rows_matching is None and not args.all:
-        raise UsageError("name rows, or give --all; --list shows what there is")
+        raise CutError("name rows, or give --all; --list shows what there is")
     else:
-        return _run(args, rows, plans)
+        args.output.mkdir(parents=True, exist_ok=True)
+        with _locked(args.output) as hold:
+            return _run(args, rows, plans, hold)
     return 0
 
 
-def _run(args: argparse.Namespace, rows: dict[str, Row], plans: dict[str, Plan]) -> int:
-    args.output.mkdir(parents=True, exist_ok=True)
+def _run(args: argparse.Namespace, rows: dict[str, Row], plans: dict[str, Plan], hold: int | None) -> int:
     failed = {}
-    with _locked(args.output) as hold:
-        results = Results.read(args.output / "results.json")
-        left = {name: plan for name, plan in plans.items() if not results.has(rows[name], plan)}
-        logger.info("%s: %d done, %d left", plural(len(rows), "row"), len(rows) - len(left), len(left))
-        if left:
-            from stages import Runner
+    results = Results.read(args.output / "results.json")
+    left = {name: plan for name, plan in plans.items() if not results.has(rows[name], plan)}
+    logger.info("%s: %d done, %d left", plural(len(rows), "row"), len(rows) - len(left), len(left))
+    if left:
+        from stages import Runner
 
-            check_settings({name: plan.tune for name, plan in left.items() if plan.tune is not None})
-            runner = Runner(
-                args.output, engine=args.accelerate_config, device=args.device, keep_models=args.keep_models, hold=hold
-            )
-        while left:
-            name, plan = next(iter(left.items()))
-            del left[name]
-            if not results.has(rows[name], plan):
-                logger.info("\n%s", name)
-                try:
-                    results.add(rows[name], plan, runner.run(plan))
-                except Exception as error:  # one row must not keep the others from being run
-                    failed[name] = _explain(error, runner.folder(plan))
-                    logger.error("%s failed: %s", name, failed[name])
-                    continue
-            runner.clean(plan, {other.cut_name for other in left.values() if other.cut is not None})
-            write_text(args.output / "results.md", markdown(read_rows(), results))
-            print(_report(rows[name], results), flush=True)
+        engine = args.accelerate_config and Path(args.accelerate_config)
+        runner = Runner(args.output, engine=engine, device=args.device, keep_models=args.keep_models, hold=hold)
+    while left:
+        name, plan = next(iter(left.items()))
+        del left[name]
+        if not results.has(rows[name], plan):
+            logger.info("\n%s", name)
+            try:
+                results.add(rows[name], plan, runner.run(plan))
+            except Exception as error:  # one row must not keep the others from being run
+                failed[name] = explain(error)[0]
+                expected = isinstance(error, LayerPruneError | OSError)
+                logger.error("%s failed: %s", name, failed[name], exc_info=not expected)
+                continue
+        runner.clean(plan, {other.cut_name for other in left.values() if other.cut is not None})
+        write_text(args.output / "results.md", markdown(read_rows(), results))
+        print(_report(rows[name], results), flush=True)
     write_text(args.output / "results.md", markdown(read_rows(), results))
     for name, why in failed.items():
         _fail(f"{name} failed: {why}", 1)
     return 1 if failed else 0
-
-
-def check_settings(plans: dict[str, dict[str, Any]]) -> None:
-    """Refuse training settings, by row, that `recipes/sft_tail.py` does not have, before anything is computed.
-
-    Raises:
-        UsageError: A row has a setting that the recipe does not have.
-    """
-    spec: Any = importlib.util.spec_from_file_location("sft_tail", HERE.parent / "sft_tail.py")
-    recipe = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault("sft_tail", recipe)  # dataclasses look up their module there
-    spec.loader.exec_module(recipe)
-    known = [option.dest for option in recipe.make_parser()._actions]
-    for row, settings in plans.items():
-        for name in settings:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise UsageError(f"{row} sets {name!r}, which recipes/sft_tail.py does not know{hint}")
-
-
-def _explain(error: Exception, folder: Path) -> str:
-    """An error in one line; an unexpected one is written to a file with its traceback."""
-    if isinstance(error, LayerPruneError | OSError):
-        return " ".join(str(error).split())
-    write_text(folder / "error.txt", "".join(traceback.format_exception(error)))
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (see {folder / 'error.txt'})"
 
 
 def _report(row: Row, results: Results) -> str:
@@ -252,10 +216,8 @@ def _report(row: Row, results: Results) -> str:
     width = max(len(one[0]) for one in cells)
     lines = [f"{row.name}: layers {outcome['removed']} dropped" if outcome.get("removed") else row.name]
     for figure, paper, ours, difference, verdict in cells:
-        said = f"  {figure:{width}}  ours {ours or 'none':18}" + (f"  paper {paper}" if paper else "")
-        lines.append(
-            (said + (f"  {difference}" if difference else "") + (f"  ({verdict})" if verdict else "")).rstrip()
-        )
+        said = f"  {figure:{width}}", f"ours {ours or 'none':18}", paper and f"paper {paper}", difference
+        lines.append("  ".join(filter(None, (*said, verdict and f"({verdict})"))).rstrip())
     return "\n".join(lines)
 
 
@@ -270,34 +232,27 @@ def _list(rows: dict[str, Row], plans: dict[str, Plan], results: Results, output
             status, outcome = "unfinished", None
         else:
             status = NOT_RUN if outcome is None else "done, with other settings"
-        line = lines_of(row, outcome)[0]
-        figure, paper, ours, difference, verdict = describe(line, outcome)
-        said = f"{name:{width}}  {status:10}  {figure} {paper}" + (f", ours {ours} ({difference})" if outcome else "")
-        lines.append(
-            said
-            + (f" {verdict}" if verdict else "")
-            + (f"  [{', '.join(concerning(row))}]" if concerning(row) else "")
-        )
-    return "\n".join(
-        [*lines, "", f"{plural(len(rows), 'row')}; mistakes of the paper's code that concern a row are in brackets"]
-    )
+        figure, paper, ours, difference, verdict = describe(lines_of(row, outcome)[0], outcome)
+        told = f"{figure} {paper}" + (f", ours {ours} ({difference})" if outcome else "")
+        mistakes = ", ".join(concerning(row))
+        cells = f"{name:{width}}", f"{status:10}", told, verdict, mistakes and f"[{mistakes}]"
+        lines.append("  ".join(filter(None, cells)))
+    note = "mistakes of the paper's code that concern a row are in brackets"
+    return "\n".join([*lines, "", f"{plural(len(rows), 'row')}; {note}"])
 
 
 @contextmanager
 def _locked(output: Path) -> Iterator[int | None]:
     """Lock an output folder for as long as this process and its child processes run."""
-    if os.name != "posix":
-        yield None
-        return
-    descriptor = os.open(output / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LayerPruneError(f"another run is using {output}; wait for it, or choose another --output") from None
+        descriptor = lock_folder(output)
+    except BlockingIOError:
+        raise LayerPruneError(f"another run is using {output}; wait for it, or choose another --output") from None
+    try:
         yield descriptor
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _fail(error: object, code: int) -> int:

@@ -45,7 +45,6 @@ logger = logging.getLogger("hf_layerprune.reproduce_paper")
 
 RECIPE = HERE.parent / "sft_tail.py"
 ENGINES = HERE.parent / "accelerate"
-_WEIGHTS = ("pruned", "heal")
 
 
 class Runner:
@@ -131,14 +130,12 @@ class Runner:
         if plan.tune is not None:
             self._rows(plan)
         said = plan.evaluate
-        files = local_files(said.get("tasks_from"), *said["texts"].values())
-        key = digest([said["tasks"], said.get("tasks_from"), said["texts"], *files])
-        if key in self._checked:
-            return
-        for source in said["texts"].values():
-            find_text(source)
-        task_set(said["tasks"], Path(said["tasks_from"]) if "tasks_from" in said else None)
-        self._checked.add(key)
+        key = str([said["tasks"], said.get("tasks_from"), said["texts"]])
+        if key not in self._checked:
+            for source in said["texts"].values():
+                find_text(source)
+            task_set(said["tasks"], Path(said["tasks_from"]) if "tasks_from" in said else None)
+            self._checked.add(key)
 
     # --- prune and train --------------------------------------------------------------------------------------
 
@@ -158,7 +155,9 @@ class Runner:
                 write_text(record, json.dumps(self._describe(plan, pruned, place)) + "\n")
             done.append(json.loads(record.read_text()))
             if not self.keep_models:
-                self._forget(folder / f"round-{number - 1}", place)
+                before = folder / f"round-{number - 1}"
+                for unneeded in (before / "pruned", before / "heal", *place.glob("heal/checkpoint-*")):
+                    shutil.rmtree(unneeded, ignore_errors=True)
             source = str(model)
         return source, done
 
@@ -250,13 +249,6 @@ class Runner:
             outcome |= {"seconds": entry["seconds"], "trainable": trained_parameters(place / "heal")}
         return outcome
 
-    def _forget(self, before: Path, place: Path) -> None:
-        """Remove files that are no longer needed: the previous round's weights, and this round's checkpoints."""
-        unneeded = [before / name for name in _WEIGHTS] + list(place.glob("heal/checkpoint-*"))
-        for path in unneeded:
-            if path.is_dir():
-                shutil.rmtree(path)
-
     # --- measure ----------------------------------------------------------------------------------------------
 
     def _measure(self, plan: Plan, model: str, folder: Path) -> Metrics:
@@ -290,20 +282,16 @@ class Runner:
 
         merged = folder / "merged_in_4_bits"
         if not merged.is_dir():
-            heal = sorted(folder.glob("round-*/heal/adapter"), key=_round_of)[-1]
-            student = Student.at(self._cut_folder(plan, heal.parents[1]))
+            last = folder / f"round-{len(list(self._counts(plan)))}"
+            student = Student.at(self._cut_folder(plan, last))
             model = load_student(student, parse_method("qlora"), dtype="auto")
             with new_folder(merged) as new:
-                PeftModel.from_pretrained(model, str(heal)).merge_and_unload().save_pretrained(new)
+                adapted = PeftModel.from_pretrained(model, str(last / "heal" / "adapter"))
+                adapted.merge_and_unload().save_pretrained(new)
                 load_tokenizer(student.folder).save_pretrained(new)
             del model
             free_memory()
         return merged
-
-
-def _round_of(path: Path) -> int:
-    """The number of the round whose folder a path is in."""
-    return next(int(part.removeprefix("round-")) for part in path.parts[::-1] if part.startswith("round-"))
 
 
 def dropped_of_base(rounds: list[dict[str, Any]]) -> list[int]:
