@@ -48,8 +48,9 @@ def _lora(settings: ModelConfig) -> PeftConfig:
     """TRL's LoRA, on every linear layer but the head unless the settings say where."""
     from trl import get_peft_config
 
-    where = settings.lora_target_modules or (None if settings.lora_target_parameters else "all-linear")
-    return get_peft_config(replace(settings, use_peft=True, lora_target_modules=where))
+    where: Any = settings.lora_target_modules or (None if settings.lora_target_parameters else "all-linear")
+    made: Any = get_peft_config(replace(settings, use_peft=True, lora_target_modules=where))
+    return made
 
 
 def _four_bits() -> dict[str, Any]:

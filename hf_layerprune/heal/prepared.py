@@ -113,9 +113,8 @@ def numbered(train: Dataset, evaluated: Any) -> tuple[Dataset, Any, list[Dataset
     Returns:
         `tuple`: Both with a column `row`, and a list of all sets; as they were, and an empty list, if one is streamed.
     """
-    several = isinstance(evaluated, dict)
-    others: dict[str, Any] = evaluated if several else {"eval": evaluated}
-    sets = {"": train} | {name: rows for name, rows in others.items() if rows is not None}
+    others = evaluated if isinstance(evaluated, dict) else {} if evaluated is None else {"eval": evaluated}
+    sets = {"": train} | others
     if not all(isinstance(rows, Dataset) for rows in sets.values()):
         return train, evaluated, []
     first = 0
@@ -124,4 +123,4 @@ def numbered(train: Dataset, evaluated: Any) -> tuple[Dataset, Any, list[Dataset
         first += len(rows)
     every = list(sets.values())
     train = sets.pop("")
-    return train, sets if several else sets.get("eval"), every
+    return train, sets if isinstance(evaluated, dict) else sets.get("eval"), every
