@@ -121,7 +121,7 @@ GOOD = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
             [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}],
             "row 1 .* None in column completion",
         ),
-        ([GOOD, {"input_ids": [5, 6, 128]}], r"row 1 .* 'input_ids': \[5, 6, 128\], .* needs token ids below 128"),
+        ([GOOD, {"input_ids": [5, 6, 128]}], r"row 1 .*'input_ids': \[5, 6, 128\].* needs token ids below 128"),
         ([GOOD | {"input_ids": [5, -1, 6]}], "row 0 .* in column input_ids and labels"),
         ([GOOD | {"input_ids": [5, None, 6]}], "row 0 .* in column input_ids and labels"),
         ([{"input_ids": "w5 w6"}], "row 0 .* 'w5 w6'} in column input_ids"),
