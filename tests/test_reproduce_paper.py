@@ -190,7 +190,7 @@ def test_help_and_list_import_no_torch() -> None:
     [
         ([], "name rows, or give --all; --list shows what there is"),
         (["tabel1"], "no row is called tabel1; the tables are table1, table2"),
-        (["--rows-matching", "("], "invalid compile value: '('"),
+        (["--rows-matching", "("], "is not a regular expression"),
         (["--rows-matching", "opt-"], "no row's name has opt- in it"),
         (["table7", "--mistakes", "all,none"], "there is no mistake 'all'"),
         (["table7", "--tasks-from", "/nowhere"], "/nowhere does not exist"),

@@ -105,9 +105,11 @@ def _are_ids(table: Any, vocab_size: int | None) -> bool:
         if not (types.is_list(lists.type) or types.is_large_list(lists.type)) or lists.null_count:
             return False
         values, own = compute.list_flatten(lists), compute.list_value_length(lists)
-        if not types.is_integer(values.type) or values.null_count or not own.equals(lengths or own):
+        if not own.equals(lengths or own) or (len(values) and not types.is_integer(values.type)) or values.null_count:
             return False
         lengths = own
+        if not len(values):  # of lists that are all empty, the type is not known
+            continue
         if column == "labels":
             values = values.filter(compute.not_equal(values, _UNLABELLED))
         least, most = compute.min_max(values).as_py().values()

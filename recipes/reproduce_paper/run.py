@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     rows.add_argument("rows", nargs="*", metavar="ROW", help="names, tables or patterns: table7, 'table1/llama-*'")
     rows.add_argument("--rows", nargs="+", default=[], dest="more_rows", metavar="ROW", help="the same")
     rows.add_argument(
-        "--rows-matching", type=re.compile, metavar="REGEX", help="rows whose name matches a regular expression"
+        "--rows-matching", type=_pattern, metavar="REGEX", help="rows whose name matches a regular expression"
     )
     rows.add_argument("--all", action="store_true", help="every row")
     what = parser.add_argument_group("what to do")
@@ -94,6 +94,13 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 1 or more")
     return int(text)
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text} is not a regular expression: {error}") from error
 
 
 def _path(text: str) -> str:
