@@ -121,7 +121,7 @@ def test_bad_words(
 
 @pytest.mark.parametrize(("content", "message"), [
     (None, "has no lineage.json"),
-    ('{"schema_version": 99, "base": {}, "entries": []}', "unexpected value at schema_version: 1 was expected"),
+    ('{"schema_version": 99, "base": {}, "entries": []}', "unexpected value at schema_version: this version of hf_layerprune reads version 1; upgrade it"),
     ('{"schema_version": 1, "base": {}, "entries": [3]}', "unexpected value at entries/0:"),
     ('{"schema_version": 1, "base": {}, "entries": []}', "how many layers"),
     ('{"schema_version": 1, "base": {}, "entries": [{"stage": "prune", "layers": {"base": 4}, '

@@ -257,7 +257,6 @@ def test_a_write_that_fails_leaves_nothing(base: Path, tmp_path: Path, capsys: p
             assert main(["prune", str(base), str(tmp_path / "out"), *form]) == 1
         error = capsys.readouterr().err
         assert f"could not write {tmp_path / 'out'}" in error
-        assert "os error" not in error  # what safetensors says
         assert ".partial-" not in error
         assert "Traceback" not in error
         assert os.listdir(tmp_path) == []

@@ -355,7 +355,7 @@ def set_drop(data: dict[str, Any]) -> None:
     (lambda data: data["base"]["files"].pop("model.safetensors"), "has no hashes of the base's weights"),
     (lambda data: data["base"].pop("files"), "base: lineage.json has no hashes of the base's weights"),
     (lambda data: data["base"].update(id="no/such/base/at/all"), "is not available here"),
-    (lambda data: data.update(schema_version=2), "schema version 2"),
+    (lambda data: data.update(schema_version=2), "schema_version: this version of hf_layerprune reads version 1; upgrade"),
     (lambda data: data["entries"][0]["layers"].update(base=9, left=7), "lineage.json"),
 ])  # fmt: skip
 def test_an_edited_lineage(cut: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:

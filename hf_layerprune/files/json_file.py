@@ -100,10 +100,10 @@ def check_schema(content: Any, schema: Validator, name: str) -> None:
 
     Raises:
         CheckpointError: The content does not follow the schema. The message gives the place, and the problem or the
-            description of what may be there.
+            schema's `errorMessage`.
     """
     error = next(iter(schema.iter_errors(content)), None)
     if error is not None:
         where = "/".join(str(part) for part in error.absolute_path) or "the top"
-        problem = error.schema.get("description") or one_line(error.message)[:200]
+        problem = error.schema.get("errorMessage") or one_line(error.message)[:200]
         raise CheckpointError(f"{name} has an unexpected value at {where}: {problem}")

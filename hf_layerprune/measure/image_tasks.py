@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 # Where an image stands in a prompt; the harness puts the model's own token there.
 PLACE = "<image>"
-TEXT = {"type": "string", "pattern": r"\S", "description": "a text that is not empty"}
-_PATHS = {"description": "image is the path of an image, and images a list of paths"}
+TEXT = {"type": "string", "pattern": r"\S", "errorMessage": "a text that is not empty"}
+_PATHS = {"errorMessage": "image is the path of an image, and images a list of paths"}
 _PATH = {"type": "string", "minLength": 1} | _PATHS
 QUESTION = {
-    "description": 'a question about an image is {"query": "...", "answer": "...", "image": "a.png"}',
+    "errorMessage": 'a question about an image is {"query": "...", "answer": "...", "image": "a.png"}',
     "type": "object",
     "required": ["query", "answer"],
     "properties": {

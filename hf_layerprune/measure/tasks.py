@@ -42,18 +42,18 @@ SEED = 1234  # the harness's own default
 
 _CHOICES = "at least two texts, none of them empty"
 _QUESTION = {
-    "description": 'a question is {"query": "...", "choices": ["...", "..."], "gold": 0}',
+    "errorMessage": 'a question is {"query": "...", "choices": ["...", "..."], "gold": 0}',
     "type": "object",
     "required": ["query", "choices", "gold"],
     "properties": {
         "query": image_tasks.TEXT,
-        "choices": {"type": "array", "minItems": 2, "items": image_tasks.TEXT | {"description": _CHOICES}}
-        | {"description": _CHOICES},
-        "gold": {"type": "integer", "minimum": 0, "description": "the index of the right choice, counted from 0"},
+        "choices": {"type": "array", "minItems": 2, "items": image_tasks.TEXT | {"errorMessage": _CHOICES}}
+        | {"errorMessage": _CHOICES},
+        "gold": {"type": "integer", "minimum": 0, "errorMessage": "the index of the right choice, counted from 0"},
     },
 }
 _SIDECAR = {
-    "description": "only texts doc_to_text, target_delimiter and description, and a mapping metadata, can be set",
+    "errorMessage": "only texts doc_to_text, target_delimiter and description, and a mapping metadata, can be set",
     "properties": {
         **{name: {"type": "string"} for name in ("doc_to_text", "target_delimiter", "description")},
         "metadata": {"type": "object"},

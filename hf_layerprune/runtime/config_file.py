@@ -42,7 +42,7 @@ def _validator() -> Validator:
         "transformers_weights": {
             "type": ["string", "null"],
             "pattern": r"^[^/\\]{1,200}\.safetensors\Z",
-            "description": "it may only name a .safetensors file in the same folder; correct it, or remove it",
+            "errorMessage": "it may only name a .safetensors file in the same folder; correct it, or remove it",
         },
         "layer_drop": {
             "type": ["object", "null"],
