@@ -42,6 +42,61 @@ def test_the_card_is_shown_with_its_pictures(tmp_path: Path) -> None:
     assert [name for name in re.findall(r"!\[([^\]]*)\]\(data:image/png;base64,", text) if "decoder layers" in name]
     assert "](assets" not in text.replace("[up](assets/../README.md)", "")
     assert not re.search(r"!\[[^\]]*\](?!\(data:)|<img", text, re.IGNORECASE)
+    assert "the records are lineage.json and metrics.json." in text  # no links: the page has no such files
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<img alt='>' src=https://evil.example>",
+        "<svg><image href='https://evil.example'></svg>",
+        "<div style='position: fixed'>",
+        "<form action='https://evil.example'>",
+        "<br onclick=x>",
+        "<sub<img src=x>",
+        "<!--><img src=x>-->",
+        "<!-- --!><img src=x> -->",
+        "<https://evil.example onclick=x>",
+        "`<img src=x>`",
+        "</script>",
+    ],
+)
+def test_html_is_shown_as_text(text: str) -> None:
+    assert not re.search("<[a-z!/](?!ub&lt;|!-- --)", about.shown("m", text).replace("<!-- -->", ""))
+
+
+def test_what_a_card_needs_is_kept() -> None:
+    text = (
+        "a <br><sub>b</sub> <!-- hf-layerprune:end x --> https<!-- -->: <https://x.example> 1 < 2\n<details><summary>"
+    )
+    assert about.shown("m", text) == text
+
+
+def test_a_long_card_of_marks_is_read_at_once() -> None:
+    for mark in ("<", "![", "<!--", "<a src", "[a"):
+        about.shown("m", mark * 200_000)
+
+
+def test_what_is_too_large_or_elsewhere_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, secret = tmp_path / "model", tmp_path / "secret"
+    (folder / "assets").mkdir(parents=True)
+    secret.write_bytes(b"secret" * 100)
+    (folder / "assets" / "far.png").symlink_to(secret)
+    (folder / "assets" / "near.png").write_bytes(b"x" * 300)
+    monkeypatch.setattr(about, "MOST_SHOWN", 900)
+    text = records(folder, "![far](assets/far.png)" + "![near](assets/near.png)" * 5).text
+    assert text.count("base64") == 2
+    assert text.endswith("nearnearnear")
+    assert records(folder, "x" * 901).text == about.LEFT_OUT
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to(secret)
+    assert records(folder).text == about.LEFT_OUT
+    blob = tmp_path / "models--me--model" / "blobs" / "1"
+    blob.parent.mkdir(parents=True)
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to(blob)
+    blob.write_text("A card")
+    assert records(folder).text == "A card"
 
 
 def test_a_folder_has_its_models_name(tmp_path: Path) -> None:

@@ -351,6 +351,27 @@ def test_about_this_model(visit: Callable[..., Visit], browser: Browser, folder:
     expect(page.locator("#settings")).to_be_visible()
 
 
+def test_a_card_runs_loads_and_covers_nothing(visit: Callable[..., Visit], folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "pruned", tmp_path, dirs_exist_ok=True)
+    lines = [
+        "<img alt='>' src='https://evil.example/1' onerror='window.ran=1'>",
+        "<div id=cover style='position: fixed; inset: 0; background: url(https://evil.example/2)'>cover</div>",
+        "<form action='https://evil.example'><input></form>",
+        "![far](https://evil.example/3) [run](javascript:window.ran=1)",
+        "$$\\rule{9999em}{9999em}$$",
+        "```mermaid\ngraph TD; A[\"<img src='https://evil.example/4'>\"]\n```",
+    ]
+    (tmp_path / "README.md").write_text("\n\n".join(lines))
+    with served(tmp_path) as address:
+        here = visit(address).ready()  # which fails if another host is asked
+        here.tab("About this model")
+        expect(here.page.get_by_role("link", name="far")).to_be_visible()
+        here.page.get_by_text("run", exact=True).evaluate("link => link.click()")
+        here.page.wait_for_timeout(500)
+        assert here.page.locator(".card :is(img, form, #cover, .katex, .mermaid)").count() == 0
+        assert here.page.evaluate("window.ran") is None
+
+
 def test_a_model_without_a_template_gets_a_box_to_complete(visit: Callable[..., Visit], folder: Path) -> None:
     plain = tiny_chat_model(folder / "plain", template=False)
     with served(plain) as address:

@@ -21,6 +21,10 @@ from transformers.utils.hub import cached_file
 COLUMNS = 16  # the most cells in a row of the layer map, to stay readable on a phone
 MOST_LAYERS = 1_000
 NO_CARD = "This model has no card yet: `hf-layerprune card MODEL` writes it."
+LEFT_OUT = "The card of this model is not shown here: it is too large, or a link out of the model's folder."
+MOST_SHOWN = 4 << 20  # of a card with its pictures, which every visitor loads
+# The start of any HTML but comments, links in brackets and the tags of our own cards, which have no attributes.
+MARKUP = re.compile(r"<(?!/?(?:br|details|sub|summary)>|!--[^<>]*-->|https?://[^\s<>]+>)(?=[A-Za-z/!?])")
 MOST_BYTES = 32 << 20  # of a file of records
 MOST_VALUES = 1_000_000  # in the metadata of a card, whose YAML can repeat a value very often
 
@@ -52,8 +56,9 @@ class Records:
                 if name == "README.md":
                     records["card"] = metadata_load(file) or {}
                     check_size(records["card"])
-                    text = Path(file).read_text(encoding="utf-8-sig")
-                    records["text"] = shown(model, REGEX_YAML_BLOCK.sub("", text, count=1))
+                    text = REGEX_YAML_BLOCK.sub("", Path(file).read_text(encoding="utf-8-sig"), count=1)
+                    safe = len(text) <= MOST_SHOWN and is_inside(model, file)
+                    records["text"] = shown(model, text) if safe else LEFT_OUT
                 else:
                     records[name.removesuffix(".json")] = json.loads(Path(file).read_bytes())
             except Exception as error:  # dates, numbers and tags of YAML raise any
@@ -115,16 +120,28 @@ def file_of(model: str, name: str) -> str | None:
 
 
 def shown(model: str, text: str) -> str:
-    """The text of a model's card, with its pictures put into it; whatever else a page would load is left out."""
+    """The text of a model's card with its pictures put into it.
+
+    Nothing else is loaded or placed by it: other pictures are links, and HTML, formulas and diagrams are shown as text.
+    """
+    room = MOST_SHOWN - len(text)
 
     def picture(found: re.Match[str]) -> str:
+        nonlocal room
         file = found[2] and file_of(model, found[2])
-        if not file or os.path.getsize(file) > MOST_BYTES:
+        if not file or not is_inside(model, file) or (room := room - os.path.getsize(file)) < 0:
             return found[1] or ""
         return f"![{found[1]}](data:image/png;base64,{b64encode(Path(file).read_bytes()).decode()})"
 
-    text = re.sub(r"<[^>]*\bsrc(set)?\s*=[^>]*>", "", text, flags=re.IGNORECASE)
-    return re.sub(r"!\[([^\]]*)\]\((assets/\w+\.png)\)|!(?=\[)", picture, text)
+    text = MARKUP.sub("&lt;", text).replace("```mermaid", "``` mermaid")
+    text = re.sub(r"\[([\w.-]+)\]\(\1\)", r"\1", text)  # files of the model, which the page has no address of
+    return re.sub(r"!\[([^][]*)\]\((assets/\w+\.png)\)|!(?=\[)", picture, text)
+
+
+def is_inside(model: str, file: str) -> bool:
+    """Whether a file of a folder is no link to another place, whose content the page would show to everybody."""
+    real = Path(file).resolve()
+    return not os.path.isdir(model) or Path(model).resolve() in real.parents or real.match("models--*/blobs/*")
 
 
 def at_a_glance(records: Records) -> str:
