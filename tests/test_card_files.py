@@ -126,6 +126,8 @@ def test_bad_words(
     ('{"schema_version": 1, "base": {}, "entries": []}', "how many layers"),
     ('{"schema_version": 1, "base": {}, "entries": [{"stage": "prune", "layers": {"base": 4}, '
      '"settings": {"drop_layers": [4]}}]}', "drops layers"),
+    ('{"schema_version": 1, "base": {}, "entries": [{"stage": "prune", "layers": {"base": 4.0}, '
+     '"settings": {"drop_layers": [4]}}]}', "drops layers"),
     ('{"schema_version": 1, "base": {}, "entries": [{"stage": "prune", "layers": {"base": 4, "left": 4}, '
      '"settings": {"drop_layers": [3]}}]}', "it was edited"),
     ('{"schema_version": 1, "base": {}, "entries": [{"stage": "prune", "layers": {"base": 4}, '

@@ -234,7 +234,8 @@ def read_history(lineage: Lineage) -> History:
     for number, entry in enumerate(lineage.entries):
         layers = entry.get("layers") or {}
         if n is None and layers.get("base"):
-            n, kept = layers["base"], list(range(layers["base"]))
+            n = int(layers["base"])  # to the schema, 30.0 is an integer
+            kept = list(range(n))
         if entry.get("stage") != "prune":
             if n is not None and layers.get("left", len(kept)) != len(kept):
                 raise CheckpointError("lineage.json does not say which layers were dropped; prune with hf-layerprune")
