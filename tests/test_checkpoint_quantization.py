@@ -65,7 +65,8 @@ def test_entries_are_rewritten(old, new):
         r"re:.*\.3\..*", r"re:.*(layers|h)\.3\.mlp", r"re:.*layers.*12", r"re:.*layers\.(?!4)\d+\.mlp", "*.10.mlp",
         "3.mlp.down_proj", "blk.3.ffn", "layer_3", "model.layers3.mlp", r"re:model\.layers\.1", "model.layers.[0-3].mlp", r"re:.*layers\.(4", "model.layers.1?.mlp", r"re:.*layers\.4[a-z]",
         r"re:.*layers\.4\.mlp", r"re:.*layers\.(4|5|3)\.mlp", r"re:.*layers\.[23]\.mlp", r"re:.*layers\.1\d\.mlp",
-        r"re:.*layers\.\d\.mlp", r"^model\.layers\.(4|6)\.",
+        r"re:.*layers\.\d\.mlp", r"re:.*layers\..\d+\.mlp", r"re:.*layers.\d+..mlp", r"re:.*layers.\d+.\d+.mlp", r"re:.*layers\..\.mlp",
+        "model.layers.?.mlp", r"^model\.layers\.(4|6)\.",
     ],
 )  # fmt: skip
 def test_what_can_not_be_rewritten_exactly_is_refused_by_name(entry):

@@ -29,10 +29,12 @@ _PLAIN = ("model", "transformer", "thinker.model")
 _ODD = re.compile(r"(?<![a-z])(?:layers?|blocks?|blk)[\W_]*[0-9]|^[0-9]+\.(?!dev|post|rc)[a-z_]", re.IGNORECASE)
 _INDICES = re.compile(r"[0-9][0-9\s,:;-]*")
 _ANY_DIGIT = re.compile(r"(?<!\{)(?<!,)(?:\\d|[0-9]+)")
-# A segment that matches any index.
-_ANY_INDEX = re.compile(r"(?<=\.)(?:\\d|\[0-9\])\+(?=\\?\.)")
+# A segment that matches any index. A second dot beside it could stand for one of the digits.
+_ANY_INDEX = re.compile(r"(?<=\w\.|\\\.)(?:\\d|\[0-9\])\+(?=\\\.|\.\w)")
 _WORD_END = re.compile(r"(?:^|[^\\A-Za-z0-9_])(?:\\b)?[A-Za-z_][A-Za-z0-9_]*$")
 _LIST = re.compile(rf"(?:(?<=\\b)|(?<![A-Za-z0-9_]))(?:{'|'.join(LIST_NAMES)})(?:\\\.|\.|\[\.\])")
+# One character, so that layers 0 to 9 are told from the rest.
+_ONE_DIGIT = re.compile(rf"{_LIST.pattern}(?:\.|\?|\\[wS])(?![*+])")
 _OWNER = re.compile(r"(?:(?<=\\b)|(?<!\\))(?<![A-Za-z0-9_])([A-Za-z_][A-Za-z0-9_]*)(\\\.|\.|\[\.\])$")
 
 
@@ -109,6 +111,8 @@ class _Rewriter:
         """Rewrite a string: none if it only names dropped layers, several if a wildcard has to be written out."""
         if where == "version":
             return [text]
+        if _ONE_DIGIT.search(text):
+            raise self._refuse(text, "it may pick layers by the length of their index")
         body = text.removeprefix("re:").removeprefix("+:").removeprefix("-:")
         if body != text or where in _PATTERNS or _REGEX.search(body):
             self._check_no_index(text, body)
