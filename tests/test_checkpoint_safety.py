@@ -47,6 +47,8 @@ def test_the_source_and_what_overlaps_with_it_is_no_target(base, tmp_path):
     (base / "sub").mkdir()
     (tmp_path / "file").write_text("mine")
     (base / "sub/linked").symlink_to(tmp_path)
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "away").symlink_to(tmp_path / "a/b")
     for target, match in (
         (base, "is the source itself"),
         (base / "." / "sub" / "..", "is the source itself"),
@@ -58,6 +60,7 @@ def test_the_source_and_what_overlaps_with_it_is_no_target(base, tmp_path):
         (tmp_path / "inside" / "cut", "which is only read"),
         (tmp_path, "is inside"),
         (base / "sub/linked/base", "is the source itself"),
+        (tmp_path / "away" / ".." / "base", "is the source itself"),  # which is written to, not a/base
         (Path("/"), "is inside"),
         (tmp_path / "file", "is a file; specify a folder"),
         (tmp_path / "file/cut", "is not a writable folder, so"),
@@ -68,7 +71,7 @@ def test_the_source_and_what_overlaps_with_it_is_no_target(base, tmp_path):
     (base / "sub/linked").unlink()
     (base / "sub").rmdir()
     assert snapshot(base) == before
-    assert beside(base) == ["alias", "base", "file", "inside"]
+    assert beside(base) == ["a", "alias", "away", "base", "file", "inside"]
 
 
 def test_a_target_whose_files_the_source_links_to_is_not_replaced(base, tmp_path):

@@ -107,7 +107,7 @@ def check_target(
         raise CheckpointError(f"{named} is a symbolic link, and nothing is written through links; choose a new folder")
     target = Path(os.path.realpath(target.parent)) / target.name
     if source is not None and source.exists():
-        check_apart(named, source)
+        check_apart(target, source)
     if os.path.lexists(target):
         if not target.is_dir():
             raise CheckpointError(f"{named} is a file; specify a folder to create")
