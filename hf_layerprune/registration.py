@@ -41,7 +41,8 @@ class _PeftFinder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if name != "peft":
             return None
-        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        finders = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        others = (finder.find_spec(name, path, target) for finder in finders)
         spec = next(filter(None, others), None)
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader

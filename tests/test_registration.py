@@ -40,6 +40,7 @@ def test_peft_knows_the_method() -> None:
         "from hf_layerprune import LayerDropConfig",
         "from hf_layerprune.adapter.model import LayerDropModel",
         asking,
+        "import sys; sys.meta_path.insert(0, type('Old', (), {'find_module': lambda *_: None})()); import hf_layerprune, peft",
     ]
     programs = [*(f"{each}\n{KNOWN}" for each in imports), KNOWN]
     done = run(EACH_ALONE, json.dumps(programs))
