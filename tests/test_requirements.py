@@ -89,7 +89,7 @@ def test_malformed(text: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "met", "said"),
     [
-        ("perplexity<=30", True, "is met: 20 (one), 30 (two)"),
+        ("perplexity<=3E1", True, "is met: 20 (one), 30 (two)"),
         ("perplexity<30", False, "is missed: 30 (two)"),
         ("one:perplexity<=20", True, "is met: 20"),
         ("one<=19.5", False, "is missed: 20"),

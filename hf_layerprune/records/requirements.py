@@ -24,7 +24,7 @@ from .figures.metric_names import METRICS, SHARE
 if TYPE_CHECKING:
     from .metrics import Metrics
 
-_BOUND = re.compile(r"\s*([^\s<>=,]{1,200})\s*(<=|>=|<|>)\s*(-?[\d.]{1,40}(?:e[+-]?\d{1,2})?)\s*")
+_BOUND = re.compile(r"\s*([^\s<>=,]{1,200})\s*(<=|>=|<|>)\s*(-?[\d.]{1,40}(?:[eE][+-]?\d{1,2})?)\s*")
 _EXAMPLE = "perplexity_ratio<=1.2,top1_agreement>=0.8,piqa>=0.6"
 _RATIO = "_ratio"
 _MOST = 100

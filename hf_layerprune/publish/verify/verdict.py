@@ -210,6 +210,7 @@ def _check_cut(told: Mapping[str, Any], name: str, history: History, outcome: Ve
         outcome.say(True, "config", f"{name} and {LINEAGE} agree on the cut")
         return
     says = f"{name} says that the cut dropped {dropped} of {told.get('num_base_layers')}"[:300]
+    says = says if told else f"{name} says nothing of the cut"
     outcome.say(False, "config", f"{says}, and {LINEAGE} says {wanted} of {of}: one was edited")
 
 
