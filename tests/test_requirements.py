@@ -65,6 +65,10 @@ def test_any_text_is_bounds_or_refused_in_one_line(text: str) -> None:
     assert len(refusal) < 600
 
 
+def test_a_capital_e() -> None:
+    assert parse_bounds("kl<=1E-3") == parse_bounds("kl<=0.001")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -89,7 +93,7 @@ def test_malformed(text: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "met", "said"),
     [
-        ("perplexity<=3E1", True, "is met: 20 (one), 30 (two)"),
+        ("perplexity<=30", True, "is met: 20 (one), 30 (two)"),
         ("perplexity<30", False, "is missed: 30 (two)"),
         ("one:perplexity<=20", True, "is met: 20"),
         ("one<=19.5", False, "is missed: 20"),
