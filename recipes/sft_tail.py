@@ -215,7 +215,7 @@ def check(
     config = load_config(name, revision=revision)
     pruned = cut_of(config) is not None
     preflight.check_cut(cut_args, name, pruned)
-    preflight.check_method(training_args, model_args, config)
+    preflight.check_method(training_args, model_args, cut_args, config)
     student = Student.at(name, revision) if pruned else None
     base, base_revision = (student.base, student.revision) if student else (name, revision)
     preflight.check_teacher(training_args, script_args, row_args, base, base_revision, config)

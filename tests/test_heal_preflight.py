@@ -91,6 +91,10 @@ PRUNED = {"model_name_or_path": "FOLDER/pruned"}
 TALKS = {"model_name_or_path": "FOLDER/talker", "dataset_name": "FOLDER/talks.jsonl"}
 USAGE = [
     ({"method": "head"}, "method='head' is unknown"),
+    ({"method": "last9"}, "trains the last 9 layers, but only 6 remain"),
+    ({"method": "last8", "max_kl": 0.1}, "trains the last 8 layers, but only 7 remain"),
+    ({"method": "last2", "features": 0.5, "drop_layers": "3,4"}, "none of them is trained; use --method behind2"),
+    ({"method": "lora", "features": 0.5, "drop_layers": "0,1"}, "none of them is trained; use --method behind2"),
     ({"dataset_name": "self", "self_length": 5000}, "self_length=5000 is more than the 128 positions of the model"),
     ({"dataset_name": None}, "specify the training data with --dataset_name"),
     ({"dataset_name": "FOLDER/odd.jsonl"}, "has the columns question, but training needs prompt"),
@@ -114,6 +118,10 @@ USAGE = [
     ({"push_to_hub": "true", "hub_model_id": "small"}, "'small' is not a Hub id; write it as NAMESPACE/NAME"),
     ({"trust_remote_code": "true"}, "leave --trust_remote_code out"),
     ({"chat_template_path": "FOLDER/t.jinja"}, "--chat_template_path changes the tokenizer only during training"),
+    ({"num_train_epochs": 0}, "--num_train_epochs must be above 0"),
+    ({"learning_rate": 0}, "--learning_rate must be above 0"),
+    ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps must be above 0"),
+    ({"eval_on_start": "true", "do_eval": "true"}, "do_eval and eval_on_start have no effect without --eval_strategy"),
     ({"report_to": "neptune"}, "can't train: "),
     ({"method": "lora", "lora_target_modules": "nope"}, "Target modules nope not found in the base model"),
     ({"attn_implementation": "nope"}, "`attn_implementation=\"nope\"` is not supported"),
@@ -156,6 +164,7 @@ FAILURES = [
         {"features": 0.5, "method": "behind2", "drop_layers": "3,4", "teacher": "FOLDER/wide"},
         "has 64 values in a hidden",
     ),
+    ({"resume_from_checkpoint": "FOLDER/base"}, "is not a checkpoint; specify a folder checkpoint-N"),
     ({"eval_from": "/nowhere"}, "/nowhere"),
     ({"push_to_hub": "true", "hub_model_id": "me/small"}, "HF_HUB_OFFLINE is set, so nothing can be pushed"),
 ]

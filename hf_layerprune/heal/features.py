@@ -45,6 +45,21 @@ def boundaries(cut: Cut) -> dict[int, int]:
     return found
 
 
+def trained_places(cut: Cut, first: int) -> dict[int, int]:
+    """The [`boundaries`] behind the first layer that is trained, an index in the pruned model.
+
+    Raises:
+        CutError: There are none.
+    """
+    places = {front: dense for front, dense in boundaries(cut).items() if first < front}
+    if not places:
+        raise CutError(
+            "features trains the layers before the cut, and none of them is trained; use --method behind2 or cut2 "
+            '(tune_layers="cut"), or features=0'
+        )
+    return places
+
+
 def feature_loss(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """How far hidden states are from the dense model's: for each token, the mean squared error over RMS^1.5 of the target.
 
@@ -92,17 +107,12 @@ class FeaturePhase:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        cut, first = cut_of(model.config), first_trained_layer(model)
+        cut = cut_of(model.config)
         if cut is None:
             raise CutError(
                 "features reproduces what dropped layers did, and this model was not pruned; use features=0"
             )
-        places = {front: dense for front, dense in boundaries(cut).items() if first < front}
-        if not places:
-            raise CutError(
-                "features trains the layers before the cut, and none of them is trained; use --method behind2 or cut2 "
-                '(tune_layers="cut"), or features=0'
-            )
+        places = trained_places(cut, first_trained_layer(model))
         self._depths = tuple(places)
         # After how many of its layers the dense model's states are wanted.
         self.wanted = tuple(places.values())

@@ -5,19 +5,23 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CutError, boundary
-from ..families import check_stage, check_trainable
+from ..errors import CheckpointError, CutError, boundary
+from ..families import check_stage, check_trainable, layer_count
+from ..families.fields import cut_without
 from ..options import AMOUNTS, CutOptions, declared, refuse_unused
 from ..runtime.loading import load_config
 from ..runtime.model_class import model_without_weights, whole_models
 from ..runtime.windows import check_context
+from ..select.sets import drop_count
+from .features import trained_places
 from .methods import parse_method
 from .options import RowOptions
 from .self_data import SELF
-from .student import check_dense
+from .student import check_dense, cut_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,6 +35,11 @@ _MODEL = ("model_name_or_path", "model_revision", "dtype", "attn_implementation"
 _LORA = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
     "use_rslora", "use_dora",
+)  # fmt: skip
+# Settings that nothing is trained with, if they are 0.
+_POSITIVE = (
+    "max_steps", "num_train_epochs", "learning_rate", "max_length", "per_device_train_batch_size",
+    "per_device_eval_batch_size", "gradient_accumulation_steps",
 )  # fmt: skip
 _DATA = ("dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming")
 
@@ -66,8 +75,21 @@ def check_training(args: HealConfig) -> None:
     """Check the settings of the training itself, before anything is read.
 
     Raises:
-        CutError: A setting has no effect, or changes a tokenizer that is not kept.
+        CutError: A setting has no effect, trains nothing, or changes a tokenizer that is not kept.
+        CheckpointError: There is no checkpoint to go on from.
     """
+    from transformers.trainer import TRAINER_STATE_NAME
+
+    word = str(args.resume_from_checkpoint or "true")
+    if word.lower() not in ("true", "false") and not (Path(word) / TRAINER_STATE_NAME).is_file():
+        raise CheckpointError(
+            f"{word} is not a checkpoint; specify a folder checkpoint-N, or use --resume_from_checkpoint true for the last one"
+        )
+    for name in _POSITIVE:
+        if getattr(args, name) == 0:
+            raise CutError(f"--{name} must be above 0")
+    if args.eval_strategy == "no":
+        refuse_unused(args, ["do_eval", "eval_on_start", "load_best_model_at_end"], "without --eval_strategy")
     refuse_unused(args, ["model_init_kwargs"], "in this recipe, which has --dtype and --attn_implementation")
     for name in ("chat_template_path", "eos_token"):
         if getattr(args, name) is not None:
@@ -95,11 +117,12 @@ def check_cut(cut_args: CutOptions, name: str, pruned: bool) -> None:
         refuse_unused(cut_args, AMOUNTS, "beside drop_layers, which say which layers go")
 
 
-def check_method(args: HealConfig, model_args: ModelConfig, config: PreTrainedConfig) -> None:
+def check_method(args: HealConfig, model_args: ModelConfig, cut_args: CutOptions, config: PreTrainedConfig) -> None:
     """Check that a model can be trained as a method asks, as far as that is known before the cut.
 
     Raises:
-        CutError: The method does not use a setting of the model, or ZeRO-3 rules out distillation.
+        CutError: The method trains more layers than are left, none that `features` needs, or does not use a setting of the
+            model; or ZeRO-3 rules out distillation.
         UnsupportedModelError: This model type can't be healed.
         LayerPruneError: The method can't run here.
     """
@@ -119,6 +142,12 @@ def check_method(args: HealConfig, model_args: ModelConfig, config: PreTrainedCo
         refuse_unused(model_args, _LORA, f"with --method {args.method}, unlike with lora")
     if method is not None:
         method.loading()
+        count = layer_count(config)  # where it is not said which layers go, as many at the end stand for them
+        last = range(count - (drop_count(cut_args.drop, count) if cut_args.drop else 1), count)
+        cut = cut_of(config) or cut_without(cut_args.drop_layers or last, count)
+        layers = [cut.new_index[layer] for layer in method.layers(cut)] if method.trains_layers else [0]
+        if args.features:
+            trained_places(cut, min(layers, default=count))
 
 
 def check_teacher(
