@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict, Features, LargeList, List, Sequence, Value, load_from_disk
 
 from hf_layerprune.calibration.documents import documents_of
 from hf_layerprune.errors import CheckpointError, CutError
@@ -121,6 +121,7 @@ GOOD = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
             [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}],
             "row 1 .* None in column completion",
         ),
+        ([{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}], "text and messages side by side"),
         ([GOOD, {"input_ids": [5, 6, 128]}], r"row 1 .*'input_ids': \[5, 6, 128\].* needs token ids below 128"),
         ([GOOD | {"input_ids": [5, -1, 6]}], "row 0 .* in column input_ids and labels"),
         ([GOOD | {"input_ids": [5, None, 6]}], "row 0 .* in column input_ids and labels"),
@@ -141,6 +142,11 @@ def test_values_that_can_be_trained_on() -> None:
     for row in ({"text": ""}, chat, GOOD, {"input_ids": []}, {"prompt": "a", "completion": ""}):
         check_rows(Dataset.from_list([row]), "my rows", "text", 128)
         check_rows(Dataset.from_list([row]).to_iterable_dataset(), "my rows", "text", 128)
+    types = {"input_ids": Sequence(Value("int32"), length=3), "labels": LargeList(Value("int64"))}
+    masked = GOOD | {"completion_mask": [False, True, True]}
+    check_rows(
+        Dataset.from_list([masked], Features(types | {"completion_mask": List(Value("bool"))})), "my rows", "", 128
+    )
 
 
 @pytest.mark.parametrize(
@@ -282,6 +288,21 @@ def test_what_a_mixture_holds_out_is_drawn_by_the_seed(tmp_path: Path) -> None:
     assert len(held_out(1)) == 15
     assert held_out(1) == held_out(1)
     assert held_out(1) != held_out(2)
+
+
+@pytest.mark.parametrize("damage", ["{", '["a"]', "1", '{"input_ids": [3]}', "null"])
+def test_rows_of_an_earlier_run_that_are_damaged(tmp_path: Path, damage: str) -> None:
+    model = tiny_model("llama")
+
+    def write() -> Dataset:
+        return Writer(model, word_tokenizer(), tmp_path, 0).rows(2, 8)
+
+    rows = write().to_list()
+    assert [len(row["input_ids"]) for row in rows] == [8, 8]
+    (part,) = tmp_path.glob("*/part-*")
+    part.write_text(f"{part.read_text()[:-1]}, {damage}]")
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        write()
 
 
 def test_answers_are_rewritten_by_greedy_decoding(tmp_path: Path) -> None:

@@ -33,12 +33,17 @@ def check_rows(rows: Dataset, name: str, text_field: str, vocab_size: int | None
         vocab_size (`int`, *optional*): How many tokens the model knows.
 
     Raises:
-        CutError: A value is not text, or not the id of a token, or a token has no label.
+        CutError: A value is not text, or not the id of a token, or a token has no label; or text and messages are mixed.
     """
     columns = rows.column_names or ()
     if "input_ids" in columns:
         _check_ids(rows, name, [column for column in ("input_ids", *_BESIDE_IDS) if column in columns], vocab_size)
     elif {"prompt", "completion"} <= set(columns):
+        first = next(iter(rows), {"prompt": "", "completion": ""})
+        if isinstance(first["prompt"], list) != isinstance(first["completion"], list):
+            raise CutError(
+                f"{name} has text and messages side by side; make prompt and completion both text, or both messages"
+            )
         check_text(rows, name, ("prompt", "completion"), messages=True)
     elif text_field in columns:
         check_text(rows, name, (text_field,))
@@ -102,10 +107,12 @@ def _are_ids(table: Any, vocab_size: int | None) -> bool:
     lengths = None
     for column in table.column_names:
         lists = table[column].combine_chunks()
-        if not (types.is_list(lists.type) or types.is_large_list(lists.type)) or lists.null_count:
+        are_lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+        if not any(check(lists.type) for check in are_lists) or lists.null_count:
             return False
-        values, own = compute.list_flatten(lists), compute.list_value_length(lists)
-        if not own.equals(lengths or own) or (len(values) and not types.is_integer(values.type)) or values.null_count:
+        values, own = compute.list_flatten(lists), compute.list_value_length(lists).cast("int64")
+        whole = types.is_integer(values.type) or (types.is_boolean(values.type) and column.endswith(("mask", "masks")))
+        if not own.equals(lengths or own) or (len(values) and not whole) or values.null_count:
             return False
         lengths = own
         if not len(values):  # of lists that are all empty, the type is not known

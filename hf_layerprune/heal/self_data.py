@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -80,8 +81,10 @@ class Writer:
             return write_text_with(self.model, begins, size, length, self.seed + part).tolist()
 
         settings = ("rows", count, length, str(self.tokenizer.chat_template))
-        ids = self._in_parts(-(-count // in_a_part), make, *settings)
-        return Dataset.from_dict({"input_ids": ids, "labels": ids})
+        made = self._in_parts(-(-count // in_a_part), make, *settings)
+        with self._reading():
+            ids = [list(map(int, row)) for row in made]
+            return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
     def rewritten(self, rows: Dataset, max_tokens: int, temperature: float) -> Dataset:
         """Replace the answers of a data set with the model's own (arXiv:2410.09982).
@@ -126,7 +129,10 @@ class Writer:
         parts = -(-len(order) // _ANSWERS_A_PART)
         kept = [name for name in FOR_TEMPLATES if name in rows.column_names]
         shaped = []
-        for i, answer in sorted(self._in_parts(parts, make, "answers", prompts, max_tokens, temperature)):
+        made = self._in_parts(parts, make, "answers", prompts, max_tokens, temperature)
+        with self._reading():
+            answers = sorted((int(i), str(answer)) for i, answer in made)
+        for i, answer in answers:
             if answer:
                 prompt = rows[i]["prompt"]
                 completion = answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
@@ -192,4 +198,9 @@ class Writer:
             write_text(paths[part], json.dumps(make(part)))
         processes.wait_for_everyone()
         logger.info("the rows that the dense model wrote are in %s", folder)
-        return [row for path in paths for row in parse_json(read_text(path), str(path))]
+        with self._reading():
+            return [row for path in paths for row in parse_json(read_text(path), str(path))]
+
+    def _reading(self) -> AbstractContextManager[None]:
+        """Parts of an earlier run may be damaged."""
+        return boundary(f"can't use the rows in {self.folder}", "remove it, and they are written again")
