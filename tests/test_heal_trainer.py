@@ -270,6 +270,12 @@ def test_rows_that_are_all_too_long(llama: Bench) -> None:
     assert len(llama.trainer(eval_rows=concatenate_datasets([rows(4), long]), eval_strategy="steps").eval_dataset) == 4
 
 
+def test_what_is_no_config_or_no_model(llama: Bench, tmp_path: Path) -> None:
+    for model, args in ((llama.dense, trl.SFTConfig), ("org/model", HealConfig)):
+        with pytest.raises(LayerPruneError, match="takes a loaded model, and a HealConfig"):
+            HealTrainer(model, args(str(tmp_path), use_cpu=True), train_dataset=rows())
+
+
 def test_rows_that_fill_no_batch(llama: Bench) -> None:
     settings = {"dataloader_drop_last": True, "per_device_train_batch_size": 25}
     with pytest.raises(LayerPruneError, match="the 24 training rows do not fill a batch of 25"):

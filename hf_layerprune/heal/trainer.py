@@ -65,7 +65,8 @@ class HealTrainer(SFTTrainer):
 
     Raises:
         CutError: A row is longer than the model's context, or a trained weight is offloaded.
-        LayerPruneError: No row has a token to learn within `max_length`, or the settings exclude each other.
+        LayerPruneError: No row has a token to learn within `max_length`, the settings exclude each other, or `args` or
+            `model` is something else.
         UnsupportedModelError: This model type can't be healed.
     """
 
@@ -75,6 +76,10 @@ class HealTrainer(SFTTrainer):
     data_collator: StateCollator
 
     def __init__(self, model: Any, args: HealConfig, *, teacher: PreTrainedModel | None = None, **kwargs: Any) -> None:
+        if not isinstance(args, HealConfig) or not hasattr(model, "config"):
+            raise LayerPruneError(
+                "HealTrainer takes a loaded model, and a HealConfig, which is an SFTConfig with more fields"
+            )
         check_stage(model.config, "heal")
         if args.router_aux_loss_coef is None:
             args.router_aux_loss_coef = 0.0  # the routers of the frozen layers do not run in training
