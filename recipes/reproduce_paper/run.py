@@ -19,6 +19,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -26,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from plans import Options, Plan, Row, choose_rows, concerning, defaults, make_plan, read_rows
+from plans import HERE, Options, Plan, Row, choose_rows, concerning, defaults, make_plan, read_rows
 from results import NOT_RUN, Results, describe, lines_of, markdown, mistakes_text
 
-from hf_layerprune.errors import CutError, LayerPruneError, explain
+from hf_layerprune.errors import CutError, LayerPruneError, explain, wants_traceback
 from hf_layerprune.files.copy import write_text
 from hf_layerprune.files.folders import lock_folder
 from hf_layerprune.options import plural
@@ -133,6 +134,12 @@ def read_options(args: argparse.Namespace) -> Options:
         if not mark:
             raise CutError(f"--set {word} must be NAME=VALUE, such as max_length=128")
         settings[name] = yaml.safe_load(value)
+    if settings:
+        sys.path.append(str(HERE.parent))
+        from sft_tail import make_parser
+
+        if unknown := settings.keys() - {option.dest for option in make_parser()._actions}:
+            raise CutError(f"--set {min(unknown)}: recipes/sft_tail.py has no such setting")
     named = tuple(name.strip() for name in args.mistakes.split(",") if name.strip())
     plain = {
         name: getattr(args, name) for name in ("limit", "tasks_from", "windows", "calibration", "data", "max_steps")
@@ -157,7 +164,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("hf_layerprune").setLevel(logging.INFO)
     try:
         return _act(args)
-    except (LayerPruneError, OSError, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if wants_traceback():
+            traceback.print_exc()
         said, code = explain(error)
         return _fail(said, code)
 
@@ -205,8 +214,7 @@ def _run(args: argparse.Namespace, rows: dict[str, Row], plans: dict[str, Plan],
                 results.add(rows[name], plan, runner.run(plan))
             except Exception as error:  # one row must not keep the others from being run
                 failed[name] = explain(error)[0]
-                expected = isinstance(error, LayerPruneError | OSError)
-                logger.error("%s failed: %s", name, failed[name], exc_info=not expected)
+                logger.error("%s failed: %s", name, failed[name], exc_info=wants_traceback())
                 continue
         runner.clean(plan, {other.cut_name for other in left.values() if other.cut is not None})
         write_text(args.output / "results.md", markdown(read_rows(), results))
