@@ -127,6 +127,7 @@ def test_fingerprint_is_of_tokens_and_shape() -> None:
         ("a.txt", b"", "too short: 0 tokens"),
         ("a.txt", b" \n\n ", "too short: 0 tokens"),
         ("a.txt", b"\x89PNG\r\n\x1a\n\xff\xd8", "is not UTF-8"),
+        ("a.txt", b"text\0text" * 90, "is binary"),
         ("a.bin", b"\xff\xfe\x00", "is not UTF-8"),
         ("a.txt", b"short", "too short: 6 tokens make 0 rows of 64"),
         ("a.txt", b"x" * 200, "tokens make 3 rows of 64, not 5; use a smaller"),
@@ -138,6 +139,7 @@ def test_fingerprint_is_of_tokens_and_shape() -> None:
         ("a.json", b"", "too short: 0 tokens"),
         ("a.jsonl", b'{"text": " "}\n' * 900, "too short: 0 tokens"),
         ("a.jsonl", b'{"text": null}\n', "has no text in 'text', but a NoneType"),
+        ("a.md:text", b"text" * 900, "is read as one text, without columns; omit :text"),
         ("a.json", b'[{"text": "a"}, 3]', "row 2 has no text in 'text', only a int"),
     ],
 )

@@ -68,6 +68,8 @@ def documents_of(source: str, seed: int) -> Iterator[Document]:
     path = Path(name).expanduser()
     kind = path.suffix.lower()
     if path.is_file() and kind != ".parquet":
+        if column and kind not in SUFFIXES:
+            raise CheckpointError(f"calibration file {path} is read as one text, without columns; omit :{column}")
         documents = _rows(path, column or "text") if kind in SUFFIXES else _text(path)
         Random(seed).shuffle(documents)
         yield from documents
@@ -78,6 +80,8 @@ def documents_of(source: str, seed: int) -> Iterator[Document]:
 def _text(path: Path) -> list[Document]:
     """Large pieces of a text, so that their boundaries matter little."""
     text = read_text(path)
+    if "\0" in text:
+        raise CheckpointError(f"calibration file {path} is binary; specify a text file")
     return [Document(text[start : start + _PIECE]) for start in range(0, len(text), _PIECE)]
 
 
