@@ -12,6 +12,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaForCausalLM
 
 from hf_layerprune import CutError
 from hf_layerprune.cli import build_parser, main
@@ -25,7 +26,7 @@ from hf_layerprune.stages.requests import AdviseRequest, PruneRequest
 
 from .heal_makers import load_recipe
 from .measure_models import write_model
-from .tiny_models import tiny_model
+from .tiny_models import tiny_config, tiny_model
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: object) -> dict:
@@ -152,6 +153,14 @@ def test_more_layers_than_were_measured_have_no_loss(base: Path, capsys: pytest.
     assert told["perplexity_ratio"] is told["kl"] is None
     assert main(["advise", str(base), "--drop", "6"]) == 0
     assert re.search(r"6 of 8 *>x1\.", capsys.readouterr().out)
+
+
+def test_a_model_of_one_layer_gets_no_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config("llama")
+    config.num_hidden_layers = 1
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    assert main(["advise", str(tmp_path)]) == 2
+    assert "would drop all 1 layers of the model; at least one must stay" in capsys.readouterr().err
 
 
 def test_a_place_for_the_settings_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -222,7 +222,7 @@ def _expected(frontier: Frontier, curve: list[dict[str, Any]] | None, count: int
 def _counts(config: Any, curve: list[dict[str, Any]] | None) -> range:
     """The numbers of layers that are considered: up to a quarter, or as far as the curve goes."""
     n = families.layer_count(config)
-    most = min(n - len(families.protected_layers(config)), n - 1)
+    most = min(len(free_layers(n, drop_count(1, n), 0, 0, families.protected_layers(config))), n - 1)
     return range(1, min(most, len(curve) if curve else max(1, n // 4)) + 1)
 
 
