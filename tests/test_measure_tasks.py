@@ -33,6 +33,7 @@ def test_a_folder_of_tasks(tmp_path: Path) -> None:
     write_tasks(tmp_path)
     found = read_tasks(tmp_path)
     assert list(found) == ["asked", "begun", "mixed"]
+    assert list(task_set(["mixed", "asked"], tmp_path)) == ["mixed", "asked"]
     assert found["asked"].fields["doc_to_text"] == "{{query}}\nAnswer:"
     assert found["begun"].fields["doc_to_text"] == "query"
 
@@ -50,7 +51,7 @@ def test_a_file_that_is_not_asked_for_is_left_alone(tmp_path: Path) -> None:
 
 def test_the_harness_asks_what_the_file_says(tmp_path: Path) -> None:
     write(tmp_path / "one.jsonl", QUESTION, {"query": "Question: {{7*7}}?", "choices": ["49", "7 {% x"], "gold": 1})
-    write(tmp_path / "two.jsonl", {"query": "12", "choices": ["34", "[5]", "6"], "gold": 2})
+    write(tmp_path / "two.jsonl", {"query": "12", "choices": ["34", "[5]", "6"], "gold": 2.0})
     found = task_set(None, tmp_path)
     asked = {}
     for name, loaded in found.items():
@@ -61,6 +62,7 @@ def test_the_harness_asks_what_the_file_says(tmp_path: Path) -> None:
     assert asked["one"][:2] == [("Question: Is it so?\nAnswer:", " yes"), ("Question: Is it so?\nAnswer:", " no")]
     assert asked["one"][2:] == [(text, " 49"), (text, " 7 {% x")]
     assert asked["two"] == [("12", " 34"), ("12", " [5]"), ("12", " 6")]
+    assert read_task(tmp_path / "two.jsonl").rows[0]["gold"].__class__ is int  # pandas may write 2.0
     assert all(len(tasks.dataset_of(loaded)) == 64 for loaded in found.values())
 
 
@@ -180,7 +182,7 @@ def test_names_of_the_harness(tmp_path: Path) -> None:
     """The paper's eight are there, and an unknown name has neighbours."""
     write_tasks(tmp_path)
     for name, near in (("hellaswagg", "hellaswag"), ("arc_eesy", "arc_easy"), ("aksed", "asked"), ("papper", "paper")):
-        message = f"'{name}' is neither a task of lm-evaluation-harness nor a file in .*; did you mean .*{near}"
+        message = f"'{name}' is neither a task of lm-evaluation-harness nor a .jsonl file in .*; did you mean .*{near}"
         with pytest.raises(LayerPruneError, match=message):
             task_set(["asked", name], tmp_path)
     with pytest.raises(LayerPruneError, match="'§§§' is not a task of the harness; lm-eval ls tasks"):

@@ -111,9 +111,9 @@ def task_set(names: Sequence[str] | None, folder: Path | None = None) -> dict[st
             found = _all_tasks().load([name])
         alone = {one: _task_dict(task) for one, task in found["tasks"].items()}  # of a tag, each task on its own
         loaded |= {name: found} if name in found["groups"] else alone
-    for name, task in files.items():
+    for name in (one for one in wanted if one in files):
         with boundary(f"can't load task {name}", kind=LayerPruneError):
-            loaded[name] = _task_dict(_local(task))
+            loaded[name] = _task_dict(_local(files[name]))
     return loaded
 
 
@@ -165,7 +165,9 @@ def _find(name: str, files: Sequence[str], folder: Path | None) -> list[str]:
         return matches
     near = difflib.get_close_matches(name, ["paper", *files, *known], n=3, cutoff=0.5)
     where = (
-        f"neither a task of lm-evaluation-harness nor a file in {folder}" if folder else "not a task of the harness"
+        f"neither a task of lm-evaluation-harness nor a .jsonl file in {folder}"
+        if folder
+        else "not a task of the harness"
     )
     way_out = f"did you mean {' or '.join(near)}?" if near else "lm-eval ls tasks lists all"
     raise CutError(f"{name!r} is {where}; {way_out}")
@@ -248,7 +250,7 @@ def read_task(path: Path) -> LocalTask:
             continue
         if (last := len(row["choices"]) - 1) < row["gold"]:
             raise LayerPruneError(f"{where}: gold is {row['gold']}, but the choices are 0..{last}")
-        rows.append({name: row[name] for name in ("query", "choices", "gold")})
+        rows.append({"query": row["query"], "choices": row["choices"], "gold": int(row["gold"])})
     if not rows:
         raise LayerPruneError(f"{path} has no questions; put one on each line")
     hashed = image_tasks.files_hash(path, rows if about_images else [])
