@@ -212,7 +212,8 @@ class Prefix:
 
     def _kept(self) -> torch.Tensor:
         assert self._state is not None, "the prefix is skipped without its states"
-        return self._state
+        # Reentrant checkpointing makes what a layer returns its own output, which must not be what it returns again.
+        return self._state.view_as(self._state)
 
     def restore(self, device: torch.device | str | None = None) -> None:
         """Restore the full model; trained weights keep their new values.
