@@ -2,7 +2,8 @@
 
 `import hf_layerprune` must be enough for `PeftModel.from_pretrained` to understand a saved adapter, and must not
 cost the seconds that importing torch takes. So registration happens at once where PEFT is loaded already, and
-otherwise right after PEFT's own import, whoever causes it.
+otherwise right after PEFT's own import, whoever causes it. What the method itself imports must therefore not import PEFT
+at its top: it would be half-imported when it is needed.
 """
 
 from __future__ import annotations

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import hf_layerprune
 
 KNOWN = "import peft.mapping as m; assert 'LAYER_DROP' in m.PEFT_TYPE_TO_TUNER_MAPPING, 'unknown to PEFT'"
 # Each program on standard input in a process of its own; the slow imports, which none of them is about, once for all.
@@ -39,6 +44,8 @@ def test_peft_knows_the_method() -> None:
         "import peft, hf_layerprune",
         "from hf_layerprune import LayerDropConfig",
         "from hf_layerprune.adapter.model import LayerDropModel",
+        "import hf_layerprune.repair.frozen, peft",
+        "import hf_layerprune.runtime.head, peft",
         asking,
         "import sys; sys.meta_path.insert(0, type('Old', (), {'find_module': lambda *_: None})()); import hf_layerprune, peft",
     ]
@@ -46,6 +53,18 @@ def test_peft_knows_the_method() -> None:
     done = run(EACH_ALONE, json.dumps(programs))
     assert done.stdout.split() == ["0"] * len(imports) + ["1"], done.stderr
     assert "unknown to PEFT" in done.stderr
+
+
+def test_only_the_method_imports_peft_at_its_top() -> None:
+    """PEFT's import registers the method, which would find a module half-imported that is the first to import PEFT."""
+    package = Path(hf_layerprune.__file__).parent
+    found = {
+        path.relative_to(package).parts[0]
+        for path in package.rglob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Import | ast.ImportFrom) and re.match(r"(from|import) peft\b", ast.unparse(node))
+    }
+    assert found == {"adapter"}
 
 
 @pytest.mark.parametrize(

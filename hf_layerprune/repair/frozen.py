@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from .. import families
@@ -61,4 +60,6 @@ def put(repair: Repair, model: nn.Module, stack_path: str, cut: families.Cut, ad
 
 
 def _copy(module: Any, adapter_name: str) -> Any:
+    from peft.utils.other import ModulesToSaveWrapper
+
     return module.modules_to_save[adapter_name] if isinstance(module, ModulesToSaveWrapper) else module

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from torch.nn import functional as F
 
@@ -169,6 +168,8 @@ class OutputHead:
     @property
     def _linear(self) -> nn.Linear:
         """The linear layer itself: PEFT's trained copy where there is one."""
+        from peft.utils.other import ModulesToSaveWrapper
+
         if isinstance(self._module, ModulesToSaveWrapper) and not self._module.disable_adapters:
             return self._module.modules_to_save[self._module.active_adapters[0]]
         return getattr(self._module, "original_module", self._module)

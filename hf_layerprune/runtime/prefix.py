@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from ..families.layout import DecoderStack, find_decoder_layers, find_final_norm, find_output_head
@@ -172,6 +171,8 @@ class Prefix:
         Those are the weights of the skipped layers, the embeddings, and the originals that trained copies replace.
         Weights that the rest of the model shares with them stay.
         """
+        from peft.utils.other import ModulesToSaveWrapper
+
         wrappers = [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]
         # The adapter saves the copies, such as those of modules that a repair changed.
         copies = {id(module) for wrapper in wrappers for module in wrapper.modules_to_save.modules()}
