@@ -18,7 +18,7 @@ from hf_layerprune.cli import main
 from hf_layerprune.publish.requests import VerifyRequest
 from hf_layerprune.publish.verify import verdict
 from hf_layerprune.publish.verify.verdict import Verified
-from hf_layerprune.records.fingerprints import fingerprint, weights_hash
+from hf_layerprune.records.fingerprints import fingerprint, sha256_of, weights_hash
 from hf_layerprune.records.lineage import Lineage
 
 from .measure_models import write_gguf
@@ -453,7 +453,15 @@ def test_what_was_unpacked_from_gguf(tmp_path: Path) -> None:
     assert "unpacks it" not in said(found)
     records = tmp_path / "cut" / "lineage.json"
     records.write_text(re.sub(r'("transformers": )"[^"]+"', r'\1"4.0"', records.read_text()))
-    assert "unpacks it; 4.0 did so for the cut" in said(verify(tmp_path / "cut"))
+    assert not verify(tmp_path / "cut").good
+    settings = tmp_path / "cut" / "generation_config.json"
+    settings.write_text(re.sub(r'("transformers_version": )"[^"]+"', r'\1"4.0"', settings.read_text()))
+    lineage = Lineage.of(tmp_path / "cut")
+    lineage.entries[-1]["files"]["generation_config.json"] = sha256_of(settings)
+    lineage.write(tmp_path / "cut")
+    found = verify(tmp_path / "cut")
+    assert found.good, said(found)
+    assert "unpacks it; 4.0 did so for the cut" in said(found)
     name = "model.layers.1.mlp.up_proj.weight"
     edit(tmp_path / "cut", lambda tensors: tensors[name].view(torch.int16)[0, 0].bitwise_xor_(1))
     claim(tmp_path / "cut")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -21,7 +22,7 @@ from ...cut.plan import CheckpointPlan
 from ...errors import CheckpointError, boundary
 from ...files.copy import LocalFile
 from ...files.json_file import parse_json
-from ...records.fingerprints import CONFIG, hash_files, holds_weights, is_inert, model_files, sha256_of
+from ...records.fingerprints import CONFIG, GENERATION, hash_files, holds_weights, is_inert, model_files, sha256_of
 from ...records.history import History, Stage
 from ...records.quantized import is_repeatable_method, method_of
 from ...runtime.config_file import read_config_file
@@ -225,6 +226,11 @@ def _converted(history: History, base: Base, folder: Path) -> Expected:
     model.save_pretrained(folder)
     with suppress(CheckpointError):  # a base may have no tokenizer
         load_tokenizer(base.source, revision=base.commit).save_pretrained(folder)
+    # The settings of generation name the version of transformers that wrote them, and may do so alone.
+    wrote = str(history.stages[0].entry.get("versions", {}).get("transformers"))
+    if (settings := folder / GENERATION).is_file() and re.fullmatch(r"[\w.+-]{1,40}", wrote):
+        ours = f'"transformers_version": "{version("transformers")}"'
+        settings.write_text(settings.read_text().replace(ours, f'"transformers_version": "{wrote}"'))
     return Expected.of(folder)
 
 
