@@ -141,7 +141,7 @@ def calibration_of(options: CalibrationOptions, walk: LayerWalk, revision: str |
     name = model.name_or_path or model.config.name_or_path or ""  # a model that was cut in memory has only the second
     if not name and options.calibration != SELF:
         raise CheckpointError(
-            "this model has no name or path, so there is no tokenizer for the calibration text; save the model and its "
+            "this model has no name or path to load a tokenizer from, which the calibration text needs; save the model and its "
             "tokenizer to a folder and load it from there, or use calibration='self'"
         )
     try:

@@ -44,7 +44,7 @@ def new_folder(
 ) -> Iterator[Path]:
     """Create a folder under a temporary name next to the target, and rename it when the block succeeds.
 
-    The temporary name is `.NAME.partial-XXXXXXXX`. Folders that killed runs left under such names are removed by the
+    The temporary name is `.NAME.partial-1a2b3c4d`. Folders that killed runs left under such names are removed by the
     next run for the same target.
 
     Args:

@@ -76,7 +76,7 @@ def check_training(args: HealConfig) -> None:
 
     Raises:
         CutError: A setting has no effect, trains nothing, or changes a tokenizer that is not kept.
-        CheckpointError: There is no checkpoint to go on from.
+        CheckpointError: The checkpoint to resume from does not exist.
     """
     from transformers.trainer import TRAINER_STATE_NAME
 

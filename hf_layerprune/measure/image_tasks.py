@@ -96,7 +96,7 @@ def to_row(row: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
         where (`str`): The line's name in errors.
 
     Raises:
-        LayerPruneError: There is no such image, it can't be read, or the query has places for another number of images.
+        LayerPruneError: An image does not exist or can't be read, or the query does not have one placeholder for each.
     """
     from PIL import Image
 

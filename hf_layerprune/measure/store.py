@@ -33,7 +33,7 @@ class Store:
             config, tokenizer, chat template or base.
 
     Attributes:
-        metrics (`Metrics`): The numbers in the file, and those that were added; also where there is no file.
+        metrics (`Metrics`): The numbers read from the file, if it exists, and those added since.
         new (`Metrics`): What is not in the file yet.
         bounds (`tuple[Bound, ...]`, *optional*): What the model must reach, in place of what was recorded before.
 

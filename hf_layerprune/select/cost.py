@@ -25,9 +25,8 @@ def runs_of(
     """How often `score_layers` runs a layer and the head over all rows, to drop `count` layers."""
     n, kinds = num_layers, {find_criterion(name).kind for name in criteria}
     layers, heads = n * ("states" in kinds), 0
-    if (
-        "passes" in kinds
-    ):  # the backward pass runs a layer again, then computes the gradients of its input and its weights
+    if "passes" in kinds:
+        # The backward pass runs a layer again, then computes the gradients of its input and its weights.
         layers, heads = layers + 4 * n, 3
     if "repairability" in criteria:  # to fit a map costs about as much as to run a layer
         layers += sum(n - length for length in lengths or [count])

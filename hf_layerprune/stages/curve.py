@@ -33,7 +33,7 @@ from ..runtime.loading import is_hub_id, load_config
 from ..select.registry import find_criterion
 from ..select.sets import drop_count, free_layers
 from ..versions import __version__
-from .curve_file import FILE, read_curve
+from .curve_file import FILE, SCHEMA_VERSION, read_curve
 from .requests import AdviseRequest, PruneRequest, RankRequest
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def make_curve(request: RankRequest) -> Curve:
     }
     record = None if request.output is None else _earlier(request.output.expanduser(), identity, request.force)
     if record is None:
-        record = {"schema_version": 1, "identity": identity, "points": [], "steps": [], "num_layers": n}
+        record = {"schema_version": SCHEMA_VERSION, "identity": identity, "points": [], "steps": [], "num_layers": n}
     if len(record["points"]) < up_to:
         _continue(request, record, free, up_to)
     elif not has_same_rows(record.get("calibration", {}), request):

@@ -11,6 +11,7 @@ from ..records.curve import is_point
 from ..repair.registry import REPAIRS
 
 FILE = "curve.json"
+SCHEMA_VERSION = 1
 
 
 def read_curve(path: Path) -> dict[str, Any]:
@@ -30,7 +31,9 @@ def read_curve(path: Path) -> dict[str, Any]:
             all(is_point(point, n) and point["dropped"] == i for i, point in enumerate(points, 1))
             and all(not isinstance(figure, bool) and 0 <= figure < 1e18 for figure in figures)
             and len(points) > 0
+            and record["schema_version"] == SCHEMA_VERSION
             and len(decode["layers"]) == n
+            and decode.keys() == {"layers", "rest", "device"}
             and len({range(n).index(step) for step in steps}) == len(steps)
             and isinstance(record["identity"], dict)
             and record["repair"] in (None, *REPAIRS)

@@ -254,12 +254,12 @@ def make_plan(row: Row, options: Options) -> Plan:
         `Plan`: All settings.
 
     Raises:
-        CutError: There is no such mistake or model.
+        CutError: A mistake or a model is unknown.
     """
     common = defaults()
     for name in options.mistakes:
         if name not in common["mistakes"]:
-            raise CutError(f"there is no mistake {name!r}; there are {', '.join(common['mistakes'])}, and all")
+            raise CutError(f"unknown mistake {name!r}; choose from {', '.join(common['mistakes'])} and all")
     for word in options.models:
         if word not in ("*", *common["models"]):
             raise CutError(f"no row has a model {word!r}; they have {', '.join(common['models'])}")

@@ -139,7 +139,7 @@ def shown(model: str, text: str) -> str:
 
 
 def is_inside(model: str, file: str) -> bool:
-    """Whether a file of a folder is no link to another place, whose content the page would show to everybody."""
+    """Whether a file lies in its folder. The page would show the target of a link out of it to every visitor."""
     real = Path(file).resolve()
     return not os.path.isdir(model) or Path(model).resolve() in real.parents or real.match("models--*/blobs/*")
 

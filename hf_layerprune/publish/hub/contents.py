@@ -53,7 +53,7 @@ def find_model(request: PushRequest) -> Path:
     """Find the folder to publish: with `adapter_only`, `model` if that is an adapter, or else its subfolder `adapter`.
 
     Raises:
-        CheckpointError: There is no model with a lineage, or no adapter.
+        CheckpointError: The folder has no lineage, or no adapter to publish.
     """
     folder = request.model.expanduser()
     if request.adapter_only:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -13,6 +12,8 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from packaging.version import InvalidVersion, Version
 
 from ... import families
 from ...cut.base import Base as Checkpoint
@@ -227,10 +228,11 @@ def _converted(history: History, base: Base, folder: Path) -> Expected:
     with suppress(CheckpointError):  # a base may have no tokenizer
         load_tokenizer(base.source, revision=base.commit).save_pretrained(folder)
     # The settings of generation name the version of transformers that wrote them, and may do so alone.
-    wrote = str(history.stages[0].entry.get("versions", {}).get("transformers"))
-    if (settings := folder / GENERATION).is_file() and re.fullmatch(r"[\w.+-]{1,40}", wrote):
-        ours = f'"transformers_version": "{version("transformers")}"'
-        settings.write_text(settings.read_text().replace(ours, f'"transformers_version": "{wrote}"'))
+    wrote = history.stages[0].entry.get("versions", {}).get("transformers")
+    with suppress(FileNotFoundError, InvalidVersion):  # of a text that is more than a version
+        settings = (folder / GENERATION).read_text()
+        ours, theirs = (f'"transformers_version": "{one}"' for one in (version("transformers"), Version(str(wrote))))
+        (folder / GENERATION).write_text(settings.replace(ours, theirs))
     return Expected.of(folder)
 
 
