@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from .errors import CutError
 
-MOST_LAYERS = 100_000
+MOST_LAYERS = 1_000  # far above any real model; limits what a damaged or hostile file can request
 _PART = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?", re.ASCII)
 
 

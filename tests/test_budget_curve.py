@@ -316,15 +316,15 @@ def test_what_a_curve_says_is_what_prune_makes(
         (["points"], "x"), (["points", 0, "layers"], 3), (["points", 0, "layers"], "9"), (["points", 0, "dropped"], 2),
         (["points", 0, "cut", "kl"], "<b>"), (["points", 0, "bytes"], None), (["points", 0, "speedup"], 1e400),
         (["steps"], [7, 7]), (["steps"], [99]), (["decode", "layers"], [1]), (["identity"], []), (["repair"], "glue"),
-        (["num_layers"], "8"), (["dense", "bytes"], "1"),
+        (["num_layers"], "8"), (["dense", "bytes"], "1"), (["schema_version"], 2), (["decode", "batch"], 1),
     ],
 )  # fmt: skip
 def test_a_damaged_curve_is_refused(path: list[Any], value: Any, tmp_path: Path) -> None:
     quality = {"kl": 0.1, "perplexity_ratio": 1.1, "top1_agreement": 0.9}
     point = {"dropped": 1, "layers": "7", "cut": quality, "parameters": 1, "bytes": 2, "speedup": 1.1}
     record: dict[str, Any] = {
-        "points": [point], "steps": [7], "decode": {"layers": [1.0] * 8, "rest": 1.0}, "num_layers": 8,
-        "dense": {"parameters": 1, "bytes": 2}, "identity": {"base": "x"}, "repair": None,
+        "schema_version": 1, "points": [point], "steps": [7], "num_layers": 8,
+        "decode": {"layers": [1.0] * 8, "rest": 1.0, "device": "cpu"}, "dense": {"parameters": 1, "bytes": 2}, "identity": {"base": "x"}, "repair": None,
     }  # fmt: skip
     file = tmp_path / "curve.json"
     file.write_text(json.dumps(record))

@@ -126,7 +126,7 @@ def test_other_kinds_of_arguments_are_refused(tmp_path):
         (lambda: quality_curve("x", curve_upto=2), "option 'curve_upto' is unknown; did you mean curve_up_to"),
         (
             lambda: prune_with(LayerDropConfig(criterion="kl", calibration="x.txt"), tiny_model("llama")),
-            "no name or path, so there is no tokenizer",
+            "no name or path to load a tokenizer from",
         ),
         (lambda: prune_with(str(tmp_path)), "a LayerDropConfig is needed, not a str"),
         (lambda: prune_with(LoraConfig(), model), "a LayerDropConfig is needed, not a LoraConfig"),

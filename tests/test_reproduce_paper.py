@@ -192,7 +192,7 @@ def test_help_and_list_import_no_torch() -> None:
         (["tabel1"], "no row is called tabel1; the tables are table1, table2"),
         (["--rows-matching", "("], "is not a regular expression"),
         (["--rows-matching", "opt-"], "no row's name has opt- in it"),
-        (["table7", "--mistakes", "all,none"], "there is no mistake 'all'"),
+        (["table7", "--mistakes", "all,none"], "unknown mistake 'all'"),
         (["table7", "--tasks-from", "/nowhere"], "/nowhere does not exist"),
         (["table7", "--set", "max_length"], "--set max_length must be NAME=VALUE"),
         (["table7", "--model", "llama-9b=x"], "no row has a model 'llama-9b'"),

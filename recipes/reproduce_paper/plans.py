@@ -259,7 +259,7 @@ def make_plan(row: Row, options: Options) -> Plan:
     common = defaults()
     for name in options.mistakes:
         if name not in common["mistakes"]:
-            raise CutError(f"unknown mistake {name!r}; choose from {', '.join(common['mistakes'])} and all")
+            raise CutError(f"unknown mistake {name!r}; choose from {', '.join(common['mistakes'])}, or all")
     for word in options.models:
         if word not in ("*", *common["models"]):
             raise CutError(f"no row has a model {word!r}; they have {', '.join(common['models'])}")
