@@ -107,6 +107,8 @@ def test_a_folder_has_its_models_name(tmp_path: Path) -> None:
     assert found.name == Card.of(lineage_of()).name == "SmolLM2-135M-Instruct-23L"
     found.lineage["published"] = {"name": "Small"}
     assert found.name == "Small"
+    found.lineage["published"]["repo_id"] = "me/Pushed"
+    assert found.name == "Pushed"
     assert about.Records("me/other", found.lineage).name == "other"
 
 
@@ -147,7 +149,13 @@ def test_ranges_name_each_layer_once(layers: set[int]) -> None:
 
 def test_a_model_without_records(tmp_path: Path) -> None:
     found = about.Records.of(str(tmp_path))
-    assert (found.layers(), found.text) == (None, "")
+    assert (found.layers(), found.text) == (None, about.NO_CARD)
+
+
+def test_a_model_on_the_hub_is_linked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(about, "file_of", lambda model, name: None)
+    text = about.Records.of("me/pruned").text
+    assert text == f"[me/pruned](https://huggingface.co/me/pruned)\n\n{about.NO_CARD}"
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (219_500_000, "219.5 MB"), (7e10, "70.0 GB")])

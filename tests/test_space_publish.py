@@ -20,6 +20,7 @@ from hf_layerprune.cli import main
 from hf_layerprune.errors import CheckpointError
 from hf_layerprune.publish.space import build_space, secret_from
 from tests.chat_models import pruned_model, tiny_chat_model
+from tests.compat import STACKS
 from tests.hub_server import HubServer, client_env
 
 FILES = {
@@ -111,6 +112,7 @@ def test_a_complete_space(folder: Path, tmp_path: Path) -> None:
         version = str(pin.specifier).removeprefix("==")
         if name in ours and "==" in str(pin.specifier):
             assert ours[name].specifier.contains(version), name
+    assert f"transformers{pins['transformers'].specifier}" in STACKS["newest"].packages
     # A plain model needs nothing of this package.
     assert "hf-layerprune" not in pins
     for path in space.rglob("*.py"):

@@ -31,7 +31,7 @@ MOST_VALUES = 1_000_000  # in the metadata of a card, whose YAML can repeat a va
 
 @dataclass
 class Records:
-    """The records of a model, and the text of its card; each part is empty if the repository has no such file."""
+    """The records of a model, each empty if the repository has no such file, and what to show of its card as `text`."""
 
     model: str
     lineage: dict[str, Any] = field(default_factory=dict)
@@ -64,6 +64,8 @@ class Records:
             except Exception as error:  # dates, numbers and tags of YAML raise any
                 raise ValueError(f"its {name} is damaged ({' '.join(str(error).split())})") from error
         found = cls(model, **records)
+        at = "" if os.path.isdir(model) else f"[{model}](https://huggingface.co/{model})\n\n"
+        found.text = at + (found.text or NO_CARD)
         try:  # now, so that no part of the page can fail later
             at_a_glance(found), found.name
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -78,7 +80,9 @@ class Records:
         if not os.path.isdir(self.model) or layers is None:
             return folder
         base = re.sub(r"\.gguf$", "", str(self.base or folder), flags=re.IGNORECASE).rstrip("/").rsplit("/", 1)[-1]
-        return str(self.lineage.get("published", {}).get("name") or f"{base}-{len(layers[1])}L")
+        published = self.lineage.get("published", {})
+        on_hub = str(published.get("repo_id", "")).rpartition("/")[2]
+        return str(on_hub or published.get("name") or f"{base}-{len(layers[1])}L")
 
     @property
     def base(self) -> str | None:

@@ -120,7 +120,7 @@ def page(source: Source) -> gr.Blocks:
             with gr.Tab("Side by side") as second:
                 prompt, why = compare_tab(source, settings)
             with gr.Tab("About this model") as third:
-                gr.Markdown(source.records.text or about.NO_CARD, latex_delimiters=[], elem_classes="card")
+                gr.Markdown(source.records.text, latex_delimiters=[], elem_classes="card")
         with gr.Accordion("Settings", open=False, elem_id="settings") as panel, gr.Row():
             for setting in settings:
                 setting.render()
