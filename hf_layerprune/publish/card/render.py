@@ -134,14 +134,6 @@ class Card:
         """The fields of the YAML block."""
         return metadata.metadata(self)
 
-    @property
-    def papers(self) -> str:
-        """The papers of the method, and of the criteria and repairs that were used, in BibTeX."""
-        entries = files(__package__).joinpath("papers.bib").read_text(encoding="utf-8").strip().split("\n\n")
-        by_id = {identifier: entry for entry in entries for identifier in re.findall(r"eprint += {(.+)}", entry)}
-        used = [_METHOD, *(one for source in _sources(self.history) for one in re.findall(r"arXiv:([\d.]+)", source))]
-        return "\n\n".join(by_id[identifier] for identifier in dict.fromkeys(used))
-
     def body(self) -> str:
         """The card without its YAML block."""
         context, environment = _context(self), _environment()
@@ -188,7 +180,7 @@ def _context(card: Card) -> dict[str, Any]:
         "pictures": card.pictures,
         "dropped": format_layers(history.dropped).replace(",", ", "),
         "done": [stage.name for stage in history.stages],
-        "papers": card.papers,
+        "papers": _papers(history),
         "measured_with": measured_with(results) if results else [],
         "no_repeat": NO_REPEAT_NGRAM,
         "model_id": card.repo_id or f"path/to/{card.name}",
@@ -201,12 +193,16 @@ def _repairs(history: History) -> list[RepairMethod]:
     return [REPAIRS[name] for name in names if name in REPAIRS]
 
 
-def _sources(history: History) -> list[str]:
-    """The sources of the criteria and repairs that were used, as their registries name them."""
+def _papers(history: History) -> str:
+    """The papers of the method, and of the criteria and repairs that were used, in BibTeX."""
+    entries = files(__package__).joinpath("papers.bib").read_text(encoding="utf-8").strip().split("\n\n")
+    by_id = {identifier: entry for entry in entries for identifier in re.findall(r"eprint += {(.+)}", entry)}
     names = [stage.settings.get("criterion") for stage in history.stages]
     names += [stage.entry.get("selection", {}).get("criterion") for stage in history.stages]
-    criteria = [CRITERIA[name].source for name in names if name in CRITERIA]
-    return criteria + [repair.source for repair in _repairs(history)]
+    sources = [CRITERIA[name].source for name in names if name in CRITERIA]
+    sources += [repair.source for repair in _repairs(history)]
+    used = [_METHOD, *re.findall(r"arXiv:([\d.]+)", " ".join(sources))]
+    return "\n\n".join(by_id[identifier] for identifier in dict.fromkeys(used))
 
 
 def _means(results: Results) -> list[Markup]:

@@ -325,9 +325,8 @@ def measured_with(results: Results) -> list[str]:
         if values:
             words.append(f"{word} {' and '.join(values)}")
     packages = {name: number for record in records for name, number in record["versions"].items()}
-    if not any(record["kind"] == "accuracy" for record in records):  # the harness measures nothing else
-        packages.pop("lm-eval", None)
-    used = [f"{name} {packages[name]}" for name in ("lm-eval", "transformers", "torch") if name in packages]
+    tools = ["lm-eval"] * bool(limits_seen) + ["transformers", "torch"]  # the harness measures accuracy alone
+    used = [f"{name} {packages[name]}" for name in tools if name in packages]
     if used:
         words.append(f"with {', '.join(used)}")
     dates = sorted({str(record["date"])[:10] for record in records})
