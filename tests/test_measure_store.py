@@ -47,6 +47,31 @@ def test_numbers_of_other_weights_are_refused(cut: Path, tasks: Path) -> None:
     assert found.weights == weights_hash(fingerprint(cut))
 
 
+@pytest.mark.parametrize("content", ["nonsense", "{}", '{"schema_version": 99}'])
+def test_a_damaged_file_is_replaced_if_forced(cut: Path, tasks: Path, content: str) -> None:
+    (cut / "metrics.json").write_text(content)
+    with pytest.raises(CheckpointError, match="restore the file, or delete it"):
+        measure(cut, tasks, tasks=("begun",), texts=())
+    assert (cut / "metrics.json").read_text() == content
+    measure(cut, tasks, tasks=("asked", "begun"), texts=(), force=True)
+    assert {one["task"] for one in Metrics.of(cut).results} == {"asked", "begun"}
+
+
+def test_a_card_is_suggested_for_the_numbers_that_it_shows(
+    cut: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", str(cut), "--tasks-from", str(tasks), "--tasks", "asked", "--text", "none"]
+    assert main(words) == 0
+    assert f"next: hf-layerprune card {cut}" in capsys.readouterr().out
+    assert main([*words, "--output", str(tmp_path / "numbers.json")]) == 0
+    assert "next:" not in capsys.readouterr().out
+    # Two rows of one task say what tells them apart.
+    assert main([*words, "--batch-size", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "\nasked (batch size auto)  acc " in out
+    assert "\nasked (batch size 1)     acc " in out
+
+
 def test_a_base_that_the_history_does_not_know(base: Path, cut: Path, tasks: Path, tmp_path: Path) -> None:
     other = write_model(tmp_path / "other", seed=1)
     with pytest.raises(

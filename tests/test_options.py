@@ -124,7 +124,7 @@ NO_EFFECT: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (
         PruneRequest,
         {"drop_layers": [3], "criterion": "kl", "steps": 4, "contiguous": True},
-        "criterion and contiguous",
+        "criterion, contiguous and steps have",
     ),
     (PruneRequest, {"drop_layers": [3], "from_curve": Path("curve")}, "from_curve has no effect beside drop_layers"),
     (PruneRequest, {"drop_layers": [3], "target_size": "1GB", "target_dtype": "float16"}, "target_size has no effect"),

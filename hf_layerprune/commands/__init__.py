@@ -53,9 +53,11 @@ def hint(command: str, *words: object) -> tuple[str, ...]:
 def measured(request: EvalRequest | BenchRequest, metrics: Metrics, text: str, missed: Sequence[str] = ()) -> Answer:
     """The result of a command that measured a model, with the requirements that the model misses."""
     folder = Path(request.model).expanduser()
-    place = request.output or (folder / "metrics.json" if folder.is_dir() else None)
+    own = folder / "metrics.json"
+    place = request.output or (own if folder.is_dir() else None)
     made = f"the numbers are in {place}" if place else ""
-    then = hint("card", request.model) if (folder / "lineage.json").is_file() and not missed else ()
+    # A card shows the folder's own numbers.
+    then = hint("card", request.model) if place == own and (folder / "lineage.json").is_file() and not missed else ()
     return Answer(
         made, text, metrics.record, then, (f"missed: {', '.join(missed)}",) if missed else (), 1 if missed else 0
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import CheckpointError, LayerPruneError
 from ..files.copy import check_file_target
+from ..options import listed
 from ..records.fingerprints import identity
 from ..records.lineage import versions
 from ..records.metrics import FILE_NAME, Metrics
@@ -97,14 +98,13 @@ class Store:
         if self.path is None:
             self._merge_into(self.metrics)
         else:
-            self.metrics = Metrics.update(self.path, self._merged)
+            self.metrics = Metrics.update(self.path, self._merged, overwrite=self._replace)
             self._replace = False
         self.new.results, self.new.comparisons = [], []
 
     def _merged(self, current: Metrics | None) -> Metrics:
         """The new content of the file, from its current content."""
-        if current is None or self._replace:
-            current = Metrics(self.new.weights)
+        current = current or Metrics(self.new.weights)
         for weights, measured in self.new.models.items():
             recorded = current.models.get(weights, measured)
             if current.weights != self.new.weights or recorded.get("identity") != measured.get("identity"):
@@ -159,7 +159,7 @@ def _before(path: Path | None, model: Subject, base: Subject | None, force: bool
         for subject in (model, base):
             if subject is not None and (changed := metrics.changed_since(subject.identity)):
                 raise CheckpointError(
-                    f"{path} holds numbers of {subject.name} with another {' and '.join(changed)}; {way_out}"
+                    f"{path} holds numbers of {subject.name} with another {listed(changed)}; {way_out}"
                 )
     except CheckpointError:
         if not force:

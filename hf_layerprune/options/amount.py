@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..errors import CutError
 from .declare import option, refuse_unused
 from .kinds import DROP, DTYPES, whole
-from .quantities import BYTES, COUNT, NATS, RATIO, SHARE, number
+from .quantities import BYTES, COUNT, NATS, RATIO, SHARE, listed, number
 
 DEFAULT_DROP = 0.25
 TARGETS = ("target_params", "target_size", "target_memory", "target_speedup")
@@ -91,7 +91,7 @@ class AmountOptions:
         """
         said = [name for name in AMOUNTS if getattr(self, name) is not None]
         if len(said) > 1:
-            raise CutError(f"{' and '.join(said)} each say how many layers to drop; use only one of them")
+            raise CutError(f"{listed(said)} each say how many layers to drop; use only one of them")
         if not said and getattr(self, "drop_layers", None) is None:
             self.drop = DEFAULT_DROP
 

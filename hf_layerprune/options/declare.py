@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from ..errors import CutError
 from .kinds import FLAG, TEXT, Kind, checked, quoted
+from .quantities import listed
 
 T = TypeVar("T")
 
@@ -134,7 +135,7 @@ def refuse_unused(values: Any, names: Iterable[str], why: str) -> None:
             said.append(known[name].flag or name if name in known else name)
     if said:
         has, it = ("have", "them") if len(said) > 1 else ("has", "it")
-        raise CutError(f"{' and '.join(said)} {has} no effect {why}; leave {it} out")
+        raise CutError(f"{listed(said)} {has} no effect {why}; leave {it} out")
 
 
 def take(cls: type[T], values: Any, **changes: Any) -> T:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -72,6 +72,11 @@ def spell_bytes(size: float) -> str:
 def plural(count: int, noun: str) -> str:
     """A count and its noun, in the plural if needed: `1 layer`, `1,024 rows`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def listed(words: Sequence[str]) -> str:
+    """Words as a sentence lists them: `a`, `a and b`, `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def _spell(value: float, units: Mapping[str, int], plain: str = "") -> str:

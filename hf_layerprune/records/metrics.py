@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import CheckpointError, boundary
 from ..files.copy import write_text
 from ..files.json_file import check_schema, load_schema, read_object
+from ..options import listed
 from .figures.results import CONDITIONS
 from .fingerprints import Identity, identity, identity_of
 from .lineage import Lineage
@@ -83,14 +84,16 @@ class Metrics:
         return cls(data["weights"], data["models"], data["results"], data["comparisons"], bounds)
 
     @classmethod
-    def update(cls, path: Path, change: Callable[[Metrics | None], Metrics]) -> Metrics:
+    def update(cls, path: Path, change: Callable[[Metrics | None], Metrics], *, overwrite: bool = False) -> Metrics:
         """Change a file of numbers under a lock, so that concurrent changes are not lost; return the new numbers.
+
+        With `overwrite`, the old content is not read.
 
         Raises:
             CheckpointError: The old or new content does not follow the schema, or the file can't be written.
         """
         with locked(path):
-            metrics = change(cls.read(path))
+            metrics = change(None if overwrite else cls.read(path))
             metrics._write(path)
         return metrics
 
@@ -126,7 +129,7 @@ class Metrics:
         if self.weights != model.weights:
             return f"was measured on other weights ({self.weights[:12]}, and the model's are {model.weights[:12]})"
         if changed := self.changed_since(model):
-            return f"is outdated: {' and '.join(changed)} of the model changed since it was measured"
+            return f"is outdated: {listed(changed)} of the model changed since it was measured"
         known = {model.weights} | (lineage.known_weights() if lineage else set())
         if foreign := sorted(set(self.models) - known):
             names = ", ".join(f"{self.models[weights]['name']} ({weights[:12]})" for weights in foreign)

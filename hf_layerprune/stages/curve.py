@@ -26,7 +26,7 @@ from ..errors import CheckpointError, CutError, LayerPruneError
 from ..files.copy import write_text
 from ..files.folders import check_target
 from ..layer_ranges import name_layers, parse_layers
-from ..options import DEFAULT_DROP, AmountOptions, declared, find, plural, spell_bytes, spell_count
+from ..options import DEFAULT_DROP, AmountOptions, declared, find, listed, plural, spell_bytes, spell_count
 from ..records.curve import quality_of
 from ..records.fingerprints import fingerprint
 from ..runtime.loading import is_hub_id, load_config
@@ -275,7 +275,7 @@ def _earlier(folder: Path, identity: dict[str, Any], force: bool) -> dict[str, A
     record = read_curve(folder / FILE)
     if other := [name for name, value in identity.items() if record["identity"].get(name) != value]:
         raise CheckpointError(
-            f"{folder} holds a curve with another {' and '.join(other)}; choose another folder, or start again with --force"
+            f"{folder} holds a curve with another {listed(other)}; choose another folder, or start again with --force"
         )
     logger.info("continuing %s, which has %s", folder / FILE, plural(len(record["points"]), "point"))
     return record

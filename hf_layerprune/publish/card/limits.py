@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from markupsafe import Markup
 
+from ...options import listed
 from ...records.figures import numbers
 from ...records.figures.results import Cell, Results, Row
 from ...records.history import History
@@ -59,9 +60,8 @@ def _accuracy(rows: list[Row], own: str) -> Iterator[Markup]:
                 f"{cell.value.partition(' ')[0]} %{end}."
             )
     if same:
-        listed = " and ".join(filter(None, (", ".join(same[:-1]), same[-1])))
         yield Markup(
-            f"On {listed}, no difference is distinguishable from noise with this number of questions; there may "
+            f"On {listed(same)}, no difference is distinguishable from noise with this number of questions; there may "
             "still be a difference."
         )
 

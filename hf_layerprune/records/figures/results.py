@@ -26,6 +26,11 @@ RUN = {"batch": "batch size {}", "prompt_tokens": "{} prompt tokens", "new_token
 # What was asked, and where: numbers that differ in one of them are not in one row.
 _ASKED, _WHERE = ("dataset", "shots", "task_version"), ("dtype", "device")
 CONDITIONS = (*_ASKED, *_WHERE)
+# Settings that tell numbers apart too, and their descriptions.
+_SETTINGS = {
+    "limit": "first {} questions", "batch_size": "batch size {}", "windows": "{} windows", "length": "{} tokens per window",
+    "threads": "{} threads",
+}  # fmt: skip
 _SHA256 = 64  # the length of a hash, which is shown in short
 # A difference with a larger p-value is called noise.
 SIGNIFICANT = 0.05
@@ -225,7 +230,9 @@ def _told_apart(rows: list[Row]) -> Iterator[Row]:
         groups.setdefault(row.key[1] or (row.key, row.run, row.engine), []).append(row)
     for group in groups.values():
         told = [next(iter(row.cells.values())).record for row in group]
+        told = [(record.get("settings") or {}) | record for record in told]
         differ = [name for name in CONDITIONS if len({one[name] for one in told if name in one}) > 1]
+        differ += [name for name in _SETTINGS if len({one.get(name) for one in told}) > 1]
         for row, record in zip(group, told, strict=True):
             words = ", ".join(_words(name, record[name]) for name in differ if name in record)
             label: dict[str, Any] = (
@@ -237,7 +244,8 @@ def _told_apart(rows: list[Row]) -> Iterator[Row]:
 def _words(name: str, value: Any) -> str:
     if name == "dataset":
         return value[:8] if len(value) == _SHA256 else value
-    return {"shots": f"{value}-shot", "task_version": f"version {value}"}.get(name, str(value))
+    words = {"shots": "{}-shot", "task_version": "version {}"} | _SETTINGS
+    return words.get(name, "{}").format(value)
 
 
 def _columns(metrics: Metrics) -> Iterator[ResultColumn]:
