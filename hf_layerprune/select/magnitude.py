@@ -7,13 +7,14 @@ weights of norms are included; biases are not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from .passes import Observer
+from .passes import Observer, damaged
 from .registry import ORIGINAL, Criterion
 from .scores import Scores
 
@@ -36,6 +37,8 @@ class Magnitude(Observer):
         for parameter in matrices:
             size = parameter.detach().float().abs().pow(self.power).sum(dtype=torch.float64).item()
             total += size ** (1 / self.power) if self.variant == ORIGINAL else size
+        if not math.isfinite(total) and (broken := damaged(index, layer)):
+            raise broken
         self.sums[index] = total
 
     def scores(self) -> Scores:

@@ -96,14 +96,21 @@ def run_pass(
 
 def not_finite(index: int, layer: nn.Module, dtype: torch.dtype) -> CheckpointError:
     """The error for a layer that returns non-finite hidden states, with the cause."""
-    for name, parameter in layer.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-            return CheckpointError(
-                f"layer {index} has weights that are not finite, in {name}: the checkpoint is damaged; use an intact "
-                "copy"
-            )
+    if error := damaged(index, layer):
+        return error
     name = str(dtype).removeprefix("torch.")
     return CheckpointError(
         f"the hidden states that leave layer {index} are not finite: they overflow {name}; load the model in bfloat16 "
         "or float32 (--dtype)"
     )
+
+
+def damaged(index: int, layer: nn.Module) -> CheckpointError | None:
+    """The error for a layer with weights that are not finite, if it has any."""
+    for name, parameter in layer.named_parameters():
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            why = "the checkpoint is damaged; use an intact copy"
+            if parameter.dtype == torch.float16:
+                why = "they overflow float16, or " + why.replace(";", "; load it in bfloat16 or float32 (--dtype), or")
+            return CheckpointError(f"layer {index} has weights that are not finite, in {name}: {why}")
+    return None

@@ -41,8 +41,8 @@ class Scores:
         for block, score in (*of_layers, *self.blocks.items()):
             if score is not None and not math.isfinite(score):
                 raise CheckpointError(
-                    f"{self.criterion} gives {name_layers(block)} the score {score}: the model overflows this dtype; load it in "
-                    "bfloat16 or float32"
+                    f"{self.criterion} gives {name_layers(block)} the score {score}: weights outside the layers are damaged, or "
+                    "the model overflows its data type; use an intact copy, or bfloat16 or float32 (--dtype)"
                 )
 
     @classmethod

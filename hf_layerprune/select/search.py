@@ -124,10 +124,8 @@ class Search:
 
     def blocks(self, count: int) -> dict[tuple[int, ...], float]:
         """KL of every block of a length on a few rows, with its map if a fitted repair will follow."""
-        alive = tuple(range(self.walk.num_layers))
-        every = [block for block in neighbours(alive, count) if self.free.issuperset(block)]
-        kls = {block: one.kl for block, one in self._tried(every, _TRY_ROWS).items()}
-        return Scores("kl", ORIGINAL, alive, blocks=kls).blocks  # refuses what is not finite
+        every = [block for block in neighbours(range(self.walk.num_layers), count) if self.free.issuperset(block)]
+        return {block: one.kl for block, one in self._tried(every, _TRY_ROWS).items()}
 
     def best(self, count: int) -> tuple[tuple[int, ...], str]:
         """The best set of a size on the rows for trying, and what found it.
@@ -185,11 +183,9 @@ class Search:
             raise CutError(
                 f"repair={self.repair!r} works for none of the candidates on the short list; leave it out (repair=None)"
             )
-        trials = [Trial(drop, changes_of(repair) if repair else {}) for drop, _, repair in fitted]
-        outcomes = try_out(self.walk, self.judging, trials)
-        candidates = [
-            Candidate(drop, by, outcome, repair) for (drop, by, repair), outcome in zip(fitted, outcomes, strict=True)
-        ]
+        trials = {drop: Trial(drop, changes_of(repair) if repair else {}) for drop, _, repair in fitted}
+        outcomes = self._outcomes(self.judging, trials)
+        candidates = [Candidate(drop, by, outcomes[drop], repair) for drop, by, repair in fitted]
         return sorted(candidates, key=lambda one: one.outcome.kl)
 
     def fit(self, drop: tuple[int, ...]) -> Repair | None:
@@ -268,8 +264,15 @@ class Search:
             changes = {fit.before: fit.applied for fit in fits if fit is not None}
             if len(changes) == len(fits):
                 trials[drop] = Trial(drop, changes)
-        outcomes = try_out(self.walk, self._trying.first(rows), list(trials.values())) if trials else ()
-        return dict(zip(trials, outcomes, strict=True))
+        return self._outcomes(self._trying.first(rows), trials) if trials else {}
+
+    def _outcomes(
+        self, text: CalibrationSet, trials: Mapping[tuple[int, ...], Trial]
+    ) -> dict[tuple[int, ...], Outcome]:
+        """The outcome of each set; a KL that is not finite can't be compared, and is refused."""
+        found = dict(zip(trials, try_out(self.walk, text, list(trials.values())), strict=True))
+        Scores("kl", ORIGINAL, (), blocks={drop: one.kl for drop, one in found.items()})
+        return found
 
     def _fit(self, wanted: Collection[tuple[int, ...]]) -> None:
         """Fit the maps that are missing, all in one pass over the dense model."""
