@@ -51,6 +51,50 @@ def test_rows_that_are_too_long_are_refused_before_a_weight_is_read(
     assert "calibration_length=99999 is more than the" in capsys.readouterr().err
 
 
+def test_lengths_that_leave_no_layer_are_refused_before_a_weight_is_read(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
+    assert main(["rank", str(tmp_path), "--criterion", "kl", "--lengths", "2,8", *FEW]) == 2
+    assert "can't score blocks of 8 layers; use lengths from 1 to 7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("amount", [["--drop", "3"], ["--target-params", "51k"]])
+@pytest.mark.parametrize("criterion", ["kl", "block_influence", "angular_distance"])
+def test_the_best_block_is_the_one_that_prune_drops(
+    base: Path, text: Path, tmp_path: Path, criterion: str, amount: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*amount, "--criterion", criterion, "--contiguous", "--calibration", str(text), *FEW]
+    assert main(["rank", str(base), str(tmp_path / "out"), *words]) == 0
+    shown = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "scores.json").read_text())["criteria"][criterion]
+    assert main(["prune", str(base), str(tmp_path / "cut"), *words]) == 0
+    (entry,) = json.loads((tmp_path / "cut" / "lineage.json").read_text())["entries"]
+    assert found["drop_layers"] == entry["settings"]["drop_layers"]
+    assert f"the block with the lowest {criterion}" in entry["selection"]["why"]
+    if criterion == "kl":
+        blocks = {one["start"]: one["score"] for one in found["blocks"] if one["length"] == len(found["drop_layers"])}
+        assert found["drop_layers"][0] == min(blocks, key=blocks.__getitem__)
+        assert f"\nkl, blocks of {len(found['drop_layers'])}: " in shown
+
+
+def test_a_criterion_that_may_not_drop_enough_is_left_out(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Magnitude may drop two of the layers, and three must go. A block from layer 0 has no repairability."""
+    words = ["--criterion", "magnitude_l1,reverse_order", "--target-params", "51k"]
+    assert main(["rank", str(base), str(tmp_path / "out"), *words]) == 0
+    assert "magnitude_l1 is left out: target_params=51K can't be met" in caplog.text
+    record = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert {*record["criteria"]} == {*record["protect"]} == {"reverse_order"}
+    assert "magnitude" not in capsys.readouterr().out
+    assert main(["rank", str(base), "--criterion", "magnitude_l1", "--target-params", "51k"]) == 2
+    assert "target_params=51K can't be met" in capsys.readouterr().err
+    words = ["--protect-last", "1", "--drop", "7", *FEW]
+    assert main(["rank", str(base), "--criterion", "repairability,kl", *words]) == 0
+    assert "repairability is left out: no block of 7 layers may be dropped" in caplog.text
+
+
 def test_the_commit_of_the_base_is_recorded(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_layerprune.runtime.loading.resolve_commit", lambda *words, **options: "c" * 40)
     words = [str(base), str(tmp_path / "out"), "--criterion", "magnitude_l2,block_influence", *FEW]
@@ -79,6 +123,7 @@ def test_all_criteria(
         assert len(entry["drop_layers"]) == 2
         assert f"\n{name} " in f"\n{out}"
     for name in ("perplexity", "kl", "repairability"):
+        assert all(f"\n{name}, blocks of {length}: " in out for length in (1, 2, 3))
         assert {block["length"] for block in found["criteria"][name]["blocks"]} == {1, 2, 3}
     assert found["criteria"]["perplexity"]["layers"] == [
         block["score"] for block in found["criteria"]["perplexity"]["blocks"] if block["length"] == 1
@@ -154,7 +199,13 @@ def test_without_output_or_text(base: Path, capsys: pytest.CaptureFixture[str], 
     ("words", "message"),
     [
         (["--drop", "3", "--criterion", "taylor"], "only 2 may"),
-        (["--lengths", "8", "--criterion", "kl", *FEW], "blocks of 8 layers"),
+        (["--lengths", "8", "--criterion", "kl", *FEW], "blocks of 8 layers; use lengths from 1 to 7"),
+        (["--lengths", "0", "--criterion", "kl", *FEW], "blocks of 0 layers"),
+        (
+            ["--lengths", "2", "--criterion", "taylor,random", *FEW],
+            "lengths has no effect with criterion taylor and random",
+        ),
+        (["--criterion", "magnitude_l1", *FEW], "calibration_samples and calibration_length have no effect"),
         (["--device", "tpu9", "--criterion", "kl", *FEW], "'tpu9' is not a device of this machine"),
     ],
 )

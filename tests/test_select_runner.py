@@ -293,8 +293,40 @@ def test_damaged_weights_are_named(criterion: str, text: CalibrationSet) -> None
     with pytest.raises(CheckpointError, match=r"layer 5 has weights that are not finite, in mlp\.up_proj\.weight"):
         choose_layers(walk, text, CutOptions(drop=2, criterion=criterion, protect_first=0, protect_last=0))
     if criterion == "taylor":
-        with pytest.raises(CheckpointError, match="magnitude_l1 gives layer 5 the score nan"):
+        with pytest.raises(CheckpointError, match=r"in mlp\.up_proj\.weight: the checkpoint is damaged"):
             choose_layers(walk, None, CutOptions(drop=2, criterion="magnitude_l1"))
+
+
+@pytest.mark.parametrize("criterion", ["block_influence", "magnitude_l2", "kl"])
+def test_weights_beyond_the_dtype_are_named(criterion: str, text: CalibrationSet) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.mul_(1e7)
+    with pytest.raises(
+        CheckpointError, match=r"layer 2 has .*\.down_proj\.weight: they overflow float16, or the checkpoint"
+    ):
+        choose_layers(model.half(), text, CutOptions(drop=1, criterion=criterion))
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_cut_without_a_number_is_not_chosen(
+    steps: int, text: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where only the rows for judging overflow."""
+    from hf_layerprune.select import search
+
+    calls, real = [], search.try_out
+
+    def broken(walk: Any, rows: CalibrationSet, trials: Any) -> Any:
+        outcomes = real(walk, rows, trials)
+        calls.append(rows)
+        if len(calls) == steps:
+            outcomes[0].kl = math.nan
+        return outcomes
+
+    monkeypatch.setattr(search, "try_out", broken)
+    with pytest.raises(CheckpointError, match=r"kl gives layers .* the score nan"):
+        choose_layers(tiny_model("llama"), text, CutOptions(drop=2, criterion="auto", contiguous=True))
 
 
 def test_states_beyond_the_dtype_are_named(text: CalibrationSet) -> None:

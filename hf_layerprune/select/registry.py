@@ -66,6 +66,10 @@ class Criterion:
         """The variant that is computed when `asked` is requested: always `"original"` if there is no other."""
         return asked if self.has_variant else ORIGINAL
 
+    def tries_blocks(self, contiguous: bool) -> bool:
+        """Whether it scores each block, instead of adding up the ranks or scores of the layers in it."""
+        return self.blocks_only or (contiguous and self.kind == "trial")
+
     def protection(self, choice: ChoiceOptions) -> tuple[int, int]:
         """How many layers at the start and at the end must stay: as requested, or as in the source."""
         own = self.protect if choice.variant == ORIGINAL else (0, 0)

@@ -23,7 +23,7 @@ from . import budget
 from .passes import Observer, run_pass
 from .registry import ALL, CRITERIA, ORIGINAL, PAPER, VARIANTS, Criterion, find_criterion
 from .scores import Choice, Scores
-from .sets import drop_count, free_layers, neighbours, rounds
+from .sets import check_lengths, drop_count, free_layers, neighbours, rounds
 from .targets import Target
 from .trials import Trial, try_out
 
@@ -77,11 +77,7 @@ def score_layers(
     num_layers, count = len(layers), drop_count(drop, len(layers))
     alive = [i for i in range(num_layers) if i not in set(gone)]
     lengths = sorted(lengths or ())
-    for length in lengths:
-        if not 0 < length < len(alive):
-            raise CutError(
-                f"blocks of {length} layers don't fit: there are {len(alive)} layers, and at least one must stay"
-            )
+    check_lengths(lengths, len(alive))
     scores: dict[str, Scores] = {}
     observers: dict[str, Observer] = {}
     trials: list[Criterion] = []
@@ -210,15 +206,16 @@ def _in_rounds(
     free: set[int],
 ) -> Choice:
     shares, gone, looked_at = rounds(count, choice.steps), list[int](), list[Scores]()
-    blocks = criterion.blocks_only or (choice.contiguous and criterion.kind == "trial")
     for share in shares:
-        names, lengths = [criterion.name], [share] if blocks else None
+        names, lengths = [criterion.name], [share] if criterion.tries_blocks(choice.contiguous) else None
         (scores,) = score_layers(
             model, calibration, names, variant=choice.variant, drop=share, lengths=lengths, gone=gone, seed=choice.seed
         ).values()
         looked_at.append(scores)
         gone = sorted([*gone, *scores.pick(share, free - set(gone), choice.contiguous)])
-    kind = "block" if criterion.blocks_only else "layers"
+    kind = "layers"
+    if criterion.blocks_only or choice.contiguous:
+        kind = "block" if len(shares) == 1 else "blocks"
     computed = f" as {CRITERIA['random'].source} computed it" if criterion.variant(choice.variant) == PAPER else ""
     how = f", in {len(shares)} rounds" if len(shares) > 1 else ""
     why = f"{name_layers(gone)}: the {kind} with the lowest {criterion.name}{computed}{how}"

@@ -39,6 +39,17 @@ def drop_count(drop: float | int | None, num_layers: int) -> int:
     return count
 
 
+def check_lengths(lengths: Collection[int], num_layers: int) -> None:
+    """Check the lengths of blocks to score.
+
+    Raises:
+        CutError: One is 0, or leaves no layer.
+    """
+    for length in lengths:
+        if not 0 < length < num_layers:
+            raise CutError(f"can't score blocks of {plural(length, 'layer')}; use lengths from 1 to {num_layers - 1}")
+
+
 def free_layers(
     num_layers: int, count: int, protect_first: int, protect_last: int, protected: Collection[int] = ()
 ) -> set[int]:

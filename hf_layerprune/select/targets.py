@@ -134,7 +134,7 @@ class Target:
         while count > 1 and self.left(picked(count)) + sizes[-1] <= self.limit and self.met_by(picked(count - 1)):
             count -= 1
         drop = picked(count)
-        logger.info("%s: without %s, the model is %s", self, name_layers(drop), self.spell(self.left(drop)))
+        logger.info("%s: %s without %s", self, self.spell(self.left(drop)), name_layers(drop))
         return count
 
     def record(self, drop: Sequence[int]) -> dict[str, Any]:
@@ -156,6 +156,6 @@ class Target:
                 + way_out
             )
         return CutError(
-            f"{self} can't be met: dropping {which} leaves {self.spell(left)}, {self.spell(left - self.limit)} too "
-            f"much; raise the target to at least that" + way_out
+            f"{self} can't be met: dropping {which} leaves {self.spell(left)}, which is "
+            f"{self.spell(left - self.limit)} too much; raise the target accordingly" + way_out
         )

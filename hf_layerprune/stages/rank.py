@@ -22,7 +22,7 @@ from ..options import AMOUNTS, CutOptions, take
 from ..records.lineage import peak_rss, versions
 from ..runtime.loading import load_base, load_config
 from ..select import CRITERIA, drop_count, find_criterion
-from ..select.sets import free_layers
+from ..select.sets import check_lengths, free_layers
 from ..select.targets import Target
 from .requests import AdviseRequest, RankRequest
 
@@ -88,8 +88,9 @@ class Ranking:
                 options = "--protect-first, --protect-last"
                 lines.append(f"{', '.join(names)}: {name_layers(layers)} may not be dropped ({options})")
         for name, found in self.scores.items():
-            if CRITERIA[name].blocks_only:
-                length = len(self.drops[name])
+            # Angular distance has scores of blocks of every length.
+            lengths = {len(block) for block in found.blocks}
+            for length in sorted(lengths.intersection(self.record.get("lengths", [len(self.drops[name])]))):
                 ranked = sorted((score, block) for block, score in found.blocks.items() if len(block) == length)
                 best = ", ".join(f"{format_layers(block)} ({score:.4g})" for score, block in ranked[:_BEST_BLOCKS])
                 lines.append(f"{name}, blocks of {length}: {best}")
@@ -129,21 +130,23 @@ def rank(request: RankRequest) -> Ranking:
     n = families.layer_count(config)
     protected = families.protected_layers(config)
     count = 1 if request.drop is None else drop_count(request.drop, n)
+    check_lengths(request.lengths or (), n)
     free = _free(request, criteria, n, count, protected)
     start = time.perf_counter()
     dense, device = open_base(request)
     # Sizes and times are those of the type in which the base is.
     target = Target.of(request, dense.config, request.base, revision=request.revision, model=dense, device=device)
+    if target is not None:  # what blocks are scored at: the number of layers that go if the last ones do
+        order = sorted(free_layers(n, 1, request.protect_first or 0, request.protect_last or 0, protected))
+        count = target.choose(n, order, lambda k: order[-k:])
+    lengths = request.lengths or ([count] if request.contiguous else None)
     model, calibration = dense, None
     if any(CRITERIA[name].needs == "text" for name in free):
         model = open_walk(request, dense, device)
         calibration = calibration_of(request, model, request.revision)
-        runs = runs_of(n, [name for name in free if name != "auto"], count, request.lengths)
+        runs = runs_of(n, [name for name in free if name != "auto"], count, lengths)
         announce(model, calibration, "scoring", *(len(calibration) * each for each in runs))
-    if target is not None:  # what blocks are scored at: the number of layers that go if the last ones do
-        order = sorted(free_layers(n, 1, request.protect_first or 0, request.protect_last or 0, protected))
-        count = target.choose(n, order, lambda k: order[-k:])
-    scores, drops = _scored(request, model, calibration, target, n, count, free)
+    scores, drops = _scored(request, model, calibration, target, n, count, free, lengths)
     why: dict[str, str] = {}
     found = {name: score.record() for name, score in scores.items()}
     if "auto" in free:
@@ -157,10 +160,11 @@ def rank(request: RankRequest) -> Ranking:
         "num_layers": n,
         **{name: value for name in AMOUNTS if (value := getattr(request, name)) is not None},
         "count": count,
+        **({"lengths": sorted(request.lengths)} if request.lengths else {}),
         "variant": request.variant,
         "contiguous": request.contiguous,
         "seed": request.seed,
-        "protect": {name: [i for i in range(n) if i not in layers] for name, layers in free.items()},
+        "protect": {name: [i for i in range(n) if i not in layers] for name, layers in free.items() if name in found},
         "calibration": calibration.record() if calibration is not None else None,
         "criteria": {name: one | {"drop_layers": drops[name]} for name, one in found.items()},
         "versions": versions(),
@@ -224,24 +228,33 @@ def _scored(
     n: int,
     count: int,
     free: Mapping[str, set[int]],
+    lengths: list[int] | None,
 ) -> tuple[dict[str, Scores], dict[str, list[int]]]:
     """The scores by all criteria but `auto`, and what each would drop."""
     from ..select.runner import score_layers
 
     names = [name for name in free if name != "auto"]
     scores = score_layers(
-        model, calibration, names, variant=request.variant, drop=count, lengths=request.lengths, seed=request.seed
+        model, calibration, names, variant=request.variant, drop=count, lengths=lengths, seed=request.seed
     )
 
     def pick(name: str, count: int) -> list[int]:
         score = scores[name]
-        if score.layers is None and not any(len(block) == count for block in score.blocks):
+        if CRITERIA[name].tries_blocks(request.contiguous) and not any(len(block) == count for block in score.blocks):
             more = score_layers(model, calibration, [name], variant=request.variant, drop=count, lengths=[count])
             score.blocks |= more[name].blocks
         return score.pick(count, free[name], request.contiguous)
 
-    counts = {name: target.choose(n, free[name], partial(pick, name)) if target else count for name in scores}
-    return scores, {name: pick(name, number) for name, number in counts.items()}
+    drops: dict[str, list[int]] = {}
+    for name in scores:
+        try:
+            number = target.choose(n, free[name], partial(pick, name)) if target else count
+            drops[name] = pick(name, number)
+        except CutError as error:
+            if not drops and name == [*scores][-1] and "auto" not in free:
+                raise
+            logger.warning("%s is left out: %s", name, error)
+    return {name: scores[name] for name in drops}, drops
 
 
 def open_base(request: WalkRequest) -> tuple[Any, torch.device]:
@@ -297,5 +310,5 @@ def draw_ranking(ranking: Ranking, num_layers: int, folder: Path) -> None:
                 # A criterion that also scores single layers may drop no block; the best one of that length is shown.
                 of_length = (block for block in score.blocks if len(block) == len(drop))
                 best = min(of_length, key=score.blocks.__getitem__, default=())
-                shown = drop if CRITERIA[name].blocks_only else best
+                shown = drop if tuple(drop) in score.blocks else best
                 score_plots.block_scores(score, shown, folder / f"blocks-{name}.{kind}")

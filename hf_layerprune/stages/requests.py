@@ -25,6 +25,7 @@ from ..options import (
     TuningOptions,
     declared,
     documented,
+    listed,
     option,
     refuse_unused,
     whole,
@@ -170,8 +171,11 @@ class RankRequest(WalkOptions, CalibrationOptions, ChoiceOptions):
         else:
             refuse_unused(self, ("curve_up_to",), "without curve")
             self.refuse_unused()
-            if not any(find_criterion(name).needs == "text" for name in self.criteria):
-                refuse_unused(self, TEXT_OPTIONS, f"with criterion {' and '.join(self.criteria)}")
+            criteria, why = [find_criterion(name) for name in self.criteria], f"with criterion {listed(self.criteria)}"
+            if not any(criterion.tries_blocks(True) for criterion in criteria):
+                refuse_unused(self, ("lengths",), why)
+            if not any(criterion.needs == "text" for criterion in criteria):
+                refuse_unused(self, TEXT_OPTIONS, why)
 
 
 @documented
