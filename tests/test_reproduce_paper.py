@@ -104,6 +104,7 @@ def test_mistakes_are_off_unless_they_are_asked_for() -> None:
     ("name", "mistakes"),
     [
         ("table1/llama-taylor", ["paper_criterion", "lora_learning_rate"]),
+        ("table1/llama-random", ["paper_criterion", "lora_learning_rate"]),
         ("table1/qwen-perplexity", ["perplexity_on_test", "lora_learning_rate"]),
         ("table2/llama-qlora", ["lora_learning_rate", "qlora_in_4_bits"]),
         ("table2/llama-lm_head_last3", []),
