@@ -36,7 +36,7 @@ _TRL = [
     f"tests/test_heal_{name}.py"
     for name in ("checkpoints", "data", "losses", "methods", "precompute", "store", "trainer")
 ]
-_HUB = [f"tests/test_{name}.py" for name in ("checkpoint_remote", "publish_hub", "publish_faults", "push_adapter")]
+_HUB = [f"tests/test_{name}.py" for name in ("checkpoint_remote", "publish_hub", "push_adapter")]
 _FLOORS = [
     f"tests/test_{name}.py"
     for name in "adapter walk check repair heal_data heal_losses heal_methods gguf_layers gguf_file".split()

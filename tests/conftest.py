@@ -22,9 +22,10 @@ import transformers
 from filelock import FileLock
 from hypothesis import settings
 
-from . import tiny_models
+from . import gguf_makers, tiny_models
 
 torch.set_num_threads(1)
+gguf_makers.read_once()
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 # A test must not fail because the machine is busy.
@@ -82,14 +83,12 @@ def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Unpacking takes a while, so the workers of a run share the folder.
     """
-    from .gguf_makers import unpack_smollm2
-
     here = tmp_path_factory.getbasetemp()
     shared = here.parent if "PYTEST_XDIST_WORKER" in os.environ else here
     folder = shared / "smollm2"
     with FileLock(shared / "smollm2.lock"):
         if not folder.exists():
-            unpack_smollm2(shared / "smollm2.part").rename(folder)
+            gguf_makers.unpack_smollm2(shared / "smollm2.part").rename(folder)
     return folder
 
 
@@ -133,7 +132,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return Bench(tmp_path_factory.mktemp("llama"))
 
 
-def pytest_collection_finish() -> None:
-    # Training runs collect garbage often, which is faster if the modules imported so far are left out.
+@pytest.fixture(scope="module", autouse=True)
+def _collect_quickly() -> None:
+    """Training runs collect garbage again and again, which is faster if what was imported before is left out."""
     gc.collect()
     gc.freeze()

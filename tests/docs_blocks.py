@@ -11,6 +11,7 @@ it is stopped, is only parsed, and for `pip` and `make`, the names of extras and
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -150,6 +151,8 @@ def _recipe(words: list[str]) -> None:
 
 def run_page(page: Path) -> None:
     """Run a page in an empty folder, and print a line for each block."""
+    gc.collect()
+    gc.freeze()  # training runs collect garbage again and again, among all that was imported before
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for name, target in json.loads(os.environ.get("DOCS_FILES", "{}")).items():
             Path(name).symlink_to(target)
@@ -175,5 +178,8 @@ def run_page(page: Path) -> None:
 
 
 if __name__ == "__main__":
+    from tests.gguf_makers import read_once
+
+    read_once()
     for argument in sys.argv[1:]:
         run_page(Path(argument).resolve())

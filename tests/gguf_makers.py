@@ -4,10 +4,11 @@ import importlib.util
 import re
 import struct
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES
@@ -109,15 +110,21 @@ def all_of(*steps: Callable[[GGUFWriter], None]) -> Callable[[GGUFWriter], None]
     return lambda writer: [step(writer) for step in steps] and None
 
 
-def read(path: Path) -> GGUFReader:
+def read(path: Path | str) -> GGUFReader:
     """Read a file with the gguf library, which takes seconds for a large vocabulary; the last two are cached."""
-    state = path.stat()
-    return _read(path, state.st_ino, state.st_mtime_ns, state.st_size)
+    state = Path(path).stat()
+    return _read(Path(path), state.st_ino, state.st_mtime_ns, state.st_size)
 
 
 @lru_cache(maxsize=2)
 def _read(path: Path, *state: int) -> GGUFReader:
     return GGUFReader(path)
+
+
+def read_once() -> None:
+    """Let transformers share what the gguf library reads and derives: each load of a file does it hundreds of times."""
+    gguf.GGUFReader = read
+    gguf.get_tensor_name_map = cache(gguf.get_tensor_name_map)
 
 
 def contents(path: Path) -> tuple[dict[str, tuple], dict[str, tuple]]:

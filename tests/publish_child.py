@@ -1,6 +1,6 @@
 """A process that is both the Hub and its client, so that many cases need to start only one.
 
-    found = run_child("tests.publish_faults", tmp_path)
+    found = run_child("tests.publish_flow", tmp_path)
 
 The module is run with `-m`. It must call `start` before anything imports the Hub client, which reads its settings when it
 is imported, and at the end `finish` with its findings.
@@ -8,6 +8,8 @@ is imported, and at the end `finish` with its findings.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -48,6 +50,22 @@ def hurry() -> None:
 
     real = time.sleep
     _http.time = SimpleNamespace(sleep=lambda seconds: real(min(seconds, 0.02)), time=time.time)
+
+
+def cli(*words: object) -> tuple[int, str]:
+    """Run the command line; returns the exit code and the output."""
+    from hf_layerprune.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(word) for word in words])
+    return code, out.getvalue() + err.getvalue()
+
+
+def files(hub: HubServer, repo: str, revision: str = "main") -> dict[str, bytes]:
+    """The files of a repository."""
+    found = hub.repos[repo].at(revision).files
+    return {name: file.path.read_bytes() for name, file in found.items() if name != ".gitattributes"}
 
 
 def finish(found: Any) -> None:

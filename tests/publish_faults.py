@@ -1,4 +1,4 @@
-"""Push a model while the Hub fails in many ways; `test_publish_faults.py` runs this in its own process.
+"""Push a model while the Hub fails in many ways; `publish_flow.py` runs this.
 
 Each case causes a fault, pushes, removes the fault, and pushes again. It records what readers could see in between.
 """
@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from tests.folders import snapshot
 from tests.hub_server import HubServer
-from tests.publish_child import TOKEN, finish, hurry, start
-from tests.publish_flow import files
+from tests.publish_child import TOKEN, files
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from hf_layerprune.publish.requests import PushRequest
 
 MANY = 9999
@@ -131,21 +132,15 @@ def run(case: Case, hub: HubServer, request: PushRequest, older: PushRequest) ->
     return found
 
 
-def main() -> None:
-    """Run all cases."""
-    hub, place = start()
+def run_all(hub: HubServer, place: Path) -> dict[str, dict[str, Any]]:
+    """Run all cases; the findings of each by its name."""
     from dataclasses import replace
 
     from hf_layerprune.publish.requests import PushRequest
     from tests.publish_models import pruned_from_hub
 
-    hurry()
-    folder = pruned_from_hub(hub, place, "model", drop=2)
-    other = pruned_from_hub(hub, place, "older", drop=3)
-    request = PushRequest(folder, "org/model")
-    older = replace(request, model=other)
-    finish({case.name: run(case, hub, request, older) for case in CASES})
-
-
-if __name__ == "__main__":
-    main()
+    request = PushRequest(pruned_from_hub(hub, place, "new", drop=2), "org/model")
+    older = replace(request, model=pruned_from_hub(hub, place, "old", drop=3))
+    found = {case.name: run(case, hub, request, older) for case in CASES}
+    hub.repos.pop("org/model")
+    return found

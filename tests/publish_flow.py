@@ -1,9 +1,9 @@
-"""Push models to the Hub and load them from there; `test_publish_hub.py` runs this in its own process."""
+"""Push models to the Hub, also one that fails, and load them from there; `test_publish_hub.py` runs this in its own
+process.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shutil
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.folders import snapshot
 from tests.hub_server import HubServer
-from tests.publish_child import TOKEN, finish, hurry, start
+from tests.publish_child import TOKEN, cli, files, finish, hurry, start
 
 READER = "hf_reads_only_and_may_propose_0000"
 FOUND: dict[str, dict[str, Any]] = {}
@@ -23,22 +23,6 @@ def scenario(run: Callable[[HubServer, Path, dict[str, Any]], None]) -> Callable
     """Register a function that stores its findings in `out`."""
     SCENARIOS.append(run)
     return run
-
-
-def cli(*words: object) -> tuple[int, str]:
-    """Run the command line; returns the exit code and the output."""
-    from hf_layerprune.cli import main
-
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([str(word) for word in words])
-    return code, out.getvalue() + err.getvalue()
-
-
-def files(hub: HubServer, repo: str, revision: str = "main") -> dict[str, bytes]:
-    """The files of a repository."""
-    found = hub.repos[repo].at(revision).files
-    return {name: file.path.read_bytes() for name, file in found.items() if name != ".gitattributes"}
 
 
 def head(hub: HubServer, repo: str) -> str:
@@ -384,9 +368,12 @@ def no_network(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
 def main() -> None:
     """Run all scenarios, in order."""
     hub, place = start()
+    from tests import publish_faults, publish_multimodal
     from tests.publish_models import pruned_from_hub
 
     hurry()
+    FOUND["faults"] = publish_faults.run_all(hub, place)
+    FOUND["multimodal"] = publish_multimodal.run_all(hub, place / "multimodal")
     pruned_from_hub(hub, place, "model", drop=2)
     pruned_from_hub(hub, place, "older", drop=6)
     for run in SCENARIOS:

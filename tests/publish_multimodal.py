@@ -1,4 +1,4 @@
-"""A multimodal model on the Hub: pruned from there, pushed, verified, and loaded again with its processor."""
+"""A multimodal model on the Hub: pruned from there, pushed, verified, and loaded again with its processor; `publish_flow.py` runs this."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.hub_repo import Repo
-from tests.publish_child import finish, start
-from tests.publish_flow import cli, files
+from tests.hub_server import HubServer
+from tests.publish_child import cli, files
 
 
 def run_card(folder: Path) -> tuple[str, bool]:
@@ -25,9 +25,8 @@ def run_card(folder: Path) -> tuple[str, bool]:
     return fields["pipeline_tag"], bool(said.getvalue().strip())
 
 
-def main() -> None:
+def run_all(hub: HubServer, place: Path) -> dict[str, Any]:
     """Push the model, and load it again."""
-    hub, place = start()
     import torch
     from transformers import AutoModelForMultimodalLM, AutoProcessor
 
@@ -50,8 +49,4 @@ def main() -> None:
     small = place / "adapter"
     cli("prune", "org/llava", small, "--drop-layers", "3-4", "--adapter", "--tune-layers", "1")
     found["use"] = [cli("card", small), *map(run_card, (folder, small))]
-    finish(found)
-
-
-if __name__ == "__main__":
-    main()
+    return found

@@ -21,6 +21,7 @@ from hf_layerprune.records.fingerprints import fingerprint
 
 from .cutting import cut_checkpoint
 from .folders import snapshot
+from .hub_repo import Repo
 from .hub_server import HubServer, client_env
 from .tiny_models import EAGER, tiny_input, tiny_model
 
@@ -230,7 +231,7 @@ def test_access(hub: HubServer, client: Client, tmp_path: Path) -> None:
         assert {one.authorized for one in hub.log if one.path.startswith("/cdn/")} == {False}
 
 
-def test_hostile_weight_files(client: Client, bases: dict[str, Path], tmp_path: Path) -> None:
+def test_hostile_weight_files(hub: HubServer, client: Client, bases: dict[str, Path], tmp_path: Path) -> None:
     assert client.ask(load=True, source="org/llama") == {"loaded": "LlamaForCausalLM"}
     folder = Path(shutil.copytree(bases["llama"], tmp_path / "model"))
     index = folder / "model.safetensors.index.json"
@@ -240,37 +241,32 @@ def test_hostile_weight_files(client: Client, bases: dict[str, Path], tmp_path: 
     odd = Path(shutil.copytree(bases["single"], tmp_path / "odd"))
     header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}}).encode()
     (odd / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    with HubServer({"org/pickles": folder, "org/odd": odd}) as server:
-        client = Client(server, tmp_path / "home")
-        answer = client.ask(load=True, source="org/pickles")
-        assert "names 'weights.bin', which is not a plain .safetensors file" in answer["error"]
-        assert not server.bytes_served("weights.bin")
-        answer = client.ask(sizes=True, source="org/odd", drop_layers=[1])
-        assert "org/odd/model.safetensors is not a valid safetensors file" in answer["error"]
-        client.stop()
+    hub.repos |= {"org/pickles": Repo(folder), "org/odd": Repo(odd)}
+    answer = client.ask(load=True, source="org/pickles")
+    assert "names 'weights.bin', which is not a plain .safetensors file" in answer["error"]
+    assert not hub.bytes_served("weights.bin")
+    answer = client.ask(sizes=True, source="org/odd", drop_layers=[1])
+    assert "org/odd/model.safetensors is not a valid safetensors file" in answer["error"]
 
 
 def test_a_file_that_arrives_otherwise_than_listed_is_refused(
-    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: HubServer, client: Client, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     """The same length, other bytes: the Hub's own hash tells."""
-    base = tmp_path / "base"
-    shutil.copytree(bases["single"], base)
-    with HubServer({"org/single": base}) as server:
-        client = Client(server, tmp_path / "home")
-        server.repos["org/single"].at("main")
-        weights, state = base / "model.safetensors", (base / "model.safetensors").stat()
-        raw = weights.read_bytes()
-        weights.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
-        os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns))  # the stand-in hashes it again otherwise
-        answer = client.cut("org/single", tmp_path / "cut", [3])
-        assert "org/single/model.safetensors differs from the file on the Hub" in answer["error"]
-        assert "run the command again" in answer["error"]
-        assert not list((tmp_path / "cache").rglob("model.safetensors"))
-        weights.write_bytes(raw)
-        os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns))
-        assert "error" not in client.cut("org/single", tmp_path / "cut", [3])
-        client.stop()
+    base = Path(shutil.copytree(bases["single"], tmp_path / "base"))
+    hub.repos["org/garbled"] = Repo(base)
+    hub.repos["org/garbled"].at("main")
+    weights, state = base / "model.safetensors", (base / "model.safetensors").stat()
+    raw = weights.read_bytes()
+    weights.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns))  # the stand-in hashes it again otherwise
+    answer = client.cut("org/garbled", tmp_path / "cut", [3])
+    assert "org/garbled/model.safetensors differs from the file on the Hub" in answer["error"]
+    assert "run the command again" in answer["error"]
+    assert not list((tmp_path / "cache").rglob("model.safetensors"))
+    weights.write_bytes(raw)
+    os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert "error" not in client.cut("org/garbled", tmp_path / "cut", [3])
 
 
 def test_what_answers_is_not_the_hub(tmp_path: Path) -> None:
@@ -301,11 +297,9 @@ def test_what_answers_is_not_the_hub(tmp_path: Path) -> None:
     assert "is not from the Hub" in error
     assert "log-in page or a proxy" in error
     assert "\n" not in error
-    client.stop()
     server.shutdown()
     server.server_close()
     # And with nothing there at all:
-    client = Client(Hub, tmp_path / "home")
     error = client.cut("org/model", tmp_path / "cut", [3])["error"]
     assert "is not in the cache, and the Hub can't be reached" in error
     client.stop()

@@ -1,23 +1,22 @@
-"""`recipes/sft_tail.py` with a model on the Hub: every stage reads the revision that was named."""
+"""`recipes/sft_tail.py` with models on the Hub: every stage reads the revision that was named."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from hf_layerprune.cli import main
 from hf_layerprune.records.lineage import Lineage
 
+from .heal_makers import RECIPE, ROOT
 from .hub_repo import Commit, Repo, RepoFile
 from .hub_server import HubServer, client_env
 from .measure_models import write_model, write_tasks
 
 pytestmark = pytest.mark.processes
-ROOT = Path(__file__).parents[1]
 SETTINGS = {
     "model_name_or_path": "org/m", "model_revision": "v2", "drop_layers": "3,4", "method": "last2", "loss": "kd",
     "dataset_name": "self", "self_rows": 4, "self_length": 12, "max_steps": 1, "per_device_train_batch_size": 2,
@@ -41,46 +40,44 @@ class Branches(Repo):
         return super().large(sha256, name) or next(filter(None, found), None)
 
 
-def heal(server: HubServer, folder: Path, **settings: Any) -> str:
-    words = [part for name, value in (SETTINGS | settings).items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, str(ROOT / "recipes" / "sft_tail.py"), *words]
-    env = client_env(server, folder / "home") | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
-
-
-def test_the_teacher_and_the_base_of_the_evaluation_are_at_the_students_revision(tmp_path: Path) -> None:
-    (tmp_path / "main").mkdir()
-    (tmp_path / "main" / "README.md").write_text("The model is on another branch.\n")
-    tasks = write_tasks(tmp_path / "tasks", 4)
-    with HubServer() as server:
-        server.repos["org/m"] = Branches(tmp_path / "main", v2=write_model(tmp_path / "v2"))
-        said = heal(server, tmp_path, output_dir=tmp_path / "run", eval_from=tasks, eval_texts="none")
-        commit = server.repos["org/m"].at("v2").id
-    assert Lineage.of(tmp_path / "run" / "model").base["commit"] == commit
-    assert f"--base org/m --base-revision {commit}" in said
-    assert (tmp_path / "run" / "model" / "metrics.json").is_file()
-
-
-def test_a_pruned_model_is_downloaded_without_other_formats(tmp_path: Path) -> None:
-    base = write_model(tmp_path / "base")
-    assert main(["prune", str(base), str(tmp_path / "cut"), "--drop-layers", "3-4"]) == 0
-    (tmp_path / "cut" / "pytorch_model.bin").write_bytes(b"pickled")
-    code = """
+# One process, since each would import the same for longer than it works.
+BOTH = """
+import runpy, sys
 from hf_layerprune.errors import CheckpointError
 from hf_layerprune.heal.student import Student
 student = Student.at("org/cut")
-print(len(student.cut.keep), *sorted(path.name for path in student.folder.iterdir()))
+found = len(student.cut.keep), *sorted(path.name for path in student.folder.iterdir())
 try:
     Student.at("org/none")
 except CheckpointError as error:
-    print(error)
+    refused = error
+runpy.run_path(sys.argv[0], run_name="__main__")
+print(*found)
+print(refused)
 """
+
+
+def test_models_on_the_hub(tmp_path: Path) -> None:
+    """The teacher and the base of the evaluation are at the student's revision, and nothing but its format is fetched."""
+    (tmp_path / "main").mkdir()
+    (tmp_path / "main" / "README.md").write_text("The model is on another branch.\n")
+    base, tasks, run = write_model(tmp_path / "v2"), write_tasks(tmp_path / "tasks", 4), tmp_path / "run"
+    assert main(["prune", str(base), str(tmp_path / "cut"), "--drop-layers", "3-4"]) == 0
+    (tmp_path / "cut" / "pytorch_model.bin").write_bytes(b"pickled")
+    settings = SETTINGS | {"output_dir": run, "eval_from": tasks, "eval_texts": "none"}
+    words = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    code = f"import sys; sys.argv[0] = {str(RECIPE)!r}\n{BOTH}"
     with HubServer({"org/cut": tmp_path / "cut"}) as server:
-        env = client_env(server, tmp_path / "home")
-        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=ROOT)
+        server.repos["org/m"] = Branches(tmp_path / "main", v2=base)
+        env = client_env(server, tmp_path / "home") | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], env=env, capture_output=True, text=True, timeout=900
+        )
+        commit = server.repos["org/m"].at("v2").id
     assert done.returncode == 0, done.stderr[-3000:]
+    assert Lineage.of(run / "model").base["commit"] == commit
+    assert f"--base org/m --base-revision {commit}" in done.stderr
+    assert (run / "model" / "metrics.json").is_file()
     found, refused = done.stdout.splitlines()[-2:]
     assert found.startswith("6 ")
     assert {"config.json", "lineage.json", "model.safetensors", "tokenizer.json"} <= set(found.split())

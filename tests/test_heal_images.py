@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 from pathlib import Path
@@ -36,7 +35,6 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    gc.freeze()
     return load_recipe()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import re
 import runpy
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,12 +54,6 @@ SETTINGS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _collect_quickly() -> None:
-    """Each training run collects garbage, which takes long among all that has been imported."""
-    gc.freeze()
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base_and_rows(tmp_path_factory.mktemp("recipe") / "base")
@@ -72,19 +68,21 @@ def losses(log: str) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def healed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A whole run of one process, and what it said."""
-    output = tmp_path_factory.mktemp("healed") / "run"
-    return output, launch_recipe(words(base, output, save_steps=4, save_strategy="steps"))
-
-
-@pytest.fixture(scope="module")
 def recipe() -> ModuleType:
     return load_recipe()
 
 
 def run(recipe: ModuleType, arguments: list[str]) -> None:
     recipe.main(*recipe.make_parser().parse_args_and_config(arguments))
+
+
+@pytest.fixture(scope="module")
+def healed(recipe: ModuleType, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A whole run of one process, this one, and what it said."""
+    output = tmp_path_factory.mktemp("healed") / "run"
+    with redirect_stdout(io.StringIO()) as said:
+        run(recipe, words(base, output, save_steps=4, save_strategy="steps"))
+    return output, said.getvalue()
 
 
 # --- what it makes -------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ from . import chat_server  # noqa: F401 (makes the Space's files importable)
 from .heal_makers import word_tokenizer
 from .matrix import identities
 from .multimodal_makers import write_llava
-from .publish_child import run_child
 from .tiny_models import EAGER, tiny_config, tiny_input, tiny_model
 from .tiny_multimodal import multimodal_config
 
@@ -192,21 +191,6 @@ def test_without_a_language_decoder_there_is_one_line(config: Any, reason: str, 
         load_base(tmp_path)
     with pytest.raises(LayerPruneError):
         families.check_supported(config)
-
-
-@pytest.mark.processes
-def test_pushed_verified_and_read_back(tmp_path: Path) -> None:
-    found = run_child("tests.publish_multimodal", tmp_path)
-    for command in ("prune", "card", "push", "verify"):
-        assert found[command][0] == 0, found[command][1]
-    assert found["beside"] == [True] * 4
-    assert "README.md" in found["names"]
-    assert "to the last bit" in found["verify"][1]
-    assert found["logits"]
-    assert found["class"] == "LlavaForConditionalGeneration"
-    card, *uses = found["use"]
-    assert card[0] == 0, card[1]
-    assert uses == [["image-text-to-text", True]] * 2  # what the cards name, and whether their code runs
 
 
 def test_media_that_healing_can_not_take() -> None:

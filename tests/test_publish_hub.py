@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from hf_layerprune.records.declared import front_matter
 
 from .publish_child import run_child
+from .publish_faults import CASES, Case
 
 Found = dict[str, dict[str, Any]]
 
@@ -228,3 +230,37 @@ def test_nothing_is_left_where_nothing_was_pushed(found: Found) -> None:
     assert found["words_that_fail"]["left alone"] == []
     assert found["no_network"]["folder"]  # the model's own folder is as it was
     assert found["verify_fails_clearly"]["cut off"][0] == 0  # a broken connection is taken up again
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_push_never_half_happens(found: Found, case: Case) -> None:
+    """The Hub fails in every way, and main shows the old state or the whole new one."""
+    outcome = found["faults"][case.name]
+    if case.error:
+        assert re.search(case.error, outcome["error"]), outcome["error"]
+        assert len(outcome["error"]) < 500
+        assert "\n" not in outcome["error"]
+        assert outcome["old or new"]
+        assert outcome["commits"] <= (1 if "done, but" in case.name else 0)
+    else:
+        assert outcome["error"] == ""
+        assert outcome["commits"] == 1
+    # Then, with nothing failing any more: all of it, by one commit in all, and nothing sent that was there.
+    assert outcome["the same"]
+    assert outcome["commits in all"] == 1
+    assert outcome["sent twice"] == 0
+    assert outcome["seconds"] < 15
+
+
+def test_a_multimodal_model_is_pushed_verified_and_read_back(found: Found) -> None:
+    out = found["multimodal"]
+    for command in ("prune", "card", "push", "verify"):
+        assert out[command][0] == 0, out[command][1]
+    assert out["beside"] == [True] * 4
+    assert "README.md" in out["names"]
+    assert "to the last bit" in out["verify"][1]
+    assert out["logits"]
+    assert out["class"] == "LlavaForConditionalGeneration"
+    card, *uses = out["use"]
+    assert card[0] == 0, card[1]
+    assert uses == [["image-text-to-text", True]] * 2  # what the cards name, and whether their code runs

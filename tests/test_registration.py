@@ -15,7 +15,7 @@ import hf_layerprune
 KNOWN = "import peft.mapping as m; assert 'LAYER_DROP' in m.PEFT_TYPE_TO_TUNER_MAPPING, 'unknown to PEFT'"
 # Each program on standard input in a process of its own; the slow imports, which none of them is about, once for all.
 EACH_ALONE = """
-import json, os, sys, traceback, accelerate, torch._dynamo
+import json, os, sys, traceback, accelerate, bitsandbytes, torch._dynamo
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomPreTrainedModel, PreTrainedModel
 assert not {"peft", "hf_layerprune"} & set(sys.modules)
 for program in json.load(sys.stdin):
