@@ -142,12 +142,15 @@ def heal_rows() -> Dataset:
 
 
 def prove_heal(dense: Any, proven_cuts: dict[str, tuple[int, ...]]) -> None:
-    """Loss and gradients of one step with each loss, against the model's own logits, a row at a time."""
+    """Loss and gradients of one step with each loss, against the model's own logits, a row at a time.
+
+    With one cut alone, as in `make test`, cross-entropy is proven as a part of `ce+kd`.
+    """
     drop = proven_cuts["middle"]
     pruned = cut_of(dense, drop)
     teacher = copy.deepcopy(dense)
     gc.freeze()  # each training run collects garbage, which is slow with everything that was imported
-    for loss, method in HEALED:
+    for loss, method in HEALED if len(proven_cuts) > 1 else HEALED[1:]:
         mine, gradients = _trained(copy.deepcopy(pruned), teacher, loss, method, drop)
         own = copy.deepcopy(pruned)
         wanted, naive = _naive_step(own, dense, loss, list(gradients), untied=method != "full")

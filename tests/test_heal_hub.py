@@ -46,14 +46,12 @@ import runpy, sys
 from hf_layerprune.errors import CheckpointError
 from hf_layerprune.heal.student import Student
 student = Student.at("org/cut")
-found = len(student.cut.keep), *sorted(path.name for path in student.folder.iterdir())
+print(len(student.cut.keep), *sorted(path.name for path in student.folder.iterdir()))
 try:
     Student.at("org/none")
 except CheckpointError as error:
-    refused = error
+    print(error)
 runpy.run_path(sys.argv[0], run_name="__main__")
-print(*found)
-print(refused)
 """
 
 
@@ -78,7 +76,7 @@ def test_models_on_the_hub(tmp_path: Path) -> None:
     assert Lineage.of(run / "model").base["commit"] == commit
     assert f"--base org/m --base-revision {commit}" in done.stderr
     assert (run / "model" / "metrics.json").is_file()
-    found, refused = done.stdout.splitlines()[-2:]
+    found, refused = done.stdout.splitlines()[:2]
     assert found.startswith("6 ")
     assert {"config.json", "lineage.json", "model.safetensors", "tokenizer.json"} <= set(found.split())
     assert "pytorch_model.bin" not in found

@@ -42,7 +42,7 @@ def test_proven(model_type: str, whole_matrix: bool) -> None:
     """At each stage a type is proven or refused, as the table says.
 
     A type that is not representative goes through a cut in the middle and one other stage, which takes its turn from type
-    to type; `make matrix` runs everything. With another version of transformers than the table's, this holds for the
+    to type, with two of healing's three losses; `make matrix` runs everything. With another version of transformers than the table's, this holds for the
     cut; the other stages may fail with an error, but must not give wrong results.
     """
     table = families.proven_stages()[model_type]
