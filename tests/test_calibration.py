@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from hf_layerprune.calibration.rows import CalibrationSet, check_vocabulary, loa
 from hf_layerprune.calibration.self_text import write_text_with
 from hf_layerprune.runtime.windows import context_of
 
-from .hub_server import HubServer, client_env
 from .measure_models import byte_tokenizer, write_model
 from .tiny_models import tiny_model
 
@@ -250,43 +247,7 @@ def test_padding_of_the_vocabulary_is_not_written(tmp_path: Path) -> None:
     assert write_text_with(model, None, 32, 32, 0).max() >= 259
 
 
-# --- the Hub --------------------------------------------------------------------------------------------
-
-WORKER = """
-import sys
-from hf_layerprune.calibration.rows import load_calibration
-from hf_layerprune.errors import LayerPruneError
-from tests.measure_models import byte_tokenizer
-for source in sys.argv[1:]:
-    try:
-        found = load_calibration(source, byte_tokenizer(), samples=4, length=32, seed=5)
-        print("found", byte_tokenizer().decode(found.input_ids[0]).replace("\\n", " "))
-    except LayerPruneError as error:
-        print("error", error)
-"""
-
-
-def test_a_data_set_on_the_hub(tmp_path: Path) -> None:
-    folder = tmp_path / "rows"
-    folder.mkdir()
-    for split in ("train", "validation"):
-        rows = [{"text": f"{split} text {i}", "other": f"{split} other {i}", "number": i} for i in range(50)]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sources = ("org/rows", "org/rows:validation:other", "org/rows:train:number", "org/rows:nosuch", "org/none")
-    with HubServer({"datasets/org/rows": folder}) as server:
-        done = subprocess.run(
-            [sys.executable, "-c", WORKER, *sources],
-            env=client_env(server, tmp_path / "home"), capture_output=True, text=True, cwd=Path(__file__).parents[1],
-        )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("found", "error"))]
-    assert "train text" in lines[0]
-    assert "validation" not in lines[0]
-    assert "alidation other" in lines[1]
-    assert "don't evaluate on it" in done.stderr
-    assert "no text in 'number', only text, other;" in lines[2]
-    assert lines[3].startswith("error can't read calibration org/rows:nosuch")
-    assert lines[4].startswith("error can't read calibration org/none")
+# --- folders --------------------------------------------------------------------------------------------
 
 
 def test_a_folder(tmp_path: Path, tokenizer: Any) -> None:

@@ -131,8 +131,9 @@ def test_history_says_what_was_done(healed: tuple[Path, str]) -> None:
 
 # As a launcher does, but what takes longest to import is imported once for both.
 TWO = """
-import os, runpy, signal, socket, sys
+import gc, os, runpy, signal, socket, sys
 import hf_layerprune.heal.trainer
+gc.freeze()  # collecting garbage takes half of such a run
 with socket.create_server(("127.0.0.1", 0)) as free:
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
 children = []
