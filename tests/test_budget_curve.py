@@ -138,6 +138,19 @@ def test_a_search_tries_all_blocks_only_where_nested_sets_end(
     assert len(tried) <= 3
 
 
+def test_no_set_is_judged_twice(model: Any, text: CalibrationSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best block is often the nested set of that size."""
+    judged, whole = [], Search.judge
+
+    def noted(search: Search, sets: Any) -> Any:
+        judged.extend(drop for drop, _ in sets)
+        return whole(search, sets)
+
+    monkeypatch.setattr(Search, "judge", noted)
+    choose_layers(model, text, CutOptions(max_kl=0.45, contiguous=True))
+    assert len(judged) == len(set(judged)) > 2
+
+
 @pytest.mark.parametrize("name", ["max_perplexity_ratio", "min_top1_agreement"])
 def test_other_budgets(name: str, model: Any, text: CalibrationSet) -> None:
     limit, figure = (1.3, "perplexity_ratio") if name == "max_perplexity_ratio" else (0.25, "top1_agreement")

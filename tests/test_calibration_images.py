@@ -120,6 +120,19 @@ def test_what_can_not_be_read(base: Path, model: Any, tmp_path: Path) -> None:
         loaded(base, model, str(path), samples=8)
 
 
+def test_labels_are_not_inputs(base: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PaliGemma's processor makes labels of every text, from which the model would compute a loss."""
+    call = transformers.LlavaProcessor.__call__
+
+    def as_paligemma(self: Any, *args: Any, **kwargs: Any) -> Any:
+        made = call(self, *args, **kwargs)
+        return made | {"labels": made["input_ids"]}
+
+    monkeypatch.setattr(transformers.LlavaProcessor, "__call__", as_paligemma)
+    found = loaded(base, model, str(write_rows(tmp_path)), samples=2)
+    assert all("pixel_values" in media and "labels" not in media for _, media in found.batches(1))
+
+
 def test_some_rows_without_an_image(base: Path, model: Any, tmp_path: Path) -> None:
     noise(0).save(tmp_path / "0.png")
     path = tmp_path / "mixed.jsonl"

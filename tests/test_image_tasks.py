@@ -102,7 +102,7 @@ def test_a_text_model_is_not_asked(
     """In one line, and before anything is loaded; also where only the base reads no images."""
     folder, text = write_task(tmp_path / "tasks", [question(0, "w7")]), write_model(tmp_path / "text")
     monkeypatch.setattr("hf_layerprune.measure.subject.load_model", None)
-    assert main(["eval", str(text), "--tasks-from", str(folder)]) == 1
+    assert main(["eval", str(text), "--tasks-from", str(folder)]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "task seen asks about images, and text is a llama model that reads none; omit the task" in line
     with pytest.raises(LayerPruneError, match="text is a llama model that reads none"):
@@ -130,7 +130,7 @@ def test_without_a_processor(base: Path, tmp_path: Path) -> None:
         (question(9, "w7"), "9.png, which is not a file"),
         (question(0, "w7", image=7), "image is the path of an image"),
         (question(0, "w7", images=[]), "image is the path of an image"),
-        (question(0, "w7", query="<image> and <image>"), "2 places for 1 images"),
+        (question(0, "w7", query="<image> and <image>"), "2 places for 1 image$"),
         (question(0, "w7", query=" "), "at query: a text that is not empty"),
         (question(0, "w7", image="seen.jsonl"), "can't be read"),
         ({"query": "w5", "answer": "w6"}, "into files of their own"),

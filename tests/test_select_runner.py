@@ -164,6 +164,7 @@ def test_contiguous_tries_blocks(model: Any, text: CalibrationSet) -> None:
     losses = {block: measured(without(block), model, text.input_ids)[0] for block in neighbours(range(LAYERS), 3)}
     assert tuple(choice.drop_layers) == min(losses, key=losses.__getitem__)
     summed = choose_layers(model, text, CutOptions(drop=3, criterion="block_influence", contiguous=True))
+    assert "the block with the lowest block_influence" in summed.why
     layers = summed.scores[0].layers
     assert sum(layers[i] for i in summed.drop_layers) == min(sum(layers[i : i + 3]) for i in range(LAYERS - 2))
 

@@ -102,6 +102,7 @@ def _processed(processor: Any, document: Document) -> tuple[torch.Tensor, dict[s
             _filled(chat, given, document), tokenize=True, return_dict=True, return_tensors="pt"
         )
     tensors = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+    tensors.pop("labels", None)  # PaliGemma's processor makes them, and the model would compute a loss
     return tensors.pop("input_ids"), tensors
 
 

@@ -39,7 +39,7 @@ def run(request: Request) -> Answer:
 
     ranking = rank(request)
     made = f"the scores are in {request.output}" if request.output else ""
-    then = hint("rank", request.base, "curve", "--curve", *of) if ranking.on_text else ()
+    then = hint("rank", request.base, "curve", "--curve", *rows, *of) if ranking.on_text else ()
     if "auto" in ranking.drops or (len(ranking.drops) == 1 and ranking.on_text):
         layers = format_layers(ranking.drops.get("auto") or next(iter(ranking.drops.values())))
         choice = ("--drop-layers", layers, "--repair", request.repair)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..calibration.documents import IMAGE_COLUMNS
-from ..errors import LayerPruneError, boundary
+from ..errors import CutError, LayerPruneError, boundary
+from ..options import plural
 from ..runtime.model_class import auto_class_of
 
 if TYPE_CHECKING:
@@ -51,18 +52,18 @@ def check_media_tasks(tasks: Mapping[str, TaskDict], subjects: Sequence[Subject]
     """Refuse tasks about images that can't be run, before a model is loaded.
 
     Raises:
-        LayerPruneError: A model reads text alone, or few-shot examples are asked for.
+        CutError: A model reads text alone, or few-shot examples are asked for.
         CheckpointError: A model has no processor that can be loaded.
     """
     first = next((name for name, task in tasks.items() if asks_about_media(task)), None)
     if first is None:
         return
     if shots:
-        raise LayerPruneError(f"task {first} asks about images, but its few-shot examples have none; omit num_fewshot")
+        raise CutError(f"task {first} asks about images, but its few-shot examples have none; omit num_fewshot")
     for subject in subjects:
         config = subject.config()
         if image_token(config) is None:
-            raise LayerPruneError(
+            raise CutError(
                 f"task {first} asks about images, and {subject.name} is a {config.model_type} model that reads none; omit "
                 "the task, or specify a model that reads images"
             )
@@ -103,7 +104,7 @@ def to_row(row: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
     paths = [folder / path for path in row.get("images") or [row["image"]]]
     places = row["query"].count(PLACE)
     if places not in (0, len(paths)):
-        raise LayerPruneError(f"{where}: query has {places} places for {len(paths)} images")
+        raise LayerPruneError(f"{where}: query has {plural(places, 'place')} for {plural(len(paths), 'image')}")
     for path in paths:
         if not path.is_file():
             raise LayerPruneError(f"{where} names the image {path}, which is not a file")

@@ -101,6 +101,8 @@ def choose(
                 drop = search.nested(count)
             else:
                 drop = search.lowest(search.blocks(count), count)
+            if count in judged and judged[count][0].drop == drop:
+                return room(judged[count][1], budget, limit) >= 0
             (candidate,) = search.judge([(drop, found_by)])
         except CutError:
             if pick is not None or count == 1:

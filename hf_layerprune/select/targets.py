@@ -157,5 +157,5 @@ class Target:
             )
         return CutError(
             f"{self} can't be met: dropping {which} leaves {self.spell(left)}, which is "
-            f"{self.spell(left - self.limit)} too much; raise the target accordingly" + way_out
+            f"{self.spell(left - self.limit)} too much; raise the target to {left:.0f} or more" + way_out
         )

@@ -154,7 +154,7 @@ def prune_to(request: PruneRequest) -> Pruned:
                 _model(request, list(cut.drop), folder, prepared)
             else:
                 _files(request, plan_cut(hub or source, cut.drop), folder, prepared)
-        if request.target_size is not None and not request.adapter:
+        if request.target_size is not None and request.target_dtype in ("auto", request.dtype) and not request.adapter:
             _check_size(folder, int(request.target_size), len(dropped))
         if target is not None:
             entry["selection"] = {"criterion": request.criterion, "target": target.record(cut.drop)}
