@@ -12,9 +12,9 @@ import torch
 from hf_layerprune import CheckpointError, LayerPruneError
 from hf_layerprune.cli import main
 from hf_layerprune.measure.evaluate import EvalRequest, evaluate
-from hf_layerprune.measure.harness import prompts_hash
+from hf_layerprune.measure.harness import ImageHarness, prompts_hash
 from hf_layerprune.measure.tasks import dataset_of, read_tasks, task_set
-from hf_layerprune.runtime.loading import load_processor
+from hf_layerprune.runtime.loading import load_base, load_processor
 
 from .measure_models import write_model
 from .multimodal_makers import noise, write_llava
@@ -109,6 +109,13 @@ def test_a_text_model_is_not_asked(
         evaluate(EvalRequest(str(base), base=str(text), tasks_from=folder, output=tmp_path / "numbers.json"))
     with pytest.raises(LayerPruneError, match="but its few-shot examples have none; omit num_fewshot"):
         evaluate(EvalRequest(str(base), tasks_from=folder, num_fewshot=2))
+
+
+def test_places_are_the_processors(base: Path) -> None:
+    """Gemma 3's processor looks for a token that its config does not name, and puts that of its config in its place."""
+    model, processor = load_base(base), load_processor(base)
+    model.config.image_token_id = 5
+    assert ImageHarness(model, processor, 1).image_token == processor.image_token == "<image>"
 
 
 def test_without_a_processor(base: Path, tmp_path: Path) -> None:

@@ -156,6 +156,7 @@ class ImageHarness(Runs, HFMultimodalLM):
             batch_size=_first_batch(model, batch_size),
             max_length=getattr(text, "max_position_embeddings", None),  # the harness expects it at the top level
             convert_img_format=True,
+            image_string=getattr(processor, "image_token", None),  # Gemma 3's config has another token
         )
 
     def _create_tokenizer(self, pretrained: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> None:

@@ -18,20 +18,15 @@ _MOST = 10**18
 _QUANTITY = re.compile(r"(\d{1,20}(?:\.\d{1,20})?) ?([A-Za-z]*)", re.ASCII)
 
 
-def _read(text: str, units: Mapping[str, int], wanted: str) -> int:
+def _read(text: str, units: Mapping[str, int]) -> int | None:
     match = _QUANTITY.fullmatch(text.strip())
     unit = units.get(match[2].upper()) if match else None
-    number = math.floor(Fraction(match[1]) * unit) if match and unit else 0
-    if not 1 <= number <= _MOST:
-        raise ValueError(f"must be {wanted}")
-    return number
+    return math.floor(Fraction(match[1]) * unit) if match and unit else None
 
 
 def _kind(units: Mapping[str, int], wanted: str, metavar: str) -> Kind:
     def check(value: Any) -> int:
-        if isinstance(value, str):
-            return _read(value, units, wanted)
-        number = index_of(value)
+        number = _read(value, units) if isinstance(value, str) else index_of(value)
         if number is None or not 1 <= number <= _MOST:
             raise ValueError(f"must be {wanted}")
         return number

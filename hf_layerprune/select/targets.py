@@ -143,7 +143,7 @@ class Target:
         return {"option": self.option, "limit": self.limit, "dense": self.left(()), "left": self.left(drop)} | timed
 
     def __str__(self) -> str:
-        return f"{self.option}={self.spell(self.limit)}"
+        return f"{self.option}={self.spell(self.limit).partition(' ')[0]}"
 
     def _out_of_reach(self, drop: Sequence[int], protects: bool) -> CutError:
         """The error that even the deepest cut does not meet it."""

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PLOTS = ("curve.png", "curve.svg")
 _OURS = re.compile(r"curve\.(json|png|svg)")
 _BEST_REPAIR = "refit"
 # The options that decide the points.
@@ -376,7 +375,7 @@ def _draw(curve: Curve, folder: Path) -> None:
             f"{point['speedup']:.2f} times as fast, perplexity \N{MULTIPLICATION SIGN} {best['perplexity_ratio']:.2f}"
         )
     try:
-        for name in _PLOTS:
-            draw_curve(curve.points, folder / name, chosen=curve.chosen, knee=curve.knee, remark=remark)
+        for kind in ("png", "svg"):
+            draw_curve(curve.points, folder / f"curve.{kind}", chosen=curve.chosen, knee=curve.knee, remark=remark)
     except LayerPruneError as error:
         logger.warning("%s; only the numbers are written", error)
