@@ -79,6 +79,7 @@ def says(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -> tuple
     capsys.readouterr()
     code = main(["verify", str(folder), *words])
     out, err = capsys.readouterr()
+    assert "internal error" not in err
     return code, out + err
 
 
@@ -177,6 +178,7 @@ CONFIG: dict[str, Callable[[Path], object]] = {
         "config.json", _name_or_path="deepseek-ai/deepseek-coder-x"
     ),
     "a version that stops the tokenizer": edit_json("config.json", transformers_version="none"),
+    "labels, whose names are numbers": edit_json("config.json", num_labels=3),
     "a mark of quantisation": edit_json("config.json", _is_quantized=True),
     "more in the mark of the cut": edit_json(
         "config.json", layer_drop={"drop_layers": [2, 5], "num_base_layers": 8, "x": 1}

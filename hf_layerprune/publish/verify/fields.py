@@ -25,7 +25,8 @@ def flat(fields: dict[str, Any], path: Path = ()) -> dict[Path, Any]:
     """The values of a config by their paths; sections are not values themselves, unless they are empty."""
     values: dict[Path, Any] = {}
     for name, value in fields.items():
-        values |= flat(value, (*path, name)) if isinstance(value, dict) and value else {(*path, name): value}
+        at = (*path, str(name))  # once loaded, the labels of `id2label` have numbers as names
+        values |= flat(value, at) if isinstance(value, dict) and value else {at: value}
     return values
 
 
