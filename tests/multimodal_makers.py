@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,24 @@ def noise(seed: int) -> Any:
 
     pixels = torch.randint(0, 256, (20, 24, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
+
+
+def half_a_jpeg(path: Path) -> None:
+    """Write an image that opens, and is cut off."""
+    noise(0).resize((200, 200)).save(path, "JPEG")
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def lay_postscript(path: Path, place: Path, patch: pytest.MonkeyPatch) -> Path:
+    """Write an image in PostScript, and a Ghostscript that leaves a file; return the file's path."""
+    from PIL import EpsImagePlugin
+
+    noise(0).save(path, "EPS")
+    (place / "gs").write_text(f"#!/bin/sh\ntouch {place / 'ran'}\n")
+    (place / "gs").chmod(0o755)
+    patch.setenv("PATH", f"{place}{os.pathsep}{os.environ['PATH']}")
+    patch.setattr(EpsImagePlugin, "gs_binary", None)
+    return place / "ran"
 
 
 def words(seed: int, count: int) -> str:

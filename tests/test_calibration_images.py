@@ -21,7 +21,7 @@ from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.runtime.loading import load_base, load_processor, load_tokenizer
 
 from .measure_models import write_model
-from .multimodal_makers import noise, words, write_llava, write_rows
+from .multimodal_makers import lay_postscript, noise, words, write_llava, write_rows
 
 IMAGE_TOKENS = 16
 
@@ -131,6 +131,14 @@ def test_labels_are_not_inputs(base: Path, model: Any, tmp_path: Path, monkeypat
     monkeypatch.setattr(transformers.LlavaProcessor, "__call__", as_paligemma)
     found = loaded(base, model, str(write_rows(tmp_path)), samples=2)
     assert all("pixel_values" in media and "labels" not in media for _, media in found.batches(1))
+
+
+def test_no_image_is_run(base: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_rows(tmp_path)
+    ran = lay_postscript(tmp_path / "pictures" / "3.png", tmp_path, monkeypatch)
+    with pytest.raises(CheckpointError, match=r"the processor can't read .*rows.jsonl, line 4: .*Ghostscript"):
+        loaded(base, model, str(path), samples=8)
+    assert not ran.exists()
 
 
 def test_some_rows_without_an_image(base: Path, model: Any, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoProcessor
 from tests.chat_models import pruned_model, tiny_chat_model
 from tests.chat_server import served
 from tests.chat_visit import Visit, visiting
-from tests.multimodal_makers import noise, write_llava
+from tests.multimodal_makers import lay_postscript, noise, write_llava
 from tests.test_chat_browser import browser  # noqa: F401 (a fixture)
 
 import chat  # isort: skip
@@ -68,6 +68,15 @@ def test_a_prompt_with_images(folder: Path) -> None:
         found.fit(said, 8)
     with pytest.raises(source.Refused, match="can't be read as an image"):
         found.fit([{"role": "user", "content": "w5", "images": [str(folder / "broken.png")]}], 8)
+
+
+def test_no_image_is_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = lay_postscript(tmp_path / "a.png", tmp_path, monkeypatch)
+    with pytest.raises(source.Refused, match="can't be read as an image"):
+        source.Source(str(folder / "base")).encode(
+            [{"role": "user", "content": "w5", "images": [str(tmp_path / "a.png")]}]
+        )
+    assert not ran.exists()
 
 
 def test_a_text_model_takes_no_image(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Image, load_dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
@@ -22,7 +22,7 @@ from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.runtime.loading import load_processor, load_tokenizer
 
 from .heal_makers import load_recipe, recipe_words
-from .multimodal_makers import noise, words, write_llava
+from .multimodal_makers import half_a_jpeg, lay_postscript, noise, words, write_llava
 from .tiny_models import EAGER
 
 pytestmark = pytest.mark.processes
@@ -73,6 +73,26 @@ def test_rows_hold_opened_images(base: Path) -> None:
     text = Dataset.from_list([{"text": "w5", "image": "1.png"}])
     with pytest.raises(CutError, match="has the columns text, but training needs prompt and completion"):
         shape_rows(text, load_tokenizer(base), name=name, load_processor=processor)
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("postscript", [False, True])
+def test_an_image_that_can_not_be_read_is_found_before_training(
+    base: Path, tmp_path: Path, held: bool, postscript: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("0.png", "1.png"):
+        noise(0).save(tmp_path / name)
+    half_a_jpeg(tmp_path / "1.png")
+    ran = lay_postscript(tmp_path / "1.png", tmp_path, monkeypatch) if postscript else tmp_path / "ran"
+    chat = {"prompt": [{"role": "user", "content": "w5"}], "completion": [{"role": "assistant", "content": "w6"}]}
+    rows = Dataset.from_list([chat | {"image": f"{i}.png"} for i in range(2)])
+    if held:
+        images = [{"bytes": (tmp_path / f"{i}.png").read_bytes(), "path": None} for i in range(2)]
+        rows = rows.remove_columns("image").add_column("image", images).cast_column("image", Image())
+    name, processor = str(tmp_path / "rows.jsonl"), lambda: load_processor(base)
+    with pytest.raises(CheckpointError, match=r"an image in row 2 of .*rows.jsonl can't be read: .*; replace it, or"):
+        shape_rows(rows, load_tokenizer(base), name=name, load_processor=processor)
+    assert not ran.exists()
 
 
 def test_the_recipe_trains_on_images(

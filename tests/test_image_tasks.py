@@ -17,7 +17,7 @@ from hf_layerprune.measure.tasks import dataset_of, read_tasks, task_set
 from hf_layerprune.runtime.loading import load_base, load_processor
 
 from .measure_models import write_model
-from .multimodal_makers import noise, write_llava
+from .multimodal_makers import half_a_jpeg, noise, write_llava
 
 LENGTH = 32  # of an answer, as the harness is told
 
@@ -140,11 +140,13 @@ def test_without_a_processor(base: Path, tmp_path: Path) -> None:
         (question(0, "w7", query="<image> and <image>"), "2 places for 1 image$"),
         (question(0, "w7", query=" "), "at query: a text that is not empty"),
         (question(0, "w7", image="seen.jsonl"), "can't be read"),
+        (question(0, "w7", image="pictures/half.jpg"), "half.jpg can't be read: image file is truncated"),
         ({"query": "w5", "answer": "w6"}, "into files of their own"),
     ],
 )
 def test_bad_questions(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     folder = write_task(tmp_path / "tasks", [question(0, "w7"), row])
+    half_a_jpeg(folder / "pictures" / "half.jpg")
     with pytest.raises(LayerPruneError, match=message) as caught:
         read_tasks(folder)
     assert "line 2" in str(caught.value)

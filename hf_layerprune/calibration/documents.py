@@ -115,6 +115,21 @@ def is_image(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "image"
 
 
+def open_image(source: Any) -> Any:
+    """Read a whole image in RGB, from what PIL opens, or from an image that is open already."""
+    from PIL import Image
+
+    refuse_postscript()
+    return (source if isinstance(source, Image.Image) else Image.open(source)).convert("RGB")
+
+
+def refuse_postscript() -> None:
+    """Refuse images in PostScript, which are programs: to read one, PIL would start Ghostscript."""
+    from PIL import EpsImagePlugin
+
+    EpsImagePlugin.gs_binary = False
+
+
 def _data_set(source: str, seed: int) -> Iterator[Document]:
     try:
         from datasets import load_dataset

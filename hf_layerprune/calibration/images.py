@@ -17,7 +17,7 @@ from ..errors import CheckpointError, CutError, boundary
 from ..families.multimodal import placeholders
 from ..options import plural
 from ..runtime.loading import chats
-from .documents import Document, is_image, parts_of
+from .documents import Document, is_image, open_image, parts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -138,8 +138,6 @@ def _held(part: dict[str, Any]) -> Any:
 
 def _opened(image: Any, document: Document) -> Any:
     """Open an image, in whatever form the data set stores it."""
-    from PIL import Image
-
     if isinstance(image, dict):  # of a data set whose images are not decoded
         image = BytesIO(image["bytes"]) if image.get("bytes") else image.get("path")
     if isinstance(image, str):
@@ -147,4 +145,4 @@ def _opened(image: Any, document: Document) -> Any:
         if not path.is_file():
             raise CheckpointError(f"{document.where} names the image {image}, and {path} is not a file")
         image = path
-    return (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")
+    return open_image(image)

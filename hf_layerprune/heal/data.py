@@ -14,10 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.documents import IMAGE_COLUMNS
+from ..calibration.documents import IMAGE_COLUMNS, refuse_postscript
 from ..errors import CheckpointError, CutError, boundary
 from ..files.data_sets import SUFFIXES, json_files, read_json_files
 from ..runtime.loading import chats
+from ..screen import progress_bar
 from .row_checks import check_text
 
 if TYPE_CHECKING:
@@ -184,6 +185,7 @@ def shape_rows(
     if images:
         with _rows_of(name):
             rows = _opened(rows, images, Path(name).expanduser().parent)
+        _check_images(rows, images, name)
         columns = [column for column in columns if column not in images]
     if text_field != TEXT and not images:
         if text_field not in columns:
@@ -236,6 +238,8 @@ def _opened(rows: Dataset, columns: list[str], folder: Path) -> Dataset:
     """Make images of the paths of images, which are relative to the folder of a data file."""
     from datasets import Image, Sequence
 
+    refuse_postscript()
+
     def found(path: str) -> str:
         if not (folder / path).is_file():
             raise CheckpointError(f"the rows name the image {path}, and {folder / path} is not a file")
@@ -252,6 +256,14 @@ def _opened(rows: Dataset, columns: list[str], folder: Path) -> Dataset:
             rows = rows.map(lambda row, column=column: {column: [found(path) for path in row[column]]})
             rows = rows.cast_column(column, Sequence(Image()))
     return rows
+
+
+def _check_images(rows: Dataset, columns: list[str], name: str) -> None:
+    """Read every image once: training may come to a damaged one only after hours. Streamed rows are not checked."""
+    images = rows.select_columns(columns)
+    for number in progress_bar(range(len(images)), desc="reading images") if hasattr(rows, "__len__") else ():
+        with boundary(f"an image in row {number + 1} of {name} can't be read", "replace it, or leave the row out"):
+            images[number]
 
 
 def _rows_of(name: str) -> AbstractContextManager[None]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.documents import IMAGE_COLUMNS
+from ..calibration.documents import IMAGE_COLUMNS, open_image
 from ..errors import CutError, LayerPruneError, boundary
 from ..options import plural
 from ..runtime.model_class import auto_class_of
@@ -99,8 +99,6 @@ def to_row(row: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
     Raises:
         LayerPruneError: An image does not exist or can't be read, or the query does not have one placeholder for each.
     """
-    from PIL import Image
-
     paths = [folder / path for path in row.get("images") or [row["image"]]]
     places = row["query"].count(PLACE)
     if places not in (0, len(paths)):
@@ -108,8 +106,8 @@ def to_row(row: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
     for path in paths:
         if not path.is_file():
             raise LayerPruneError(f"{where} names the image {path}, which is not a file")
-        with boundary(f"{where}: the image {path} can't be read", kind=LayerPruneError), Image.open(path) as image:
-            image.verify()
+        with boundary(f"{where}: the image {path} can't be read", kind=LayerPruneError):
+            open_image(path)
     query = row["query"] if places else f"{PLACE}\n" * len(paths) + row["query"]
     return {"query": query, "answer": row["answer"], "images": [str(path) for path in paths]}
 
@@ -143,9 +141,7 @@ def config_of_images() -> dict[str, Any]:
 
 
 def _open_all(row: dict[str, Any]) -> list[Any]:
-    from PIL import Image
-
-    return [Image.open(path).convert("RGB") for path in row["images"]]
+    return [open_image(path) for path in row["images"]]
 
 
 def plain(value: Any) -> Any:

@@ -64,7 +64,9 @@ def encoded(processor: Any, messages: list[dict[str, Any]]) -> Prompt:
     Raises:
         OSError: A file is no image.
     """
-    from PIL import Image
+    from PIL import EpsImagePlugin, Image
+
+    EpsImagePlugin.gs_binary = False  # Ghostscript would run the program that an EPS file is
 
     def parts(message: dict[str, Any]) -> dict[str, Any]:
         opened = [Image.open(path).convert("RGB") for path in message.get("images", ())]
