@@ -99,6 +99,42 @@ def test_no_link_is_followed_out_of_the_source_into_the_copy(base, tmp_path, nam
             copy_licence(base, tmp_path)
 
 
+@pytest.mark.parametrize("restored", [False, True])
+def test_no_link_is_followed_that_was_put_there_after_the_checks(base, tmp_path, restored, monkeypatch):
+    words = base / "tokenizer.model"
+    words.write_text("words")
+    (tmp_path / "private").write_text("mine")
+    plan, start = plan_cut(base, [1]), files.LocalFile.__init__
+    words.rename(tmp_path / "words")
+    words.symlink_to(tmp_path / "private")
+
+    def opened(self, path):
+        start(self, path)
+        if path == words:
+            (tmp_path / "words").rename(words)
+
+    if restored:  # before anybody looks at the link
+        monkeypatch.setattr(files.LocalFile, "__init__", opened)
+    with pytest.raises(CheckpointError, match="changed while it was being read" if restored else "is a link out of"):
+        write_checkpoint(plan, tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+
+
+def test_no_other_file_is_linked_than_the_one_that_was_checked(base, tmp_path, monkeypatch):
+    (tmp_path / "private").write_text("mine")
+    link = os.link
+
+    def swapped(path, target):
+        os.unlink(path)
+        os.symlink(tmp_path / "private", path)
+        link(path, target)
+
+    monkeypatch.setattr(os, "link", swapped)
+    with pytest.raises(CheckpointError, match="changed while it was being read"):
+        cut(base, tmp_path / "cut", link=True)
+    assert not (tmp_path / "cut").exists()
+
+
 @pytest.mark.parametrize("where", ["models--o--m/snapshots/0", "models--o--m/snapshots/0/part", "local"])
 def test_links_into_the_cache_of_the_hub_are_no_links_out_of_the_folder(tmp_path, where):
     blob, folder = tmp_path / "models--o--m/blobs/abc", tmp_path / where

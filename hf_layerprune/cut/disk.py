@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .. import families
 from ..errors import CheckpointError
-from ..files.copy import LocalFile, check_space
+from ..files.copy import FileState, LocalFile, check_space, copy_inside
 from ..files.shards import INDEX
 from ..options import plural, spell_bytes
 from ..records.fingerprints import CONFIG
@@ -95,9 +95,10 @@ def fill(plan: CheckpointPlan, folder: Path, *, link: bool = False, name: str | 
         for shard in plan.shards:
             for count in _write_shard(plan, shard, folder, shard.target in linked):
                 bar.update(count)
-        for companion, _ in plan.companions:
-            for count in _write_companion(plan.source / companion, folder / companion):
-                bar.update(count)
+        for companion, size in plan.companions:
+            (folder / companion).parent.mkdir(exist_ok=True)
+            copy_inside(plan.source / companion, plan.source, folder / companion)
+            bar.update(size)
         for file, content in plan.files.items():
             with (folder / file).open("xb") as output:
                 output.write(content)
@@ -113,6 +114,7 @@ def _write_shard(plan: CheckpointPlan, shard: ShardPlan, folder: Path, linked: b
         if linked:
             # Link to the file itself: in the Hub client's cache, `path` is a symbolic link.
             os.link(os.path.realpath(path), folder / shard.target)
+            source.check_unchanged(FileState.of(folder / shard.target))
             return
         with (folder / shard.target).open("xb") as output:
             output.write(shard.header)
@@ -120,9 +122,3 @@ def _write_shard(plan: CheckpointPlan, shard: ShardPlan, folder: Path, linked: b
             for offset, length in shard.spans():
                 yield from source.copy_into(output, offset, length)
         source.check_unchanged()
-
-
-def _write_companion(path: Path, target: Path) -> Iterator[int]:
-    target.parent.mkdir(exist_ok=True)
-    with LocalFile(path) as source, target.open("xb") as output:
-        yield from source.copy_into(output, 0, source.size)

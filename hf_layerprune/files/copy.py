@@ -27,8 +27,8 @@ class FileState(NamedTuple):
 
     @classmethod
     def of(cls, file: int | Path) -> FileState:
-        """The state of a file, given by path or descriptor."""
-        status = os.stat(file)
+        """The state of a file, given by path or descriptor; of a link, its own."""
+        status = os.stat(file, follow_symlinks=isinstance(file, int))
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
@@ -128,6 +128,20 @@ def check_inside(path: Path, folder: Path) -> None:
     real = Path(os.path.realpath(path))
     if Path(os.path.realpath(folder)) not in real.parents and not real.match("models--*/blobs/*"):
         raise CheckpointError(f"{path} is a link out of {folder}, and would be copied; put the file itself there")
+
+
+def copy_inside(path: Path, folder: Path, target: Path) -> None:
+    """Copy a file of a model folder, unless it is a link out of it, or became one meanwhile.
+
+    Raises:
+        CheckpointError: It can't be read, it is such a link, or it changed.
+        OSError: Writing failed.
+    """
+    with LocalFile(path) as source, target.open("xb") as output:
+        check_inside(path, folder)
+        source.check_unchanged(FileState.of(Path(os.path.realpath(path))))
+        for _ in source.copy_into(output, 0, source.size):
+            pass
 
 
 def check_space(target: Path, needed: int, free: int) -> None:

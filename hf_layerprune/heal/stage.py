@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors import safe_open
 
 from ..cut.settings import keep_version, to_bytes
 from ..errors import LayerPruneError
-from ..files.copy import check_inside, write_bytes
+from ..files.copy import copy_inside, write_bytes
 from ..files.folders import new_folder
 from ..options import plural
 from ..records.fingerprints import ADAPTER_CONFIG, CONFIG, GENERATION, fingerprint, holds_weights, model_files
@@ -136,7 +135,6 @@ def copy_beside_weights(before: Path, after: Path) -> None:
     (after / GENERATION).unlink(missing_ok=True)  # saving a model writes one even where there was none
     for name, path in model_files(before).items():
         if name != CONFIG and not (holds_weights(name) or name.endswith(".index.json")):
-            check_inside(path, before)
             (after / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, after / name)
+            copy_inside(path, before, after / name)
     copy_licence(before, after)

@@ -9,14 +9,13 @@ card and `push` say that its conditions are not known here. A missing licence is
 from __future__ import annotations
 
 import re
-import shutil
 import tomllib
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..files.copy import check_inside
+from ..files.copy import copy_inside
 
 _FILES = re.compile(
     r"((MODEL|THIRD[_-]?PARTY|ACCEPTABLE)[_-])?(LICEN[CS]ES?|NOTICES?|USE[_-]POLICY|COPYING|COPYRIGHT)([._-].*)?",
@@ -131,8 +130,7 @@ def is_licence_file(name: str) -> bool:
 
 
 def copy_licence(source: Path, folder: Path) -> None:
-    """Copy the licence and its notices from one folder to another that lacks them; raises as `check_inside` does."""
+    """Copy the licence and its notices from one folder to another that lacks them; raises as `copy_inside` does."""
     for path in sorted(source.iterdir()):
         if path.is_file() and is_licence_file(path.name) and not (folder / path.name).exists():
-            check_inside(path, source)
-            shutil.copyfile(path, folder / path.name)
+            copy_inside(path, source, folder / path.name)
