@@ -6,15 +6,20 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from hf_layerprune.cli import main
+from hf_layerprune.errors import CheckpointError
 from hf_layerprune.publish.card.writing import declare, write_card
 from hf_layerprune.publish.hub import leaks
+from hf_layerprune.publish.hub import push as push_module
 from hf_layerprune.publish.hub.push import plan
+from hf_layerprune.publish.hub.upload import PushError
 from hf_layerprune.publish.requests import CardRequest, PushRequest
 from hf_layerprune.records.licences import TABLE, LicenceFound
 
@@ -322,6 +327,48 @@ def test_links_are_not_followed(folder: Path, tmp_path: Path, name: str, capsys:
     assert "a link" in error
     assert error.count("\n") == 1
     assert snapshot(tmp_path) == before
+
+
+def test_a_link_that_was_put_there_after_the_files_were_listed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = push_module.list_contents
+
+    def swapped(*args: Any) -> Any:
+        found = listed(*args)
+        (folder / "tokenizer.json").rename(tmp_path / "private")
+        (folder / "tokenizer.json").symlink_to(tmp_path / "private")
+        return found
+
+    monkeypatch.setattr(push_module, "list_contents", swapped)
+    with pytest.raises(CheckpointError, match=r"tokenizer.json became a link while it was read"):
+        plan(PushRequest(folder, "org/small"))
+
+
+def test_weights_that_change_after_the_checks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the model is made again while a push is under way."""
+    name = sorted(folder.glob("*.safetensors"))[0].name
+
+    class Hub:
+        endpoint = "https://hub"
+
+        def hf_hub_download(self, *args: Any, **where: Any) -> str:
+            raise LocalEntryNotFoundError("no card there")
+
+        def repo_info(self, *args: Any, **where: Any) -> Any:
+            return SimpleNamespace(sha="0", private=False)
+
+        def list_repo_tree(self, *args: Any, **where: Any) -> list[Any]:
+            tensors = load_file(folder / name)
+            save_file({key: value + 1 for key, value in tensors.items()}, folder / name, metadata={"format": "pt"})
+            return []
+
+        def preupload_lfs_files(self, *args: Any, **where: Any) -> None:
+            pass
+
+    monkeypatch.setattr(push_module, "log_in", lambda token: Hub())
+    with pytest.raises(PushError, match=f"^{name} was changed while it was being pushed; run the command again$"):
+        push_module.push(PushRequest(folder, "org/small"))
 
 
 def test_a_name_that_is_not_utf_8(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

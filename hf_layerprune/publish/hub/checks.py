@@ -40,13 +40,7 @@ Outcome = Iterator[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Check:
-    """The outcome of one check.
-
-    Args:
-        name (`str`): The name of the check.
-        level (`str`): `ok`, `warning` or `refusal`.
-        text (`str`): The finding; for a refusal, also how to resolve it.
-    """
+    """The outcome of one check: its name; `ok`, `warning` or `refusal`; and the finding, with the way out of a refusal."""
 
     name: str
     level: str

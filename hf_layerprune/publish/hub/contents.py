@@ -6,7 +6,7 @@ Everything else is left out, with a reason. Links are never followed: the files 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...errors import CheckpointError
@@ -32,11 +32,13 @@ class Contents:
         folder (`Path`): The folder.
         files (`dict[str, int]`): The size of each file that is published, by its path in the repository.
         left_out (`dict[str, str]`): Why each of the other files is left out.
+        sha256 (`dict[str, str]`): The hashes of the weight files, once they are checked.
     """
 
     folder: Path
     files: dict[str, int]
     left_out: dict[str, str]
+    sha256: dict[str, str] = field(default_factory=dict)
 
     @property
     def weights(self) -> list[str]:

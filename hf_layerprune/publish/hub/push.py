@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from ...errors import CheckpointError
 from ...files.copy import write_bytes, write_text
 from ...records.declared import CARD, front_matter
-from ...records.fingerprints import holds_weights
+from ...records.fingerprints import hash_files, holds_weights
 from ...records.licences import is_licence_file
 from ...records.metrics import Metrics
 from ...records.requirements import check_measurable
@@ -49,12 +49,7 @@ MESSAGE = "Upload a pruned model with hf-layerprune"
 
 @dataclass(frozen=True)
 class Plan:
-    """What a push would do.
-
-    Args:
-        contents (`Contents`): The files, in the staging folder.
-        checks (`list[Check]`): The outcomes of the checks.
-    """
+    """What a push would do: the files, in the staging folder, and the outcomes of the checks."""
 
     contents: Contents
     checks: list[Check]
@@ -66,11 +61,7 @@ class Plan:
 
 
 class PushRefusedError(PushError):
-    """Checks failed before the push.
-
-    Args:
-        refusals (`Sequence[Check]`): Their outcomes.
-    """
+    """Checks failed before the push."""
 
     def __init__(self, refusals: Sequence[Check]) -> None:
         super().__init__("; ".join(check.text for check in refusals))
@@ -118,6 +109,7 @@ def push(request: PushRequest) -> tuple[Plan, Uploaded]:
             create_pr=request.create_pr,
             message=MESSAGE,
             removable=removable,
+            sha256=contents.sha256,
         )
         done = upload(job, api)
         _copy_back(contents, home)
@@ -143,7 +135,8 @@ def _staged(request: PushRequest) -> Iterator[tuple[Plan, Path]]:
             raise type(error)(str(error).replace(str(staging), str(home))) from error
         files = sorted(path for path in staging.rglob("*") if path.is_file())
         sizes = {path.relative_to(staging).as_posix(): path.stat().st_size for path in files}
-        contents = replace(listed, folder=staging, files=sizes)
+        hashes = hash_files({name: staging / name for name in listed.weights})
+        contents = replace(listed, folder=staging, files=sizes, sha256=hashes)
         # Messages name the user's folder, not the staging folder.
         checks = [
             replace(one, text=one.text.replace(str(staging), str(home))) for one in run_checks(contents, request)
@@ -168,6 +161,8 @@ def _stage(path: Path, target: Path) -> None:
             target.symlink_to(path.resolve())
             return
     shutil.copyfile(path, target, follow_symlinks=False)
+    if target.is_symlink():
+        raise CheckpointError(f"{path} became a link while it was read; replace it with the file itself")
 
 
 def _copy_back(contents: Contents, home: Path) -> None:

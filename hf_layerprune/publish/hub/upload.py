@@ -53,6 +53,7 @@ class Upload:
         revision (`str`, *optional*): A branch, created if it does not exist; or `refs/pr/N`.
         create_pr (`bool`): Open a pull request instead of committing.
         removable (`Callable[[str], bool]`): Whether to remove another file of the repository, by its path.
+        sha256 (`dict[str, str]`): What was checked of large files, by their path; they may change until they are sent.
     """
 
     repo_id: str
@@ -63,6 +64,7 @@ class Upload:
     revision: str | None = None
     create_pr: bool = False
     removable: Callable[[str], bool] = field(default=lambda name: False, repr=False)
+    sha256: dict[str, str] = field(default_factory=dict, repr=False)
 
     def differences(self, remote: dict[str, Any]) -> tuple[list[str], list[str]]:
         """The files to add or replace, and those to remove, given the entries of the repository by path."""
@@ -140,12 +142,17 @@ def upload(job: Upload, api: HfApi) -> Uploaded:
         added, removed = job.differences(remote)
         if not added and not removed:
             return Uploaded(url, head)
+        sent = [CommitOperationAdd(name, str(job.files[name])) for name in added]
+        api.preupload_lfs_files(
+            job.repo_id, sent, repo_type=job.kind, revision=job.revision, create_pr=job.create_pr, free_memory=False
+        )
+        for one in sent:
+            name, found = one.path_in_repo, one.upload_info.sha256.hex()
+            if job.sha256.get(name, found) != found:
+                raise PushError(f"{name} was changed while it was being pushed; run the command again")
         commit = api.create_commit(
             job.repo_id,
-            [
-                *(CommitOperationAdd(name, str(job.files[name])) for name in added),
-                *(CommitOperationDelete(name) for name in removed),
-            ],
+            [*sent, *(CommitOperationDelete(name) for name in removed)],
             commit_message=job.message,
             repo_type=job.kind,
             revision=job.revision,
