@@ -104,5 +104,5 @@ class ChatRequest(Options):
         "exists",
         MODEL,
     )
-    port: int | None = option(None, "Port to serve on; by default the first free one from 7860", whole(1, 65_535))
+    port: int | None = option(None, "Port to serve on, or the next free one; by default 7860", whole(1, 65_535))
     host: str | None = option(None, "Address to listen on, or 0.0.0.0 for all addresses; by default 127.0.0.1")
