@@ -215,6 +215,18 @@ def test_several_streams_of_states_turn_it_off(tmp_path: Path, caplog: pytest.Lo
     assert "all layers run in every step: layers pass on several streams of hidden states" in caplog.text
 
 
+def test_rows_that_see_each_other_turn_it_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Bloom knows no positions by which rows in one sequence could be told apart."""
+    bench, packed = Bench(tmp_path, "bloom"), {"packing": True, "max_steps": 2}
+    with caplog.at_level(logging.WARNING, "hf_layerprune"):
+        assert bench.losses(**packed) == bench.losses(cache="off", **packed)
+    assert "all layers run in every step: their output for a row depends on the other rows" in caplog.text
+    for method in ("last2", "last6"):  # with frozen layers below, and without
+        with pytest.raises(LayerPruneError, match="loss=kd needs rows that are kept apart, and in this model"):
+            bench.trainer(method, loss="kd", **packed).train()
+    assert len(bench.losses(loss="kd", packing_strategy="wrapped", **packed)) == 2
+
+
 @pytest.mark.parametrize(
     ("settings", "why"),
     [

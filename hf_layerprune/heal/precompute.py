@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 # The columns that TRL's collator takes.
 _FED = ("input_ids", "labels", "seq_lengths")
 _CPU_TOKENS, _DEVICE_TOKENS = 4096, 32768
+# Computes the states of a batch from the model's inputs and the numbers of its rows.
+_Pass = Callable[[dict[str, Any], list[int]], torch.Tensor]
 
 
 def precompute(trainer: HealTrainer, teacher: PreTrainedModel | None = None) -> Precomputed:
@@ -142,9 +144,7 @@ class _Run:
             self.model.eval()
             if not close(again, recorded):
                 return "their output differs in training mode, as with dropout"
-            single = self._inputs(rows[:1])
-            (alone,) = self.collator.parted(prefix.run(**single)[prefix.depth], self.lengths[:1], single)
-            if not close(alone, self.collator.parted(recorded, self.lengths[: len(rows)], inputs)[0]):
+            if not self._are_apart(lambda inputs, _: prefix.run(**inputs)[prefix.depth]):
                 return "their output for a row depends on the other rows of the batch"
             prefix.skip()
             states = output.states(**prefix.put(recorded, inputs), use_cache=False)
@@ -162,10 +162,7 @@ class _Run:
         return StateCache(folder / f"{name}-{known[:16]}", self.lengths, token_bytes)
 
     def _run_student(self, cache: StateCache, prefix: Prefix) -> None:
-        def run(inputs: dict[str, Any], rows: list[int]) -> torch.Tensor:
-            return prefix.run(**inputs)[prefix.depth]
-
-        self._fill(cache, run, "Frozen layers")
+        self._fill(cache, lambda inputs, _: prefix.run(**inputs)[prefix.depth], "Frozen layers")
         prefix.skip()
         prefix.unload()
 
@@ -178,22 +175,35 @@ class _Run:
 
         if cache.missing():
             teacher.model.to(self.device)
+            with self._inference():
+                if self.collator.padding_free and not self._are_apart(run):
+                    raise LayerPruneError(
+                        f"{self.args.teacher_setting} needs rows that are kept apart, and in this model, those that share a sequence "
+                        "see each other; pass packing_strategy=wrapped, or leave out packing and padding_free"
+                    )
         self._fill(cache, run, "Dense model")
         return teacher.let_go(self.device, self.trainer.output_head.head())
 
-    def _fill(
-        self, cache: StateCache, run: Callable[[dict[str, Any], list[int]], torch.Tensor], description: str
-    ) -> None:
+    def _states(self, run: _Pass, rows: list[int]) -> list[torch.Tensor]:
+        """The states of some rows, which run as one batch."""
+        inputs = self._inputs(rows)
+        return self.collator.parted(run(inputs, rows), [self.lengths[row] for row in rows], inputs)
+
+    def _are_apart(self, run: _Pass) -> bool:
+        """Whether the states of the first rows are the same alone as in one batch."""
+        rows = list(range(min(2, len(self.datasets[0]))))
+        return all(
+            close(self._states(run, [row])[0], part) for row, part in zip(rows, self._states(run, rows), strict=True)
+        )
+
+    def _fill(self, cache: StateCache, run: _Pass, description: str) -> None:
         tokens = _CPU_TOKENS if self.device.type == "cpu" else _DEVICE_TOKENS
         if self.collator.padding_free:  # all rows form one sequence, so attention spans all of them
             tokens = min(tokens, self.args.per_device_train_batch_size * (self.args.max_length or tokens))
 
-        def states(rows: list[int]) -> list[torch.Tensor]:
-            inputs = self._inputs(rows)
-            return self.collator.parted(run(inputs, rows), [self.lengths[row] for row in rows], inputs)
-
+        share = self.accelerator.process_index, self.accelerator.num_processes
         with self._inference():
-            cache.fill(states, tokens, description, (self.accelerator.process_index, self.accelerator.num_processes))
+            cache.fill(lambda rows: self._states(run, rows), tokens, description, share)
         self.accelerator.wait_for_everyone()
 
     @contextmanager
