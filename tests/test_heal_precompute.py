@@ -280,6 +280,10 @@ def test_cache_of_another_model_or_other_rows_is_not_used(llama: Bench, cache: P
     assert llama.losses(cache_dir=str(cache), rows_=rows(seed=5), **settings) == llama.losses(
         rows_=rows(seed=5), **settings
     )
+    alike = Bench(tmp_path / "alike")  # the same weights, which another config makes another model of
+    config = alike.pruned / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 0.1}))
+    assert alike.losses(cache="on", cache_dir=str(cache)) == alike.losses(cache="off")
     assert sorted(cache.rglob("*")) == before
 
 

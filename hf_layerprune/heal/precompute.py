@@ -85,14 +85,15 @@ class _Run:
                 f"{args.teacher_setting} does not work with streamed data; use loss=ce without features, or do not stream"
             )
         if prefix is not None:
-            caches["prefix"] = self._cache("prefix", self.state_bytes, hash_tensors(prefix.parameters(), prefix.depth))
+            source = hash_tensors(prefix.parameters(), prefix.depth, self.model.config.to_json_string())
+            caches["prefix"] = self._cache("prefix", self.state_bytes, source)
         teacher = None
         if args.distils:
-            source = model if model is not None else args.teacher
-            if source is None:
+            dense = model if model is not None else args.teacher
+            if dense is None:
                 raise LayerPruneError(f"{args.teacher_setting} needs the dense model; specify it with --teacher")
             depths = self.trainer.feature_phase.wanted if self.trainer.feature_phase else ()
-            teacher = Teacher(source, self.model, prefix, args.teacher_revision, depths)
+            teacher = Teacher(dense, self.model, prefix, args.teacher_revision, depths)
             features = len(depths) * teacher.layer_width
             token = (features + teacher.width) * teacher.model.dtype.itemsize
             caches["teacher"] = self._cache("teacher", token, teacher.fingerprint)

@@ -65,7 +65,7 @@ class Teacher:
         self.head: Head = self._output.head()
         self.width = self._output.width
         self.layer_width: int = source.config.get_text_config().hidden_size
-        self.fingerprint = hash_tensors(source.named_parameters(), *features)
+        self.fingerprint = hash_tensors(source.named_parameters(), source.config.to_json_string(), *features)
         self._features = features
         self._middle = Prefix(source, features[-1]) if features else None
         self._prefix: Prefix | None = None
