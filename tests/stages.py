@@ -106,6 +106,7 @@ def _taylor(dense: Any, ids: torch.Tensor, index: int) -> float:
 # --- heal -----------------------------------------------------------------------------------------------
 
 KD_SHARE, KD_TEMPERATURE = 0.3, 2.0
+TEMPERATURE = {"kd_temperature": KD_TEMPERATURE}
 # With attention this sharp, padding changes gradients by more than `TOLERANCE` in float32.
 ROUGH = dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), 5 * TOLERANCE)
 # Loss, and what is trained.
@@ -173,13 +174,13 @@ def _trained(
     n = families.layer_count(dense.config)
     cut = families.Cut(tuple(i for i in range(n) if i not in drop), n)
     chosen = None if method == "full" else parse_method(method).tail_config(cut, "dense")
+    settings = {"ce": {}, "kd": TEMPERATURE, "ce+kd": TEMPERATURE | {"kd_share": KD_SHARE}}[loss]
     with tempfile.TemporaryDirectory() as folder:
         args = HealConfig(
             output_dir=folder, max_steps=1, per_device_train_batch_size=2, learning_rate=1e-3, max_grad_norm=0.0,
             optim="sgd", report_to=[], save_strategy="no", logging_strategy="no", use_cpu=True, disable_tqdm=True,
             bf16=False, max_length=32, pad_to_multiple_of=4, completion_only_loss=False, warmup_steps=0,
-            dataset_kwargs={"skip_prepare_dataset": True}, loss=loss, method=method, kd_share=KD_SHARE,
-            kd_temperature=KD_TEMPERATURE,
+            dataset_kwargs={"skip_prepare_dataset": True}, loss=loss, method=method, **settings,
         )  # fmt: skip
         trainer = RecordingTrainer(
             pruned,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import CutError, LayerPruneError
-from ..options import check, documented
+from ..options import check, documented, refuse_unused
 from ..runtime.precision import slow_in_16_bits
 from ..versions import trl_pads_by_itself
 from .methods import parse_method
@@ -68,9 +68,11 @@ class HealConfig(HealOptions, SFTConfig):  # type: ignore[misc]
         check(self)
         if self.method != "auto":
             parse_method(self.method)
-        if self.kd_alone and self.loss != "ce+kd":
-            raise CutError(
-                f"kd_alone is for loss=ce+kd, and the loss is {self.loss}; set loss=ce+kd, or leave kd_alone out"
+        if self.loss != "ce+kd":
+            refuse_unused(self, ("kd_share", "kd_alone"), f"with loss={self.loss}, unlike with ce+kd")
+        if self.loss == "ce":
+            refuse_unused(
+                self, ("kd_temperature", "kd_direction", "kd_tokens"), "with loss=ce, unlike with kd and ce+kd"
             )
 
     def get_warmup_steps(self, num_training_steps: int) -> int:

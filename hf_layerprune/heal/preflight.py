@@ -66,6 +66,8 @@ def check_data(
         why = "with --dataset_name self, where the dense model writes the rows"
         refuse_unused(script_args, _DATA, why)
         refuse_unused(row_args, ["template", "rewrite_answers"], why)
+    if not row_args.rewrite_answers:
+        refuse_unused(row_args, ["rewrite_max_tokens", "rewrite_temperature"], "without --rewrite_answers true")
     if (script_args.dataset_streaming or dataset_args.streaming) and (args.distils or row_args.rewrite_answers):
         what = args.teacher_setting if args.distils else "--rewrite_answers"
         raise CutError(f"{what} needs all rows at once; leave out --dataset_streaming (`streaming` in a file)")

@@ -278,7 +278,7 @@ def _told(request: AdviseRequest, frontier: Frontier, expected: dict[int, Expect
     here = expected[count]
     if tokens:
         lines.append(
-            f"\n{minutes} is enough to heal on about {spell_count(tokens)} tokens of text "
+            f"\n{minutes} is enough to heal on about {spell_count(float(f'{tokens:.2g}'))} tokens of text "
             f"({record['tokens_per_second']:g} tokens a second), {_passes(record['settings'])}."
         )
     else:

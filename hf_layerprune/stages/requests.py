@@ -197,7 +197,7 @@ class AdviseRequest(WalkOptions, AmountOptions):
     minutes: float = option(
         60,
         "Minutes available on this machine for repair and training; ignored for models with 5 billion parameters or more",
-        number(0, 1e6, "a number of minutes above 0", "MIN"),
+        number(0, 1e6, "a number of minutes above 0 and below 1,000,000", "MIN"),
     )
     from_curve: Path | None = option(
         None,
