@@ -201,7 +201,6 @@ class _Run:
         tokens = _CPU_TOKENS if self.device.type == "cpu" else _DEVICE_TOKENS
         if self.collator.padding_free:  # all rows form one sequence, so attention spans all of them
             tokens = min(tokens, self.args.per_device_train_batch_size * (self.args.max_length or tokens))
-
         share = self.accelerator.process_index, self.accelerator.num_processes
         with self._inference():
             cache.fill(lambda rows: self._states(run, rows), tokens, description, share)
