@@ -119,10 +119,13 @@ def test_a_file_without_a_chat_gets_no_modelfile(tmp_path):
 def test_a_gguf_file_out_of_a_folder_is_told_in_one_line(tmp_path, monkeypatch, capsys, base):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text("{}")
     assert main(["prune", base, "out/small.gguf", "--drop-layers", "2"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{base} is not a GGUF file, so out/small.gguf takes two steps: prune into the folder small" in line
     assert "python convert_hf_to_gguf.py small --outfile out/small.gguf" in line
+    assert main(["prune", "none.gguf", "small.gguf", "--drop-layers", "2"]) == 1
+    assert "none.gguf does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt_oss", "smollm3"])

@@ -154,7 +154,7 @@ USAGE = [
     ({"hub_tok": "hf_" + "a" * 30}, "'--hub_tok', 'hf_***'"),
 ]  # fmt: skip
 FAILURES = [
-    ({"model_name_or_path": "FOLDER/quantised"}, "the weights are quantised (fp8), and can't be healed"),
+    ({"model_name_or_path": "FOLDER/quantised"}, "the weights are quantised (fp8), and can't be repaired or healed"),
     ({"dataset_name": "FOLDER/rows.txt"}, "FOLDER/rows.txt is not a .json, .jsonl, .ndjson, .parquet, .csv file"),
     ({"dataset_name": "/nowhere.jsonl"}, "data file /nowhere.jsonl does not exist"),
     ({"loss": "kd", "teacher": "/nowhere"}, "/nowhere"),

@@ -328,14 +328,20 @@ def test_a_cut_of_a_quantised_base(place, tmp_path, capsys):
     base, cut = quantise(place / "base", tmp_path / "base"), tmp_path / "cut"
     for option, says in {
         "--check": "--check can't compare the logits: a forward pass can repack quantised weights; leave it out",
+        "--repair=refit": "the layers, and those of this model are quantised; leave out --repair",
         "--dtype=float32": "are quantised and stay so when they are loaded, so --dtype can't convert them; leave it out",
     }.items():
         assert main(["prune", str(base), str(cut), "--drop-layers", "2", option]) == 2
-        assert says in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert says in told
+        assert "calibrate" not in told, "refused before the model writes text"
         assert not cut.exists()
     assert main(["inspect", str(base)]) == 0
-    assert "the weights are quantised (bitsandbytes, nf4), and can't be healed" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert told.count("the weights are quantised (bitsandbytes, nf4), and can't be repaired or healed") == 1
+    assert "can be repaired by" not in told
     assert main(["prune", str(base), str(cut), "--drop-layers", "2"]) == 0
+    assert "0 notes" not in said(check(cut))
     card = Card.of(Lineage.of(cut)).body()
     assert "a quantised transformers checkpoint, like its base (`bitsandbytes, nf4`)" in card
     assert "pip install transformers accelerate 'bitsandbytes>=0.50'" in card

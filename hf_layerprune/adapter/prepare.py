@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from .. import families
 from ..calibration.rows import SELF, load_calibration
 from ..errors import CheckpointError, CutError
+from ..families.layout import find_decoder_layers
 from ..repair.fit import check_repair, fit_repair
 from ..runtime.devices import is_offloaded
 from ..runtime.loading import load_processor, load_tokenizer
+from ..runtime.precision import is_packed
 from ..runtime.walk import LayerWalk
 from ..select import find_criterion, needs_model
 from ..select.budget import check_rows
@@ -103,6 +105,11 @@ def prepare(
         )
     if config.repair is not None:  # now, as the model may write its calibration text for minutes
         check_repair(model.config, config.drop_layers or [], config.calibration_samples, config.repair)
+        if all(one.dim() < 2 or is_packed(one) for one in find_decoder_layers(model).layers.parameters()):
+            raise CutError(
+                "a repair changes weights of the layers, and those of this model are quantised; leave out --repair "
+                "(repair=None), or repair the unquantised model, then quantise it"
+            )
     if chooses:
         check_rows(config, config.calibration_samples)
     walk = calibration = repair = None

@@ -123,17 +123,17 @@ def check_stage(config: PreTrainedConfig, stage: str) -> None:
 
 
 def check_trainable(config: PreTrainedConfig) -> None:
-    """Refuse to heal a checkpoint with quantised weights: what comes out could be neither saved nor verified.
+    """Refuse to repair or heal a checkpoint with quantised weights: what comes out could be neither saved nor verified.
 
     Raises:
-        UnsupportedModelError: Its config says that it is quantised; says how, and what to heal instead.
+        UnsupportedModelError: Its config says that it is quantised; says how, and what to use instead.
     """
     for part in path_to_text(config):
         if (settings := getattr(part, "quantization_config", None)) is not None:
             raise UnsupportedModelError(
-                f"the weights are quantised ({describe_quantization(settings)}), and can't be healed; heal the unquantised "
-                "model, or a cut with unpacked weights (FP8 and MXFP4, on a machine without a GPU): hf-layerprune prune BASE "
-                "FOLDER --dtype bfloat16"
+                f"the weights are quantised ({describe_quantization(settings)}), and can't be repaired or healed; use the "
+                "unquantised model, or a cut with unpacked weights (FP8 and MXFP4, on a machine without a GPU): hf-layerprune "
+                "prune BASE FOLDER --dtype bfloat16"
             )
 
 

@@ -54,8 +54,7 @@ class EngineBench(Measurement):
         cost = {one.weights: _cost(self.paths[one.weights]) for one in self.subjects}
         for subject in self.subjects:
             found = cost[subject.weights]
-            where = {"dtype": timed.dtype, "device": timed.device}
-            self.add_model(subject, found.layers, found.parameters, where)
+            self.add_model(subject, found.layers, found.parameters, {"dtype": timed.dtype, "device": timed.device})
         self.store.versions[self.engine.name] = timed.version
         self.machine = {"engine": self.engine.name, "weights": timed.dtype, **timed.settings}
         for work, runs in timed.runs.items():
@@ -68,8 +67,7 @@ class EngineBench(Measurement):
 
     def _time(self, works: list[Workload]) -> Timed:
         where: dict[str, Any] = {"dtype": self.request.dtype, "device": self.device}
-        models = [str(self.paths[one.weights]) for one in self.subjects]
-        model = str(self.paths[self.model.weights])
+        models = [str(self.paths[one.weights]) for one in self.subjects]  # the base's first
         try:
             return self.engine.time(models, works, self.request.repeats, **where)
         except EngineError as error:
@@ -77,13 +75,12 @@ class EngineBench(Measurement):
         if self.base is None:
             why = "specify its base with --base to see whether the engine knows the architecture"
         else:
-            base = str(self.paths[self.base.weights])
             try:
-                self.engine.time([base], works, 1, **where)
-                why = f"it runs {base}, so it knows the architecture, and it is the cut or its file that it can't take"
+                self.engine.time(models[:1], works, 1, **where)
+                why = f"it runs {models[0]}, so it knows the architecture, and it is the cut or its file that it can't take"
             except EngineError as error:
-                failed = EngineError(str(error), model) if failed.model == base else failed
-                why = f"it does not run {base} either, so it does not know the architecture"
+                failed = EngineError(str(error), models[1]) if failed.model == models[0] else failed
+                why = f"it does not run {models[0]} either, so it does not know the architecture"
         raise LayerPruneError(f"{self.engine.name} does not run {failed.model}: {failed}; {why}")
 
     def _paths(self) -> dict[str, Path]:

@@ -157,7 +157,7 @@ def _refused_at(config: PreTrainedConfig) -> dict[str, str]:
     for stage in families.STAGES:
         try:
             families.check_stage(config, stage)
-            if stage == "heal":
+            if stage in ("repair", "heal"):
                 families.check_trainable(config)
         except LayerPruneError as error:
             refused_at[stage] = str(error)
@@ -194,9 +194,9 @@ def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
     lines += [f"  layer {i} must stay: {reason}" for i, reason in sorted(anatomy.protected.items())]
     if anatomy.refusal:
         return "\n".join([*lines, f"It can't be pruned: {anatomy.refusal}"])
-    if anatomy.repairs:
+    if anatomy.repairs and "repair" not in anatomy.refused_at:
         lines.append(f"  it can be repaired by {', '.join(anatomy.repairs)}")
-    lines += [f"  {refused}" for refused in anatomy.refused_at.values()]
+    lines += [f"  {refused}" for refused in dict.fromkeys(anatomy.refused_at.values())]
     left = anatomy.left
     if left is None:
         return "\n".join([*lines, f"No cut is shown: {anatomy.no_cut}"])

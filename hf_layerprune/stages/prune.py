@@ -209,10 +209,7 @@ def _needs_a_model(request: PruneRequest) -> bool:
 
 def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> Pruned:
     if not is_gguf(base):
-        if not base.is_dir() and not is_hub_id(request.base):
-            raise CheckpointError(
-                f"{base} is not a GGUF file, and only one can be written to {output}; specify a folder"
-            )
+        resolve_base(request.base)
         raise CheckpointError(
             f"{request.base} is not a GGUF file, so {output} takes two steps: prune into the folder {output.stem}, then "
             f"run llama.cpp's converter: python convert_hf_to_gguf.py {output.stem} --outfile {output} (docs/engines.md "

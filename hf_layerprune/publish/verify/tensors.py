@@ -151,7 +151,8 @@ def _check_notes(files: Mapping[str, WeightFile], expected: Expected, outcome: V
     whose = f"what {expected.quantizer} notes" if expected.quantizer else "what the base's note"
     texts = [f"what the weight files note on {name} is not {whose}" for name in sorted(here.keys() | there.keys())
              if here.get(name) != there.get(name)]  # fmt: skip
-    outcome.say_all("tensors", texts, f"{plural(len(here), 'note')} in the weight files: {whose}")
+    if here or texts:
+        outcome.say_all("tensors", texts, f"{plural(len(here), 'note')} in the weight files: {whose}")
 
 
 def _owner(name: str, owners: set[str]) -> str | None:
