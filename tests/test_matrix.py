@@ -63,6 +63,10 @@ def test_proven(model_type: str, whole_matrix: bool) -> None:
             assert outcome == ("proven=" + ",".join(table[stage])).rstrip("="), f"{stage}: {outcome}"
 
 
+def test_the_first_of_the_layers_that_share_a_module_can_be_dropped() -> None:
+    prove_cut(tiny_model("openai-gpt"), (0,))
+
+
 @pytest.mark.parametrize("model_type", sorted(t for t in families.REFUSED if t in CONFIG_MAPPING))
 def test_refused(model_type: str) -> None:
     config_class = CONFIG_MAPPING[model_type]

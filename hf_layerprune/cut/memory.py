@@ -156,7 +156,7 @@ def drop_layers(
     cut = families.make_cut(model.config, checked("drop_layers", layers, LAYERS))
     new_config = families.cut_config(model.config, cut)
     stack = find_decoder_layers(model)
-    live = dict(model.named_modules())
+    live = dict(model.named_modules(remove_duplicate=False))
     _, rehearsed = rehearse(type(model), model.config, new_config, cut)
     attributes = [
         _Change(live[name], attribute, vars(live[name])[attribute], value)
@@ -274,10 +274,10 @@ def rehearse(
         CutError: A kept layer would be built differently on reload.
     """
     old, new = _empty_model(model_class, config), _empty_model(model_class, new_config)
-    new_modules = dict(new.named_modules())
+    new_modules = dict(new.named_modules(remove_duplicate=False))  # what layers share is listed for each of them
     attributes: list[tuple[str, str, Any]] = []
     prefix = find_decoder_layers(old).path + "."
-    for name, before in old.named_modules():
+    for name, before in old.named_modules(remove_duplicate=False):
         layer, inner = None, ""
         if name.startswith(prefix):
             index, _, inner = name[len(prefix) :].partition(".")
