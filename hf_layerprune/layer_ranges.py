@@ -27,11 +27,11 @@ def parse_layers(text: str) -> list[int]:
     for part in text.split(","):
         match = _PART.fullmatch(part.strip())
         if match is None:
-            raise CutError(f"{part.strip()!r} in {text!r} is neither a layer nor a range; write layers as 20-26,29")
+            raise CutError(f"{part.strip()!r} is neither a layer nor a range; write layers as 20-26,29")
         first = int(match[1])
         last = int(match[2]) if match[2] else first
         if last < first:
-            raise CutError(f"the range {part.strip()} in {text!r} runs backwards; write {last}-{first}")
+            raise CutError(f"the range {part.strip()} runs backwards; write {last}-{first}")
         layers.extend(range(first, last + 1))
     return sorted(layers)
 

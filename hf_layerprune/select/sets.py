@@ -32,10 +32,7 @@ def drop_count(drop: float | int | None, num_layers: int) -> int:
         return drop
     count = math.floor(Fraction(str(drop)) * num_layers)  # exact: 0.3 * 10 is 3, not 2.9999999999999996
     if count == 0:
-        raise CutError(
-            f"drop={drop} of {num_layers} layers is less than one layer; the smallest useful drop is "
-            f"{1 / num_layers:.3g}"
-        )
+        raise CutError(f"drop={drop} of {num_layers} layers is less than one layer; to drop one, use drop=1")
     return count
 
 
