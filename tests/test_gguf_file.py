@@ -178,6 +178,17 @@ def test_targets_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["a.gguf"]
 
 
+def test_a_target_that_cannot_be_written_is_refused_before_layers_are_chosen(tmp_path, monkeypatch, capsys):
+    make_gguf(tmp_path / "a.gguf")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    command = ["prune", "~/a.gguf", "~/no/cut.gguf", "--drop", "1", "--criterion", "taylor"]
+    assert main(command) == 1
+    assert "no does not exist; create it first" in capsys.readouterr().err
+    command[2:] = ["~/cut.gguf", "--drop", "1"]
+    assert main(command) == 0
+    assert gguf_layer_count(tmp_path / "cut.gguf") == 5
+
+
 @pytest.mark.parametrize(
     "error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), MemoryError()]
 )

@@ -16,7 +16,7 @@ from ..cut.gguf.modelfile import modelfile_of
 from ..cut.patch import patch_layers
 from ..errors import CheckpointError, CutError
 from ..families.engines import WAY_OUT, misread
-from ..files.copy import write_text
+from ..files.copy import check_file_target, write_text
 from ..files.folders import check_target, new_folder
 from ..layer_ranges import name_layers
 from ..options import AMOUNTS, COUNTED_BY, refuse_unused, spell_bytes, take
@@ -112,9 +112,9 @@ def prune_to(request: PruneRequest) -> Pruned:
         UnsupportedModelError: The architecture is not proven.
         CheckpointError: The base can't be read, or the output can't be written.
     """
-    output, source = Path(request.output), Path(request.base).expanduser()
+    output, source = Path(request.output).expanduser(), Path(request.base).expanduser()
     if not is_gguf_name(output):  # at once: before the Hub is asked, torch is imported, and layers are chosen
-        check_target(output.expanduser(), source, request.force)
+        check_target(output, source, request.force)
     curve: dict[str, Any] | None = None
     if request.from_curve is not None and request.drop_layers is None:
         from .curve import point_of
@@ -122,7 +122,7 @@ def prune_to(request: PruneRequest) -> Pruned:
         request, curve = point_of(request, request.from_curve.expanduser())
     request = request.with_calibration()
     if is_gguf_name(output):
-        return _prune_gguf(request, Path(request.base), output)
+        return _prune_gguf(request, source, output)
     if request.link and (request.adapter or request.repair or _needs_a_model(request)):
         raise CutError(
             "--link shares weight files with the base, but this cut changes or writes them; leave --link out"
@@ -217,8 +217,7 @@ def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> Pruned:
         )
     unused = ("dtype", "adapter", "repair", "check", "link", "target_dtype")
     refuse_unused(request, unused, "where a GGUF file stays one, since it is cut without being loaded")
-    if os.path.lexists(output) and not request.force:
-        raise CheckpointError(f"{output} exists; replace it with --force, or choose another file")
+    check_file_target(output, force=request.force, apart_from=base)  # before layers are chosen
     if needs_model(request):
         dropped = _prepare(request, None).drop_layers  # looks at the dequantised model
     elif request.drop_layers is not None:
