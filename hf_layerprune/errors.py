@@ -110,6 +110,8 @@ def explain(error: BaseException, debug: str = f"{DEBUG}=1") -> tuple[str, int]:
         return "interrupted; nothing was left half-written", 130
     if isinstance(error, LayerPruneError | OSError):
         return one_line(str(error)), 2 if isinstance(error, CutError) else 1
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # `Path.expanduser`
+        return "a path starts with ~ and the name of a user who does not exist; write it in full", 1
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without torch
         return (
             "out of memory; use smaller batches or fewer or shorter texts, or run on the CPU or on a machine with more memory",

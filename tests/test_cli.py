@@ -206,7 +206,7 @@ def test_no_network_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--drop", "1.5"], "drop=1.5 must be a fraction between 0 and 1"),
         (["--drop", "0"], "drop=0 must be"),
         (["--drop", "-3"], "drop=-3.0 must be"),
-        (["--drop", "0.05"], "less than one layer"),
+        (["--drop", "0.05"], "less than one layer; to drop one, use drop=1"),
         (["--drop", "8"], "would drop all 8 layers"),
         (["--drop", "nan"], "drop=nan must be"),
         (["--drop", "9" * 5000], "must be a fraction"),
@@ -219,7 +219,7 @@ def test_no_network_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--drop-layers", "0-7"], "all 8 layers"),
         (["--drop-layers", "1,1"], "drop_layers has 1 more than once"),
         (["--drop-layers", "6-4"], "runs backwards"),
-        (["--drop-layers", ""], "is neither a layer nor a range"),
+        (["--drop-layers", ""], "--drop-layers: '' is neither a layer nor a range"),
         (["--drop", "2", "--drop-layers", "1"], "not allowed with argument"),
         (["--criterion", "vibes"], "criterion 'vibes' is unknown"),
         (["--criterion", "\x1b[31m"], "criterion '\\x1b[31m' is unknown"),
@@ -247,6 +247,12 @@ def test_bad_words(
     assert error.count("\n") == 1
     assert len(error) < 600
     assert os.listdir(tmp_path) == []
+
+
+def test_a_home_of_nobody(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["~no-such-user/m", str(tmp_path / "out")], [str(base), "~no-such-user/out"]):
+        assert main(["prune", *words]) == 1
+        assert capsys.readouterr().err.startswith("hf-layerprune: a path starts with ~ and the name of a user who does not")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
