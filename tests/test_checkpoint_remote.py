@@ -98,6 +98,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (root / "pickled").mkdir()
     shutil.copy(root / "single" / "config.json", root / "pickled")
     (root / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    (root / "adapter").mkdir()
+    (root / "adapter" / "adapter_config.json").write_text("{}")
     shutil.copytree(root / "llama", root / "hostile")
     index = root / "hostile" / "model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -216,6 +218,8 @@ def test_access(hub: HubServer, client: Client, tmp_path: Path) -> None:
     assert "is gated; ask for access" in error("org/gated")
     assert "hf auth login" in error("org/gated", token="hf_bad")
     assert "has no revision 'v9'" in error("org/single", revision="v9")
+    assert "org/single@main is not a Hub id: Repo id must use" in error("org/single@main")
+    assert "org/adapter is an adapter, not a model; merge it" in error("org/adapter")
     assert "only pickled weights (pytorch_model.bin)" in error("org/pickled")
     assert "is not a plain .safetensors file beside it" in error("org/hostile")
     assert "has no model-00001-of" in error("org/missing")

@@ -54,12 +54,10 @@ class Base:
         """
         if isinstance(source, str) and is_hub_id(source):
             repo = Repo.open(source, revision, **hub)
-            if CONFIG not in repo.files:
-                raise CheckpointError(
-                    f"{source} has no {CONFIG}, so it is not a model that can be cut; choose another folder"
-                )
             sizes = {name: file.size for name, file in repo.files.items()}
             _check_no_adapter(sizes, source)
+            if CONFIG not in sizes:
+                raise CheckpointError(f"{source} has no {CONFIG}, so it is not a model; choose another repository")
             return cls(source, repo.get(CONFIG).parent, sizes, repo)
         folder = Path(source).expanduser()
         if not folder.is_dir():
@@ -106,7 +104,9 @@ class Base:
 
 
 def _check_no_adapter(names: Collection[str], where: str) -> None:
-    if CONFIG in names and ADAPTER_CONFIG in names:
+    if ADAPTER_CONFIG in names and CONFIG not in names:
+        raise CheckpointError(f"{where} is an adapter, not a model; merge it into its base first")
+    if ADAPTER_CONFIG in names:
         raise CheckpointError(
             f"{where} holds {ADAPTER_CONFIG} beside {CONFIG}, and loaders would apply the adapter to the base that it names; "
             "merge the adapter, or move it to a folder of its own"
@@ -243,8 +243,6 @@ def find_weights(names: Collection[str], where: str, chosen: str | None = None) 
             f"{where} holds only pickled weights ({others[0]}), which can run code when loaded and are never "
             "opened here; convert them to safetensors first (load the model and save_pretrained it)"
         )
-    if ADAPTER_CONFIG in names:
-        raise CheckpointError(f"{where} holds an adapter, not a model; merge it into its base first")
     raise CheckpointError(f"{where} holds neither {SINGLE} nor {INDEX}; is the download complete?")
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, LayerPruneError, cause_of
+from ..errors import CheckpointError, LayerPruneError, boundary, cause_of
 from ..versions import transport_error
 
 logger = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ class Repo:
 
         offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else None
         offline = offline or ("local_files_only is set" if local_files_only else None)
-        with hub_errors(name, revision):
+        with boundary(f"{name} is not a Hub id"):
             validate_repo_id(name)
         place = None if cache_dir is None else str(cache_dir)
         if offline is None:

@@ -61,7 +61,7 @@ def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, s
         return str(path), gguf_file
     if _looks_like_a_path(str(base)) or is_gguf_name(path):
         raise CheckpointError(
-            f"{path} does not exist; specify a model folder, a .gguf file, or a Hub id such as org/name"
+            f"{base} does not exist; specify a model folder, a .gguf file, or a Hub id such as org/name"
         )
     return str(base), gguf_file
 
