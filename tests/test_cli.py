@@ -252,7 +252,9 @@ def test_bad_words(
 def test_a_home_of_nobody(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["~no-such-user/m", str(tmp_path / "out")], [str(base), "~no-such-user/out"]):
         assert main(["prune", *words]) == 1
-        assert capsys.readouterr().err.startswith("hf-layerprune: a path starts with ~ and the name of a user who does not")
+        assert capsys.readouterr().err.startswith(
+            "hf-layerprune: a path starts with ~ and the name of a user who does not"
+        )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
