@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import GradientState
+from packaging.version import Version
 from peft import get_peft_model
 from transformers.integrations import deepspeed
 from trl import ModelConfig
@@ -29,6 +30,7 @@ from hf_layerprune.heal.student import Student, adapter_config, load_student
 from hf_layerprune.measure.requests import EvalRequest
 from hf_layerprune.runtime.loading import load_config
 from hf_layerprune.runtime.model_class import whole_models
+from hf_layerprune.versions import installed
 
 from .heal_makers import load_recipe, rows, word_tokenizer
 from .tiny_models import tiny_model
@@ -172,6 +174,8 @@ FAILURES = [
     ({"push_to_hub": "true", "hub_model_id": "me/small"}, "HF_HUB_OFFLINE is set, so nothing can be pushed"),
 ]
 
+OF_NEWER_TRL = ("The specified `pad_token` ('nope') is not found", "can't train: The ")
+
 
 @pytest.mark.parametrize(
     ("settings", "message", "code"), [(*one, 2) for one in USAGE] + [(*one, 1) for one in FAILURES]
@@ -186,6 +190,8 @@ def test_refused_before_the_cut(
     message: str,
     code: int,
 ) -> None:
+    if message in OF_NEWER_TRL and installed("trl") < Version("1.10"):
+        pytest.skip("TRL 1.0 accepts it, or says so in other words")
     monkeypatch.setattr(sys, "argv", ["sft_tail.py", *words(folder, tmp_path / "run", **settings)])
     assert recipe.run() == code
     said = capsys.readouterr().err

@@ -34,6 +34,10 @@ trl_computes_losses = pytest.mark.skipif(
     getattr(trl.trainer.utils, "_ChunkedLogProbFunction", True) is None,
     reason="TRL 1.11 to 1.15 compute no loss of their own without Triton",
 )
+trl_counts_tokens_that_are_predicted = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.10"),
+    reason="the Trainer of transformers 5.4 counts each row's first token, which nothing predicts",
+)
 
 
 @trl_computes_losses
@@ -44,15 +48,19 @@ trl_computes_losses = pytest.mark.skipif(
         {"packing": True},
         {"neftune_noise_alpha": 5.0},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-        {"rows_": Dataset.from_list([{"input_ids": list(range(3, 8 + i))} for i in range(24)]).with_format("torch")},
-        {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)},
         pytest.param(
-            {"completion_only_loss": False},
-            marks=pytest.mark.skipif(
-                Version(transformers.__version__) < Version("5.10"),
-                reason="the Trainer of transformers 5.4 counts each row's first token, which nothing predicts",
-            ),
+            {
+                "rows_": Dataset.from_list([{"input_ids": list(range(3, 8 + i))} for i in range(24)]).with_format(
+                    "torch"
+                )
+            },
+            marks=trl_counts_tokens_that_are_predicted,
         ),
+        pytest.param(
+            {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)},
+            marks=trl_counts_tokens_that_are_predicted,
+        ),
+        pytest.param({"completion_only_loss": False}, marks=trl_counts_tokens_that_are_predicted),
         {"gradient_accumulation_steps": 2, "max_steps": 3},
         {"gradient_accumulation_steps": 3, "max_steps": 3, "method": "lm_head+last1", "max_grad_norm": 0.1},
     ],

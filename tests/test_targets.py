@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune import CutError, LayerDropConfig, drop_layers, prune_with
@@ -22,6 +23,7 @@ from hf_layerprune.select.targets import Target
 from hf_layerprune.stages.inspect import inspect_model
 from hf_layerprune.stages.rank import rank
 from hf_layerprune.stages.requests import InspectRequest, RankRequest
+from hf_layerprune.versions import installed
 
 from .cutting import cut_checkpoint
 from .gguf_makers import smollm2
@@ -85,7 +87,8 @@ def test_all_of_a_model_is_counted(model_type: str, tmp_path: Path) -> None:
     assert anatomy.tied == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
     sizes = Sizes(model.config)
     assert sizes.parameters() == model.num_parameters()
-    assert sizes.memory_bytes(context=16) == sizes.weight_bytes() + real_cache(model, 16, 1)
+    if model_type != "zamba" or installed("transformers") >= Version("5.10"):  # which can run it without weights
+        assert sizes.memory_bytes(context=16) == sizes.weight_bytes() + real_cache(model, 16, 1)
     added = Sizes(model.config, untie=True).parameters() - sizes.parameters()
     assert added == (model.get_input_embeddings().weight.numel() if anatomy.tied else 0)
     if anatomy.refusal:
