@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
@@ -27,6 +28,7 @@ from hf_layerprune.versions import installed
 
 from .cutting import cut_checkpoint
 from .gguf_makers import smollm2
+from .measure_models import write_gguf
 from .tiny_models import LAYERS, tiny_input, tiny_model
 
 # Layers of one size; dense and expert layers; state spaces; latent attention; windows; a slice for each layer.
@@ -177,6 +179,17 @@ def test_files_that_turn_out_too_large_are_refused(tmp_path: Path, capsys: pytes
     assert "more than target_size allows: some tensors stay in float32" in error
     assert error.endswith("use drop=2 or more instead\n")
     assert not (tmp_path / "cut").exists()
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+def test_files_in_the_bases_type_that_turn_out_too_large(
+    dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The header of a file made from a GGUF file is not in the estimate."""
+    base = write_gguf(tmp_path / "base.gguf", packed=GGMLQuantizationType.F16)
+    words = ["prune", str(base), str(tmp_path / "cut"), "--target-dtype", dtype, "--target-size", "73000"]
+    assert main(words) == 2
+    assert "more than target_size allows" in capsys.readouterr().err
 
 
 def test_a_size_in_a_type_that_is_not_written(bases: dict[str, Path], tmp_path: Path) -> None:

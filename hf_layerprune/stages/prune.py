@@ -154,8 +154,10 @@ def prune_to(request: PruneRequest) -> Pruned:
                 _model(request, list(cut.drop), folder, prepared)
             else:
                 _files(request, plan_cut(hub or source, cut.drop), folder, prepared)
-        if request.target_size is not None and request.target_dtype in ("auto", request.dtype) and not request.adapter:
-            _check_size(folder, int(request.target_size), len(dropped))
+        if request.target_size is not None and not request.adapter:
+            written = str(load_config(folder).dtype).removeprefix("torch.")
+            if request.target_dtype in ("auto", request.dtype, written):
+                _check_size(folder, int(request.target_size), len(dropped))
         if target is not None:
             entry["selection"] = {"criterion": request.criterion, "target": target.record(cut.drop)}
         if curve is not None:
