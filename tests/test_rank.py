@@ -95,6 +95,16 @@ def test_a_criterion_that_may_not_drop_enough_is_left_out(
     assert "repairability is left out: no block of 7 layers may be dropped" in caplog.text
 
 
+def test_the_block_that_goes_is_shown_beside_those_of_other_lengths(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--criterion", "repairability,angular_distance", "--drop", "4", "--lengths", "2,3", *FEW]
+    assert main(["rank", str(base), *words]) == 0
+    out = capsys.readouterr().out
+    for name in ("repairability", "angular_distance"):
+        assert all(f"\n{name}, blocks of {length}: " in out for length in (2, 3, 4))
+
+
 def test_the_commit_of_the_base_is_recorded(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_layerprune.runtime.loading.resolve_commit", lambda *words, **options: "c" * 40)
     words = [str(base), str(tmp_path / "out"), "--criterion", "magnitude_l2,block_influence", *FEW]

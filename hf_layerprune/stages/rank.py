@@ -90,7 +90,7 @@ class Ranking:
         for name, found in self.scores.items():
             # Angular distance has scores of blocks of every length.
             lengths = {len(block) for block in found.blocks}
-            for length in sorted(lengths.intersection(self.record.get("lengths", [len(self.drops[name])]))):
+            for length in sorted(lengths.intersection([*self.record.get("lengths", ()), len(self.drops[name])])):
                 ranked = sorted((score, block) for block, score in found.blocks.items() if len(block) == length)
                 best = ", ".join(f"{format_layers(block)} ({score:.4g})" for score, block in ranked[:_BEST_BLOCKS])
                 lines.append(f"{name}, blocks of {length}: {best}")
