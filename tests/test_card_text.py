@@ -120,8 +120,11 @@ def test_the_harness_is_named_only_where_it_measured() -> None:
     lineage = lineage_of()
     metrics = metrics_of(lineage)
     assert "with lm-eval 0.4.13" in Card.of(lineage, metrics).render()
+    tasks = [one for one in metrics.results if one["kind"] == "accuracy"]
     metrics.results = [one for one in metrics.results if one["kind"] != "accuracy"]
     assert "lm-eval" not in Card.of(lineage, metrics).render()
+    metrics.results += [one | {"kind": "text", "metric": "word_perplexity", "value": 20.0} for one in tasks]
+    assert "with lm-eval 0.4.13" in Card.of(lineage, metrics).render()
 
 
 def test_nats_beside_a_perplexity_are_told_below() -> None:

@@ -70,6 +70,8 @@ def test_a_card_is_suggested_for_the_numbers_that_it_shows(
     out = capsys.readouterr().out
     assert "\nasked (batch size auto)  acc " in out
     assert "\nasked (batch size 1)     acc " in out
+    assert main([*words, "--limit", "1"]) == 0
+    assert "\nasked (first 1 question, batch size auto) " in capsys.readouterr().out
 
 
 def test_a_base_that_the_history_does_not_know(base: Path, cut: Path, tasks: Path, tmp_path: Path) -> None:

@@ -245,7 +245,8 @@ def _words(name: str, value: Any) -> str:
     if name == "dataset":
         return value[:8] if len(value) == _SHA256 else value
     words = {"shots": "{}-shot", "task_version": "version {}"} | _SETTINGS
-    return words.get(name, "{}").format(value)
+    text = words.get(name, "{}").format(value)
+    return text.removesuffix("s") if value == 1 else text
 
 
 def _columns(metrics: Metrics) -> Iterator[ResultColumn]:
@@ -333,7 +334,7 @@ def measured_with(results: Results) -> list[str]:
         if values:
             words.append(f"{word} {' and '.join(values)}")
     packages = {name: number for record in records for name, number in record["versions"].items()}
-    tools = ["lm-eval"] * bool(limits_seen) + ["transformers", "torch"]  # the harness measures accuracy alone
+    tools = ["lm-eval"] * bool(shots) + ["transformers", "torch"]  # the harness measures tasks alone
     used = [f"{name} {packages[name]}" for name in tools if name in packages]
     if used:
         words.append(f"with {', '.join(used)}")
