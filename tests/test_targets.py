@@ -182,7 +182,7 @@ def test_files_that_turn_out_too_large_are_refused(tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float16"])
-def test_files_in_the_bases_type_that_turn_out_too_large(
+def test_files_of_the_right_type_that_turn_out_too_large(
     dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The header of a file made from a GGUF file is not in the estimate."""

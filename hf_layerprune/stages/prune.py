@@ -155,8 +155,11 @@ def prune_to(request: PruneRequest) -> Pruned:
             else:
                 _files(request, plan_cut(hub or source, cut.drop), folder, prepared)
         if request.target_size is not None and not request.adapter:
-            written = str(load_config(folder).dtype).removeprefix("torch.")
-            if request.target_dtype in ("auto", request.dtype, written):
+            import torch
+
+            # Files of a wider type are to be converted later.
+            asked, written = request.target_dtype, load_config(folder).dtype
+            if asked in ("auto", request.dtype) or (written and written.itemsize <= getattr(torch, asked).itemsize):
                 _check_size(folder, int(request.target_size), len(dropped))
         if target is not None:
             entry["selection"] = {"criterion": request.criterion, "target": target.record(cut.drop)}
