@@ -242,7 +242,7 @@ SHORT = {
 
 @pytest.mark.processes
 def test_the_whole_way_of_a_tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All models are made from a tiny GGUF file, verified, and taken over; a second run makes none of them again."""
+    """All models are made from a tiny GGUF file, verified, and taken over; a second run makes neither a cut nor a healed one again."""
     base, data, shelf = write_gguf(tmp_path / "tiny.gguf", layers=8), tmp_path / "data", tmp_path / "shelf"
     shelf.mkdir()
     data.mkdir()
@@ -282,7 +282,7 @@ def test_the_whole_way_of_a_tiny_base(tmp_path: Path, monkeypatch: pytest.Monkey
     for folder in command.models():
         agrees(folder, base)
     ran.clear()
-    monkeypatch.setattr(make, "MODELS", (make.REPAIRED, make.CUT))
+    monkeypatch.setattr(make, "MODELS", (make.CUT, make.HEALED))
     assert run(monkeypatch, *words) == 0
     assert set(ran) == {"card", "verify"}
 
