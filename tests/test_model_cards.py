@@ -242,7 +242,7 @@ SHORT = {
 
 @pytest.mark.processes
 def test_the_whole_way_of_a_tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All models are made from a tiny GGUF file, verified, and taken over; a second run makes neither a cut nor a healed one again."""
+    """All models are made from a tiny GGUF file, verified, and taken over; a second run makes nothing again."""
     base, data, shelf = write_gguf(tmp_path / "tiny.gguf", layers=8), tmp_path / "data", tmp_path / "shelf"
     shelf.mkdir()
     data.mkdir()

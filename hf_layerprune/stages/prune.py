@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .. import families
 from ..cut.disk import fill, plan_cut
@@ -158,7 +158,7 @@ def prune_to(request: PruneRequest) -> Pruned:
             import torch
 
             # Files of a wider type are to be converted later.
-            asked, written = request.target_dtype, load_config(folder).dtype
+            asked, written = request.target_dtype, cast("torch.dtype | None", load_config(folder).dtype)
             if asked in ("auto", request.dtype) or (written and written.itemsize <= getattr(torch, asked).itemsize):
                 _check_size(folder, int(request.target_size), len(dropped))
         if target is not None:
