@@ -111,6 +111,19 @@ def test_a_cut_that_was_quantised_is_repeated_to_the_last_bit(place, tmp_path, n
     assert main(["verify", str(tmp_path / "q")]) == 0
 
 
+def test_the_tokenizer_replaces_the_one_that_was_saved(place, tmp_path):
+    cut, nf4 = (Path(shutil.copytree(place / name, tmp_path / name)) for name in ("cut", "nf4"))
+    (nf4 / "lineage.json").unlink()
+    (cut / "tokenizer_config.json").write_text("ours")
+    (cut / "chat_template.jinja").write_text("ours")
+    (nf4 / "tokenizer_config.json").write_text("saved")
+    (tmp_path / "blob").write_text("elsewhere")
+    (nf4 / "chat_template.jinja").symlink_to(tmp_path / "blob")
+    record_quantized(cut, nf4)
+    assert (nf4 / "tokenizer_config.json").read_text() == (nf4 / "chat_template.jinja").read_text() == "ours"
+    assert (tmp_path / "blob").read_text() == "elsewhere"
+
+
 @pytest.mark.parametrize(
     ("tensor", "change", "says"),
     [

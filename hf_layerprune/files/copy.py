@@ -131,17 +131,19 @@ def check_inside(path: Path, folder: Path) -> None:
 
 
 def copy_inside(path: Path, folder: Path, target: Path) -> None:
-    """Copy a file of a model folder, unless it is a link out of it, or became one meanwhile.
+    """Copy a file of a model folder, in place of any that is there, unless it is or becomes a link out of the folder.
 
     Raises:
         CheckpointError: It can't be read, it is such a link, or it changed.
         OSError: Writing failed.
     """
-    with LocalFile(path) as source, target.open("xb") as output:
+    with LocalFile(path) as source:
         check_inside(path, folder)
         source.check_unchanged(FileState.of(Path(os.path.realpath(path))))
-        for _ in source.copy_into(output, 0, source.size):
-            pass
+        target.unlink(missing_ok=True)  # not written through, since it may be a link
+        with target.open("xb") as output:
+            for _ in source.copy_into(output, 0, source.size):
+                pass
 
 
 def check_space(target: Path, needed: int, free: int) -> None:
