@@ -121,7 +121,7 @@ def run(case: Case, hub: HubServer, request: PushRequest, older: PushRequest) ->
     after, made = contents(hub), commits(hub) - case.known
     found["old or new"] = after in (before, before or {}, snapshot(request.model))
     found["commits"] = made
-    stored = [one.path for one in hub.log if one.method == "PUT" and one.status == 200]
+    found["stored"] = stored = [one.path for one in hub.log if one.method == "PUT" and one.status == 200]
     hub.reset()
     hub.writers, hub.tokens = {TOKEN: None}, {}
     push(request)

@@ -245,6 +245,8 @@ def test_a_push_never_half_happens(found: Found, case: Case) -> None:
     else:
         assert outcome["error"] == ""
         assert outcome["commits"] == 1
+    if case.name == "the card's YAML is refused":
+        assert not outcome["stored"]
     # Then, with nothing failing any more: all of it, by one commit in all, and nothing sent that was there.
     assert outcome["the same"]
     assert outcome["commits in all"] == 1

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import CheckpointError, cause_of
 from ...files.hub import UnreachableError
+from ...records.declared import CARD
 from ...records.fingerprints import sha256_of
 from ...versions import transport_error
 
@@ -143,6 +144,8 @@ def upload(job: Upload, api: HfApi) -> Uploaded:
         if not added and not removed:
             return Uploaded(url, head)
         sent = [CommitOperationAdd(name, str(job.files[name])) for name in added]
+        if CARD in added:  # `create_commit` does it, too, but now, large files are sent before that
+            api._validate_yaml(job.files[CARD].read_text(encoding="utf-8"), repo_type=job.kind)
         api.preupload_lfs_files(
             job.repo_id, sent, repo_type=job.kind, revision=job.revision, create_pr=job.create_pr, free_memory=False
         )
