@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import EpsImagePlugin
 
 from . import multimodal_inputs
 from .heal_makers import word_tokenizer
@@ -18,6 +19,8 @@ TEMPLATE = (
     "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
     "{{ '<image> ' if c.type == 'image' else c.text }}{% endfor %}{% endif %}{{ ' ' }}{% endfor %}"
 )
+
+_GHOSTSCRIPT = EpsImagePlugin.Ghostscript
 
 
 def write_llava(folder: Path) -> Path:
@@ -52,13 +55,12 @@ def half_a_jpeg(path: Path) -> None:
 
 def lay_postscript(path: Path, place: Path, patch: pytest.MonkeyPatch) -> Path:
     """Write an image in PostScript, and a Ghostscript that leaves a file; return the file's path."""
-    from PIL import EpsImagePlugin
-
     noise(0).save(path, "EPS")
     (place / "gs").write_text(f"#!/bin/sh\ntouch {place / 'ran'}\n")
     (place / "gs").chmod(0o755)
     patch.setenv("PATH", f"{place}{os.pathsep}{os.environ['PATH']}")
     patch.setattr(EpsImagePlugin, "gs_binary", None)
+    patch.setattr(EpsImagePlugin, "Ghostscript", _GHOSTSCRIPT)
     return place / "ran"
 
 

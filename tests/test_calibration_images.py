@@ -136,7 +136,7 @@ def test_labels_are_not_inputs(base: Path, model: Any, tmp_path: Path, monkeypat
 def test_no_image_is_run(base: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_rows(tmp_path)
     ran = lay_postscript(tmp_path / "pictures" / "3.png", tmp_path, monkeypatch)
-    with pytest.raises(CheckpointError, match=r"the processor can't read .*rows.jsonl, line 4: .*Ghostscript"):
+    with pytest.raises(CheckpointError, match=r"the processor can't read .*rows.jsonl, line 4: it is PostScript"):
         loaded(base, model, str(path), samples=8)
     assert not ran.exists()
 

@@ -127,7 +127,10 @@ def refuse_postscript() -> None:
     """Refuse images in PostScript, which are programs: to read one, PIL would start Ghostscript."""
     from PIL import EpsImagePlugin
 
-    EpsImagePlugin.gs_binary = False
+    def refused(*_: Any, **__: Any) -> Any:
+        raise OSError("it is PostScript, a program, which is not run")
+
+    EpsImagePlugin.Ghostscript = refused
 
 
 def _data_set(source: str, seed: int) -> Iterator[Document]:
