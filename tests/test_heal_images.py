@@ -56,11 +56,14 @@ def run(recipe: ModuleType, base: Path, output: Path, **settings: Any) -> None:
     recipe.main(*recipe.make_parser().parse_args_and_config(options))
 
 
-def test_rows_hold_opened_images(base: Path) -> None:
-    rows = load_rows(str(base.parent / "rows.jsonl"))["train"]
+def test_rows_hold_opened_images(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, read, decode = load_rows(str(base.parent / "rows.jsonl"))["train"], [], Image.decode_example
+    monkeypatch.setattr(Image, "decode_example", lambda *given, **more: read.append(1) or decode(*given, **more))
     name, processor = str(base.parent / "rows.jsonl"), lambda: load_processor(base)
     shaped = shape_rows(rows, load_tokenizer(base), name=name, load_processor=processor)
     assert set(shaped.column_names) == {"prompt", "completion", "images"}
+    count = len(read)
+    assert len(list(shaped)) == len(rows) and len(read) == 2 * count  # each image had been read once
     assert [image.size for image in shaped[1]["images"]] == [noise(1).size]
     assert list(shaped[1]["images"][0].get_flattened_data()) == list(noise(1).get_flattened_data())
     single = Dataset.from_list([{"instruction": "w5", "output": "w6", "image": "1.png"}])

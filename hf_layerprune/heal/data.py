@@ -305,7 +305,7 @@ def _split_conversations(rows: Dataset, column: str, columns: list[str], whole: 
         logger.info("only the last answer of each conversation is learned; everything before it is the prompt")
     kept = "messages" if whole else "prompt"
     others = [column for column in columns if column not in FOR_TEMPLATES]
-    shaped = rows.map(split, remove_columns=others).filter(lambda row: bool(row[kept]))
+    shaped = rows.map(split, remove_columns=others).filter(bool, input_columns=[kept])
     if hasattr(shaped, "__len__") and len(shaped) < len(rows):
         why = "has an assistant's answer after another message (roles: assistant, or gpt after human)"
         if not len(shaped):
