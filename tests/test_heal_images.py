@@ -63,7 +63,8 @@ def test_rows_hold_opened_images(base: Path, monkeypatch: pytest.MonkeyPatch) ->
     shaped = shape_rows(rows, load_tokenizer(base), name=name, load_processor=processor)
     assert set(shaped.column_names) == {"prompt", "completion", "images"}
     count = len(read)
-    assert len(list(shaped)) == len(rows) and len(read) == 2 * count  # each image had been read once
+    assert len(list(shaped)) == len(rows)
+    assert len(read) == 2 * count  # each image had been read once
     assert [image.size for image in shaped[1]["images"]] == [noise(1).size]
     assert list(shaped[1]["images"][0].get_flattened_data()) == list(noise(1).get_flattened_data())
     single = Dataset.from_list([{"instruction": "w5", "output": "w6", "image": "1.png"}])
