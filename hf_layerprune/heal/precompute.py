@@ -191,10 +191,12 @@ class _Run:
         return self.collator.parted(run(inputs, rows), [self.lengths[row] for row in rows], inputs)
 
     def _are_apart(self, run: _Pass) -> bool:
-        """Whether the states of the first rows are the same alone as in one batch."""
-        rows = list(range(min(2, len(self.datasets[0]))))
+        """Whether the states of the first rows are the same alone as in one batch, within the precision of the pass."""
+        rows, device = list(range(min(2, len(self.datasets[0])))), self.device.type
+        mixed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return all(
-            close(self._states(run, [row])[0], part) for row, part in zip(rows, self._states(run, rows), strict=True)
+            close(self._states(run, [row])[0], part.to(dtype=mixed))
+            for row, part in zip(rows, self._states(run, rows), strict=True)
         )
 
     def _fill(self, cache: StateCache, run: _Pass, description: str) -> None:
