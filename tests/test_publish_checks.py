@@ -130,6 +130,8 @@ def test_records_that_were_edited(folder: Path) -> None:
 def test_licences_that_refuse(folder: Path, fields: dict[str, Any], repo_id: str, message: str) -> None:
     edit_base(folder, fields)
     assert message in refusals(folder, repo_id)
+    levels = {one.level for one in plan(PushRequest(folder, repo_id)).checks if one.name == "licence"}
+    assert levels == {"refusal"}
 
 
 def edit_base(folder: Path, fields: dict[str, Any]) -> None:

@@ -56,7 +56,8 @@ def run_checks(contents: Contents, request: PushRequest) -> list[Check]:
                 outcomes.append(Check(name, level, text))
         except (LayerPruneError, OSError) as error:
             outcomes.append(Check(name, REFUSAL, str(error)))
-    return outcomes
+    refused = {one.name for one in outcomes if one.level == REFUSAL}
+    return [one for one in outcomes if one.level != OK or one.name not in refused]
 
 
 def _repository(contents: Contents, request: PushRequest) -> Outcome:
