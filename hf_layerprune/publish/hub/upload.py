@@ -144,8 +144,10 @@ def upload(job: Upload, api: HfApi) -> Uploaded:
         if not added and not removed:
             return Uploaded(url, head)
         sent = [CommitOperationAdd(name, str(job.files[name])) for name in added]
-        if CARD in added:  # `create_commit` does it, too, but now, large files are sent before that
-            api._validate_yaml(job.files[CARD].read_text(encoding="utf-8"), repo_type=job.kind)
+        # `create_commit` checks the card too, but large files are sent before that. The client has no public name for it.
+        validate = getattr(api, "_validate_yaml", None)
+        if CARD in added and validate is not None:
+            validate(job.files[CARD].read_text(encoding="utf-8"), repo_type=job.kind)
         api.preupload_lfs_files(
             job.repo_id, sent, repo_type=job.kind, revision=job.revision, create_pr=job.create_pr, free_memory=False
         )
