@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import trl.trainer.utils
 from datasets import Dataset
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
@@ -21,6 +24,12 @@ from hf_layerprune.heal.methods import parse_method
 from hf_layerprune.heal.trainer import HealTrainer
 
 from .tiny_models import EAGER, VOCAB, tiny_model
+
+TRL = Version(trl.__version__)
+trl_computes_losses = pytest.mark.skipif(
+    getattr(trl.trainer.utils, "_ChunkedLogProbFunction", True) is None,
+    reason="TRL 1.11 to 1.15 compute no loss of their own without Triton",
+)
 
 DROP = [5, 6]
 ROOT = Path(__file__).parents[1]

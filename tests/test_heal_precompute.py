@@ -20,7 +20,7 @@ from hf_layerprune.heal.methods import parse_method
 from hf_layerprune.heal.precompute import _Run, precompute
 from hf_layerprune.runtime.prefix import Prefix
 
-from .heal_makers import Bench, losses, rows, tuned
+from .heal_makers import Bench, losses, rows, trl_computes_losses, tuned
 from .tiny_models import EAGER, VOCAB
 
 
@@ -98,6 +98,7 @@ def test_evaluation_outside_training_is_no_distillation(llama: Bench, caplog: py
     assert caplog.text.count("eval_loss is cross-entropy here") == 1
 
 
+@trl_computes_losses
 def test_evaluation_with_metrics_has_the_same_loss(llama: Bench) -> None:
     found = []
     for compute_metrics in (None, lambda seen: {"width": seen.predictions.shape[-1]}):
