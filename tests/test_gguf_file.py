@@ -207,6 +207,32 @@ def test_a_failure_while_writing_leaves_nothing_behind(tmp_path, monkeypatch, er
     assert sorted(os.listdir(tmp_path)) == ["a.gguf", "cut.gguf"]
 
 
+def test_what_a_killed_run_left_is_removed_by_the_next_run_and_what_is_being_written_is_not(tmp_path):
+    source = make_gguf(tmp_path / "a.gguf")
+    for name in (".cut.gguf.partial-0123abcd", ".b.gguf.partial-0123abcd", ".cut.gguf.partial-mine"):
+        (tmp_path / name).write_text("left")
+    (tmp_path / ".cut.gguf.partial-89abcdef").symlink_to(source)
+    cut(source, [1])
+    kept = [".b.gguf.partial-0123abcd", ".cut.gguf.partial-89abcdef", ".cut.gguf.partial-mine"]
+    assert sorted(os.listdir(tmp_path)) == [*kept, "a.gguf", "cut.gguf"]
+
+
+def test_two_runs_do_not_write_one_target(tmp_path, monkeypatch):
+    pytest.importorskip("fcntl")
+    source = make_gguf(tmp_path / "a.gguf")
+    copy_into = gguf_file.LocalFile.copy_into
+
+    def meanwhile(self, *args):
+        monkeypatch.setattr(gguf_file.LocalFile, "copy_into", copy_into)
+        with refused("is being written by another process"):
+            cut(source, [2])
+        yield from copy_into(self, *args)
+
+    monkeypatch.setattr(gguf_file.LocalFile, "copy_into", meanwhile)
+    cut(source, [1])
+    assert sorted(os.listdir(tmp_path)) == ["a.gguf", "cut.gguf"]
+
+
 def test_a_source_that_changes_meanwhile_is_noticed(tmp_path, monkeypatch):
     source = make_gguf(tmp_path / "a.gguf")
     copy_into = gguf_file.LocalFile.copy_into

@@ -66,7 +66,7 @@ def new_folder(
     try:
         target = check_target(target.expanduser(), apart_from, force, replaces)
         target.parent.mkdir(parents=True, exist_ok=True)
-        _clear_up(target, force)
+        clear_up(target, force)
         folder = _sibling(target, "partial")
         folder.mkdir()
         lock = lock_folder(folder)
@@ -167,12 +167,16 @@ def _sibling(target: Path, kind: str) -> Path:
     return target.with_name(f".{target.name}.{kind}-{secrets.token_hex(4)}")
 
 
-def _clear_up(target: Path, force: bool | None) -> None:
-    """Remove what killed runs left, and restore a target that was being replaced."""
+def clear_up(target: Path, force: bool | None) -> None:
+    """Remove what killed runs left of a folder or file, and restore a folder that was being replaced.
+
+    Raises:
+        CheckpointError: The target was restored, and may not be replaced, or is being written.
+    """
     left = re.compile(rf"\.{re.escape(target.name)}\.(old|partial)-[0-9a-f]{{8}}")
     for path in sorted(target.parent.iterdir()):
         found = left.fullmatch(path.name)
-        if not found or path.is_symlink() or not path.is_dir():
+        if not found or path.is_symlink() or not (path.is_dir() or path.is_file()):
             continue
         if found[1] == "old" and not os.path.lexists(target):
             path.rename(target)
@@ -183,7 +187,7 @@ def _clear_up(target: Path, force: bool | None) -> None:
             lock = lock_folder(path)
         except BlockingIOError:
             raise CheckpointError(f"{target} is being written by another process; wait for it") from None
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         unlock_folder(lock)
 
 
@@ -226,10 +230,10 @@ def _publish(folder: Path, target: Path, force: bool | None, replaces: re.Patter
 
 
 def lock_folder(folder: Path, *, shared: bool = False) -> int | None:
-    """Lock a folder for the lifetime of this process, if the system supports it.
+    """Lock a folder, or a file, for the lifetime of this process, if the system supports it.
 
     Args:
-        folder (`Path`): The folder.
+        folder (`Path`): The folder or file.
         shared (`bool`, defaults to `False`): Whether others may hold a shared lock at the same time.
 
     Returns:

@@ -15,11 +15,13 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ...families.fields import Cut
 from ...files.copy import LocalFile, check_space, new_file
+from ...files.folders import clear_up, lock_folder, unlock_folder
 from ...files.gguf_header import Tensor, block_count_of, padded, read_header, write_header
 from ...options import spell_bytes
 from ...screen import progress_bar
@@ -131,18 +133,20 @@ def cut_gguf(
         total, name = plan.target_bytes, target.name
         kept, of = len(plan.cut.keep), plan.cut.num_layers
         logger.info("%s: keeping %d of %d layers; copying %s", source, kept, of, spell_bytes(total))
-        with (
-            new_file(target, force=force, apart_from=source) as partial,
-            partial.open("xb") as output,
-            progress_bar(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=name) as bar,
-        ):
+        with ExitStack() as stack, new_file(target, force=force, apart_from=source) as partial:
+            clear_up(target, force)
             check_space(target, total, shutil.disk_usage(target.parent).free)
-            output.write(plan.header)
-            for offset, size in plan.tensors:
-                for count in file.copy_into(output, offset, size):
-                    bar.update(count)
-                output.write(bytes(padded(size, plan.alignment) - size))
-            file.check_unchanged()
+            with (
+                partial.open("xb") as output,
+                progress_bar(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=name) as bar,
+            ):
+                stack.callback(unlock_folder, lock_folder(partial))
+                output.write(plan.header)
+                for offset, size in plan.tensors:
+                    for count in file.copy_into(output, offset, size):
+                        bar.update(count)
+                    output.write(bytes(padded(size, plan.alignment) - size))
+                file.check_unchanged()
     return plan
 
 
