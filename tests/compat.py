@@ -76,7 +76,8 @@ STACKS = {
     "trl-1.15": Stack(["trl==1.15.0"], _TRL),
     "hub-1.31": Stack(["huggingface-hub==1.31.0", "transformers==5.16.1"], _HUB),
     "hub-2.0": Stack(["huggingface-hub==2.0.0"], _HUB),
-    "torch-2.8": Stack(["torch==2.8.0"], _FLOORS, only_by_name=True),
+    # torchao 0.18 needs a newer torch.
+    "torch-2.8": Stack(["torch==2.8.0", "torchao==0.17.0"], _FLOORS, only_by_name=True),
 }
 
 
