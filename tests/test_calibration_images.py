@@ -141,6 +141,18 @@ def test_no_image_is_run(base: Path, model: Any, tmp_path: Path, monkeypatch: py
     assert not ran.exists()
 
 
+def test_no_image_of_a_data_set_is_run(
+    base: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a row of a data set decodes its images."""
+    ran = lay_postscript(tmp_path / "0.png", tmp_path, monkeypatch)
+    rows = {"text": [words(0, 5)], "image": [str(tmp_path / "0.png")]}
+    Dataset.from_dict(rows, Features({"text": Value("string"), "image": Image()})).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(CheckpointError, match="it is PostScript"):
+        loaded(base, model, str(tmp_path / "a.parquet"), samples=1)
+    assert not ran.exists()
+
+
 def test_some_rows_without_an_image(base: Path, model: Any, tmp_path: Path) -> None:
     noise(0).save(tmp_path / "0.png")
     path = tmp_path / "mixed.jsonl"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, Features, Image
 
 from hf_layerprune import CheckpointError, LayerPruneError
 from hf_layerprune.cli import main
@@ -17,7 +18,7 @@ from hf_layerprune.measure.tasks import dataset_of, read_tasks, task_set
 from hf_layerprune.runtime.loading import load_base, load_processor
 
 from .measure_models import write_model
-from .multimodal_makers import half_a_jpeg, noise, write_llava
+from .multimodal_makers import half_a_jpeg, lay_postscript, noise, write_llava
 
 LENGTH = 32  # of an answer, as the harness is told
 
@@ -157,3 +158,13 @@ def test_questions_with_and_without_images_are_not_mixed(tmp_path: Path) -> None
     folder = write_task(tmp_path / "tasks", [plain, question(0, "w7")])
     with pytest.raises(LayerPruneError, match="into files of their own"):
         read_tasks(folder)
+
+
+def test_no_image_of_the_data_of_a_task_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness's own tasks decode their images as data sets do, whatever the first task is about."""
+    ran = lay_postscript(tmp_path / "0.png", tmp_path, monkeypatch)
+    task_set(None, write_task(tmp_path / "tasks", [{"query": "w5", "choices": ["a", "b"], "gold": 0}]))
+    data = Dataset.from_dict({"image": [str(tmp_path / "0.png")]}, Features({"image": Image()}))
+    with pytest.raises(OSError, match="it is PostScript"):
+        data[0]
+    assert not ran.exists()

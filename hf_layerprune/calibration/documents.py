@@ -124,8 +124,14 @@ def open_image(source: Any) -> Any:
 
 
 def refuse_postscript() -> None:
-    """Refuse images in PostScript, which are programs: to read one, PIL would start Ghostscript."""
-    from PIL import EpsImagePlugin
+    """Refuse images in PostScript, which are programs: to read one, PIL would start Ghostscript.
+
+    Called before a data set is read, since reading a row decodes its images.
+    """
+    try:
+        from PIL import EpsImagePlugin
+    except ImportError:  # then no image is read either
+        return
 
     def refused(*_: Any, **__: Any) -> Any:
         raise OSError("it is PostScript, a program, which is not run")
@@ -139,6 +145,7 @@ def _data_set(source: str, seed: int) -> Iterator[Document]:
     except ImportError:
         need = 'data sets on the Hub need the package datasets; pip install "hf-layerprune[eval]"'
         raise LayerPruneError(need) from None
+    refuse_postscript()
     name, _, rest = source.partition(":")
     split, _, column = rest.partition(":")
     name, _, config = name.partition("@")

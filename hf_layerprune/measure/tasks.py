@@ -23,6 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..calibration.documents import refuse_postscript
 from ..errors import CutError, LayerPruneError, boundary
 from ..files import text_file
 from ..files.json_file import check_schema
@@ -102,6 +103,7 @@ def task_set(names: Sequence[str] | None, folder: Path | None = None) -> dict[st
     if not wanted:
         return {}
     require_harness()
+    refuse_postscript()  # the harness reads a first row when it loads a task
     loaded: dict[str, TaskDict] = {}
     theirs = [match for name in wanted if name not in files for match in _find(name, list(paths), folder)]
     for name in theirs:
