@@ -96,7 +96,13 @@ def resolve_commit(repo: str, **where: Any) -> str | None:
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file of a repository, as its listing describes it; the hash is listed if it is stored in LFS or Xet."""
+    """One file of a repository, as its listing describes it.
+
+    Args:
+        size (`int`): The size in bytes.
+        sha256 (`str`, *optional*): The hash of the content, if the file is stored in LFS or Xet.
+        blob_id (`str`, *optional*): The git object id.
+    """
 
     size: int
     sha256: str | None = None

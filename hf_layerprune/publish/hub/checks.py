@@ -40,7 +40,13 @@ Outcome = Iterator[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Check:
-    """The outcome of one check: its name; `ok`, `warning` or `refusal`; and the finding, with the way out of a refusal."""
+    """The outcome of one check.
+
+    Args:
+        name (`str`): The name of the check.
+        level (`str`): `ok`, `warning` or `refusal`.
+        text (`str`): The finding; for a refusal, also how to resolve it.
+    """
 
     name: str
     level: str

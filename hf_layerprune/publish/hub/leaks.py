@@ -41,7 +41,13 @@ _PATHS = re.compile(r"(?:/home/|/Users/|/root/|[A-Za-z]:\\{1,2}Users\\{1,2})[\w.
 
 @dataclass(frozen=True)
 class Leak:
-    """Something that should not be published: where it is, and the kind of secret, never the secret itself; or the path."""
+    """Something that should not be published.
+
+    Args:
+        file (`str`): The file's path in the repository.
+        line (`int`): The line number.
+        what (`str`): The kind of secret, never the secret itself; or the path.
+    """
 
     file: str
     line: int
@@ -49,8 +55,15 @@ class Leak:
 
 
 def find_secrets(folder: Path, files: Iterable[str], named: Collection[str] = ()) -> Iterator[Leak]:
-    """Find secrets in files of a folder, of which the user alone asked to publish the `named` ones; of safetensors files,
-    only the header is searched. Yields each line with a secret, once for each kind of secret.
+    """Find secrets in files of a folder; of safetensors files, only the header is searched.
+
+    Args:
+        folder (`Path`): The folder.
+        files (`Iterable[str]`): Paths in it.
+        named (`Collection[str]`, *optional*): Those that are published only because the user named them.
+
+    Yields:
+        `Leak`: Each line with a secret, once for each kind of secret.
     """
     for name in files:
         leaks = [*_formats(folder / name), *(_everything(folder / name) if name in named else ())]

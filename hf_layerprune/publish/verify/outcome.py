@@ -15,7 +15,13 @@ _MAX_LINES = 20
 
 @dataclass(frozen=True)
 class Line:
-    """One finding: whether the check passed (`None` of what can't be checked), the part that was checked, the result."""
+    """One finding.
+
+    Args:
+        good (`bool`, *optional*): Whether the check passed; `None` of what can't be checked.
+        what (`str`): The part that was checked.
+        text (`str`): The result.
+    """
 
     good: bool | None
     what: str
