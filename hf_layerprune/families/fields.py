@@ -232,8 +232,8 @@ def rewrite_fields(
         if rule is None:
             if why := looks_per_layer(name, value, cut.num_layers):
                 raise CutError(
-                    f"config field {name!r} {why}, and there is no rule for how a cut changes it; if the model does not use "
-                    "it, remove it from config.json, or else add a rule in families/fields.py"
+                    f"config field {name!r} {why}, and no rule says how a cut changes it; if the model does not use it, "
+                    "remove it from config.json, or else add a rule in families/fields.py"
                 )
             continue
         try:

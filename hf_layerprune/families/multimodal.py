@@ -96,9 +96,9 @@ def rewrite_outside(config: PreTrainedConfig, cut: Cut) -> None:
                     setattr(part, name, new)
             elif _mentions_layers(name, value, cut.num_layers):
                 raise CutError(
-                    f"config field {name!r} of the {part.model_type} model may refer to layers of its decoder, and "
-                    "there is no rule for how a cut changes it; if the model does not use it, remove it from config.json, or "
-                    "else add a rule in families/multimodal.py"
+                    f"config field {name!r} of the {part.model_type} model may refer to layers of its decoder, and no "
+                    "rule says how a cut changes it; if the model does not use it, remove it from config.json, or else "
+                    "add a rule in families/multimodal.py"
                 )
 
 

@@ -111,6 +111,9 @@ def damaged(index: int, layer: nn.Module) -> CheckpointError | None:
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
             why = "the checkpoint is damaged; use an intact copy"
             if parameter.dtype == torch.float16:
-                why = "they overflow float16, or " + why.replace(";", "; load it in bfloat16 or float32 (--dtype), or")
+                why = (
+                    "they overflow float16, or the checkpoint is damaged; load it in bfloat16 or float32 (--dtype), or use "
+                    "an intact copy"
+                )
             return CheckpointError(f"layer {index} has weights that are not finite, in {name}: {why}")
     return None

@@ -152,9 +152,9 @@ def upload(job: Upload, api: HfApi) -> Uploaded:
             job.repo_id, sent, repo_type=job.kind, revision=job.revision, create_pr=job.create_pr, free_memory=False
         )
         for one in sent:
-            name, found = one.path_in_repo, one.upload_info.sha256.hex()
-            if job.sha256.get(name, found) != found:
-                raise PushError(f"{name} was changed while it was being pushed; run the command again")
+            checked = job.sha256.get(one.path_in_repo)
+            if checked is not None and checked != one.upload_info.sha256.hex():
+                raise PushError(f"{one.path_in_repo} was changed while it was being pushed; run the command again")
         commit = api.create_commit(
             job.repo_id,
             [*sent, *(CommitOperationDelete(name) for name in removed)],
