@@ -130,14 +130,14 @@ def test_fingerprint_is_of_tokens_and_shape() -> None:
         ("a.txt", b"x" * 200, "tokens make 3 rows of 64, not 5; use a smaller"),
         ("a.jsonl", b'{"text": "a"}\n{"text": ', "line 2 is not JSON"),
         ("a.jsonl", b'{"body": "a", "title": "b"}\n', "has no text in 'text', only body, title"),
-        ("a.jsonl", b"[1]\n", "only a int"),
+        ("a.jsonl", b"[1]\n", "only a number"),
         ("a.jsonl", b'{"text": "a"}\n[1]\n', "only a list"),
         ("a.json", b'{"text": "a"}\n{"text": "b"}', "too short"),
         ("a.json", b"", "too short: 0 tokens"),
         ("a.jsonl", b'{"text": " "}\n' * 900, "too short: 0 tokens"),
-        ("a.jsonl", b'{"text": null}\n', "has no text in 'text', but a NoneType"),
+        ("a.jsonl", b'{"text": null}\n', "has no text in 'text', but null"),
         ("a.md:text", b"text" * 900, "is read as one text, without columns; omit :text"),
-        ("a.json", b'[{"text": "a"}, 3]', "row 2 has no text in 'text', only a int"),
+        ("a.json", b'[{"text": "a"}, 3]', "row 2 has no text in 'text', only a number"),
     ],
 )
 def test_bad_files(name: str, content: bytes, message: str, tokenizer: Any, tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_bad_lines(tmp_path: Path, line: Any, message: str) -> None:
             {"a.jsonl": json.dumps(QUESTION), "a.yaml": "doc_to_text: '{% if %}'"},
             "a.yaml: the template doc_to_text can't be used",
         ),
-        ({"a.jsonl": json.dumps(QUESTION), "a.yaml": "[1]"}, "must be a mapping with string keys"),
+        ({"a.jsonl": json.dumps(QUESTION), "a.yaml": "[1]"}, "must be a mapping whose keys are text"),
         (
             {"a.jsonl": json.dumps(QUESTION), "a.yaml": 'metadata: &a {version: [*a, "\\ud800"]}'},
             "a.yaml holds half a surrogate pair",

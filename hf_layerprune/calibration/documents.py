@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import CheckpointError, LayerPruneError, boundary
 from ..files.data_sets import SUFFIXES, json_files, read_json_files
+from ..files.json_file import JSON_TYPES
 from ..files.json_rows import read_rows
 from ..files.text_file import MAX_TEXT, read_text
 
@@ -94,14 +95,18 @@ def _document(row: Any, column: str, where: str, source: str, folder: Path = Pat
     value: Any = row.get(column) if isinstance(row, dict) else None
     is_chat = isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
     if not (isinstance(value, str) or is_chat):
-        others = [name for name in row if name != column] if isinstance(row, dict) else [f"a {type(row).__name__}"]
-        has = f"only {', '.join(others)}" if others else f"but a {type(value).__name__}"
+        others = [name for name in row if name != column] if isinstance(row, dict) else [_named(row)]
+        has = f"only {', '.join(others)}" if others else f"but {_named(value)}"
         raise CheckpointError(f"{where} has no text in {column!r}, {has}; specify the column: {source}:COLUMN")
     images: Any = () if is_chat and any(is_image(part) for said in value for part in parts_of(said)) else None
     if beside := next((name for name in IMAGE_COLUMNS if name in row and name != column), None):
         given = row[beside] if isinstance(row[beside], list | tuple) else [row[beside]]
         images = tuple(image for image in given if image)
     return Document(value, images, where, folder)
+
+
+def _named(value: Any) -> str:
+    return JSON_TYPES.get(type(value), type(value).__name__)  # data sets hold values of other types, too
 
 
 def parts_of(message: dict[str, Any]) -> list[Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
+from .json_file import JSON_TYPES
 from .json_rows import read_rows
 from .row_types import RowTypes
 
@@ -122,7 +123,7 @@ def _placed_rows(paths: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]
             if isinstance(row, str):  # a list of texts
                 row = {"text": row}
             if not isinstance(row, dict):
-                what = "null" if row is None else f"a {type(row).__name__}"
+                what = JSON_TYPES[type(row)]
                 raise CheckpointError(f'{where} is {what}, but a row is an object, such as {{"text": "..."}}')
             yield where, row
     if not where:

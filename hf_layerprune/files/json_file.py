@@ -13,6 +13,11 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, cause_of, one_line
 from .text_file import MAX_DEPTH, check_values, read_bytes
 
+# What the values of JSON are called in messages.
+JSON_TYPES: dict[type, str] = {
+    bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object", type(None): "null",
+}  # fmt: skip
+
 if TYPE_CHECKING:
     from jsonschema.protocols import Validator
 
@@ -39,7 +44,7 @@ def read_object(
     """
     content = parse_json(read_bytes(path, max_bytes), str(path), max_depth=max_depth, non_finite=non_finite)
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__} where a JSON object is expected")
+        raise CheckpointError(f"{path} holds {JSON_TYPES[type(content)]} where a JSON object is expected")
     return content
 
 

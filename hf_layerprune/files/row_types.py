@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
+from .json_file import JSON_TYPES
 
 if TYPE_CHECKING:
     from datasets import Features
 
 MAX_COLUMNS = 1000
-_NAMES = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
 _WIDEST = 2**63  # of Arrow's whole numbers
 _EXACT = 2**53  # as a float
 
@@ -40,8 +40,8 @@ class RowTypes:
                 if "\0" in name:
                     raise CheckpointError(f"{where}: the column {name!r} has a NUL in its name")
                 column = self.columns[name] = _Type()
-            if value is not None and column.kind is not None and _NAMES[type(value)] != _NAMES[column.kind]:
-                now, then = _NAMES[type(value)], _NAMES[column.kind]
+            if value is not None and column.kind is not None and JSON_TYPES[type(value)] != JSON_TYPES[column.kind]:
+                now, then = JSON_TYPES[type(value)], JSON_TYPES[column.kind]
                 raise CheckpointError(
                     f"{where}: {name} is {now}, but {then} in the rows before; a column needs one type"
                 )

@@ -71,7 +71,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except Exception as error:  # dates, numbers and tags raise other exceptions
         raise CheckpointError(f"{path} is not valid YAML: {cause_of(error)}") from error
     if not isinstance(fields, Mapping) or not all(isinstance(key, str) for key in fields):
-        raise CheckpointError(f"{path} must be a mapping with string keys, but is a {type(fields).__name__}")
+        raise CheckpointError(f"{path} must be a mapping whose keys are text")
     check_values(fields, str(path), max_values=MAX_VALUES)
     return dict(fields)
 
