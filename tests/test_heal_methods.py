@@ -42,6 +42,11 @@ def test_methods_that_train_no_whole_layers(name: str, adapter: bool) -> None:
     method = parse_method(name)
     assert not method.trains_layers
     lora = method.adapter(ModelConfig())
+    if lora is not None:  # a pattern stays one
+        for where, wanted in (("q_proj", {"q_proj"}), (r"model\.layers\.[01]\..*_proj", None)):
+            made = method.adapter(ModelConfig(lora_target_modules=[where]))
+            assert made is not None
+            assert made.target_modules == (wanted or where)
     assert (lora is not None) == adapter
 
 

@@ -276,7 +276,7 @@ def cache(llama: Bench, tmp_path: Path) -> Path:
 
 
 def test_cache_is_kept_and_used_again(llama: Bench, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
-    shards = sorted(path for path in cache.rglob("*") if path.is_file())
+    shards = sorted(cache.rglob("*.safetensors"))
     assert [path.parent.name.partition("-")[0] for path in shards] == ["prefix", "teacher"]
     states = load_file(shards[0])
     assert sorted(map(int, states)) == list(range(24))
@@ -286,6 +286,8 @@ def test_cache_is_kept_and_used_again(llama: Bench, cache: Path, caplog: pytest.
         llama.trainer(cache="on", cache_dir=str(cache), keep_cache=True, loss="kd").train()
     assert "already has the hidden states" in caplog.text
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")} == before
+    llama.trainer(cache="on", cache_dir=str(cache), loss="kd").train()
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")} == before  # it has another's
 
 
 def test_cache_of_another_model_or_other_rows_is_not_used(llama: Bench, cache: Path, tmp_path: Path) -> None:

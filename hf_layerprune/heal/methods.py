@@ -50,6 +50,8 @@ def _lora(settings: ModelConfig) -> PeftConfig:
 
     where: Any = settings.lora_target_modules or (None if settings.lora_target_parameters else "all-linear")
     made: Any = get_peft_config(replace(settings, use_peft=True, lora_target_modules=where))
+    if isinstance(where, str) and re.fullmatch(r"[\w.]+", where):
+        made.target_modules = {where}  # of a list of one, TRL leaves a string, which PEFT takes for a pattern
     return made
 
 

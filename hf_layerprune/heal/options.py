@@ -66,7 +66,7 @@ class HealOptions(Options):
     cache_dir: str | None = option(
         None, "Folder of the cache, by default in the output folder; processes on several machines must share it"
     )
-    keep_cache: bool = option(False, "Keep the cache after training")
+    keep_cache: bool = option(False, "Keep the cache after training, also after later runs that use it")
     float32_weights: bool = option(
         True,
         "Keep trained weights in float32 in mixed-precision training, and all weights on a CPU that is slow in bfloat16",

@@ -160,7 +160,7 @@ class _Run:
         known = hash_tensors([], source, *map(hash_rows, self.datasets), token_bytes, settings)
         # With `push_to_hub`, transformers uploads the output folder at each save, but nothing that begins with `_`.
         folder = Path(self.args.cache_dir or Path(str(self.args.output_dir)) / "_cache")
-        return StateCache(folder / f"{name}-{known[:16]}", self.lengths, token_bytes)
+        return StateCache(folder / f"{name}-{known[:16]}", self.lengths, token_bytes, keep=self.args.keep_cache)
 
     def _run_student(self, cache: StateCache, prefix: Prefix) -> None:
         self._fill(cache, lambda inputs, _: prefix.run(**inputs)[prefix.depth], "Frozen layers")

@@ -36,7 +36,7 @@ _LORA = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
     "use_rslora", "use_dora",
 )  # fmt: skip
-# Settings that nothing is trained with, if they are 0.
+# Settings that nothing is trained with, if they are not above 0.
 _POSITIVE = (
     "max_steps", "num_train_epochs", "learning_rate", "max_length", "per_device_train_batch_size",
     "per_device_eval_batch_size", "gradient_accumulation_steps",
@@ -88,7 +88,8 @@ def check_training(args: HealConfig) -> None:
             f"{word} is not a checkpoint; specify a folder checkpoint-N, or use --resume_from_checkpoint true for the last one"
         )
     for name in _POSITIVE:
-        if getattr(args, name) == 0:
+        value = getattr(args, name)
+        if value is not None and (value == 0 if name == "max_steps" else value <= 0):  # a negative max_steps is none
             raise CutError(f"--{name} must be above 0")
     if args.eval_strategy == "no":
         refuse_unused(args, ["do_eval", "eval_on_start", "load_best_model_at_end"], "without --eval_strategy")

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 128 * 2**20
+_KEPT = "kept"  # the file by which a run with `keep_cache` tells all others to leave a folder
 
 
 class StateCache:
@@ -45,11 +46,20 @@ class StateCache:
         lengths (`Sequence[int]`): Tokens of each row.
         token_bytes (`int`): Size of a token's states.
         shard_bytes (`int`, *optional*): Approximate size of a shard.
+        keep (`bool`, defaults to `False`): Whether the folder stays, also after other runs that use it.
     """
 
-    def __init__(self, folder: Path, lengths: Sequence[int], token_bytes: int, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        lengths: Sequence[int],
+        token_bytes: int,
+        shard_bytes: int = SHARD_BYTES,
+        *,
+        keep: bool = False,
+    ) -> None:
         self._lock: int | None = None
-        self.folder = folder
+        self.folder, self.keep = folder, keep
         self._token_bytes = token_bytes
         self._lengths = np.asarray(lengths, dtype=np.int64)
         # Sort rows by length, so that batches need little padding; the longest come first, so that running out of
@@ -134,16 +144,18 @@ class StateCache:
         return states
 
     def hold(self) -> None:
-        """Keep other runs with the same states from deleting the folder, as long as this object lives."""
+        """Keep other runs with the same states from deleting the folder, as long as this object lives, or for ever."""
         if self._lock is None:
             self._lock = lock_folder(self.folder, shared=True)
+        if self.keep:
+            (self.folder / _KEPT).touch()
 
     def __del__(self) -> None:
         if self._lock is not None:  # a worker that was forked has a descriptor of its own
             os.close(self._lock)
 
     def delete(self) -> None:
-        """Delete the folder, unless another run uses it, and the folder around it if it is empty then."""
+        """Delete the folder, unless a run keeps or uses it, and the folder around it if it is empty then."""
         self._open.clear()
         unlock_folder(self._lock)
         self._lock = None
@@ -154,7 +166,8 @@ class StateCache:
             return
         except FileNotFoundError:
             return
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if not (self.folder / _KEPT).exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
         unlock_folder(lock)
         with suppress(OSError):
             self.folder.parent.rmdir()

@@ -206,7 +206,7 @@ class HealTrainer(SFTTrainer):
             self.data_collator.precomputed = Precomputed(teacher_head=precomputed.teacher_head)
             if precomputed.prefix is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
                 put_back(precomputed.prefix, self.plain_model)
-        if not self.args.keep_cache and self.is_world_process_zero():
+        if self.is_world_process_zero():
             for cache in precomputed.caches.values():
                 cache.delete()
         return result
