@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from hf_layerprune.errors import LayerPruneError
 from hf_layerprune.heal.checkpoints import last_checkpoint
@@ -56,7 +56,7 @@ def test_resuming_without_a_checkpoint_starts(llama: Bench, tmp_path: Path) -> N
     assert len(losses(trainer)) == 6
 
 
-def test_checkpoint_of_a_whole_model_is_whole(llama: Bench, tmp_path: Path) -> None:
+def test_checkpoint_of_a_whole_model_is_whole(llama: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model without an adapter, whose first layers were frozen by hand."""
     model = AutoModelForCausalLM.from_pretrained(llama.pruned, dtype=torch.float32, **EAGER)
     model.requires_grad_(False).model.layers[-2:].requires_grad_(True)
@@ -66,7 +66,10 @@ def test_checkpoint_of_a_whole_model_is_whole(llama: Bench, tmp_path: Path) -> N
     saved = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
     assert saved.keys() == load_file(llama.pruned / "model.safetensors").keys()
     assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
+    told: list[Any] = []
+    monkeypatch.setattr(Trainer, "_issue_warnings_after_load", lambda trainer, found: told.append(found))
     HealTrainer(model, args, train_dataset=rows(), processing_class=word_tokenizer()).train(True)
+    assert [(found.missing_keys, found.unexpected_keys) for found in told] == [([], [])]
 
 
 def test_a_checkpoint_that_was_being_written_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

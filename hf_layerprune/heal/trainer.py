@@ -271,6 +271,13 @@ class HealTrainer(SFTTrainer):
             state_dict = (state_dict or self.model.state_dict()) | prefix.state_dict()
         super()._save(output_dir, state_dict)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Of a whole model's checkpoint, the frozen layers are not loaded: they were taken out, and are the same."""
+        prefix = self.data_collator.precomputed.prefix
+        out = prefix.state_dict() if prefix is not None else {}
+        left = [name for name in load_result.unexpected_keys if name not in out]
+        super()._issue_warnings_after_load(load_result._replace(unexpected_keys=left))
+
     def _way_back(self) -> str:
         last = last_checkpoint(str(self.args.output_dir))
         kept = f"{last} is the last good checkpoint" if last else "no checkpoint was saved before"
