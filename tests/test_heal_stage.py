@@ -21,7 +21,8 @@ from hf_layerprune.heal.student import Student, adapter_config, load_student
 from hf_layerprune.heal.trainer import HealTrainer
 from hf_layerprune.publish.requests import VerifyRequest
 from hf_layerprune.publish.verify.verdict import verify
-from hf_layerprune.records.lineage import stage
+from hf_layerprune.records.history import read_history
+from hf_layerprune.records.lineage import Lineage, stage
 from hf_layerprune.stages.prune import PruneRequest, prune_to
 
 from .heal_makers import rows, word_tokenizer
@@ -56,9 +57,50 @@ def test_only_a_model_that_was_cut_once_is_an_adapter_of_its_base(tmp_path: Path
     assert (tmp_path / "adapter").exists() == (rounds == 1)
     assert (tmp_path / "healed" / "LICENSE").read_text() == "Pass this on.\n"
     assert (tmp_path / "adapter" / "LICENSE").exists() == (rounds == 1)
-    outcome = verify(VerifyRequest(str(tmp_path / "healed")))
+    for name in ("healed", "adapter")[: 3 - rounds]:
+        outcome = verify(VerifyRequest(str(tmp_path / name)))
+        assert outcome.consistent, outcome.lines
+        assert set(outcome.recorded) == {"heal"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "method", "repair"),
+    [
+        ("llama", "behind1", "refit"),
+        ("gpt2", "lm_head+last1", "refit"),
+        ("mixtral", "behind1", None),
+        ("llama", "lora", None),
+    ],
+)
+def test_the_adapter_has_the_records_of_its_model(
+    tmp_path: Path, model_type: str, method: str, repair: str | None
+) -> None:
+    tiny_model(model_type).save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    asked = {"repair": repair, "calibration_samples": 4, "calibration_length": 8} if repair else {}
+    prune_to(PruneRequest(str(tmp_path / "base"), str(tmp_path / "cut"), drop_layers=[3, 4], **asked))
+    student, tuning = Student.at(tmp_path / "cut"), parse_method(method)
+    model = get_peft_model(load_student(student, tuning), adapter_config(student, tuning, ModelConfig()))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+    model.save_pretrained(tmp_path / "trained")
+    with stage("heal", {}) as entry:
+        pass
+    write_healed(student, tmp_path / "trained", tmp_path / "healed", entry, adapter=tmp_path / "adapter")
+    outcome = verify(VerifyRequest(str(tmp_path / "adapter")))
+    if method == "lora":
+        assert [line.text for line in outcome.lines] == [
+            f"{tmp_path / 'adapter'} is an adapter without a lineage.json, as LoRA's is; specify the whole model, which the "
+            "recipe writes beside it"
+        ]
+        return
     assert outcome.consistent, outcome.lines
-    assert set(outcome.recorded) == {"heal"}
+    told = {name for stages in outcome.recorded for name in stages.split(" and ")}
+    assert told == ({"repair", "heal"} if repair else {"heal"})
+    assert read_history(Lineage.required(tmp_path / "adapter")).form == "adapter"
+    assert read_history(Lineage.required(tmp_path / "healed")).form == "model"
 
 
 def test_a_base_with_names_and_masks_of_an_old_transformers(tmp_path: Path) -> None:

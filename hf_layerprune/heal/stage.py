@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,13 @@ from ..records.fingerprints import ADAPTER_CONFIG, CONFIG, GENERATION, fingerpri
 from ..records.licences import copy_licence
 from ..records.lineage import Lineage
 from ..runtime.config_file import read_config_file
-from ..runtime.loading import load_base, load_config, load_tokenizer
+from ..runtime.loading import load_base, load_config
 from .student import Student
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from ..adapter.config import LayerDropConfig
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +42,8 @@ def write_healed(
         output (`Path`): The folder to write.
         entry (`dict[str, Any]`): The stage's entry in the history, see [`~records.lineage.stage`]; the names of the
             changed tensors are added to it.
-        adapter (`Path`, *optional*): Where to write the adapter, if the trainer saved one, in the model's own type. A
-            model that was cut or healed before has none, unless it is LoRA's.
+        adapter (`Path`, *optional*): Where to write the adapter, if the trainer saved one, in the model's own type, with the
+            same history unless it is LoRA's. A model that was cut or healed before has none, unless it is LoRA's.
 
     Raises:
         CheckpointError: The output or the adapter's folder exists, or something can't be written.
@@ -51,7 +53,7 @@ def write_healed(
         {"id": str(student.folder), "commit": None, "files": fingerprint(student.folder)}
     )
     with ExitStack() as folders:  # folders get their names in reverse order: the model, then its adapter
-        merged = _merged(student, trained, adapter, folders)
+        merged, part = _merged(student, lineage, trained, adapter, folders)
         merged.name_or_path = merged.config.name_or_path = str(student.folder)
         folder = folders.enter_context(new_folder(output, apart_from=student.folder))
         merged.save_pretrained(folder)
@@ -63,18 +65,23 @@ def write_healed(
                 "learning rate"
             )
         entry["layers"] = {"base": student.cut.num_layers, "left": len(student.cut.keep)}
+        if part is not None:
+            settings = entry["settings"] | {"form": "adapter"}
+            Lineage(lineage.base, [*lineage.entries]).record(part, entry | {"settings": settings})
         lineage.record(folder, entry)
     changed = plural(len(entry["changed_tensors"]), "tensor")
     logger.info("training changed %s; the model is in %s", changed, output)
 
 
-def _merged(student: Student, trained: Path, adapter: Path | None, folders: ExitStack) -> PreTrainedModel:
-    """The merged model; writes its adapter too, if there is one."""
+def _merged(
+    student: Student, lineage: Lineage, trained: Path, adapter: Path | None, folders: ExitStack
+) -> tuple[PreTrainedModel, Path | None]:
+    """The merged model; writes its adapter too, if there is one. Returns the folder of one that the history describes."""
     if not (trained / ADAPTER_CONFIG).is_file():
         model, before = load_base(trained, dtype=weights_dtype(student)), load_config(student.folder)
         for name in _SET_BY_TRAINERS:
             setattr(model.config, name, getattr(before, name, None))
-        return model
+        return model, None
     from ..adapter.config import LayerDropConfig
     from ..adapter.reading import load_adapter
 
@@ -88,10 +95,23 @@ def _merged(student: Student, trained: Path, adapter: Path | None, folders: Exit
         )
     elif adapter is not None:
         folder = folders.enter_context(new_folder(adapter, apart_from=student.folder))
+        if tail:
+            _describe_repair(adapted.peft_config["default"], lineage)
         adapted.save_pretrained(folder)
-        load_tokenizer(student.folder).save_pretrained(folder)
-        copy_licence(student.folder, folder)
-    return adapted.merge_and_unload()
+        _copy_others(student.folder, folder, but=(CONFIG, GENERATION))
+        return adapted.merge_and_unload(), folder if tail else None
+    return adapted.merge_and_unload(), None
+
+
+def _describe_repair(config: LayerDropConfig, lineage: Lineage) -> None:
+    """Say in an adapter's config how the model was repaired, as it does if the cut wrote the adapter."""
+    entry = next((entry for entry in lineage.entries if entry.get("repair")), {})
+    told, text = entry.get("repair", {}), entry.get("calibration", {})
+    fields = {"repair": told.get("method"), "calibration": text.get("source"), "seed": text.get("seed")}
+    fields |= {f"calibration_{name}": text.get(name) for name in ("samples", "length")}
+    for name, value in fields.items():
+        if told and value is not None:
+            setattr(config, name, value)
 
 
 # Fields of a model's config that a trainer sets for its own use.
@@ -133,8 +153,12 @@ def copy_beside_weights(before: Path, after: Path) -> None:
     keep_version(read_config_file(before / CONFIG), fields)
     write_bytes(after / CONFIG, to_bytes(fields))
     (after / GENERATION).unlink(missing_ok=True)  # saving a model writes one even where there was none
+    _copy_others(before, after, but=(CONFIG,))
+
+
+def _copy_others(before: Path, after: Path, but: Collection[str]) -> None:
     for name, path in model_files(before).items():
-        if name != CONFIG and not (holds_weights(name) or name.endswith(".index.json")):
+        if name not in but and not (holds_weights(name) or name.endswith(".index.json")):
             (after / name).parent.mkdir(exist_ok=True)
             copy_inside(path, before, after / name)
     copy_licence(before, after)

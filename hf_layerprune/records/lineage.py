@@ -19,7 +19,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..files.copy import write_text
 from ..files.json_file import check_schema, load_schema, read_object
-from .fingerprints import behaviour_hashes, fingerprint, weights_hash
+from .fingerprints import ADAPTER_CONFIG, behaviour_hashes, fingerprint, weights_hash
 from .locked import locked
 
 FILE_NAME = "lineage.json"
@@ -71,6 +71,11 @@ class Lineage:
             if name is None and not folder.is_dir():
                 what = "is a file" if folder.exists() else "does not exist"
                 raise CheckpointError(f"{folder} {what}; specify a model folder written by hf-layerprune prune")
+            if (folder / ADAPTER_CONFIG).is_file():
+                raise CheckpointError(
+                    f"{name or folder} is an adapter without a {FILE_NAME}, as LoRA's is; specify the whole model, which the "
+                    "recipe writes beside it"
+                )
             raise CheckpointError(
                 f"{name or folder} has no {FILE_NAME}, so its origin is unknown; make the model with hf-layerprune prune, or "
                 "record how it was quantised with hf_layerprune.record_quantized"
