@@ -389,6 +389,29 @@ def test_a_licence_that_asks_for_a_notice(tmp_path: Path) -> None:
     assert (folder / "NOTICE.txt").read_text().startswith("Of the base.\n\nLlama 3.1")
 
 
+def test_a_notice_follows_the_records(tmp_path: Path) -> None:
+    folder = make(tmp_path, license="llama3.1")
+    notice = folder / "NOTICE"
+    write_card(folder, weights=False)
+    notice.write_text(f"Mine.\n\n{notice.read_text()}Also mine.\n")
+    assert write_card(folder, weights=False) == []
+    declare(CardRequest(folder, license="gemma"))
+    assert "NOTICE" in write_card(folder, weights=False)
+    lines = notice.read_text().split("\n")
+    assert [lines[0], *lines[-2:]] == ["Mine.", "Also mine.", ""]
+    assert lines[2].startswith("Gemma is provided")
+    assert "Llama" not in notice.read_text()
+    declare(CardRequest(folder, license="mit"))
+    assert "NOTICE" in write_card(folder, weights=False)
+    assert notice.read_text() == "Mine.\n\nAlso mine.\n"
+    declare(CardRequest(folder, license="gemma"))
+    write_card(folder, weights=False)
+    notice.write_text(notice.read_text().split("\n\n", 2)[2])  # ours alone
+    declare(CardRequest(folder, license="mit"))
+    assert "NOTICE" in write_card(folder, weights=False)
+    assert not notice.exists()
+
+
 def test_results_of_whole_benchmarks(tmp_path: Path) -> None:
     folder = make(tmp_path)
     measure_all_of_piqa(folder)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import logging
 import re
 import shlex
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from ...errors import CheckpointError, boundary
 from ...files import text_file
 from ...files.copy import write_text
 from ...records.declared import CARD, LICENCE_FIELDS, front_matter
-from ...records.licences import NOTICE, is_licence_file
+from ...records.licences import NOTICE, TABLE, is_licence_file
 from ...records.lineage import Lineage
 from ...records.metrics import Metrics
 from ...records.names import base_name, is_hub_name
@@ -35,6 +35,11 @@ PICTURES = ("layers", "scores", "accuracy", "tradeoff", "curve")
 EVAL_MARK = "# by hf-layerprune, from metrics.json\n"
 # Text that libraries add to a card template that nobody has filled in.
 _ADDED = re.compile(r"#+ Framework versions|- \w+ [\w.+]+|")
+# What `_notice` writes.
+_NOTICES = re.compile(
+    rf"(?:{'|'.join(re.escape(row.notice) for row in TABLE.values() if row.notice)})\s+"
+    r"This model is a modified copy of .+: \d+ of its decoder layers (?:was|were) removed\.(\n*)"
+)
 
 
 def read_card(folder: Path, *, weights: bool = True) -> Card:
@@ -214,20 +219,27 @@ def _draw(card: Card, folder: Path, force: bool) -> list[str]:
 
 
 def _notice(card: Card, folder: Path) -> list[str]:
-    """Write the NOTICE file that some licences require: their sentence, and what was changed."""
-    sentence = card.licence.row.notice if card.licence.row else None
-    if sentence is None:
-        return []
-    present = [path for path in folder.iterdir() if path.is_file() and is_licence_file(path.name)]
-    notices = [path for path in present if path.name.upper().startswith(NOTICE)]
-    if any(sentence in (read_text(path) or "") for path in notices):
-        return []
-    name = notices[0].name if notices else NOTICE
-    before = (read_text(folder / name) or "").rstrip("\n")
-    gone = len(card.history.dropped)
+    """Write what the licence requires into the NOTICE file, in place of what another one did; other text is kept."""
+    sentence, gone = card.licence.row.notice if card.licence.row else None, len(card.history.dropped)
     base = card.history.base_on_hub or card.history.base_id
-    made = f"This model is a modified copy of {base}: {gone} of its decoder layers were removed."
-    return _write(folder, name, "\n\n".join(part for part in (before, sentence, made) if part) + "\n")
+    made = f"This model is a modified copy of {base}: {gone} of its decoder layers {'was' if gone == 1 else 'were'} removed."
+    ours = f"{sentence}\n\n{made}" if sentence else ""
+    before: dict[str, str] = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and is_licence_file(path.name) and path.name.upper().startswith(NOTICE):
+            with nullcontext() if sentence else suppress(CheckpointError):
+                before[path.name] = read_text(path) or ""
+    after = {name: _NOTICES.sub(lambda old: ours and ours + old[1], text) for name, text in before.items()}
+    if sentence and not any(sentence in text for text in after.values()):
+        name = next(iter(after), NOTICE)
+        after[name] = f"{after.get(name, '').rstrip()}\n\n{ours}"
+    changed = [name for name, text in after.items() if text != before.get(name)]
+    for name in changed:
+        if text := after[name].strip("\n"):
+            _write(folder, name, f"{text}\n")
+        else:
+            (folder / name).unlink()
+    return changed
 
 
 def _eval_results(card: Card, folder: Path) -> list[str]:
