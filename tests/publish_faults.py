@@ -70,7 +70,7 @@ CASES = [
     Case("committing: somebody was faster", lambda hub: _commit(hub, 412), "somebody else changed"),
     Case("committing: 400", lambda hub: _commit(hub, 400), "org/model was not pushed"),
     Case("committing: 500 all the time, to what is there", lambda hub: _commit(hub, 500, MANY), UNREACHABLE, known=True),
-    Case("the card's YAML is refused", lambda hub: hub.status("/validate-yaml", 400, MANY), "README.md"),
+    Case("the card's YAML is refused", lambda hub: hub.status("/validate-yaml", 400, MANY), "metadata of README.md"),
     # Permissions.
     Case("the token is not known", lambda hub: hub.writers.clear(), "not valid, or has expired"),
     Case("the token runs out after the first answer", lambda hub: hub.expire(TOKEN, 1), "not valid"),

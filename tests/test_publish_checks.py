@@ -365,13 +365,11 @@ def test_weights_that_change_after_the_checks(folder: Path, monkeypatch: pytest.
             save_file({key: value + 1 for key, value in tensors.items()}, folder / name, metadata={"format": "pt"})
             return []
 
-        def _validate_yaml(self, *args: Any, **where: Any) -> None:
-            pass
-
         def preupload_lfs_files(self, *args: Any, **where: Any) -> None:
             pass
 
     monkeypatch.setattr(push_module, "log_in", lambda token: Hub())
+    monkeypatch.setattr("hf_layerprune.publish.hub.upload._check_card", lambda *args: None)
     with pytest.raises(PushError, match=f"^{name} was changed while it was being pushed; run the command again$"):
         push_module.push(PushRequest(folder, "org/small"))
 

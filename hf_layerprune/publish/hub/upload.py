@@ -144,10 +144,8 @@ def upload(job: Upload, api: HfApi) -> Uploaded:
         if not added and not removed:
             return Uploaded(url, head)
         sent = [CommitOperationAdd(name, str(job.files[name])) for name in added]
-        # `create_commit` checks the card too, but large files are sent before that. The client has no public name for it.
-        validate = getattr(api, "_validate_yaml", None)
-        if CARD in added and validate is not None:
-            validate(job.files[CARD].read_text(encoding="utf-8"), repo_type=job.kind)
+        if CARD in added:  # the commit has it checked too, but large files are sent before that
+            _check_card(job.files[CARD], job.kind, api)
         api.preupload_lfs_files(
             job.repo_id, sent, repo_type=job.kind, revision=job.revision, create_pr=job.create_pr, free_memory=False
         )
@@ -165,6 +163,18 @@ def upload(job: Upload, api: HfApi) -> Uploaded:
             parent_commit=head,
         )
         return Uploaded(url, commit.oid, tuple(added), tuple(removed), commit.pr_url)
+
+
+def _check_card(path: Path, kind: str, api: HfApi) -> None:
+    """Ask the Hub whether it accepts the metadata of a card."""
+    from huggingface_hub import get_session, hf_raise_for_status
+
+    asked = {"repoType": kind, "content": path.read_text(encoding="utf-8")}
+    answer = get_session().post(f"{api.endpoint}/api/validate-yaml", json=asked)
+    if answer.status_code == 400:
+        says = "; ".join(error["message"] for error in answer.json().get("errors", ())) or answer.text
+        raise PushError(f"the Hub does not accept the metadata of {CARD} ({says}); correct it in that file")
+    hf_raise_for_status(answer)
 
 
 def _open(job: Upload, api: HfApi) -> None:
