@@ -1,7 +1,12 @@
-"""`hf-layerprune chat`: what it refuses before anything starts."""
+"""`hf-layerprune chat`: what it refuses before anything starts, and what it prints."""
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +20,7 @@ from hf_layerprune.cli import main
         (["/nowhere/at-all"], "/nowhere/at-all does not exist; specify a model folder"),
         ([str(Path(__file__).parent)], "has no config.json, so it is not a model folder"),
         (["org/name", "--base", "./nowhere"], "nowhere does not exist"),
+        (["org/name", "--host", "192.0.2.1"], "can't listen on 192.0.2.1, port 7860 ("),
     ],
 )
 def test_a_model_that_is_not_there_is_told_before_anything_starts(
@@ -33,3 +39,27 @@ def test_without_gradio_the_extra_is_named(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("gradio", "mcp") else find(name))
     assert main(["chat", str(tmp_path)]) == 1
     assert 'the chat needs gradio and mcp: pip install "hf-layerprune[space]"' in capsys.readouterr().err
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+def test_two_chats_that_start_at_once(base: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if name not in ("TRANSFORMERS_VERBOSITY", "TQDM_DISABLE")}
+    words = [sys.executable, "-m", "hf_layerprune", "chat", str(base)]
+    chats = [
+        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) for _ in range(2)
+    ]
+    try:
+        lines = [chat.stdout.readline() if chat.stdout else "" for chat in chats]
+        found = [
+            re.fullmatch(rf"chat with {base}: http://127.0.0.1:(\d+)/ \(Ctrl-C stops it\)\n", line) for line in lines
+        ]
+        assert all(found), lines
+        assert len({one and one[1] for one in found}) == 2
+        for chat in chats:
+            chat.send_signal(signal.SIGINT)
+        assert [chat.communicate(timeout=60)[0] for chat in chats] == ["stopped\n"] * 2
+        assert [chat.returncode for chat in chats] == [130, 130]
+    finally:
+        for chat in chats:
+            chat.kill()

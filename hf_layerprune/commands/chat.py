@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import time
+from contextlib import suppress
 
 from ..options import ScreenOptions
 from ..publish.requests import ChatRequest as Request
@@ -16,9 +16,11 @@ Screen = ScreenOptions  # a page, not a result
 
 
 def run(request: Request) -> Answer:
-    from ..publish.space import local_run
+    from ..publish.space import serving
 
-    words, environment = local_run(request)
-    if os.name == "posix":  # replace this process, so that a signal to it ends the server
-        os.execve(words[0], words, environment)
-    return Answer(code=subprocess.call(words, env=environment))
+    with serving(request) as address:
+        print(f"chat with {request.model}: {address} (Ctrl-C stops it)", flush=True)
+        with suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(1)
+    return Answer("stopped", code=130)

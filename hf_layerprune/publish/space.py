@@ -8,12 +8,18 @@ the model is an adapter.
 
 from __future__ import annotations
 
+import errno
+import importlib
 import importlib.util
+import io
 import logging
 import os
 import shutil
+import socket
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from huggingface_hub.repocard import metadata_load, metadata_save
@@ -24,6 +30,7 @@ from ..files.shipped import shipped
 from ..records.declared import CARD
 from ..records.fingerprints import ADAPTER_CONFIG, CONFIG
 from ..records.lineage import Lineage
+from ..records.locked import locked
 from ..records.names import check_repository, hub_base, last_part
 from ..records.quantized import method_of, package_of
 from ..runtime.config_file import read_config_file
@@ -95,20 +102,47 @@ def publish_space(request: PushRequest, *, adapter: bool, secret: str | None) ->
     return done
 
 
-def local_run(request: ChatRequest) -> tuple[list[str], dict[str, str]]:
-    """The command that serves the Space on this machine, and its environment.
+@contextmanager
+def serving(request: ChatRequest) -> Iterator[str]:
+    """Serve the Space from this process, on the first free port; yields its address.
 
     Raises:
-        CheckpointError: There is no such model, or Gradio is missing.
+        CheckpointError: There is no such model, Gradio is missing, or the address can't be used.
     """
     missing = [name for name in ("gradio", "mcp") if importlib.util.find_spec(name) is None]
     if missing:
         raise CheckpointError(f'the chat needs {" and ".join(missing)}: pip install "hf-layerprune[space]"')
+    model = _existing_model(request.model)
     base = _existing_model(request.base) if request.base else _local_base_of(Path(request.model).expanduser())
-    environment = os.environ | {"MODEL_ID": _existing_model(request.model), "BASE_ID": base or ""}
-    environment |= {"GRADIO_SERVER_PORT": str(request.port)} if request.port else {}
-    environment |= {"GRADIO_SERVER_NAME": request.host} if request.host else {}
-    return [sys.executable, str(shipped("spaces/chat") / "app.py")], environment
+    host = request.host or os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
+    port = request.port or int(os.environ.get("GRADIO_SERVER_PORT", "7860"))
+    with socket.socket() as probe:
+        try:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Gradio does
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                what = f"can't listen on {host}, port {port} ({error.strerror})"
+                raise CheckpointError(f"{what}; specify others with --host and --port") from error
+    # Gradio reads them when it is imported; only there are they where to look for a free port.
+    os.environ |= {"GRADIO_SERVER_NAME": host, "GRADIO_SERVER_PORT": str(port)}
+    sys.path.insert(0, str(shipped("spaces/chat")))  # its files import each other as they do on the Hub
+    app = importlib.import_module("app")
+    try:
+        made = app.build(model, base)
+    except app.CannotLoad as error:
+        raise CheckpointError(error) from error
+    try:
+        # Gradio takes a port a moment after it found it free, and can't serve a page that lost its port in between.
+        place = Path(tempfile.gettempdir(), f"hf-layerprune-chat-{getattr(os, 'getuid', int)()}")
+        with locked(place), redirect_stdout(io.StringIO()):  # it prints some lines even if `quiet`
+            _, address, _ = app.launch(made, prevent_thread_lock=True, quiet=True)
+    except (OSError, OverflowError) as error:
+        raise CheckpointError(f"all ports of {host} from {port} on are taken; specify another with --port") from error
+    try:
+        yield address
+    finally:
+        made.close(verbose=False)
 
 
 def _existing_model(model: str) -> str:

@@ -28,28 +28,33 @@ from weights import ZERO_GPU, Models
 HERE = Path(__file__).parent
 
 
-def prepare(model: str, base: str | None = None) -> gr.Blocks:
+def build(model: str, base: str | None = None) -> gr.Blocks:
     """Build the page of a model, and load its weights in the background.
 
     Args:
         model (`str`): A Hub id, a folder or a `.gguf` file; a model or an adapter.
         base (`str`, *optional*): The dense model to compare with.
 
-    Returns:
-        `gr.Blocks`: The page, or one with the reason why the model can't be loaded.
+    Raises:
+        CannotLoad: The model's small files say that it can't be loaded.
     """
-    try:
-        if not model:
-            raise CannotLoad("Set the variable MODEL_ID to the id of a model on the Hub.")
-        chat.models = Models(Source(model, base))
-        made = page(chat.models.source)
-    except CannotLoad as error:
-        return failure(model, str(error))
+    if not model:
+        raise CannotLoad("Set the variable MODEL_ID to the id of a model on the Hub.")
+    chat.models = Models(Source(model, base))
+    made = page(chat.models.source)
     if ZERO_GPU:  # ZeroGPU hands the weights to the GPU when the page starts
         chat.models.load()
     else:
         threading.Thread(target=chat.models.load, daemon=True).start()
     return made
+
+
+def prepare(model: str, base: str | None = None) -> gr.Blocks:
+    """Build the page of a model, as `build` does, or one with the reason why the model can't be loaded."""
+    try:
+        return build(model, base)
+    except CannotLoad as error:
+        return failure(model, str(error))
 
 
 def launch(made: gr.Blocks, **settings: Any) -> Any:
