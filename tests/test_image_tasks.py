@@ -153,6 +153,17 @@ def test_bad_questions(tmp_path: Path, row: dict[str, Any], message: str) -> Non
     assert "line 2" in str(caught.value)
 
 
+def test_images_of_questions_that_are_not_asked_are_not_read(cut: Path, tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "tasks", [question(seed, "w7") for seed in (0, 1, 2, 9)])
+    (folder / "pictures" / "2.png").write_bytes(b"")
+    evaluate(EvalRequest(str(cut), tasks_from=folder, limit=2, output=tmp_path / "numbers.json"))
+    two = dataset_of(task_set(None, folder, 2)["seen"])
+    noise(3).save(folder / "pictures" / "1.png")
+    assert dataset_of(task_set(None, folder, 2)["seen"]) != two
+    with pytest.raises(LayerPruneError, match="line 3"):
+        read_tasks(folder, limit=3)
+
+
 def test_questions_with_and_without_images_are_not_mixed(tmp_path: Path) -> None:
     plain = {"query": "w5", "choices": ["a", "b"], "gold": 0}
     folder = write_task(tmp_path / "tasks", [plain, question(0, "w7")])

@@ -73,7 +73,7 @@ def _tasks_of(request: EvalRequest) -> dict[str, TaskDict]:
     names = request.tasks
     if names is None and request.tasks_from is None:
         names = ("paper",) if request.texts is None else ()
-    return task_set(names, request.tasks_from)
+    return task_set(names, request.tasks_from, request.limit)
 
 
 def _texts_of(request: EvalRequest) -> list[Text]:

@@ -88,13 +88,14 @@ def has_images(row: Any) -> bool:
     return isinstance(row, dict) and any(name in row for name in IMAGE_COLUMNS)
 
 
-def to_row(row: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
+def to_row(row: dict[str, Any], folder: Path, where: str, *, asked: bool = True) -> dict[str, Any]:
     """A question about images as the harness gets it: `query`, with a place for each image; `answer`; paths of `images`.
 
     Args:
         row (`dict[str, Any]`): A line of a file.
         folder (`Path`): What its paths are relative to.
         where (`str`): The line's name in errors.
+        asked (`bool`, defaults to `True`): Whether it will be asked; if not, its images are not read.
 
     Raises:
         LayerPruneError: An image does not exist or can't be read, or the query does not have one placeholder for each.
@@ -103,7 +104,7 @@ def to_row(row: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
     places = row["query"].count(PLACE)
     if places not in (0, len(paths)):
         raise LayerPruneError(f"{where}: query has {plural(places, 'place')} for {plural(len(paths), 'image')}")
-    for path in paths:
+    for path in paths if asked else ():
         if not path.is_file():
             raise LayerPruneError(f"{where} names the image {path}, which is not a file")
         with boundary(f"{where}: the image {path} can't be read", kind=LayerPruneError):

@@ -71,7 +71,7 @@ class LocalTask:
         name (`str`): The file's name without `.jsonl`.
         rows (`list[dict]`): `query`, `choices` and `gold` of each question; or `query`, `answer` and `images`.
         fields (`dict[str, Any]`): The fields of the harness's YAML that set the prompt.
-        dataset (`str`): The sha256 of the file, and of its images.
+        dataset (`str`): The sha256 of the file, and of the images of its questions that are asked.
     """
 
     name: str
@@ -80,13 +80,17 @@ class LocalTask:
     dataset: str
 
 
-def task_set(names: Sequence[str] | None, folder: Path | None = None) -> dict[str, TaskDict]:
+def task_set(
+    names: Sequence[str] | None, folder: Path | None = None, limit: int | None = None
+) -> dict[str, TaskDict]:
     """Find and load tasks. Errors in them are reported here, before a model is loaded.
 
     Args:
         names (`Sequence[str]`, *optional*): Tasks, groups, tags or patterns of the harness, files of `folder` without
             their extension, or `"paper"`. By default every `.jsonl` file of `folder`.
         folder (`Path`, *optional*): A folder with task files.
+        limit (`int`, *optional*): Number of questions of each task that will be asked; by default all. Images of others
+            are not read.
 
     Returns:
         `dict[str, TaskDict]`: What the harness loaded, by name: a task, or a group with its tasks.
@@ -99,7 +103,7 @@ def task_set(names: Sequence[str] | None, folder: Path | None = None) -> dict[st
     if names is None:
         names = list(paths)
     wanted = list(dict.fromkeys(name for one in names for name in (PAPER if one == "paper" else (one,))))
-    files = read_tasks(folder, wanted) if folder else {}
+    files = read_tasks(folder, wanted, limit) if folder else {}
     if not wanted:
         return {}
     require_harness()
@@ -204,14 +208,16 @@ def task_config(task: LocalTask) -> dict[str, Any]:
 # --- files ------------------------------------------------------------------------------------------------
 
 
-def read_tasks(folder: Path, names: Collection[str] | None = None) -> dict[str, LocalTask]:
-    """Read tasks of a folder, by name, in alphabetical order: those that are named, or all.
+def read_tasks(
+    folder: Path, names: Collection[str] | None = None, limit: int | None = None
+) -> dict[str, LocalTask]:
+    """Read tasks of a folder, by name, in alphabetical order: those that are named, or all; see [`read_task`].
 
     Raises:
         LayerPruneError: The folder has neither tasks nor texts, or a task is invalid; the message names the line.
     """
     files = task_files(folder, ".jsonl")
-    return {name: read_task(path) for name, path in files.items() if names is None or name in names}
+    return {name: read_task(path, limit) for name, path in files.items() if names is None or name in names}
 
 
 def task_files(folder: Path, suffix: str) -> dict[str, Path]:
@@ -231,8 +237,8 @@ def task_files(folder: Path, suffix: str) -> dict[str, Path]:
     return {path.stem: path for path in paths if path.suffix == suffix}
 
 
-def read_task(path: Path) -> LocalTask:
-    """Read a `.jsonl` file of questions.
+def read_task(path: Path, limit: int | None = None) -> LocalTask:
+    """Read a `.jsonl` file of questions. Only the images of the first `limit` are read.
 
     Raises:
         LayerPruneError: A line is not a valid question.
@@ -248,14 +254,14 @@ def read_task(path: Path) -> LocalTask:
             raise LayerPruneError(f"{where}: put questions with images and those without into files of their own")
         check_schema(row, schema, where)
         if about_images:
-            rows.append(image_tasks.to_row(row, path.parent, where))
+            rows.append(image_tasks.to_row(row, path.parent, where, asked=limit is None or len(rows) < limit))
             continue
         if (last := len(row["choices"]) - 1) < row["gold"]:
             raise LayerPruneError(f"{where}: gold is {row['gold']}, but the choices are 0..{last}")
         rows.append({"query": row["query"], "choices": row["choices"], "gold": int(row["gold"])})
     if not rows:
         raise LayerPruneError(f"{path} has no questions; put one on each line")
-    hashed = image_tasks.files_hash(path, rows if about_images else [])
+    hashed = image_tasks.files_hash(path, rows[:limit] if about_images else [])
     return LocalTask(path.stem, rows, _prompt(path, rows), hashed)
 
 
