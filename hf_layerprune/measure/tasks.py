@@ -80,9 +80,7 @@ class LocalTask:
     dataset: str
 
 
-def task_set(
-    names: Sequence[str] | None, folder: Path | None = None, limit: int | None = None
-) -> dict[str, TaskDict]:
+def task_set(names: Sequence[str] | None, folder: Path | None = None, limit: int | None = None) -> dict[str, TaskDict]:
     """Find and load tasks. Errors in them are reported here, before a model is loaded.
 
     Args:
@@ -208,9 +206,7 @@ def task_config(task: LocalTask) -> dict[str, Any]:
 # --- files ------------------------------------------------------------------------------------------------
 
 
-def read_tasks(
-    folder: Path, names: Collection[str] | None = None, limit: int | None = None
-) -> dict[str, LocalTask]:
+def read_tasks(folder: Path, names: Collection[str] | None = None, limit: int | None = None) -> dict[str, LocalTask]:
     """Read tasks of a folder, by name, in alphabetical order: those that are named, or all; see [`read_task`].
 
     Raises:

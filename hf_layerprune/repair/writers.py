@@ -198,7 +198,8 @@ def _gain(module: nn.Module, run: Run, batch: Batch) -> float | None:
             change = run(hidden, batch).float() - plain
         added = added.float()
         gain = ((change * added).sum() / added.square().sum()).item()
-        if (change - gain * added).norm() > _TOLERANCE * abs(gain) * added.norm() or gain == 0:
+        # Written so that NaN, where the noise overflows float16, is no gain either.
+        if not (change - gain * added).norm() <= _TOLERANCE * abs(gain) * added.norm() or gain == 0:
             return None
         gains.append(gain)
     if abs(gains[0] - gains[1]) > _TOLERANCE * abs(gains[0]):

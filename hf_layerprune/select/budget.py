@@ -105,9 +105,9 @@ def choose(
                 return room(judged[count][1], budget, limit) >= 0
             (candidate,) = search.judge([(drop, found_by)])
         except CutError:
-            if pick is not None or count == 1:
+            if count == 1:
                 raise
-            return False  # no set of that size may be dropped and can be repaired
+            return False  # no set of that size may be dropped, can be repaired, and has a KL
         figures = candidate.outcome.quality(search.dense)
         logger.info("without %s: %s", name_layers(candidate.drop), _spelled(figures, budget))
         left = room(figures, budget, limit)

@@ -22,7 +22,7 @@ from ..runtime.walk import LayerWalk
 from . import budget
 from .passes import Observer, run_pass
 from .registry import ALL, CRITERIA, ORIGINAL, PAPER, VARIANTS, Criterion, find_criterion
-from .scores import Choice, Scores
+from .scores import NOT_COMPARABLE, Choice, Scores, comparable
 from .sets import check_lengths, drop_count, free_layers, neighbours, rounds
 from .targets import Target
 from .trials import Trial, try_out
@@ -134,6 +134,9 @@ def _by_trial(
     scores = {}
     for criterion in criteria:
         values = {drop: getattr(outcome, criterion.name) for drop, outcome in zip(sets, outcomes, strict=True)}
+        values = comparable(criterion.name, values)
+        if {len(drop) for drop in values} != {len(drop) for drop in sets}:
+            raise CutError(NOT_COMPARABLE)
         by_layer = [values.get((i,)) for i in range(walk.num_layers)]
         blocks = {layers: value for layers, value in values.items() if len(layers) in lengths}
         scores[criterion.name] = Scores(criterion.name, criterion.variant(variant), tuple(alive), by_layer, blocks)

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
-from ..layer_ranges import blocks, name_layers
+from ..layer_ranges import blocks, format_layers, name_layers
 from .registry import CRITERIA
 from .sets import block_sums, lowest_block, lowest_layers
 
 if TYPE_CHECKING:
     from ..repair.fit import Repair
+
+logger = logging.getLogger(__name__)
+
+NOT_COMPARABLE = "every cut of this size overflows the model's data type; compare them with rank --dtype float32"
+
+
+def comparable(criterion: str, cuts: Mapping[tuple[int, ...], float]) -> dict[tuple[int, ...], float]:
+    """The numbers of those cuts that have one. A warning names the others, which are not chosen."""
+    found = {cut: value for cut, value in cuts.items() if math.isfinite(value)}
+    if lost := [cut for cut in cuts if cut not in found]:
+        logger.warning(
+            "cuts whose %s is not finite are not chosen: %s (without these layers, the model overflows its data type; rank "
+            "--dtype float32 can compare them)", criterion, "; ".join(map(format_layers, lost)),
+        )  # fmt: skip
+    return found
 
 
 @dataclass

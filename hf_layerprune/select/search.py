@@ -32,9 +32,8 @@ from ..repair.writers import swapped
 from ..runtime.walk import LayerWalk
 from .cost import announce
 from .passes import run_pass
-from .registry import ORIGINAL
 from .repairability import BlockFit, Repairability
-from .scores import Scores
+from .scores import NOT_COMPARABLE, comparable
 from .sets import lowest_block, neighbours
 from .trials import Outcome, Trial, try_out
 
@@ -106,6 +105,7 @@ class Search:
         self._warn_of_few_tokens()
         self.steps = list(found)
         self._fits: dict[tuple[int, ...], BlockFit | None] = {}
+        self._lost = False  # whether a set had no KL
 
     @cached_property
     def dense(self) -> Outcome:
@@ -148,13 +148,18 @@ class Search:
 
         Returns:
             `dict[str, Any]`: How many layers, which, what found them, and the quality of the `cut` and of what is
-                `repaired`.
+                `repaired`, where it has a KL.
+
+        Raises:
+            CutError: There is none.
         """
         drop, found_by = self.best(count)
         repair = self.fit(drop)
         trials = {"cut": Trial(drop)} | ({"repaired": Trial(drop, changes_of(repair))} if repair else {})
-        outcomes = try_out(self.walk, self.judging, list(trials.values()))
-        states = {name: one.quality(self.dense) for name, one in zip(trials, outcomes, strict=True)}
+        found = dict(zip(trials, try_out(self.walk, self.judging, list(trials.values())), strict=True))
+        states = {name: one.quality(self.dense) for name, one in found.items() if math.isfinite(one.kl)}
+        if not states:
+            raise CutError(NOT_COMPARABLE)
         return {"dropped": count, "layers": format_layers(drop), "found_by": found_by, **states}
 
     def lowest(self, scores: Mapping[tuple[int, ...], float], count: int) -> tuple[int, ...]:
@@ -163,6 +168,8 @@ class Search:
         Raises:
             CutError: There is none.
         """
+        if not scores and self._lost:
+            raise CutError(NOT_COMPARABLE)
         if not scores and self._in_front and any(end - start >= count for start, end in blocks(self.free)):
             raise CutError(
                 f"no block of {plural(count, 'layer')} can be repaired: no layer in front of one has an output projection that "
@@ -171,10 +178,10 @@ class Search:
         return tuple(lowest_block(scores, count, self.free))
 
     def judge(self, sets: Iterable[tuple[tuple[int, ...], str]]) -> list[Candidate]:
-        """Evaluate sets with the repair that each would really get, best first; those without one are left out.
+        """Evaluate sets with the repair that each would really get, best first; those without one, or KL, are left out.
 
         Raises:
-            CutError: The repair works for none of them.
+            CutError: The repair works for none of them, or none has a KL.
         """
         fitted = [(drop, by, self.fit(drop)) for drop, by in sets]
         if self.repair:
@@ -185,7 +192,9 @@ class Search:
             )
         trials = {drop: Trial(drop, changes_of(repair) if repair else {}) for drop, _, repair in fitted}
         outcomes = self._outcomes(self.judging, trials)
-        candidates = [Candidate(drop, by, outcomes[drop], repair) for drop, by, repair in fitted]
+        if not outcomes:
+            raise CutError(NOT_COMPARABLE)
+        candidates = [Candidate(drop, by, outcomes[drop], repair) for drop, by, repair in fitted if drop in outcomes]
         return sorted(candidates, key=lambda one: one.outcome.kl)
 
     def fit(self, drop: tuple[int, ...]) -> Repair | None:
@@ -244,7 +253,9 @@ class Search:
         tried = self._tried([tuple(sorted((*gone, i))) for i in left], _STEP_ROWS)
         if not tried:
             raise CutError(
-                f"repair={self.repair!r} works for none of the layers that are left; leave it out (repair=None)"
+                NOT_COMPARABLE
+                if self._lost
+                else f"repair={self.repair!r} works for none of the layers that are left; leave it out (repair=None)"
             )
         best = min(tried, key=lambda drop: tried[drop].kl)
         (step,) = set(best) - gone
@@ -269,10 +280,11 @@ class Search:
     def _outcomes(
         self, text: CalibrationSet, trials: Mapping[tuple[int, ...], Trial]
     ) -> dict[tuple[int, ...], Outcome]:
-        """The outcome of each set; a KL that is not finite can't be compared, and is refused."""
+        """The outcome of each set whose KL can be compared."""
         found = dict(zip(trials, try_out(self.walk, text, list(trials.values())), strict=True))
-        Scores("kl", ORIGINAL, (), blocks={drop: one.kl for drop, one in found.items()})
-        return found
+        kls = comparable("kl", {drop: one.kl for drop, one in found.items()})
+        self._lost = self._lost or len(kls) < len(found)
+        return {drop: found[drop] for drop in kls}
 
     def _fit(self, wanted: Collection[tuple[int, ...]]) -> None:
         """Fit the maps that are missing, all in one pass over the dense model."""

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..calibration.rows import CalibrationSet
+from ..errors import CheckpointError
 from ..options import plural
 from ..runtime.divergence import Reference, diverge
 from ..runtime.memory import free_bytes
@@ -58,6 +59,8 @@ class Outcome:
             affect the probability of the text's own next tokens.
         rows (`torch.Tensor`): Both numbers of each row, and the share of positions at which both have the same most
             likely token, `[rows, 3]`.
+
+    The numbers of a cut whose hidden states are not finite are NaN; see [`~scores.comparable`].
     """
 
     loss: float
@@ -91,7 +94,11 @@ class Outcome:
 
 @torch.no_grad()
 def try_out(walk: LayerWalk, calibration: CalibrationSet, trials: Sequence[Trial]) -> list[Outcome]:
-    """Run the dense model on the text with each of some cuts."""
+    """Run the dense model on the text with each of some cuts.
+
+    Raises:
+        CheckpointError: The dense model's own states or logits are not finite.
+    """
     tracks = [*trials, Trial(())]
     rows = rows_per_pass(walk, calibration, tracks)
     size = min(rows, batch_rows(calibration))
@@ -104,7 +111,7 @@ def try_out(walk: LayerWalk, calibration: CalibrationSet, trials: Sequence[Trial
             batches = [walk.begin(*rows_of) for rows_of in part]
             states = _advance(walk, batches, tracks, bar)
             for number, batch in enumerate(batches):
-                means.append(_compare(walk, batch, [state[number] for state in states]))
+                means.append(_compare(walk, batch, [state and state[number] for state in states]))
     by_trial = torch.cat(means, 1)
     means_by_trial = by_trial.mean(1).tolist()
     return [Outcome(loss, kl, rows) for (loss, kl, _), rows in zip(means_by_trial, by_trial, strict=True)]
@@ -142,14 +149,15 @@ def _key(trial: Trial, layer: int) -> Key:
 
 def _advance(
     walk: LayerWalk, batches: Sequence[Batch], trials: Sequence[Trial], bar: tqdm
-) -> list[Sequence[torch.Tensor]]:
-    """Run all trials through all layers; returns the final hidden states, by trial and batch."""
+) -> list[Sequence[torch.Tensor] | None]:
+    """Run all trials through all layers; returns the final hidden states, by trial and batch, if they are finite."""
     states: dict[Key, list[torch.Tensor]] = {frozenset(): [batch.hidden for batch in batches]}
     for batch in batches:
         batch.hidden = batch.hidden.new_empty(0)  # frees the memory
     for i, layer in enumerate(walk.layers):
-        new = {_key(trial, i + 1): states[_key(trial, i)] for trial in trials if i in trial.drop}
-        todo = {_key(trial, i + 1): (_key(trial, i), trial) for trial in trials if i not in trial.drop}
+        going = [trial for trial in trials if _key(trial, i) in states]
+        new = {_key(trial, i + 1): states[_key(trial, i)] for trial in going if i in trial.drop}
+        todo = {_key(trial, i + 1): (_key(trial, i), trial) for trial in going if i not in trial.drop}
         left = Counter(before for before, _ in todo.values())
         if todo:
             with walk.layer(i) as run:
@@ -159,22 +167,28 @@ def _advance(
                     with trial.changes[i](layer) if i in trial.changes else nullcontext():
                         new[after] = [run(state, batch) for state, batch in zip(source, batches, strict=True)]
                     if not all(torch.isfinite(state).all() for state in new[after]):
-                        raise not_finite(i, layer, new[after][0].dtype)
+                        if not after:  # not only those of a cut
+                            raise not_finite(i, layer, new[after][0].dtype)
+                        del new[after]
                     if not left[before]:
                         del states[before], source
         states = new
         bar.update()
-    return [states[_key(trial, walk.num_layers)] for trial in trials]
+    return [states.get(_key(trial, walk.num_layers)) for trial in trials]
 
 
-def _compare(walk: LayerWalk, batch: Batch, states: Sequence[torch.Tensor]) -> torch.Tensor:
+def _compare(walk: LayerWalk, batch: Batch, states: Sequence[torch.Tensor | None]) -> torch.Tensor:
     """Mean loss, KL and agreement of each row `[trials, rows, 3]`; the last `states` are the dense model's.
+
+    They are NaN for a trial without states.
 
     Positions before the placeholder of an image don't count: nobody asks the model for one.
     """
     *cuts, dense = states
+    assert dense is not None
     rows, length = batch.input_ids.shape
     sums = torch.zeros(len(cuts), rows, 3, dtype=torch.float32 if walk.device.type == "mps" else torch.float64)
+    sums[[state is None for state in cuts]] = math.nan
     sums = sums.to(walk.device)
     asked = batch.asked
     for row, ids in enumerate(batch.input_ids):
@@ -182,7 +196,14 @@ def _compare(walk: LayerWalk, batch: Batch, states: Sequence[torch.Tensor]) -> t
             end = min(start + HEAD_TOKENS, length)
             targets, counts = ids[start + 1 : end + 1], asked[row, start:end]
             reference = Reference(walk.logits(dense[row : row + 1, start:end])[0])
+            if not torch.isfinite(reference.norms).all():
+                raise CheckpointError(
+                    "the logits of the dense model are not finite: weights behind its layers are damaged, or it overflows its "
+                    "data type; use an intact copy, or bfloat16 or float32 (--dtype)"
+                )
             for state, sums_of in zip(cuts, sums[:, row], strict=True):
+                if state is None:
+                    continue
                 of_tokens = diverge(walk.logits(state[row : row + 1, start:end])[0], targets, reference)
                 assert of_tokens.kl is not None
                 assert of_tokens.agrees is not None

@@ -130,11 +130,12 @@ class Runner:
         if plan.tune is not None:
             self._rows(plan)
         said = plan.evaluate
-        key = str([said["tasks"], said.get("tasks_from"), said["texts"]])
+        key = str([said["tasks"], said.get("tasks_from"), said.get("limit"), said["texts"]])
         if key not in self._checked:
             for source in said["texts"].values():
                 find_text(source)
-            task_set(said["tasks"], Path(said["tasks_from"]) if "tasks_from" in said else None)
+            folder = Path(said["tasks_from"]) if "tasks_from" in said else None
+            task_set(said["tasks"], folder, said.get("limit"))
             self._checked.add(key)
 
     # --- prune and train --------------------------------------------------------------------------------------
