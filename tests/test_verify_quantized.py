@@ -339,12 +339,17 @@ def test_what_can_not_be_recorded_is_refused(place, tmp_path, prepare, says):
 
 def test_a_cut_of_a_quantised_base(place, tmp_path, capsys):
     base, cut = quantise(place / "base", tmp_path / "base"), tmp_path / "cut"
-    for option, says in {
-        "--check": "--check can't compare the logits: a forward pass can repack quantised weights; leave it out",
-        "--repair=refit": "the layers, and those of this model are quantised; leave out --repair",
-        "--dtype=float32": "are quantised and stay so when they are loaded, so --dtype can't convert them; leave it out",
-    }.items():
-        assert main(["prune", str(base), str(cut), "--drop-layers", "2", option]) == 2
+    for options, code, says in (
+        ("--check", 2, "--check can't compare the logits: a forward pass can repack quantised weights; leave it out"),
+        ("--repair=refit", 1, "the weights are quantised (bitsandbytes, nf4), and can't be repaired"),
+        ("--repair=refit --adapter", 2, "the layers, and those of this model are quantised; leave out --repair"),
+        (
+            "--dtype=float32",
+            2,
+            "are quantised and stay so when they are loaded, so --dtype can't convert them; leave it out",
+        ),
+    ):
+        assert main(["prune", str(base), str(cut), "--drop-layers", "2", *options.split()]) == code
         told = capsys.readouterr().err
         assert says in told
         assert "calibrate" not in told, "refused before the model writes text"
@@ -360,20 +365,53 @@ def test_a_cut_of_a_quantised_base(place, tmp_path, capsys):
     assert "pip install transformers accelerate 'bitsandbytes>=0.50'" in card
 
 
-@pytest.mark.skipif(
+needs_no_gpu = pytest.mark.skipif(
     installed("transformers") < Version("5.17"), reason="this transformers may need a GPU's packages for FP8"
 )
-def test_an_adapter_whose_base_was_dequantised_in_loading_is_told_why_it_is_not_proven(tmp_path: Path) -> None:
-    model = tiny_model("llama").to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "base")
-    tensors = load_file(tmp_path / "base" / "model.safetensors")
-    for name in [name for name in tensors if "proj" in name]:
+
+
+def in_fp8(folder: Path, what: str = "proj") -> str:
+    """A model whose projections, or those with a name, are in FP8, which a machine without a GPU unpacks in loading."""
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    plain = [name.removesuffix(".weight") for name in tensors if "proj" in name and what not in name]
+    for name in [name for name in tensors if what in name]:
         tensors[name] = tensors[name].to(torch.float8_e4m3fn)
         tensors[f"{name}_scale_inv"] = torch.ones(1, 1)
-    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    config["quantization_config"] |= {"modules_to_not_convert": plain} if plain else {}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@needs_no_gpu
+def test_a_repair_of_quantised_weights_is_refused_before_anything_is_copied(tmp_path, monkeypatch, capsys) -> None:
+    """Where every weight that it could change is quantised, before the model is loaded."""
+    words = ["prune", "BASE", str(tmp_path / "cut"), "--drop-layers", "2", "--repair", "linear"]
+    words += ["--calibration-samples", "4", "--calibration-length", "8"]
+    monkeypatch.setattr("hf_layerprune.stages.prune.fill", None)
+    words[1] = in_fp8(tmp_path / "partly", "down_proj")
+    assert main(words) == 1
+    assert "down_proj.weight is F8_E4M3" in capsys.readouterr().err
+    monkeypatch.setattr("hf_layerprune.stages.prune._prepare", None)
+    words[1] = in_fp8(tmp_path / "base")
+    assert main(words) == 1
+    assert "the weights are quantised (fp8), and can't be repaired" in capsys.readouterr().err
+
+
+def test_a_check_of_quantised_weights_is_refused_before_anything_is_copied(
+    place, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr("hf_layerprune.stages.prune.fill", None)
+    assert main(["prune", str(place / "nf4"), str(tmp_path / "cut"), "--drop-layers", "2", "--check"]) == 2
+    assert "--check can't compare the logits" in capsys.readouterr().err
+
+
+@needs_no_gpu
+def test_an_adapter_whose_base_was_dequantised_in_loading_is_told_why_it_is_not_proven(tmp_path: Path) -> None:
+    in_fp8(tmp_path / "base")
     assert main(["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--drop", "1", "--adapter"]) == 0
     found = verify(VerifyRequest(str(tmp_path / "cut")))
     assert not found.good

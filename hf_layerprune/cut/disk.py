@@ -60,7 +60,8 @@ def plan_cut(source: Path | Base, drop_layers: Sequence[int]) -> CheckpointPlan:
         # Of a folder, all files are checked: a loader may find a tensor in a file that the index does not name for it.
         weights = read_weights(base, (lambda names: new_names(names, config, cut)[0]) if base.repo else None)
         planned = plan_weights(weights, config, cut)
-        check_tensors(base.name, new_config, planned.shapes, planned.layer_prefix)
+        shapes = {name: tensor.shape for name, tensor in planned.tensors.items()}
+        check_tensors(base.name, new_config, shapes, planned.layer_prefix)
         if planned.index is not None:
             files[INDEX] = to_bytes(planned.index)
     except OSError as error:

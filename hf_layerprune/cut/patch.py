@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import CheckpointError
-from ..families import layer_count
+from ..errors import CheckpointError, UnsupportedModelError
+from ..families import check_trainable, layer_count, text_config
 from ..families.layout import find_decoder_layers, find_layer_prefix
 from ..runtime.model_class import model_without_weights, stored_names
-from .header import Tensor, read_header
+from .base import Base, read_headers
+from .header import FLOATS, Tensor, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -37,26 +38,14 @@ def patch_layers(
         CheckpointError: A tensor is not in the checkpoint, or has another type or shape. Nothing was written.
     """
     import torch
-    from transformers.modeling_utils import str_to_torch_dtype
 
     stored: dict[str, tuple[Path, int, Tensor]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         header = read_header(path)
         stored |= {tensor.name: (path, header.data_start, tensor) for tensor in header.tensors}
-    named = {_stored_as(key, stored, config): value for key, value in values.items()}
-    for name, value in named.items():
-        if name not in stored:
-            raise CheckpointError(
-                f"{what} has no tensor {name} to repair: the checkpoint stores that weight in another form; "
-                "write the model through transformers with --dtype"
-            )
-        path, _, tensor = stored[name]
-        if tensor.shape != tuple(value.shape) or str_to_torch_dtype.get(tensor.dtype) != value.dtype:
-            raise CheckpointError(
-                f"{name} is {tensor.dtype}{list(tensor.shape)} in the checkpoint, and the repair computed "
-                f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}; write the model through transformers "
-                "with --dtype"
-            )
+    named = match_layers({name: tensor for name, (*_, tensor) in stored.items()}, config, values, what)
+    for name in named:
+        path = stored[name][0]
         if path.stat().st_nlink > 1:
             raise CheckpointError(
                 f"{path.name} is a hard link to a file of the base, which is never written to; prune without --link"
@@ -69,7 +58,53 @@ def patch_layers(
     return sorted(named)
 
 
-def _stored_as(key: tuple[int, str], stored: Collection[str], config: PreTrainedConfig) -> str:
+def check_unpacked(base: Base, config: PreTrainedConfig) -> None:
+    """Refuse a checkpoint in which every weight that a repair could change is quantised. Only headers are read.
+
+    Raises:
+        UnsupportedModelError: It is such a checkpoint.
+    """
+    try:
+        check_trainable(config)
+    except UnsupportedModelError:
+        tensors = [tensor for header in read_headers(base).headers.values() for tensor in header.tensors]
+        prefix = find_layer_prefix([tensor.name for tensor in tensors], layer_count(config))
+        # Those that write into the hidden states; some types have more, which a repair leaves, such as routers.
+        writers = (text_config(config).hidden_size,)
+        if not any(
+            tensor.dtype in FLOATS and tensor.name.startswith(prefix) and tensor.shape[:-1] == writers
+            for tensor in tensors
+        ):
+            raise
+
+
+def match_layers(
+    stored: Mapping[str, Tensor], config: PreTrainedConfig, values: Mapping[tuple[int, str], torch.Tensor], what: str
+) -> dict[str, torch.Tensor]:
+    """Check that [`patch_layers`] can overwrite the `stored` tensors of a checkpoint; returns the values by their names.
+
+    Raises:
+        CheckpointError: A tensor is not in the checkpoint, or has another type or shape.
+    """
+    from transformers.modeling_utils import str_to_torch_dtype
+
+    named = {_stored_as(key, stored, config): value for key, value in values.items()}
+    for name, value in named.items():
+        if (tensor := stored.get(name)) is None:
+            raise CheckpointError(
+                f"{what} has no tensor {name} to repair: the checkpoint stores that weight in another form; "
+                "write the model through transformers with --dtype"
+            )
+        if tensor.shape != tuple(value.shape) or str_to_torch_dtype.get(tensor.dtype) != value.dtype:
+            raise CheckpointError(
+                f"{name} is {tensor.dtype}{list(tensor.shape)} in the checkpoint, and the repair computed "
+                f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}; write the model through transformers "
+                "with --dtype"
+            )
+    return named
+
+
+def _stored_as(key: tuple[int, str], stored: Mapping[str, Tensor], config: PreTrainedConfig) -> str:
     """How the checkpoint names a parameter of a layer: as the model does, or as transformers names it on disk."""
     index, name = key
     prefix = find_layer_prefix(stored, layer_count(config))

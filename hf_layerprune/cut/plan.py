@@ -111,14 +111,14 @@ class WeightsPlan:
         shards (`tuple[ShardPlan, ...]`): The weight files to write.
         index (`dict`, *optional*): The index to write, of a sharded checkpoint.
         tensor_names (`dict[str, str]`): Old to new name of every tensor that is kept.
-        shapes (`dict[str, tuple[int, ...]]`): The shape of each tensor, by its new name.
+        tensors (`dict[str, Tensor]`): The tensors, by their new names, without their offsets.
     """
 
     layer_prefix: str
     shards: tuple[ShardPlan, ...]
     index: dict[str, Any] | None = field(repr=False)
     tensor_names: dict[str, str] = field(repr=False)
-    shapes: dict[str, tuple[int, ...]] = field(repr=False)
+    tensors: dict[str, Tensor] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,8 @@ def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) 
         metadata["total_size"] = sum(item.new.size for items in kept.values() for item in items)
         metadata.pop("total_parameters", None)  # informative only, and not known of packed weights
         index = weights.index | {"weight_map": weight_map, "metadata": metadata}
-    shapes = {item.new.name: item.new.shape for items in kept.values() for item in items}
-    return WeightsPlan(prefix, tuple(shards), index, names, shapes)
+    tensors = {item.new.name: item.new for items in kept.values() for item in items}
+    return WeightsPlan(prefix, tuple(shards), index, names, tensors)
 
 
 # Config fields with the number of layers for multi-token prediction; a cut sets them to zero.

@@ -11,7 +11,6 @@ shapes are the library's own, whatever the attention (grouped heads, sliding win
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -160,7 +159,7 @@ class Sizes:
             return [(tensor, tensor.elements) for tensor in tensors]
         plan = self._plan(drop)
         names = plan.tensor_names
-        return [(tensor, math.prod(plan.shapes[names[tensor.name]])) for tensor in tensors if tensor.name in names]
+        return [(tensor, plan.tensors[names[tensor.name]].elements) for tensor in tensors if tensor.name in names]
 
     def _bytes(self, tensor: Tensor, elements: int) -> int:
         if self._dtype != "auto" and tensor.dtype in FLOATS:

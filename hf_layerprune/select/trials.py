@@ -111,7 +111,7 @@ def try_out(walk: LayerWalk, calibration: CalibrationSet, trials: Sequence[Trial
             batches = [walk.begin(*rows_of) for rows_of in part]
             states = _advance(walk, batches, tracks, bar)
             for number, batch in enumerate(batches):
-                means.append(_compare(walk, batch, [state and state[number] for state in states]))
+                means.append(_compare(walk, batch, [None if state is None else state[number] for state in states]))
     by_trial = torch.cat(means, 1)
     means_by_trial = by_trial.mean(1).tolist()
     return [Outcome(loss, kl, rows) for (loss, kl, _), rows in zip(means_by_trial, by_trial, strict=True)]

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import families
+from ..cut.base import Base
 from ..cut.disk import fill, plan_cut
 from ..cut.gguf import cut_gguf, gguf_layer_count, is_gguf, plan_gguf_cut
 from ..cut.gguf.modelfile import modelfile_of
-from ..cut.patch import patch_layers
+from ..cut.patch import check_unpacked, match_layers, patch_layers
 from ..errors import CheckpointError, CutError
 from ..families.engines import WAY_OUT, misread
 from ..files.copy import check_file_target, write_text
@@ -129,13 +130,13 @@ def prune_to(request: PruneRequest) -> Pruned:
         )
     hub = None
     if is_hub_id(request.base):
-        from ..cut.base import Base
-
         hub = Base.open(request.base, request.revision)
         revision = hub.repo.commit if hub.repo else None
         request, source = replace(request, revision=revision), hub.folder  # everything comes from this commit
     config = load_config(source)
     _check_family(request, config)
+    if request.repair and not (request.adapter or _needs_a_model(request)):
+        check_unpacked(hub or Base.open(source), config)
     dropped, prepared, target = _choose(request, config)
     cut = families.make_cut(config, dropped)
     if warning := misread(config, cut.keep):
@@ -319,19 +320,24 @@ def _model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Pr
 
 def _files(request: PruneRequest, plan: CheckpointPlan, folder: Path, prepared: Prepared | None) -> None:
     """Copy the bytes of the tensors that stay. No model is loaded, and no more is downloaded of a base on the Hub."""
-    from ..cut.check import CannotCheckError, check_cut, warn_if_unproven
+    from ..cut.check import CannotCheckError, bypassed_logits, check_logits, warn_if_unproven
 
-    fill(plan, folder, link=request.link, name=Path(request.output).name)
-    if request.check:  # before any repair; a cut in memory has been checked already
+    expected, values = None, {}
+    if request.check:  # a cut in memory has been checked already
         try:
-            check_cut(load_base(request.base, revision=request.revision), load_base(folder))
+            expected = bypassed_logits(load_base(request.base, revision=request.revision), plan.cut.drop)
         except CannotCheckError as error:
             raise CutError(f"--check can't compare the logits: {error}; leave it out") from error
     else:
         warn_if_unproven(plan.config)
     if prepared is not None and prepared.repair is not None:
-        prepared.record["repair"]["input_weights"] = passing_weights_hash(folder)
         values = {(plan.cut.new_index[i], name): v for (i, name), v in prepared.repair.tensors.items()}
+        match_layers(plan.tensors, plan.config, values, request.output)
+    fill(plan, folder, link=request.link, name=Path(request.output).name)
+    if expected is not None:  # before any repair
+        check_logits(load_base(folder), expected)
+    if prepared is not None and prepared.repair is not None:
+        prepared.record["repair"]["input_weights"] = passing_weights_hash(folder)
         prepared.record["repair"]["changed_tensors"] = patch_layers(folder, plan.config, values, request.output)
 
 
