@@ -128,6 +128,9 @@ def main(
     named, revision = str(model_args.model_name_or_path), revision_of(model_args)
     dense = training_args.teacher or (student.base if student else named)
     evaluation = eval_request(output / "model", dense, measure_args)
+    if os.path.lexists(output / "model"):
+        student = student or prune(model_args, cut_args, training_args)
+        return go_on(output / "model", student, training_args, evaluation, hub)
     tokenizer = load_tokenizer(named, revision=revision)
     data = Sources.read(script_args, dataset_args, row_args, training_args, tokenizer, named, revision)
     processor = load_processor(named, revision=revision) if has_images(data.train) else tokenizer
@@ -141,9 +144,7 @@ def main(
     student = student or prune(model_args, cut_args, training_args)
     method = student.method(training_args.method)
     training_args.method = method.name
-    if training_args.teacher in (None, student.base):  # the very weights that the layers were dropped from
-        training_args.teacher = student.base
-        training_args.teacher_revision = training_args.teacher_revision or student.revision
+    student.let_base_teach(training_args)
     rows = data.train
     if rows is None or row_args.rewrite_answers:
         rows = write_rows(rows, row_args, training_args, student, tokenizer)
@@ -202,8 +203,10 @@ def check(
     from hf_layerprune.heal.student import Student, cut_of
     from hf_layerprune.runtime.loading import load_config
 
-    for folder in (Path(str(training_args.output_dir)) / name for name in ("model", "adapter")):
-        if os.path.lexists(folder):
+    model, adapter = (Path(str(training_args.output_dir)) / name for name in ("model", "adapter"))
+    goes_on = str(training_args.resume_from_checkpoint).lower() == "true" and os.path.lexists(model)
+    for folder in (model, adapter):
+        if os.path.lexists(folder) and not goes_on:
             raise CheckpointError(f"{folder} exists already; choose another --output_dir, or remove it")
     if any(getattr(args, "trust_remote_code", False) for args in (training_args, model_args)):
         raise CutError("models that need code of their own can't be healed; leave --trust_remote_code out")
@@ -326,6 +329,22 @@ def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> Path:
         shutil.rmtree(trained, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return output / "model"
+
+
+def go_on(
+    folder: Path,
+    student: Student,
+    training_args: HealConfig,
+    evaluation: EvalRequest | None,
+    hub: PushRequest | None,
+) -> list[str]:
+    """Finish a run that was stopped after its model was complete. Returns the requirements that it misses."""
+    student.check_healed(folder)
+    logger.warning("%s is complete, so it is not trained again, whatever the settings", folder)
+    student.let_base_teach(training_args)
+    missed = finish(folder, training_args, evaluation, hub) if training_args.process_index == 0 else []
+    training_args.distributed_state.destroy_process_group()
+    return missed
 
 
 @whole_models()

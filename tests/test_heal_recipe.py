@@ -221,6 +221,30 @@ def test_killed_and_resumed_is_as_if_nothing_had_been(
     assert ["seconds" in entry for entry in entries] == [False, True]  # those before the kill are not known
 
 
+def test_killed_in_the_evaluation_and_resumed(
+    recipe: ModuleType, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The model is complete then: it is measured, and not trained again. That of another run is left alone."""
+    tasks = {"eval_from": write_tasks(tmp_path / "tasks", 4), "eval_tasks": "asked", "eval_texts": "none"}
+    arguments = words(base, tmp_path / "run", max_steps=1, **tasks)
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_layerprune.measure.evaluate.evaluate", lambda request: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(recipe, arguments)
+    model = tmp_path / "run" / "model"
+    entries, resumed = Lineage.of(model).entries, [*arguments, "--resume_from_checkpoint", "true"]
+    run(recipe, resumed)
+    assert f"{model} is complete, so it is not trained again" in caplog.text
+    assert Lineage.of(model).entries == entries
+    assert "asked" in (model / "metrics.json").read_text()
+    assert (model / "README.md").is_file()
+    with pytest.raises(CheckpointError, match="model exists already"):
+        run(recipe, arguments)
+    shutil.rmtree(tmp_path / "run" / "pruned")  # cut again, it has another history
+    with pytest.raises(CheckpointError, match="model is not from this run; choose another --output_dir, or remove it"):
+        run(recipe, resumed)
+
+
 def test_a_run_that_is_stopped_halfway_is_not_finished(
     recipe: ModuleType, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, cause_of
+from ..families.layout import find_decoder_layers
 from ..runtime.head import Head
-from ..runtime.parts import TrialError, close, evaluating, trial
+from ..runtime.parts import TrialError, close, evaluating, hooked, trial
 from ..runtime.prefix import Prefix, first_trained_layer
 from .batches import Precomputed
 from .placement import is_spread
@@ -145,7 +146,7 @@ class _Run:
             self.model.eval()
             if not close(again, recorded):
                 return "their output differs in training mode, as with dropout"
-            if not self._are_apart(lambda inputs, _: prefix.run(**inputs)[prefix.depth]):
+            if not self._are_apart(lambda inputs, _: prefix.run(**inputs)[prefix.depth], self.model):
                 return "their output for a row depends on the other rows of the batch"
             prefix.skip()
             states = output.states(**prefix.put(recorded, inputs), use_cache=False)
@@ -177,7 +178,8 @@ class _Run:
         if cache.missing():
             teacher.model.to(self.device)
             with self._inference():
-                if self.collator.padding_free and not self._are_apart(run):
+                first = teacher.shared_depth
+                if self.collator.padding_free and not self._are_apart(run, teacher.model, first):
                     raise LayerPruneError(
                         f"{self.args.teacher_setting} needs rows that are kept apart, and in this model, those that share a sequence "
                         "see each other; pass packing_strategy=wrapped, or leave out packing and padding_free"
@@ -190,14 +192,50 @@ class _Run:
         inputs = self._inputs(rows)
         return self.collator.parted(run(inputs, rows), [self.lengths[row] for row in rows], inputs)
 
-    def _are_apart(self, run: _Pass) -> bool:
-        """Whether the states of the first rows are the same alone as in one batch, within the precision of the pass."""
+    def _are_apart(self, run: _Pass, model: Any, first: int = 0) -> bool:
+        """Whether the states of the first rows don't depend on the other rows in their batch.
+
+        If they are not the same alone, within the precision of the pass, that may be rounding: it sends tokens to other
+        experts. Gradients then tell, since those of masked tokens are exactly 0.
+
+        Args:
+            run (`Callable`): The pass.
+            model (`PreTrainedModel`): What it runs.
+            first (`int`, defaults to 0): The first of the model's layers that it runs.
+        """
         rows, device = list(range(min(2, len(self.datasets[0])))), self.device.type
         mixed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return all(
+        if all(
             close(self._states(run, [row])[0], part.to(dtype=mixed))
             for row, part in zip(rows, self._states(run, rows), strict=True)
-        )
+        ):
+            return True
+        try:
+            return self._pass_no_gradients(run, rows, find_decoder_layers(model).layers[first])
+        except (RuntimeError, TypeError, ValueError, MemoryError) as error:  # such as a kernel without gradients
+            logger.info("gradients can't tell whether rows are kept apart: %s", cause_of(error))
+            return False
+
+    def _pass_no_gradients(self, run: _Pass, rows: list[int], layer: torch.nn.Module) -> bool:
+        """Whether the states of each row have gradients in that row alone, at the input of the first layer that runs."""
+        starts: list[torch.Tensor] = []
+
+        def start(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if starts:  # some models run a layer several times
+                return None
+            starts.append((args[0] if args else kwargs["hidden_states"]).detach().requires_grad_())
+            given = starts[0].clone()  # the layer may change it in place
+            return ((given, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": given})
+
+        lengths, found = [self.lengths[row] for row in rows], []
+        with torch.inference_mode(False), torch.enable_grad():
+            inputs = self._inputs(rows)
+            with hooked(layer.register_forward_pre_hook(start, with_kwargs=True)):
+                parts = self.collator.parted(run(inputs, rows), lengths, inputs)
+            for part in parts:  # a norm's output has the same sum, and sum of squares, whatever its input
+                (of,) = torch.autograd.grad(part, starts, part.detach() ** 2, retain_graph=True)
+                found.append([bool(one.any()) for one in self.collator.parted(of, lengths, inputs)])
+        return all(reached == (one == other) for one in rows for other, reached in zip(rows, found[one], strict=True))
 
     def _fill(self, cache: StateCache, run: _Pass, description: str) -> None:
         tokens = _CPU_TOKENS if self.device.type == "cpu" else _DEVICE_TOKENS

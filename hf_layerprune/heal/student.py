@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
     from trl import ModelConfig
 
+    from .config import HealConfig
+
 logger = logging.getLogger(__name__)
 
 # In the name of a tensor of a decoder layer, the layer's index and what follows.
@@ -88,6 +90,23 @@ class Student:
         )
         logger.info("method=auto is %s: %s", method.name, why)
         return method
+
+    def let_base_teach(self, args: HealConfig) -> None:
+        """Make the very weights that the layers were dropped from the teacher, unless `args` names another one."""
+        if args.teacher in (None, self.base):
+            args.teacher = self.base
+            args.teacher_revision = args.teacher_revision or self.revision
+
+    def check_healed(self, folder: Path) -> None:
+        """Check that a folder holds this model after one more stage, which healed it.
+
+        Raises:
+            CheckpointError: It holds something else.
+        """
+        before, after = (Lineage.of(one) or Lineage({}) for one in (self.folder, folder))
+        *earlier, last = after.entries or [{}]
+        if last.get("stage") != "heal" or earlier != before.entries:
+            raise CheckpointError(f"{folder} is not from this run; choose another --output_dir, or remove it")
 
 
 def cut_of(config: PreTrainedConfig) -> Cut | None:

@@ -83,6 +83,11 @@ class Teacher:
         """Whether it starts from the output of the student's frozen layers."""
         return self._prefix is not None
 
+    @property
+    def shared_depth(self) -> int:
+        """How many layers it does not run, because it starts from their output."""
+        return 0 if self._prefix is None else self._prefix.depth
+
     def states(self, inputs: dict[str, torch.Tensor], shared: torch.Tensor | None) -> torch.Tensor:
         """The last hidden states of some rows, `[batch, seq, width]`: the input of `head`, after the features if any.
 
