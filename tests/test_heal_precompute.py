@@ -161,6 +161,13 @@ def test_computed_once_in_other_families(model_type: str, tmp_path: Path) -> Non
     assert once == pytest.approx(without, rel=1e-6)
 
 
+def test_a_layer_that_the_student_lacks_needs_more_than_hidden_states(tmp_path: Path) -> None:
+    """Of gemma4's last layers, each takes the keys and values of one before; that of a dropped one is frozen."""
+    bench = Bench(tmp_path, "gemma4_unified_text")
+    without, once = (bench.losses(cache=cache, loss="kd", max_steps=2) for cache in ("off", "on"))
+    assert once == pytest.approx(without, rel=1e-6)
+
+
 def test_bfloat16(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     settings = {"bf16": True, "learning_rate": 1e-3}

@@ -16,6 +16,7 @@ from ..errors import LayerPruneError
 from ..runtime.head import Head, OutputHead
 from ..runtime.loading import load_base
 from ..runtime.memory import free_memory
+from ..runtime.parts import TrialError, close, probe_ids, trial
 from ..runtime.prefix import Prefix
 from .placement import is_spread, runnable_where_it_is
 from .store import hash_tensors
@@ -72,11 +73,24 @@ class Teacher:
         if prefix is None or source is student:
             return
         own = Prefix(source, prefix.depth, needs_ids=prefix.needs_ids)
-        if own.computes_as(prefix):
-            own.returns = prefix.returns
-            own.skip()
+        if own.computes_as(prefix) and self._starts_from(own):
             own.unload()
             self._prefix = own
+        else:
+            own.restore()
+
+    def _starts_from(self, prefix: Prefix) -> bool:
+        """Skip the prefix; whether its output is all that the other layers need, also those that the student lacks."""
+        inputs = {"input_ids": probe_ids(self.model, 8)}
+        try:
+            with trial(), torch.inference_mode(), runnable_where_it_is(self.model):
+                with prefix.recorded() as states:
+                    wanted = self._output.states(**inputs, use_cache=False)
+                prefix.skip()
+                found = self._output.states(**prefix.put(states[prefix.depth], inputs), use_cache=False)
+        except TrialError:
+            return False
+        return close(found, wanted)
 
     @property
     def shares(self) -> bool:
