@@ -274,7 +274,7 @@ def test_a_model_that_is_too_large_for_a_device_is_timed_where_it_is(
     [
         (
             ["--target-size", "1KB"],
-            "dropping 7 layers leaves 65.11KB, which is 64.11KB too much; raise the target to ",
+            "dropping 7 layers leaves 65.11 kB, which is 64.11 kB too much; raise the target to ",
         ),
         (["--target-params", "1M"], "is met by the model as it is (70.18K), so there is nothing to drop"),
         (["--target-memory", "200KB", "--context", "999"], "context=999 is more than the 128 positions"),

@@ -60,8 +60,8 @@ def spell_count(count: float) -> str:
 
 
 def spell_bytes(size: float) -> str:
-    """Format a number of bytes: `12.6GB`."""
-    return _spell(size, {unit: size for unit, size in _BYTES.items() if "I" not in unit and size > 1}, "B")
+    """Format a number of bytes: `12.6 GB`."""
+    return _spell(size, {" TB": 10**12, " GB": 10**9, " MB": 10**6, " kB": 10**3}, " B")
 
 
 def plural(count: int, noun: str) -> str:

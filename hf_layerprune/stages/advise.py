@@ -21,6 +21,7 @@ from ..heal.frontier import Expected, Frontier
 from ..layer_ranges import parse_layers
 from ..options import COUNTED_BY, CutOptions, declared, refuse_unused, spell_count, take, words_of
 from ..records.curve import quality_of
+from ..records.figures.numbers import number
 from ..runtime.loading import load_config
 from ..runtime.windows import context_of
 from ..select.sets import drop_count, free_layers
@@ -264,7 +265,7 @@ def _passes(settings: dict[str, Any]) -> str:
     """How often the text is trained on, and on what first."""
     if "features" not in settings:
         return "each once"
-    return f"in {settings['num_train_epochs']} epochs, with the first {settings['features']:.0%} of the steps on hidden states"
+    return f"in {settings['num_train_epochs']} epochs, with the first {100 * settings['features']:.0f} % of the steps on hidden states"
 
 
 def _told(request: AdviseRequest, frontier: Frontier, expected: dict[int, Expected], n: int, record: Any) -> str:
@@ -279,7 +280,7 @@ def _told(request: AdviseRequest, frontier: Frontier, expected: dict[int, Expect
     if tokens:
         lines.append(
             f"\n{minutes} is enough to heal on about {spell_count(float(f'{tokens:.2g}'))} tokens of text "
-            f"({record['tokens_per_second']:g} tokens a second), {_passes(record['settings'])}."
+            f"({number(record['tokens_per_second'])} tokens a second), {_passes(record['settings'])}."
         )
     else:
         lines.append(

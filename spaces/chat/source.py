@@ -17,6 +17,8 @@ from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 NO_REPEAT_NGRAM = 5  # what a card advises, for models that declare nothing against repetition
+# What to do for access, in a Space and elsewhere.
+_TOKEN = f"{'give this Space a secret named HF_TOKEN with' if 'SPACE_ID' in os.environ else 'set HF_TOKEN to'} a token"
 MAX_CONTEXT = int(os.environ.get("MAX_CONTEXT", 8192))  # tokens; less if the model's own context is shorter
 
 Message = dict[str, Any]  # `role`, `content` as text and, where there are any, `images` as paths
@@ -209,15 +211,9 @@ def explain(model: str, error: BaseException) -> str:
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)
     if any(isinstance(cause, GatedRepoError) for cause in causes):
-        return (
-            f"{model} is gated. Ask for access on its page, then give this Space a secret named HF_TOKEN "
-            "with a token that has it."
-        )
+        return f"{model} is gated. Ask for access on its page, then {_TOKEN} that has it."
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
-        return (
-            f"{model} is not on the Hub, or it is private. If it is private, give this Space a secret named HF_TOKEN "
-            "with a token that may read it."
-        )
+        return f"{model} is not on the Hub, or it is private. If it is private, {_TOKEN} that may read it."
     if isinstance(error, ImportError) and "hf_layerprune" in str(error):
         return f"{model} is an adapter, which needs hf-layerprune: add it to requirements.txt."
     text = " ".join(str(error).split()) or type(error).__name__
