@@ -62,13 +62,16 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, s
     folder = tmp_path_factory.mktemp("plain")
     site = folder / "site"
     site.mkdir()
+    tops: dict[str, Path] = {}  # several packages may share one, as those of CUDA do
     for name in needed():
         try:
             files = distribution(name).files or []
         except PackageNotFoundError:
             continue
         for top in {Path(str(file)).parts[0] for file in files} - {"..", "__pycache__"}:
-            (site / top).symlink_to(distribution(name).locate_file(top))  # type: ignore[arg-type]
+            tops[top] = Path(str(distribution(name).locate_file(top)))
+    for top, place in tops.items():
+        (site / top).symlink_to(place)
     base = write_model(folder / "base")
     path = os.pathsep.join([str(site), str(ROOT)])
     done = subprocess.run(
