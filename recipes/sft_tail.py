@@ -63,7 +63,7 @@ except ImportError:
 from hf_layerprune.errors import CheckpointError, CutError, LayerPruneError, boundary, explain, shown, wants_traceback
 from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.options import FinishOptions, RowOptions
-from hf_layerprune.options import DTYPES, CutOptions, arguments, take
+from hf_layerprune.options import DTYPES, CutOptions, arguments, refuse_unused, take
 from hf_layerprune.records.requirements import RequireOptions
 from hf_layerprune.runtime.model_class import whole_models
 from hf_layerprune.stages.requests import PruneRequest
@@ -258,6 +258,7 @@ def eval_request(folder: Path, base: str | None, measure_args: MeasureArguments)
     if not (measure_args.eval_tasks or measure_args.eval_texts or measure_args.eval_from):
         if measure_args.require:
             raise CutError("--require needs numbers; say what to measure: --eval_tasks, --eval_texts or --eval_from")
+        refuse_unused(measure_args, ("eval_limit",), "without --eval_tasks or --eval_from")
         return None
     request = EvalRequest(
         str(folder),

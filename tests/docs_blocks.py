@@ -119,7 +119,10 @@ def _hf_layerprune(words: list[str]) -> None:
         build_parser().parse_args(words)
         return
     reads_text = words[0] != "prune" or {"--repair", "--from-curve", "auto"} & set(words)
-    code = main([*words, *(SHORT.get(words[0], []) if reads_text else [])])
+    more = SHORT.get(words[0], []) if reads_text else []
+    if {"--tasks", "--tasks-from"} & {*words} and "--text" not in words:
+        more = more[:2]  # no windows of texts
+    code = main([*words, *more])
     # A random model may miss what a page requires of a real one.
     assert code in ((0, 1) if "--require" in words else (0,)), f"exit code {code}"
 

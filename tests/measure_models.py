@@ -25,7 +25,7 @@ SMALL = {"length": 64, "windows": 8}
 
 def measure(model: Path | str, folder: Path | None, **more: Any) -> Metrics:
     """Measure a model as `eval` does, with the tasks of a folder."""
-    return evaluate(EvalRequest(str(model), tasks_from=folder, **SMALL | more))
+    return evaluate(EvalRequest(str(model), tasks_from=folder, **(SMALL if more.get("texts") != () else {}) | more))
 
 
 def byte_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:

@@ -288,6 +288,12 @@ def test_ruined_models_are_recorded(base: Path, tasks: Path, tmp_path: Path, cap
         (["--tasks", "none", "--text", "none"], 2, "nothing to measure"),
         (["--tasks", "none", "--text", "missing.txt"], 2, "text missing.txt is not a file"),
         (["--tasks", "asked", "--num-fewshot", "24", "--answers", "no"], 1, "use fewer few-shot examples"),
+        (
+            ["--tasks", "none", "--limit", "3", "--batch-size", "2"],
+            2,
+            "limit and batch_size have no effect without tasks",
+        ),
+        (["--text", "none", "--length", "32"], 2, "length has no effect without texts"),
         (["--length", "513"], 2, "length=513 is more than the 512 positions"),
         (["--device", "gpu"], 2, "'gpu' is not a device"),
         (["--device", "cuda:7"], 2, "'cuda:7' is not a device"),

@@ -216,6 +216,8 @@ def test_without_output_or_text(base: Path, capsys: pytest.CaptureFixture[str], 
             "lengths has no effect with criterion taylor and random",
         ),
         (["--criterion", "magnitude_l1", *FEW], "calibration_samples and calibration_length have no effect"),
+        (["--criterion", "kl", "--variant", "paper", *FEW], "variant has no effect with criterion kl, of which there"),
+        (["--criterion", "kl", "--repair", "linear", *FEW], "repair has no effect on scores, unlike on a curve"),
         (["--device", "tpu9", "--criterion", "kl", *FEW], "'tpu9' is not a device of this machine"),
     ],
 )

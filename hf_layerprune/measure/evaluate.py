@@ -6,10 +6,12 @@ metrics = evaluate(EvalRequest("pruned", base="org/base", tasks=("paper",)))
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CutError, LayerPruneError, boundary
+from ..options import refuse_unused
 from ..records.metrics import Metrics
 from ..records.requirements import check_measurable
 from ..runtime.windows import length_within
@@ -44,8 +46,8 @@ def evaluate(request: EvalRequest) -> Metrics:
         `Metrics`: The numbers, including those that the file already had. `outcomes` says which requirements they meet.
 
     Raises:
-        CutError: A task, a text or a device is unknown, windows are longer than a model's context, or a requirement is
-            about something that is not measured.
+        CutError: A task, a text or a device is unknown, windows are longer than a model's context, a requirement is
+            about something that is not measured, or an option has no effect.
         CheckpointError: A model can't be read, or existing numbers belong to other weights.
         LayerPruneError: A task or text is not available, or the model and its base can't be compared.
     """
@@ -61,12 +63,21 @@ def check_request(request: EvalRequest) -> None:
         request (`EvalRequest`): The evaluation, whose model need not exist yet. Its tasks and texts are loaded.
 
     Raises:
-        CutError: A task or text is unknown, or a requirement is about something that is not measured.
+        CutError: A task or text is unknown, a requirement is about something that is not measured, or an option has no
+            effect.
         LayerPruneError: A task or text is not available.
     """
     texts, tasks = [text.name for text in _texts_of(request)], [*_tasks_of(request)]
+    _refuse_unused(request, tasks, texts)
     if request.require:
         check_measurable(request.require, Metrics(""), tasks=tasks, texts=texts, base=request.base is not None)
+
+
+def _refuse_unused(request: EvalRequest, tasks: Collection[str], texts: Collection[Any]) -> None:
+    if not tasks:
+        refuse_unused(request, ("limit", "num_fewshot", "batch_size", "answers"), "without tasks")
+    if not texts:
+        refuse_unused(request, ("length", "windows"), "without texts")
 
 
 def _tasks_of(request: EvalRequest) -> dict[str, TaskDict]:
@@ -109,6 +120,7 @@ class _Evaluation(Measurement):
         self.settings |= {"limit": request.limit} if request.limit is not None else {}
         if not self.tasks and not self.texts:
             raise CutError("there is nothing to measure; specify tasks or texts")
+        _refuse_unused(request, self.tasks, self.texts)
         check_media_tasks(self.tasks, self.subjects[::-1], request.num_fewshot)
         if request.require is not None:
             texts = [text.name for text, *_ in self.texts]

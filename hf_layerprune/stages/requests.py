@@ -176,6 +176,10 @@ class RankRequest(WalkOptions, CalibrationOptions, ChoiceOptions):
                 refuse_unused(self, ("lengths",), why)
             if not any(criterion.needs == "text" for criterion in criteria):
                 refuse_unused(self, TEXT_OPTIONS, why)
+            if not any(criterion.has_variant for criterion in criteria):
+                refuse_unused(self, ("variant",), f"{why}, of which there is one definition")
+            if "auto" not in self.criteria:
+                refuse_unused(self, ("repair",), "on scores, unlike on a curve and with criterion auto")
 
 
 @documented

@@ -257,6 +257,8 @@ class Runner:
         if said.pop("merged_in_4_bits", False):
             model = str(self._merge_in_4_bits(plan, folder))
         tasks, texts, files = said.pop("tasks"), said.pop("texts"), said.pop("tasks_from", None)
+        if not texts:
+            said = {name: value for name, value in said.items() if name not in ("length", "windows")}
         metrics = evaluate(
             EvalRequest(
                 model,
