@@ -175,6 +175,11 @@ def main(
                     f"training was stopped after {trainer.state.global_step} of {trainer.state.max_steps} steps; go on with "
                     "--resume_from_checkpoint true"
                 )
+            if trainer.state.global_step > trainer.state.max_steps:
+                raise LayerPruneError(
+                    f"the checkpoint to resume from has {trainer.state.global_step} steps, and training ends after "
+                    f"{trainer.state.max_steps}; train for longer, or specify an earlier checkpoint"
+                )
     if trainer.resumed:
         del entry["seconds"]  # of the last part alone
     entry |= {"data": describe_rows(trainer.numbered_datasets, data.parts, row_args.rewrite_answers)}

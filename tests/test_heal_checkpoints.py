@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
-from hf_layerprune.errors import LayerPruneError
+from hf_layerprune.errors import CheckpointError, LayerPruneError
 from hf_layerprune.heal.checkpoints import last_checkpoint
 from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.trainer import HealTrainer
@@ -48,6 +48,14 @@ def test_resumed_equals_uninterrupted(llama: Bench, tmp_path: Path, cache: str) 
     assert losses(resumed) == losses(whole)
     for name, parameter in tuned(whole).items():
         assert torch.equal(parameter, tuned(resumed)[name]), name
+
+
+@pytest.mark.parametrize("method", ["last1", "last3"])
+def test_resuming_with_other_weights(llama: Bench, tmp_path: Path, method: str) -> None:
+    settings = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2}
+    llama.trainer("last2", max_steps=2, **settings).train()
+    with pytest.raises(CheckpointError, match=r"can't resume .*checkpoint-2: .*; train the same weights as it does"):
+        llama.trainer(method, max_steps=4, **settings).train(resume_from_checkpoint=True)
 
 
 def test_resuming_without_a_checkpoint_starts(llama: Bench, tmp_path: Path) -> None:

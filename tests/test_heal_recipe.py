@@ -245,6 +245,15 @@ def test_killed_in_the_evaluation_and_resumed(
         run(recipe, resumed)
 
 
+def test_resuming_after_the_end(recipe: ModuleType, base: Path, healed: tuple[Path, str], tmp_path: Path) -> None:
+    """Nothing would be trained, and the history would have settings that the model was not trained with."""
+    for name in ("pruned", "checkpoint-16"):
+        shutil.copytree(healed[0] / name, tmp_path / "run" / name)
+    with pytest.raises(LayerPruneError, match="has 16 steps, and training ends after 8; train for longer"):
+        run(recipe, words(base, tmp_path / "run", num_train_epochs=1, resume_from_checkpoint="true"))
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_a_run_that_is_stopped_halfway_is_not_finished(
     recipe: ModuleType, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..errors import CutError, LayerPruneError
+from ..errors import CutError, LayerPruneError, boundary
 from ..families import check_stage
 from ..runtime.head import OutputHead
 from ..runtime.precision import in_fast_precision
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_RESUMED = "train the same weights as it does, or start in another --output_dir"
 _SAME = 1e-9  # Shares of the steps that are closer are the same.
 
 
@@ -270,6 +271,14 @@ class HealTrainer(SFTTrainer):
         if prefix is not None and self.model is self.plain_model:  # a whole model, not an adapter
             state_dict = (state_dict or self.model.state_dict()) | prefix.state_dict()
         super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        with boundary(f"can't resume {resume_from_checkpoint}", _RESUMED):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with boundary(f"can't resume {checkpoint}", _RESUMED):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Of a whole model's checkpoint, the frozen layers are not loaded: they were taken out, and are the same."""
