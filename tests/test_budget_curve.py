@@ -362,6 +362,29 @@ def test_a_model_that_can_not_be_repaired_has_a_curve(tmp_path: Path) -> None:
     assert len(str(curve).splitlines()) == 6
 
 
+def test_a_curve_ends_where_no_cut_has_a_number(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is complete as far as it goes, and starting it again tries the next depth again."""
+    model.save_pretrained(tmp_path / "base")
+    real, deepest = Search.point, 2
+
+    def point(self: Search, count: int) -> dict[str, Any]:
+        if count > deepest:
+            raise CutError("every cut overflows")
+        return real(self, count)
+
+    monkeypatch.setattr(Search, "point", point)
+    options = {"calibration": "self", "calibration_samples": 8, "calibration_length": 8, "context": 16, "drop": 1}
+    for deepest in (2, 3, 0):
+        curve = quality_curve(str(tmp_path / "base"), tmp_path / "curve", curve_up_to=4, **options)
+        assert len(curve.points) == max(deepest, 3 - (deepest == 2))
+        assert (tmp_path / "curve" / "curve.png").is_file()
+        assert f"the curve ends at {len(curve.points)} layers: every cut overflows" in caplog.text
+    with pytest.raises(CutError, match="every cut overflows"):
+        quality_curve(str(tmp_path / "base"), None, curve_up_to=4, **options)
+
+
 def test_the_knee() -> None:
     def curve(*kls: float) -> list[dict[str, Any]]:
         return [{"cut": {"kl": kl}} for kl in kls]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
-from hf_layerprune import LayerDropConfig, prune_with
+from hf_layerprune import CheckpointError, LayerDropConfig, prune_with
 from hf_layerprune.errors import CutError
 from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.stage import write_healed
@@ -80,6 +80,28 @@ def test_where_memory_is_short_it_stays_and_that_is_said(
         model = in_fast_precision(tiny_model("llama").bfloat16())
     assert model.dtype == torch.bfloat16
     assert "not enough memory" in caplog.text
+
+
+@pytest.mark.parametrize("repair", [None, "linear"])
+def test_what_overflows_float16_is_pruned_in_another_type(repair: str | None, tmp_path: Path) -> None:
+    """As the error says, by the command line or in Python."""
+    model = tiny_model("gpt2")
+    with torch.no_grad():
+        for i in (2, 3):
+            model.transformer.h[i].mlp.c_proj.bias[0] += 4e4
+    model.half().save_pretrained(tmp_path / "base")
+    config = LayerDropConfig(
+        base_model_name_or_path=str(tmp_path / "base"), criterion="kl", drop=1, repair=repair, calibration="self",
+        calibration_samples=8, calibration_length=8,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+        with pytest.raises(
+            CheckpointError, match=r"overflow float16; load the model in bfloat16 or float32 \(--dtype"
+        ):
+            prune_with(config)
+        for dtype in ("float32", torch.bfloat16):
+            assert prune_with(config, dtype=dtype).dtype == (torch.float32 if dtype == "float32" else dtype)
 
 
 def test_repair_and_ranking(slow: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from hf_layerprune import CheckpointError, CutError, LayerDropConfig, UnsupportedModelError, prune_with
 from hf_layerprune.calibration.rows import CalibrationSet
 from hf_layerprune.cut.memory import drop_layers
+from hf_layerprune.layer_ranges import format_layers
 from hf_layerprune.options import CutOptions
 from hf_layerprune.repair.fit import fit_repair
 from hf_layerprune.runtime import divergence
@@ -25,7 +26,7 @@ from hf_layerprune.select import ALL, taylor, trials
 from hf_layerprune.select.cost import announce, runs_of
 from hf_layerprune.select.runner import choose_layers, score_layers
 from hf_layerprune.select.scores import Scores
-from hf_layerprune.select.search import HELD_OUT
+from hf_layerprune.select.search import HELD_OUT, Search
 from hf_layerprune.select.sets import block_sums, lowest_block, lowest_layers, neighbours, rounds
 from hf_layerprune.select.trials import Trial, layer_runs, try_out
 
@@ -350,10 +351,68 @@ def test_no_cut_is_left(overflowing: Any, text: CalibrationSet) -> None:
             with pytest.raises(CutError, match="only 0 of the layers that may be dropped have a score"):
                 choose_layers(overflowing, text, chosen)
         else:
-            with pytest.raises(CutError, match="every cut of this size overflows the model's data type"):
+            with pytest.raises(
+                CutError, match="every cut of this size that was tried overflows the model's data type"
+            ):
                 choose_layers(overflowing, text, chosen)
-    with pytest.raises(CutError, match="every cut of this size overflows"):
+    with pytest.raises(CutError, match="every cut of this size that was tried overflows"):
         choose_layers(overflowing, text, CutOptions(max_kl=0.9, protect_first=2, protect_last=5))
+
+
+def test_a_search_without_a_next_layer_takes_a_block(
+    overflowing: Any, text: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stuck(self: Search) -> int:
+        raise CutError("no layer can go next")
+
+    monkeypatch.setattr(Search, "_next", stuck)
+    choice = choose_layers(overflowing, text, CutOptions(drop=2, criterion="auto"))
+    assert {one["found_by"] for one in choice.details["short_list"]} == {"best block"}
+    search = Search(LayerWalk(overflowing), text, range(8), CutOptions(drop=2))
+    assert search.point(2)["found_by"] == "best block"
+    with pytest.raises(CutError, match="no layer can go next"):
+        search.nested_beside((), 2)
+
+
+@pytest.mark.parametrize("left", [1, 0])
+def test_where_the_best_set_overflows_on_other_rows_the_next_one_is_measured(
+    left: int, text: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = Search(LayerWalk(tiny_model("llama")), text, range(8), CutOptions(drop=2, contiguous=True))
+    first, second, *_ = search.best(2)
+    real = try_out
+
+    def broken(walk: Any, rows: CalibrationSet, trials: Any) -> Any:
+        outcomes = real(walk, rows, trials)
+        for trial, outcome in zip(trials, outcomes, strict=True):
+            if rows is search.judging and (not left or trial.drop == first):
+                outcome.kl = math.nan
+        return outcomes
+
+    monkeypatch.setattr("hf_layerprune.select.search.try_out", broken)
+    if left:
+        assert search.point(2)["layers"] == format_layers(second)
+    else:
+        with pytest.raises(CutError, match="every cut of this size that was tried overflows"):
+            search.point(2)
+
+
+def test_no_block_is_no_overflow(overflowing: Any, text: CalibrationSet) -> None:
+    """Also where a block of another length did overflow."""
+    search = Search(LayerWalk(overflowing), text, {0, 1, 2, 4}, CutOptions(drop=2, contiguous=True))
+    assert (1, 2) not in search.blocks(2)
+    with pytest.raises(CutError, match="no block of 4 layers may be dropped"):
+        search.best(4)
+
+
+def test_where_every_cut_overflows_other_criteria_have_scores(
+    text: CalibrationSet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("hf_layerprune.select.runner.comparable", lambda *_: {})
+    assert [*score_layers(tiny_model("llama"), text, ["kl", "block_influence"])] == ["block_influence"]
+    assert "kl is left out: every cut of this size" in caplog.text
+    with pytest.raises(CutError, match="every cut of this size"):
+        score_layers(tiny_model("llama"), text, ["kl"])
 
 
 @pytest.mark.parametrize("criterion", ["kl", "auto"])

@@ -115,7 +115,7 @@ def measure(cut: str, number: int, setting: Setting) -> dict[str, Any]:
         str(folder), base=str(dense(setting)), tasks_from=setting.data, device=setting.device,
         texts=tuple(str(path) for path in sorted(setting.data.glob("*.txt"))),
         limit=2 if setting.tiny else None, windows=2 if setting.tiny else None,
-        length=16 if setting.tiny else 1024, force=True,
+        length=16 if setting.tiny else None, force=True,
     )  # fmt: skip
     metrics = evaluate(request)
     found: dict[str, Any] = {}

@@ -130,7 +130,8 @@ def _load(
 def look_at_dense(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepared:
     """Choose the layers and fit the repair on a config's base, of which only a layer at a time is in memory.
 
-    A GGUF file is unpacked as a whole, to the `dtype` in `kwargs`. The config's `drop_layers` is filled in.
+    A GGUF file is unpacked as a whole, to the `dtype` in `kwargs`, and a float16 base computes in it, since float16 may
+    overflow where the pruned model will not. The config's `drop_layers` is filled in.
 
     Raises:
         CutError: The base is cut already, or the repair is impossible.
@@ -142,12 +143,16 @@ def look_at_dense(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepared:
     packed = resolve_base(base, kwargs.get("gguf_file"))[1] is not None
     model = load_base(base, dtype=kwargs.get("dtype", UNPACKED) if packed else "auto", **others)
     families.check_supported(model.config)
-    # The new weights are stored in the types of the old ones, whatever they are computed in.
-    types = [{name: p.dtype for name, p in layer.named_parameters()} for layer in find_decoder_layers(model).layers]
     device = torch.accelerator.current_accelerator(check_available=True)
     target = None
     if config.drop_layers is None:  # sizes and times are those of the type in which the base is
         target = Target.of(config, model.config, base, revision=others.get("revision"), model=model, device=device)
+    asked = kwargs.get("dtype", kwargs.get("torch_dtype"))
+    asked = getattr(torch, asked, None) if isinstance(asked, str) else asked
+    if model.dtype == torch.float16 and isinstance(asked, torch.dtype) and not getattr(model, "is_quantized", False):
+        model.to(asked)
+    # The new weights are stored in the types of the old ones, whatever they are computed in.
+    types = [{name: p.dtype for name, p in layer.named_parameters()} for layer in find_decoder_layers(model).layers]
     if device is None and needs_text(config):
         in_fast_precision(model)
     prepared = prepare(config, model, target=target, device=device)

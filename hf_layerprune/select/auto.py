@@ -44,10 +44,10 @@ def choose(
     search = Search(walk, calibration, free, choice)
     scored = search.blocks(count)
     sets = dict.fromkeys(sorted(scored, key=scored.__getitem__)[:_SHORT_LIST], BLOCK)
-    if not choice.contiguous and count > 1:
-        sets.setdefault(search.nested(count), GREEDY)
-    elif not sets:
-        search.lowest({}, count)  # raises the error that no block may be dropped
+    if choice.contiguous or count == 1:
+        search.lowest(scored, count)  # raises the error that no block may be dropped
+    elif (nested := search.nested_beside(sets, count)) is not None:
+        sets.setdefault(nested, GREEDY)
     logger.info("short list: %s", "; ".join(map(format_layers, sets)))
     judged, rows = search.judge(sets.items()), len(search.judging)
     short_list = [

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..calibration.rows import CalibrationSet, held_out_rows
 from ..errors import CutError
 from ..layer_ranges import format_layers, name_layers
+from ..options import plural
 from ..runtime.walk import LayerWalk
 from .scores import Choice
 from .search import BLOCK, GREEDY, HELD_OUT, Candidate, Search
@@ -104,10 +105,13 @@ def choose(
             if count in judged and judged[count][0].drop == drop:
                 return room(judged[count][1], budget, limit) >= 0
             (candidate,) = search.judge([(drop, found_by)])
-        except CutError:
+        except CutError as error:
             if count == 1:
                 raise
-            return False  # no set of that size may be dropped, can be repaired, and has a KL
+            logger.info(
+                "%s: %s", plural(count, "layer"), error
+            )  # no set may be dropped, can be repaired, and has a KL
+            return False
         figures = candidate.outcome.quality(search.dense)
         logger.info("without %s: %s", name_layers(candidate.drop), _spelled(figures, budget))
         left = room(figures, budget, limit)

@@ -17,7 +17,7 @@ from ..errors import CheckpointError
 from ..repair.writers import Run
 from ..runtime.walk import Batch, LayerWalk
 from ..screen import progress_bar
-from .scores import Scores
+from .scores import WIDER, Scores
 
 # Tokens per batch: enough to keep the processor busy, few enough to keep a layer's activations small.
 BATCH_TOKENS = 4096
@@ -100,8 +100,7 @@ def not_finite(index: int, layer: nn.Module, dtype: torch.dtype) -> CheckpointEr
         return error
     name = str(dtype).removeprefix("torch.")
     return CheckpointError(
-        f"the hidden states that leave layer {index} are not finite: they overflow {name}; load the model in bfloat16 "
-        "or float32 (--dtype)"
+        f"the hidden states that leave layer {index} are not finite: they overflow {name}; load the model in {WIDER}"
     )
 
 
@@ -111,9 +110,6 @@ def damaged(index: int, layer: nn.Module) -> CheckpointError | None:
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
             why = "the checkpoint is damaged; use an intact copy"
             if parameter.dtype == torch.float16:
-                why = (
-                    "they overflow float16, or the checkpoint is damaged; load it in bfloat16 or float32 (--dtype), or use "
-                    "an intact copy"
-                )
+                why = f"they overflow float16, or the checkpoint is damaged; load it in {WIDER}, or use an intact copy"
             return CheckpointError(f"layer {index} has weights that are not finite, in {name}: {why}")
     return None

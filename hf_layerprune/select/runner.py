@@ -104,6 +104,8 @@ def score_layers(
             for i in alive:
                 for observer in observers.values():
                     observer.weights(i, layers[i])
+    if trials:
+        later |= _by_trial(walk, text, trials, variant, alive, lengths)
     for name, compute in later.items():
         try:
             scores[name] = compute()
@@ -112,8 +114,6 @@ def score_layers(
             if not wanted:
                 raise
             logger.warning("%s is left out: %s", name, error)
-    if trials:
-        scores |= _by_trial(walk, text, trials, variant, alive, lengths)
     return {criterion.name: scores[criterion.name] for criterion in wanted}
 
 
@@ -124,23 +124,24 @@ def _by_trial(
     variant: str,
     alive: Sequence[int],
     lengths: Sequence[int],
-) -> dict[str, Scores]:
-    """Scores by criteria that run the model without a layer or a block."""
+) -> dict[str, Callable[[], Scores]]:
+    """What computes the scores by criteria that run the model without a layer or a block, which it has done here."""
     gone = set(range(walk.num_layers)).difference(alive)
     sets: list[tuple[int, ...]] = [(i,) for i in alive] if 1 not in lengths else []
     for length in lengths:
         sets += neighbours(alive, length)
     outcomes = try_out(walk, text, [Trial(tuple(sorted(gone.union(layers)))) for layers in sets])
-    scores = {}
-    for criterion in criteria:
+
+    def scores(criterion: Criterion) -> Scores:
         values = {drop: getattr(outcome, criterion.name) for drop, outcome in zip(sets, outcomes, strict=True)}
         values = comparable(criterion.name, values)
         if {len(drop) for drop in values} != {len(drop) for drop in sets}:
             raise CutError(NOT_COMPARABLE)
         by_layer = [values.get((i,)) for i in range(walk.num_layers)]
         blocks = {layers: value for layers, value in values.items() if len(layers) in lengths}
-        scores[criterion.name] = Scores(criterion.name, criterion.variant(variant), tuple(alive), by_layer, blocks)
-    return scores
+        return Scores(criterion.name, criterion.variant(variant), tuple(alive), by_layer, blocks)
+
+    return {criterion.name: partial(scores, criterion) for criterion in criteria}
 
 
 def choose_layers(

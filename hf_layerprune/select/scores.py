@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-NOT_COMPARABLE = "every cut of this size overflows the model's data type; compare them with rank --dtype float32"
+# The types that hold what overflows float16, for messages.
+WIDER = "bfloat16 or float32 (--dtype of rank or prune)"
+NOT_COMPARABLE = f"every cut of this size that was tried overflows the model's data type; load it in {WIDER}"
 
 
 def comparable(criterion: str, cuts: Mapping[tuple[int, ...], float]) -> dict[tuple[int, ...], float]:
@@ -26,8 +28,8 @@ def comparable(criterion: str, cuts: Mapping[tuple[int, ...], float]) -> dict[tu
     found = {cut: value for cut, value in cuts.items() if math.isfinite(value)}
     if lost := [cut for cut in cuts if cut not in found]:
         logger.warning(
-            "cuts whose %s is not finite are not chosen: %s (without these layers, the model overflows its data type; rank "
-            "--dtype float32 can compare them)", criterion, "; ".join(map(format_layers, lost)),
+            "cuts whose %s is not finite are not chosen: %s; without these layers, the model overflows its data type, unlike in "
+            "%s", criterion, "; ".join(map(format_layers, lost)), WIDER,
         )  # fmt: skip
     return found
 
@@ -58,7 +60,7 @@ class Scores:
             if score is not None and not math.isfinite(score):
                 raise CheckpointError(
                     f"{self.criterion} gives {name_layers(block)} the score {score}: weights outside the layers are damaged, or "
-                    "the model overflows its data type; use an intact copy, or bfloat16 or float32 (--dtype)"
+                    f"the model overflows its data type; use an intact copy, or {WIDER}"
                 )
 
     @classmethod

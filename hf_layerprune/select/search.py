@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -47,6 +48,7 @@ BLOCK, GREEDY = "best block", "greedy"  # what found a set
 # The most rows: to fit maps to, to try blocks on, and to try the steps of nested sets on.
 _MAP_ROWS, _TRY_ROWS, _STEP_ROWS = 48, 8, 2
 _TOKENS_PER_DIMENSION = 8
+_JUDGED = 3  # how many sets are judged where the best ones overflow
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Search:
         self._warn_of_few_tokens()
         self.steps = list(found)
         self._fits: dict[tuple[int, ...], BlockFit | None] = {}
-        self._lost = False  # whether a set had no KL
+        self._lost = False  # whether one of the sets that were tried last had no KL
 
     @cached_property
     def dense(self) -> Outcome:
@@ -127,21 +129,33 @@ class Search:
         every = [block for block in neighbours(range(self.walk.num_layers), count) if self.free.issuperset(block)]
         return {block: one.kl for block, one in self._tried(every, _TRY_ROWS).items()}
 
-    def best(self, count: int) -> tuple[tuple[int, ...], str]:
-        """The best set of a size on the rows for trying, and what found it.
+    def nested_beside(self, found: Collection[tuple[int, ...]], count: int) -> tuple[int, ...] | None:
+        """The nested set of a size; `None` where the search for it is stuck, and other sets were found."""
+        try:
+            return self.nested(count)
+        except CutError:
+            if not found:
+                raise
+            return None
+
+    def best(self, count: int) -> dict[tuple[int, ...], str]:
+        """The sets of a size and what found them, the best on the rows for trying first.
 
         Raises:
             CutError: No set of that size may be dropped.
         """
         scored = self.blocks(count)
         if self.contiguous or count == 1:
-            return self.lowest(scored, count), BLOCK
-        nested = self.nested(count)
-        block = self.lowest(scored, count) if scored else nested
-        if block == nested:
-            return nested, GREEDY
-        one = self._tried([nested], _TRY_ROWS).get(nested)
-        return (nested, GREEDY) if one and one.kl < scored[block] else (block, BLOCK)
+            self.lowest(scored, count)
+        found = dict.fromkeys(sorted(scored, key=scored.__getitem__), BLOCK)
+        nested = None if self.contiguous or count == 1 else self.nested_beside(found, count)
+        if nested is None:
+            return found
+        if found and nested != (block := next(iter(found))):
+            one = self._tried([nested], _TRY_ROWS).get(nested)
+            if one is None or one.kl >= scored[block]:
+                return found
+        return {nested: GREEDY} | {drop: by for drop, by in found.items() if drop != nested}
 
     def point(self, count: int) -> dict[str, Any]:
         """Find and judge the best set of a size.
@@ -153,14 +167,14 @@ class Search:
         Raises:
             CutError: There is none.
         """
-        drop, found_by = self.best(count)
-        repair = self.fit(drop)
-        trials = {"cut": Trial(drop)} | ({"repaired": Trial(drop, changes_of(repair))} if repair else {})
-        found = dict(zip(trials, try_out(self.walk, self.judging, list(trials.values())), strict=True))
-        states = {name: one.quality(self.dense) for name, one in found.items() if math.isfinite(one.kl)}
-        if not states:
-            raise CutError(NOT_COMPARABLE)
-        return {"dropped": count, "layers": format_layers(drop), "found_by": found_by, **states}
+        for drop, found_by in islice(self.best(count).items(), _JUDGED):
+            repair = self.fit(drop)
+            trials = {"cut": Trial(drop)} | ({"repaired": Trial(drop, changes_of(repair))} if repair else {})
+            found = dict(zip(trials, try_out(self.walk, self.judging, list(trials.values())), strict=True))
+            states = {name: one.quality(self.dense) for name, one in found.items() if math.isfinite(one.kl)}
+            if states:
+                return {"dropped": count, "layers": format_layers(drop), "found_by": found_by, **states}
+        raise CutError(NOT_COMPARABLE)
 
     def lowest(self, scores: Mapping[tuple[int, ...], float], count: int) -> tuple[int, ...]:
         """The block of a length with the lowest score, of those that [`blocks`] gave one.
@@ -275,6 +289,7 @@ class Search:
             changes = {fit.before: fit.applied for fit in fits if fit is not None}
             if len(changes) == len(fits):
                 trials[drop] = Trial(drop, changes)
+        self._lost = False
         return self._outcomes(self._trying.first(rows), trials) if trials else {}
 
     def _outcomes(
@@ -283,7 +298,7 @@ class Search:
         """The outcome of each set whose KL can be compared."""
         found = dict(zip(trials, try_out(self.walk, text, list(trials.values())), strict=True))
         kls = comparable("kl", {drop: one.kl for drop, one in found.items()})
-        self._lost = self._lost or len(kls) < len(found)
+        self._lost = len(kls) < len(found)
         return {drop: found[drop] for drop in kls}
 
     def _fit(self, wanted: Collection[tuple[int, ...]]) -> None:

@@ -26,6 +26,7 @@ from ..runtime.memory import free_bytes
 from ..runtime.walk import Batch, LayerWalk
 from ..screen import progress_bar
 from .passes import HEAD_TOKENS, batch_rows, not_finite
+from .scores import WIDER
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -199,7 +200,7 @@ def _compare(walk: LayerWalk, batch: Batch, states: Sequence[torch.Tensor | None
             if not torch.isfinite(reference.norms).all():
                 raise CheckpointError(
                     "the logits of the dense model are not finite: weights behind its layers are damaged, or it overflows its "
-                    "data type; use an intact copy, or bfloat16 or float32 (--dtype)"
+                    f"data type; use an intact copy, or {WIDER}"
                 )
             for state, sums_of in zip(cuts, sums[:, row], strict=True):
                 if state is None:

@@ -215,7 +215,13 @@ def _continue(request: RankRequest, record: dict[str, Any], free: set[int], up_t
     left = up_to - len(record["points"])
     search.announce(f"a curve up to {plural(up_to, 'layer')}", left, left, left)
     for count in range(len(record["points"]) + 1, up_to + 1):
-        point = search.point(count)
+        try:
+            point = search.point(count)
+        except CutError as error:
+            if count == 1:
+                raise
+            logger.warning("the curve ends at %s: %s", plural(count - 1, "layer"), error)
+            break
         drop = parse_layers(point["layers"])
         point |= {
             "parameters": sizes.parameters(drop),
