@@ -244,6 +244,12 @@ def test_the_table(base: Path, cut: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["bench", str(cut), "--base", str(base), "--quiet", *words]) == 0
     out = capsys.readouterr().out
     assert "cut:      cut, 4 layers" in out
-    (line,) = (line for line in out.splitlines() if "decode_tokens_per_second" in line)
-    assert "(batch size 1, 8 prompt tokens, 3 new tokens)" in line
+    lines = out.splitlines()
+    start = lines.index("batch size 1, 8 prompt tokens, 3 new tokens:")
+    assert [line.split()[0] for line in lines[start + 1 : start + 4]] == [
+        "prefill_tokens_per_second", "time_to_first_token", "decode_tokens_per_second"
+    ]  # fmt: skip
+    assert next(line for line in lines[:start] if "kv_cache_bytes_per_token" in line)  # of no run, so above them
+    assert " ms to " not in out, "the unit stands once"
+    assert max(map(len, lines[: lines.index("", start)])) <= 120
     assert "theory" in out.splitlines()[3]  # a column that stands only where a row has a value

@@ -32,18 +32,23 @@ def report(metrics: Metrics, kinds: Iterable[str] = QUALITY) -> str:
         for one in columns
     ]
     table = [["task", "metric", "n", *(one.role for one in columns), "change", "theory", "of margin", "p"]]
+    under: dict[str, list[int]] = {"": []}  # the lines of the table, by the run that they are about
     for row in rows:
         words = ", ".join(filter(None, [row.engine, run_words(row.run), row.apart]))
-        name = " ".join(filter(None, [row.key[1], f"({words})" if words else ""]))
+        task = f"{row.key[1]} ({words})" if row.key[1] and words else row.key[1]
+        under.setdefault("" if task else words, []).append(len(table))
         cells = [_value(row, row.cells.get(one.weights)) for one in columns]
         samples = f"{row.samples:,}" if row.samples else ""
-        table.append([name, row.key[2], samples, *cells, *_compared(row, results)])
+        table.append([task, row.key[2], samples, *cells, *_compared(row, results)])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     used = [i for i in range(len(widths)) if any(row[i] for row in table[1:])]
-    lines = [
+    formatted = [
         "  ".join(row[i].ljust(widths[i]) if i < 2 else row[i].rjust(widths[i]) for i in used).rstrip()
         for row in table
     ]
+    lines = formatted[:1]
+    for words, numbered in under.items():
+        lines += [*([f"{words}:"] if words else []), *(formatted[i] for i in numbered)]
     shown = {table[0][i] for i in used} | {row[1] for row in table}
     notes = [note for word, note in _NOTES.items() if word in shown]
     required = [outcome.text for outcome in metrics.outcomes]
@@ -56,7 +61,10 @@ def _value(row: Row, cell: Cell | None) -> str:
     kind, _, metric = row.key
     text = cell.value
     if "spread" in cell.record:
-        text += f" [{' to '.join(numbers.measured(metric, value, kind) for value in cell.record['spread'])}]"
+        least, most = (numbers.measured(metric, value, kind) for value in cell.record["spread"])
+        if least.split()[1:] == most.split()[1:] == text.split()[1:]:  # the same unit
+            least, most = least.split()[0], most.split()[0]
+        text += f" [{least} to {most}]" if least != most else ""
     return f"{text} %" if metric_named(metric, kind).unit == SHARE else text
 
 
