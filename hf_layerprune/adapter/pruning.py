@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -150,7 +150,7 @@ def look_at_dense(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepared:
     asked = kwargs.get("dtype", kwargs.get("torch_dtype"))
     asked = getattr(torch, asked, None) if isinstance(asked, str) else asked
     if model.dtype == torch.float16 and isinstance(asked, torch.dtype) and not getattr(model, "is_quantized", False):
-        model.to(asked)
+        cast("torch.nn.Module", model).to(asked)
     # The new weights are stored in the types of the old ones, whatever they are computed in.
     types = [{name: p.dtype for name, p in layer.named_parameters()} for layer in find_decoder_layers(model).layers]
     if device is None and needs_text(config):
