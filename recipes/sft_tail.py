@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+    from hf_layerprune.heal.checkpoints import Told
     from hf_layerprune.heal.student import Student
     from hf_layerprune.heal.trainer import HealTrainer
     from hf_layerprune.measure.requests import EvalRequest
@@ -111,13 +112,13 @@ def main(
     from datasets import Dataset
 
     from hf_layerprune.heal import preflight
+    from hf_layerprune.heal.checkpoints import Told
     from hf_layerprune.heal.data import has_images
     from hf_layerprune.heal.describe import describe_command, describe_rows, row_settings, settings_of
     from hf_layerprune.heal.progress import show_progress
     from hf_layerprune.heal.sources import Sources
     from hf_layerprune.heal.student import adapter_config, load_student
     from hf_layerprune.heal.trainer import HealTrainer
-    from hf_layerprune.records.lineage import stage
     from hf_layerprune.records.names import public
     from hf_layerprune.runtime.loading import load_config, load_processor, load_tokenizer
     from hf_layerprune.runtime.memory import free_memory
@@ -128,9 +129,6 @@ def main(
     named, revision = str(model_args.model_name_or_path), revision_of(model_args)
     dense = training_args.teacher or (student.base if student else named)
     evaluation = eval_request(output / "model", dense, measure_args)
-    if os.path.lexists(output / "model"):
-        student = student or prune(model_args, cut_args, training_args)
-        return go_on(output / "model", student, training_args, evaluation, hub)
     tokenizer = load_tokenizer(named, revision=revision)
     data = Sources.read(script_args, dataset_args, row_args, training_args, tokenizer, named, revision)
     processor = load_processor(named, revision=revision) if has_images(data.train) else tokenizer
@@ -168,23 +166,14 @@ def main(
         settings |= row_settings(row_args, written=data.train is None)
         if training_args.teacher != student.base:
             settings["teacher"] = public(str(training_args.teacher))
-        with stage("heal", settings) as entry:
-            trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-            if trainer.state.global_step < trainer.state.max_steps:  # such as by SIGTERM with --enable_jit_checkpoint
-                raise LayerPruneError(
-                    f"training was stopped after {trainer.state.global_step} of {trainer.state.max_steps} steps; go on with "
-                    "--resume_from_checkpoint true"
-                )
-            if trainer.state.global_step > trainer.state.max_steps:
-                raise LayerPruneError(
-                    f"the checkpoint to resume from has {trainer.state.global_step} steps, and training ends after "
-                    f"{trainer.state.max_steps}; train for longer, or specify an earlier checkpoint"
-                )
-    if trainer.resumed:
-        del entry["seconds"]  # of the last part alone
-    entry |= {"data": describe_rows(trainer.numbered_datasets, data.parts, row_args.rewrite_answers)}
-    entry |= {"command": describe_command(Path(__file__), sys.argv[1:])}
-    folder = save(trainer, student, entry)
+        told = Told(settings, describe_rows(trainer.numbered_datasets, data.parts, row_args.rewrite_answers))
+        folder = output / "model"
+        entry = None if os.path.lexists(folder) else train(trainer, told)
+    if entry is not None:
+        save(trainer, student, entry | {"command": describe_command(Path(__file__), sys.argv[1:])})
+    else:
+        student.check_healed(folder, told)
+        logger.warning("%s is complete, so it is not trained again", folder)
 
     accelerator = trainer.accelerator
     accelerator.free_memory()  # its references to the model and the optimizer
@@ -209,9 +198,9 @@ def check(
     from hf_layerprune.runtime.loading import load_config
 
     model, adapter = (Path(str(training_args.output_dir)) / name for name in ("model", "adapter"))
-    goes_on = str(training_args.resume_from_checkpoint).lower() == "true" and os.path.lexists(model)
+    finishes = str(training_args.resume_from_checkpoint).lower() == "true" and os.path.lexists(model)
     for folder in (model, adapter):
-        if os.path.lexists(folder) and not goes_on:
+        if os.path.lexists(folder) and not finishes:
             raise CheckpointError(f"{folder} exists already; choose another --output_dir, or remove it")
     if any(getattr(args, "trust_remote_code", False) for args in (training_args, model_args)):
         raise CutError("models that need code of their own can't be healed; leave --trust_remote_code out")
@@ -225,6 +214,11 @@ def check(
     preflight.check_cut(cut_args, name, pruned)
     preflight.check_method(training_args, model_args, cut_args, config)
     student = Student.at(name, revision) if pruned else None
+    if finishes and student is None and not model.with_name("pruned").exists():
+        raise CheckpointError(
+            f"{model.with_name('pruned')}, which {model} was made of, is gone; use hf-layerprune eval and push, or choose "
+            "another --output_dir"
+        )
     base, base_revision = (student.base, student.revision) if student else (name, revision)
     preflight.check_teacher(training_args, script_args, row_args, base, base_revision, config)
     return student
@@ -319,7 +313,29 @@ def write_rows(
     return writer.rewritten(rows, row_args.rewrite_max_tokens, row_args.rewrite_temperature)
 
 
-def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> Path:
+def train(trainer: HealTrainer, told: Told) -> dict[str, Any]:
+    """Train to the end. Returns the entry in the history."""
+    from hf_layerprune.records.lineage import stage
+
+    trainer.add_callback(told)
+    with stage("heal", told.settings) as entry:
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    steps, end = trainer.state.global_step, trainer.state.max_steps
+    if steps < end:  # such as by SIGTERM with --enable_jit_checkpoint
+        raise LayerPruneError(
+            f"training was stopped after {steps} of {end} steps; go on with --resume_from_checkpoint true"
+        )
+    if steps > end:
+        raise LayerPruneError(
+            f"the checkpoint to resume from has {steps} steps, and training ends after {end}; train for longer, or specify "
+            "an earlier checkpoint"
+        )
+    if trainer.resumed:
+        del entry["seconds"]  # of the last part alone
+    return entry | {"data": told.data} | ({"resumed": told.resumed} if told.resumed else {})
+
+
+def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> None:
     """Save the adapter and the merged model; the merge happens on disk, so it works with every engine."""
     from hf_layerprune.heal.stage import write_healed
 
@@ -334,23 +350,6 @@ def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> Path:
             write_healed(student, trained, output / "model", entry, adapter=output / "adapter")
         shutil.rmtree(trained, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    return output / "model"
-
-
-def go_on(
-    folder: Path,
-    student: Student,
-    training_args: HealConfig,
-    evaluation: EvalRequest | None,
-    hub: PushRequest | None,
-) -> list[str]:
-    """Finish a run that was stopped after its model was complete. Returns the requirements that it misses."""
-    student.check_healed(folder)
-    logger.warning("%s is complete, so it is not trained again, whatever the settings", folder)
-    student.let_base_teach(training_args)
-    missed = finish(folder, training_args, evaluation, hub) if training_args.process_index == 0 else []
-    training_args.distributed_state.destroy_process_group()
-    return missed
 
 
 @whole_models()

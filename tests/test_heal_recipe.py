@@ -240,9 +240,38 @@ def test_killed_in_the_evaluation_and_resumed(
     assert (model / "README.md").is_file()
     with pytest.raises(CheckpointError, match="model exists already"):
         run(recipe, arguments)
-    shutil.rmtree(tmp_path / "run" / "pruned")  # cut again, it has another history
+    others = ["--learning_rate", "0.02", "--method", "cut2", "--max_length", "16"]
+    with pytest.raises(CheckpointError, match=r"other settings \(data, learning_rate, max_length, method\); repeat"):
+        run(recipe, [*resumed, *others])
+    pruned = tmp_path / "run" / "pruned"
+    lineage = pruned / "lineage.json"
+    lineage.write_text(lineage.read_text().replace('"date": "20', '"date": "19'))  # as if cut again
     with pytest.raises(CheckpointError, match="model is not from this run; choose another --output_dir, or remove it"):
         run(recipe, resumed)
+    shutil.rmtree(pruned)
+    with pytest.raises(
+        CheckpointError, match=rf"{pruned}, which {model} was made of, is gone; use hf-layerprune eval"
+    ):
+        run(recipe, resumed)
+
+
+def test_the_history_names_settings_that_a_resumed_run_changed(
+    recipe: ModuleType, base: Path, healed: tuple[Path, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert "resumed" not in Lineage.of(healed[0] / "model").entries[-1]
+    settings = {"learning_rate": 0.02, "save_steps": 6, "save_strategy": "steps", "resume_from_checkpoint": "true"}
+    for name in ("pruned", "checkpoint-4"):
+        shutil.copytree(healed[0] / name, tmp_path / "run" / name)
+    run(recipe, words(base, tmp_path / "run", max_steps=6, **settings))
+    assert "training goes on with other settings than before: data, learning_rate, max_steps" in caplog.text
+    for name in ("model", "adapter"):
+        shutil.rmtree(tmp_path / "run" / name)
+    run(recipe, words(base, tmp_path / "run", max_steps=7, **settings))
+    entry = Lineage.of(tmp_path / "run" / "model").entries[-1]
+    before = [one["settings_before"] | {"after_step": one["after_step"]} for one in entry["resumed"]]
+    assert [one.pop("data")[0]["rows"] for one in before] == [32, 24]  # those that the steps reach
+    assert before == [{"learning_rate": 0.01, "max_steps": -1, "after_step": 4}, {"max_steps": 6, "after_step": 6}]
+    assert (entry["settings"]["learning_rate"], entry["settings"]["max_steps"]) == (0.02, 7)
 
 
 def test_resuming_after_the_end(recipe: ModuleType, base: Path, healed: tuple[Path, str], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The checkpoints of an interrupted run."""
+"""The checkpoints of an interrupted run, and what they say of its settings."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import json
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 logger = logging.getLogger(__name__)
+
+_TOLD = "hf_layerprune"  # in a checkpoint's trainer_state.json, beside the state of callbacks
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
@@ -23,3 +27,28 @@ def last_checkpoint(folder: str | Path) -> str | None:
         else:
             return str(path)
     return None
+
+
+class Told(TrainerCallback):
+    """Writes what a run was told into its checkpoints; a run that resumes from one then knows what has changed.
+
+    Args:
+        settings (`dict[str, Any]`): The settings, as the history records them.
+        data (`list[dict[str, Any]]`): The training data, too.
+    """
+
+    def __init__(self, settings: dict[str, Any], data: list[dict[str, Any]]) -> None:
+        self.settings, self.data, self.resumed = settings, data, list[dict[str, Any]]()
+
+    def others(self, settings: dict[str, Any], data: Any) -> dict[str, Any]:
+        """Those of some settings, and the data, that are others now; `None` for one that was not recorded."""
+        before, now = settings | {"data": data}, self.settings | {"data": self.data}
+        return {name: before.get(name) for name in sorted(before | now) if before.get(name) != now.get(name)}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        known = state.stateful_callbacks.get(_TOLD) or {"settings": self.settings, "data": self.data, "resumed": []}
+        self.resumed = [*known["resumed"]]
+        if others := self.others(known["settings"], known["data"]):
+            logger.warning("training goes on with other settings than before: %s", ", ".join(others))
+            self.resumed.append({"after_step": state.global_step, "settings_before": others})
+        state.stateful_callbacks[_TOLD] = {"settings": self.settings, "data": self.data, "resumed": self.resumed}

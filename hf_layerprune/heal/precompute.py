@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 # The columns that TRL's collator takes.
 _FED = ("input_ids", "labels", "seq_lengths")
 _CPU_TOKENS, _DEVICE_TOKENS = 4096, 32768
+_TF32 = 2**-9  # twice the rounding of products in float32 on a GPU, at worst
 # Computes the states of a batch from the model's inputs and the numbers of its rows.
 _Pass = Callable[[dict[str, Any], list[int]], torch.Tensor]
 
@@ -196,7 +197,7 @@ class _Run:
         """Whether the states of the first rows don't depend on the other rows in their batch.
 
         If they are not the same alone, within the precision of the pass, that may be rounding: it sends tokens to other
-        experts. Gradients then tell, since those of masked tokens are exactly 0.
+        experts. It is taken for that if noise has as much effect, and no gradient leads from one row to another.
 
         Args:
             run (`Callable`): The pass.
@@ -205,19 +206,44 @@ class _Run:
         """
         rows, device = list(range(min(2, len(self.datasets[0])))), self.device.type
         mixed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        if all(
-            close(self._states(run, [row])[0], part.to(dtype=mixed))
-            for row, part in zip(rows, self._states(run, rows), strict=True)
-        ):
+        alone = [self._states(run, [row])[0] for row in rows]
+        together = [part.to(dtype=mixed) for part in self._states(run, rows)]
+        if all(map(close, alone, together)):
             return True
         try:
-            return self._pass_no_gradients(run, rows, find_decoder_layers(model).layers[first])
-        except (RuntimeError, TypeError, ValueError, MemoryError) as error:  # such as a kernel without gradients
-            logger.info("gradients can't tell whether rows are kept apart: %s", cause_of(error))
+            layers = find_decoder_layers(model).layers[first:]
+            noisy = self._with_noise(run, rows, layers, together[0].dtype)
+            for one, part, other in zip(alone, together, noisy, strict=True):
+                if not (one - part).float().norm() <= (one - other).float().norm():
+                    return False
+            return self._pass_no_gradients(run, rows, layers[0])
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, MemoryError) as error:
+            # Such as a kernel without gradients, or a layer with other arguments.
+            logger.info("it can't be told whether rows are kept apart: %s", cause_of(error))
             return False
 
+    def _with_noise(
+        self, run: _Pass, rows: list[int], layers: Iterable[torch.nn.Module], dtype: torch.dtype
+    ) -> list[torch.Tensor]:
+        """The states of each row alone, with some more noise in the input of each layer than rounding makes."""
+        scale, noise = max(2 * torch.finfo(dtype).eps, _TF32), torch.Generator(self.device).manual_seed(0)
+
+        def disturb(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = hidden * (1 + scale * torch.randn(hidden.shape, generator=noise, device=self.device)).to(
+                hidden.dtype
+            )
+            return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+        with hooked(*(layer.register_forward_pre_hook(disturb, with_kwargs=True) for layer in layers)):
+            return [self._states(run, [row])[0] for row in rows]
+
     def _pass_no_gradients(self, run: _Pass, rows: list[int], layer: torch.nn.Module) -> bool:
-        """Whether the states of each row have gradients in that row alone, at the input of the first layer that runs."""
+        """Whether the states of each row have gradients in that row alone, at the input of the first layer that runs.
+
+        Those of masked tokens are exactly 0. So are all that a kernel without gradients lets through, so one must lead from
+        the last token of a row to another one of the same row.
+        """
         starts: list[torch.Tensor] = []
 
         def start(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -227,15 +253,22 @@ class _Run:
             given = starts[0].clone()  # the layer may change it in place
             return ((given, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": given})
 
-        lengths, found = [self.lengths[row] for row in rows], []
+        def reached(states: torch.Tensor) -> list[torch.Tensor]:
+            # A norm's output has the same sum, and sum of squares, whatever its input.
+            (of,) = torch.autograd.grad(states, starts, states.detach() ** 2, retain_graph=True)
+            return self.collator.parted(of, lengths, inputs)
+
+        lengths = [self.lengths[row] for row in rows]
         with torch.inference_mode(False), torch.enable_grad():
             inputs = self._inputs(rows)
             with hooked(layer.register_forward_pre_hook(start, with_kwargs=True)):
                 parts = self.collator.parted(run(inputs, rows), lengths, inputs)
-            for part in parts:  # a norm's output has the same sum, and sum of squares, whatever its input
-                (of,) = torch.autograd.grad(part, starts, part.detach() ** 2, retain_graph=True)
-                found.append([bool(one.any()) for one in self.collator.parted(of, lengths, inputs)])
-        return all(reached == (one == other) for one in rows for other, reached in zip(rows, found[one], strict=True))
+            for row, part in enumerate(parts):
+                if any(bool(one.any()) for other, one in enumerate(reached(part)) if other != row):
+                    return False
+                if not reached(part[-1:])[row][:-1].any():
+                    raise ValueError("gradients don't lead from one token to another")
+        return True
 
     def _fill(self, cache: StateCache, run: _Pass, description: str) -> None:
         tokens = _CPU_TOKENS if self.device.type == "cpu" else _DEVICE_TOKENS
