@@ -335,7 +335,7 @@ def train(trainer: HealTrainer, told: Told) -> dict[str, Any]:
     return entry | {"data": told.data} | ({"resumed": told.resumed} if told.resumed else {})
 
 
-def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> None:
+def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> Path:
     """Save the adapter and the merged model; the merge happens on disk, so it works with every engine."""
     from hf_layerprune.heal.stage import write_healed
 
@@ -350,6 +350,7 @@ def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> None:
             write_healed(student, trained, output / "model", entry, adapter=output / "adapter")
         shutil.rmtree(trained, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+    return output / "model"
 
 
 @whole_models()

@@ -30,6 +30,15 @@ def test_a_model_that_is_not_there_is_told_before_anything_starts(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("port", ["web", "99999"])
+def test_a_port_of_the_environment_that_is_none(
+    port: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GRADIO_SERVER_PORT", port)
+    assert main(["chat", "org/name"]) == 1
+    assert f"can't listen on 127.0.0.1, port {port} (" in capsys.readouterr().err
+
+
 def test_without_gradio_the_extra_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -43,11 +52,17 @@ def test_without_gradio_the_extra_is_named(
 
 @pytest.mark.processes
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
-def test_two_chats_that_start_at_once(base: Path) -> None:
+@pytest.mark.parametrize("locks", [True, False])
+def test_two_chats_that_start_at_once(base: Path, tmp_path: Path, locks: bool) -> None:
+    """One alone, too, where it can't have a lock."""
     env = {name: value for name, value in os.environ.items() if name not in ("TRANSFORMERS_VERBOSITY", "TQDM_DISABLE")}
+    env["TMPDIR"] = str(tmp_path)
+    if not locks:
+        (tmp_path / f".hf-layerprune-chat-{os.getuid()}.lock").mkdir()
     words = [sys.executable, "-m", "hf_layerprune", "chat", str(base)]
     chats = [
-        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) for _ in range(2)
+        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+        for _ in range(1 + locks)
     ]
     try:
         lines = [chat.stdout.readline() if chat.stdout else "" for chat in chats]
@@ -55,11 +70,11 @@ def test_two_chats_that_start_at_once(base: Path) -> None:
             re.fullmatch(rf"chat with {base}: http://127.0.0.1:(\d+)/ \(Ctrl-C stops it\)\n", line) for line in lines
         ]
         assert all(found), lines
-        assert len({one and one[1] for one in found}) == 2
+        assert len({one and one[1] for one in found}) == len(chats)
         for chat in chats:
             chat.send_signal(signal.SIGINT)
-        assert [chat.communicate(timeout=60)[0] for chat in chats] == ["stopped\n"] * 2
-        assert [chat.returncode for chat in chats] == [130, 130]
+        assert [chat.communicate(timeout=60)[0] for chat in chats] == ["stopped\n"] * len(chats)
+        assert [chat.returncode for chat in chats] == [130] * len(chats)
     finally:
         for chat in chats:
             chat.kill()

@@ -19,7 +19,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
 from huggingface_hub.repocard import metadata_load, metadata_save
@@ -115,15 +115,15 @@ def serving(request: ChatRequest) -> Iterator[str]:
     model = _existing_model(request.model)
     base = _existing_model(request.base) if request.base else _local_base_of(Path(request.model).expanduser())
     host = request.host or os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
-    port = request.port or int(os.environ.get("GRADIO_SERVER_PORT", "7860"))
-    with socket.socket() as probe:
-        try:
+    port = request.port or os.environ.get("GRADIO_SERVER_PORT", "7860")
+    try:
+        with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Gradio does
-            probe.bind((host, port))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                what = f"can't listen on {host}, port {port} ({error.strerror})"
-                raise CheckpointError(f"{what}; specify others with --host and --port") from error
+            probe.bind((host, int(port)))
+    except (OSError, OverflowError, ValueError) as error:
+        if getattr(error, "errno", None) != errno.EADDRINUSE:
+            what = f"can't listen on {host}, port {port} ({getattr(error, 'strerror', None) or error})"
+            raise CheckpointError(f"{what}; specify others with --host and --port") from error
     # Gradio reads them when it is imported; only there are they where to look for a free port.
     os.environ |= {"GRADIO_SERVER_NAME": host, "GRADIO_SERVER_PORT": str(port)}
     sys.path.insert(0, str(shipped("spaces/chat")))  # its files import each other as they do on the Hub
@@ -133,14 +133,16 @@ def serving(request: ChatRequest) -> Iterator[str]:
     except app.CannotLoad as error:
         raise CheckpointError(error) from error
     try:
-        # Gradio takes a port a moment after it found it free, and can't serve a page that lost its port in between.
-        place = Path(tempfile.gettempdir(), f"hf-layerprune-chat-{getattr(os, 'getuid', int)()}")
-        with locked(place), redirect_stdout(io.StringIO()):  # it prints some lines even if `quiet`
-            _, address, _ = app.launch(made, prevent_thread_lock=True, quiet=True)
+        with ExitStack() as alone, redirect_stdout(io.StringIO()):  # it prints some lines even if `quiet`
+            # Gradio takes a port a moment after it found it free, and can't serve a page that lost its port in between.
+            with suppress(CheckpointError, OSError):  # without a place for a lock, that is unlikely still
+                name = f"hf-layerprune-chat-{getattr(os, 'getuid', int)()}"
+                alone.enter_context(locked(Path(tempfile.gettempdir(), name)))
+            _, address, public = app.launch(made, prevent_thread_lock=True, quiet=True)
     except (OSError, OverflowError) as error:
         raise CheckpointError(f"all ports of {host} from {port} on are taken; specify another with --port") from error
     try:
-        yield address
+        yield public or address  # with GRADIO_SHARE, it has a public one
     finally:
         made.close(verbose=False)
 
