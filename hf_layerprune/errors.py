@@ -59,7 +59,7 @@ def boundary(what: str, hint: str = "", kind: type[LayerPruneError] = Checkpoint
 
     Args:
         what (`str`): The action that failed, such as `"can't load the tokenizer of org/model"`.
-        hint (`str`, *optional*): How to fix it; appended after the cause, unless a package is missing.
+        hint (`str`, *optional*): How to fix it; appended after the cause, unless a package or memory is missing.
         kind (`type[LayerPruneError]`, defaults to `CheckpointError`): The error class to raise.
 
     Raises:
@@ -76,6 +76,8 @@ def boundary(what: str, hint: str = "", kind: type[LayerPruneError] = Checkpoint
             raise
         if hint and isinstance(error, ImportError):  # no file or setting is wrong
             hint = "install the package that is missing"
+        elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # nor here
+            hint = "run it where more memory is free"
         raise kind(f"{what}: {cause_of(error)}{f'; {hint}' if hint else ''}") from error
 
 

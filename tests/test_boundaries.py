@@ -445,6 +445,12 @@ def test_an_assertion_without_words_says_what_was_asserted(tmp_path: Path) -> No
         answer([])
 
 
+def test_where_memory_runs_out_no_setting_is_wrong() -> None:
+    said = "can't resume it: out of memory; run it where more memory is free$"
+    with pytest.raises(CheckpointError, match=said), boundary("can't resume it", "train the same weights"):
+        raise torch.OutOfMemoryError("out of memory")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file here is always full")
 @pytest.mark.parametrize("size", [10, 1_000_000])
 def test_what_torch_says_of_a_full_disk_is_understood(size: int) -> None:
