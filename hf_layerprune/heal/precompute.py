@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import logging
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import LayerPruneError, cause_of
-from ..families.layout import find_decoder_layers
+from ..errors import LayerPruneError
 from ..runtime.head import Head
-from ..runtime.parts import TrialError, close, evaluating, hooked, trial
+from ..runtime.parts import TrialError, close, evaluating, trial
 from ..runtime.prefix import Prefix, first_trained_layer
 from .batches import Precomputed
+from .isolation import Isolation
 from .placement import is_spread
 from .store import StateCache, hash_rows, hash_tensors, make_room
 from .teacher import Teacher
@@ -35,9 +35,8 @@ logger = logging.getLogger(__name__)
 # The columns that TRL's collator takes.
 _FED = ("input_ids", "labels", "seq_lengths")
 _CPU_TOKENS, _DEVICE_TOKENS = 4096, 32768
-_TF32 = 2**-9  # twice the rounding of products in float32 on a GPU, at worst
 # Computes the states of a batch from the model's inputs and the numbers of its rows.
-_Pass = Callable[[dict[str, Any], list[int]], torch.Tensor]
+_Pass = Callable[[dict[str, Any], Sequence[int]], torch.Tensor]
 
 
 def precompute(trainer: HealTrainer, teacher: PreTrainedModel | None = None) -> Precomputed:
@@ -170,7 +169,7 @@ class _Run:
         prefix.unload()
 
     def _run_teacher(self, cache: StateCache, teacher: Teacher, prefix: StateCache | None) -> Head:
-        def run(inputs: dict[str, Any], rows: list[int]) -> torch.Tensor:
+        def run(inputs: dict[str, Any], rows: Sequence[int]) -> torch.Tensor:
             shared = None
             if prefix is not None and teacher.shares:
                 shared = self.collator.joined(prefix.read(rows), inputs).to(self.device)
@@ -188,87 +187,19 @@ class _Run:
         self._fill(cache, run, "Dense model")
         return teacher.let_go(self.device, self.trainer.output_head.head())
 
-    def _states(self, run: _Pass, rows: list[int]) -> list[torch.Tensor]:
+    def _states(self, run: _Pass, rows: Sequence[int]) -> list[torch.Tensor]:
         """The states of some rows, which run as one batch."""
         inputs = self._inputs(rows)
         return self.collator.parted(run(inputs, rows), [self.lengths[row] for row in rows], inputs)
 
     def _are_apart(self, run: _Pass, model: Any, first: int = 0) -> bool:
-        """Whether the states of the first rows don't depend on the other rows in their batch.
+        """Whether the first rows are kept apart in a pass that begins with one of the model's layers."""
 
-        If they are not the same alone, within the precision of the pass, that may be rounding: it sends tokens to other
-        experts. It is taken for that if noise has as much effect, and no gradient leads from one row to another.
+        def parted(of: torch.Tensor, rows: Sequence[int]) -> list[torch.Tensor]:
+            return self.collator.parted(of, [self.lengths[row] for row in rows], self._inputs(rows))
 
-        Args:
-            run (`Callable`): The pass.
-            model (`PreTrainedModel`): What it runs.
-            first (`int`, defaults to 0): The first of the model's layers that it runs.
-        """
-        rows, device = list(range(min(2, len(self.datasets[0])))), self.device.type
-        mixed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        alone = [self._states(run, [row])[0] for row in rows]
-        together = [part.to(dtype=mixed) for part in self._states(run, rows)]
-        if all(map(close, alone, together)):
-            return True
-        try:
-            layers = find_decoder_layers(model).layers[first:]
-            noisy = self._with_noise(run, rows, layers, together[0].dtype)
-            for one, part, other in zip(alone, together, noisy, strict=True):
-                if not (one - part).float().norm() <= (one - other).float().norm():
-                    return False
-            return self._pass_no_gradients(run, rows, layers[0])
-        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, MemoryError) as error:
-            # Such as a kernel without gradients, or a layer with other arguments.
-            logger.info("it can't be told whether rows are kept apart: %s", cause_of(error))
-            return False
-
-    def _with_noise(
-        self, run: _Pass, rows: list[int], layers: Iterable[torch.nn.Module], dtype: torch.dtype
-    ) -> list[torch.Tensor]:
-        """The states of each row alone, with some more noise in the input of each layer than rounding makes."""
-        scale, noise = max(2 * torch.finfo(dtype).eps, _TF32), torch.Generator(self.device).manual_seed(0)
-
-        def disturb(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            hidden = hidden * (1 + scale * torch.randn(hidden.shape, generator=noise, device=self.device)).to(
-                hidden.dtype
-            )
-            return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
-
-        with hooked(*(layer.register_forward_pre_hook(disturb, with_kwargs=True) for layer in layers)):
-            return [self._states(run, [row])[0] for row in rows]
-
-    def _pass_no_gradients(self, run: _Pass, rows: list[int], layer: torch.nn.Module) -> bool:
-        """Whether the states of each row have gradients in that row alone, at the input of the first layer that runs.
-
-        Those of masked tokens are exactly 0. So are all that a kernel without gradients lets through, so one must lead from
-        the last token of a row to another one of the same row.
-        """
-        starts: list[torch.Tensor] = []
-
-        def start(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if starts:  # some models run a layer several times
-                return None
-            starts.append((args[0] if args else kwargs["hidden_states"]).detach().requires_grad_())
-            given = starts[0].clone()  # the layer may change it in place
-            return ((given, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": given})
-
-        def reached(states: torch.Tensor) -> list[torch.Tensor]:
-            # A norm's output has the same sum, and sum of squares, whatever its input.
-            (of,) = torch.autograd.grad(states, starts, states.detach() ** 2, retain_graph=True)
-            return self.collator.parted(of, lengths, inputs)
-
-        lengths = [self.lengths[row] for row in rows]
-        with torch.inference_mode(False), torch.enable_grad():
-            inputs = self._inputs(rows)
-            with hooked(layer.register_forward_pre_hook(start, with_kwargs=True)):
-                parts = self.collator.parted(run(inputs, rows), lengths, inputs)
-            for row, part in enumerate(parts):
-                if any(bool(one.any()) for other, one in enumerate(reached(part)) if other != row):
-                    return False
-                if not reached(part[-1:])[row][:-1].any():
-                    raise ValueError("gradients don't lead from one token to another")
-        return True
+        apart = Isolation(lambda rows: self._states(run, rows), parted, model, first, self.device)
+        return apart.holds(list(range(min(2, len(self.datasets[0])))))
 
     def _fill(self, cache: StateCache, run: _Pass, description: str) -> None:
         tokens = _CPU_TOKENS if self.device.type == "cpu" else _DEVICE_TOKENS
@@ -284,7 +215,7 @@ class _Run:
         with evaluating(self.model), torch.inference_mode(), self.accelerator.autocast():
             yield
 
-    def _inputs(self, rows: list[int]) -> dict[str, Any]:
+    def _inputs(self, rows: Sequence[int]) -> dict[str, Any]:
         """The model's arguments for some rows."""
         batch = self.collator.inner([self._example(row) for row in rows])
         moved = {name: v.to(self.device) if torch.is_tensor(v) else v for name, v in batch.items()}
