@@ -338,9 +338,9 @@ def test_the_command(hub: HubServer, bases: dict[str, Path], tmp_path: Path) -> 
     assert said.startswith(f"dropped layers 6-7 of 8: 6 left, in {out}; next: hf-layerprune eval {out} --base ")
     assert "org/gated is gated; ask for access" in error
     assert re.search(
-        r"^org/llama: downloading \d+ weight files? with tensors to keep \([0-9.]+KB\)$", error, re.MULTILINE
+        r"^org/llama: downloading \d+ weight files? with tensors to keep \([0-9.]+ kB\)$", error, re.MULTILINE
     )
-    assert re.search(r"^org/llama: keeping 6 of 8 layers and [0-9.]+KB of weights$", error, re.MULTILINE)
+    assert re.search(r"^org/llama: keeping 6 of 8 layers and [0-9.]+ kB of weights$", error, re.MULTILINE)
     assert "Traceback" not in error
     assert not (tmp_path / "no").exists()
     cut_checkpoint(bases["llama"], tmp_path / "near", [6, 7])

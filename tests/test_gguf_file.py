@@ -173,7 +173,7 @@ def test_targets_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
     with refused("is not a file"):
         plan_gguf_cut(tmp_path, [1])
     monkeypatch.setattr(gguf_file.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
-    with refused("needs [0-9.]+KB, but its disk has only 10B free"):
+    with refused("needs [0-9.]+ kB, but its disk has only 10 B free"):
         cut(source, [1])
     assert os.listdir(tmp_path) == ["a.gguf"]
 

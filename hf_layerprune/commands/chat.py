@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from typing import NoReturn
 
 from ..options import ScreenOptions
 from ..publish.requests import ChatRequest as Request
-from . import Answer
 
 HELP = "chat with a pruned model, next to its dense base"
 DESCRIPTION = """Serve a chat with MODEL on this machine and, with --base, the same chat with the dense model next to it: the
@@ -15,12 +15,13 @@ page that push --space publishes. Its address is printed."""
 Screen = ScreenOptions  # a page, not a result
 
 
-def run(request: Request) -> Answer:
-    from ..publish.space import serving
+def run(request: Request) -> NoReturn:
+    from ..publish.space import serve, stop_serving
 
-    with serving(request) as address:
+    address = serve(request)
+    with suppress(KeyboardInterrupt):
         print(f"chat with {request.model}: {address} (Ctrl-C stops it)", flush=True)
-        with suppress(KeyboardInterrupt):
-            while True:
-                time.sleep(1)
-    return Answer("stopped", code=130)
+        while True:
+            time.sleep(1)
+    print("stopped", flush=True)
+    stop_serving()

@@ -18,9 +18,9 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, redirect_stdout, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from huggingface_hub.repocard import metadata_load, metadata_save
 
@@ -102,9 +102,8 @@ def publish_space(request: PushRequest, *, adapter: bool, secret: str | None) ->
     return done
 
 
-@contextmanager
-def serving(request: ChatRequest) -> Iterator[str]:
-    """Serve the Space from this process, on the first free port; yields its address.
+def serve(request: ChatRequest) -> str:
+    """Serve the Space from threads of this process, on the first free port, until [`stop_serving`]; returns its address.
 
     Raises:
         CheckpointError: There is no such model, Gradio is missing, or the address can't be used.
@@ -138,13 +137,21 @@ def serving(request: ChatRequest) -> Iterator[str]:
             with suppress(CheckpointError, OSError):  # without a place for a lock, that is unlikely still
                 name = f"hf-layerprune-chat-{getattr(os, 'getuid', int)()}"
                 alone.enter_context(locked(Path(tempfile.gettempdir(), name)))
-            _, address, public = app.launch(made, prevent_thread_lock=True, quiet=True)
+            # Gradio's look at its own page gives up after three seconds, which a busy machine may need.
+            _, address, public = app.launch(made, prevent_thread_lock=True, quiet=True, _frontend=False)
     except (OSError, OverflowError) as error:
         raise CheckpointError(f"all ports of {host} from {port} on are taken; specify another with --port") from error
-    try:
-        yield public or address  # with GRADIO_SHARE, it has a public one
-    finally:
-        made.close(verbose=False)
+    return str(public or address)  # with GRADIO_SHARE, it has a public one
+
+
+def stop_serving() -> NoReturn:
+    """End this process at once: a thread may still be loading weights, and Python's own way out can hang or abort then."""
+    from gradio.tunneling import CURRENT_TUNNELS
+
+    with redirect_stdout(io.StringIO()):
+        for tunnel in CURRENT_TUNNELS:
+            tunnel.kill()
+    os._exit(130)
 
 
 def _existing_model(model: str) -> str:
