@@ -18,6 +18,7 @@ from hf_layerprune.cli import main
 from hf_layerprune.cut import check
 from hf_layerprune.cut.lazy import load_pruned
 from hf_layerprune.runtime.loading import load_base
+from hf_layerprune.runtime.parts import close
 
 from .cutting import cut_checkpoint
 from .matrix import identities, logits
@@ -73,13 +74,28 @@ def test_a_right_cut_passes(tmp_path: Path, form: list[str]) -> None:
     assert (tmp_path / "cut").is_dir()
 
 
-def test_another_models_weights_do_not_pass(tmp_path: Path) -> None:
-    tiny_model("llama").save_pretrained(tmp_path / "base")
-    tiny_model("llama", seed=1).save_pretrained(tmp_path / "other")
+@pytest.mark.parametrize("model_type", ["llama", "chameleon"])  # the second masks logits with the least float
+def test_another_models_weights_do_not_pass(tmp_path: Path, model_type: str) -> None:
+    tiny_model(model_type).save_pretrained(tmp_path / "base")
+    tiny_model(model_type, seed=1).save_pretrained(tmp_path / "other")
     cut_checkpoint(tmp_path / "other", tmp_path / "cut", DROP)
     with pytest.raises(check.WrongCutError, match="logits differ by"):
         check.check_cut(load_base(tmp_path / "base"), load_base(tmp_path / "cut"))
     check.check_cut(load_base(tmp_path / "other"), load_base(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize("mask", [-torch.inf, torch.finfo(torch.float32).min])
+def test_masked_values_are_equal_or_differ_but_hide_no_others(mask: float) -> None:
+    one = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0))
+    one[..., :2] = mask
+    assert close(one + 1e-6, one)
+    other = one.clone()
+    other[..., 2:] += 0.1
+    assert not close(other, one)
+    other = one.clone()
+    other[..., 0] = 0.0
+    assert not close(other, one)
+    assert not close(one, other)
 
 
 def test_bypassed_layers_are_identities() -> None:

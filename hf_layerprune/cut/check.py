@@ -19,7 +19,7 @@ from ..errors import CutError, LayerPruneError
 from ..families.layout import find_decoder_layers
 from ..families.multimodal import path_to_text
 from ..families.types import proven_versions
-from ..runtime.parts import TrialError, evaluating, hooked, probe_ids, trial
+from ..runtime.parts import TrialError, evaluating, hooked, probe_ids, trial, unmasked
 from ..versions import installed
 
 if TYPE_CHECKING:
@@ -84,8 +84,9 @@ def check_logits(pruned: PreTrainedModel, expected: torch.Tensor) -> None:
     expected = expected.to(logits.device)
     if logits.shape != expected.shape:
         raise WrongCutError(_mismatch(pruned.config, f"logits are {tuple(logits.shape)}, not {tuple(expected.shape)}"))
-    ours, theirs = logits.float().nan_to_num(), expected.float().nan_to_num()
-    off, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    if (both := unmasked(logits, expected)) is None:
+        raise WrongCutError(_mismatch(pruned.config, "other logits are masked or infinite"))
+    off, scale = (both[0] - both[1]).abs().max().item(), both[1].abs().max().item()
     if off > _TOLERANCE.get(logits.dtype, _TOLERANCE_ELSEWHERE) * max(scale, 1e-6):
         raise WrongCutError(_mismatch(pruned.config, f"logits differ by {off:.3g} where the largest is {scale:.3g}"))
 

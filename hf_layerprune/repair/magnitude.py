@@ -77,7 +77,7 @@ def scaled_writers(index: int, layer: nn.Module, run: Run, batch: Batch, factor:
     writers = [writer for writer in find_writers(layer, run, batch) if writer.norm is None]
     with silenced(writers):
         rest = run(batch.hidden, batch).float() - batch.hidden.float()
-    if not writers or rest.norm() > _ROUNDING * batch.hidden.float().norm():
+    if not (writers and rest.norm() <= _ROUNDING * batch.hidden.float().norm()):
         raise _cannot(
             index,
             "not everything that it adds to the hidden states comes from its output projections (it has experts, a "
@@ -91,7 +91,7 @@ def scaled_writers(index: int, layer: nn.Module, run: Run, batch: Batch, factor:
     wanted = run(batch.hidden, batch).float() * factor
     with swapped(layer, new):
         scaled = run(batch.hidden * factor, batch).float()
-    if (scaled - wanted).norm() > _TOLERANCE * wanted.norm():  # such as a layer without an input norm
+    if not (scaled - wanted).norm() <= _TOLERANCE * wanted.norm():  # such as a layer without an input norm
         raise _cannot(index, "what it adds depends on the magnitude of its input")
     return new
 

@@ -198,7 +198,7 @@ def _gain(module: nn.Module, run: Run, batch: Batch) -> float | None:
             change = run(hidden, batch).float() - plain
         added = added.float()
         gain = ((change * added).sum() / added.square().sum()).item()
-        # Written so that NaN, where the noise overflows float16, is no gain either.
+        # `not <=`, because the noise may overflow float16, and no comparison with NaN holds.
         if not (change - gain * added).norm() <= _TOLERANCE * abs(gain) * added.norm() or gain == 0:
             return None
         gains.append(gain)

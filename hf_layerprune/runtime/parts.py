@@ -119,10 +119,23 @@ def probe_ids(model: Any, tokens: int) -> torch.Tensor:
     return torch.arange(3, 3 + tokens, device=input_device(model))[None] % text_config(model.config).vocab_size
 
 
+# Models mask logits with infinity, or with the least number of a type. Beside those, all others would be rounding.
+_LARGEST = 1e15
+
+
+def unmasked(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Two tensors of one shape in float32, with 0 in place of what both mask; `None` if they mask different values."""
+    limit = min(torch.finfo(other.dtype).max, _LARGEST)
+    one, other = (each.to(other.device).float().nan_to_num().clamp(-limit, limit) for each in (one, other))
+    masked = (one.abs() >= limit) | (other.abs() >= limit)
+    if (one != other)[masked].any():
+        return None
+    return one.masked_fill(masked, 0), other.masked_fill(masked, 0)
+
+
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors agree to the precision of the second one's type."""
-    if one.shape != other.shape:
-        return False
     tolerance = {torch.float64: 1e-6, torch.float32: 1e-4}.get(other.dtype, 2e-2)
-    one, other = one.to(other.device).float().nan_to_num(), other.float().nan_to_num()
-    return bool((one - other).norm() <= tolerance * other.norm())
+    if one.shape != other.shape or (both := unmasked(one, other)) is None:
+        return False
+    return bool((both[0] - both[1]).norm() <= tolerance * both[1].norm())
