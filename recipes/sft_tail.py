@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from hf_layerprune.heal.checkpoints import Told
+    from hf_layerprune.heal.checkpoints import RunSettings
     from hf_layerprune.heal.student import Student
     from hf_layerprune.heal.trainer import HealTrainer
     from hf_layerprune.measure.requests import EvalRequest
@@ -112,7 +112,7 @@ def main(
     from datasets import Dataset
 
     from hf_layerprune.heal import preflight
-    from hf_layerprune.heal.checkpoints import Told
+    from hf_layerprune.heal.checkpoints import RunSettings
     from hf_layerprune.heal.data import has_images
     from hf_layerprune.heal.describe import describe_command, describe_rows, row_settings, settings_of
     from hf_layerprune.heal.progress import show_progress
@@ -166,13 +166,13 @@ def main(
         settings |= row_settings(row_args, written=data.train is None)
         if training_args.teacher != student.base:
             settings["teacher"] = public(str(training_args.teacher))
-        told = Told(settings, describe_rows(trainer.numbered_datasets, data.parts, row_args.rewrite_answers))
+        run = RunSettings(settings, describe_rows(trainer.numbered_datasets, data.parts, row_args.rewrite_answers))
         folder = output / "model"
-        entry = None if os.path.lexists(folder) else train(trainer, told)
+        entry = None if os.path.lexists(folder) else train(trainer, run)
     if entry is not None:
         save(trainer, student, entry | {"command": describe_command(Path(__file__), sys.argv[1:])})
     else:
-        student.check_healed(folder, told)
+        student.check_healed(folder, run)
         logger.warning("%s is complete, so it is not trained again", folder)
 
     accelerator = trainer.accelerator
@@ -313,12 +313,12 @@ def write_rows(
     return writer.rewritten(rows, row_args.rewrite_max_tokens, row_args.rewrite_temperature)
 
 
-def train(trainer: HealTrainer, told: Told) -> dict[str, Any]:
+def train(trainer: HealTrainer, run: RunSettings) -> dict[str, Any]:
     """Train to the end. Returns the entry in the history."""
     from hf_layerprune.records.lineage import stage
 
-    trainer.add_callback(told)
-    with stage("heal", told.settings) as entry:
+    trainer.add_callback(run)
+    with stage("heal", run.settings) as entry:
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     steps, end = trainer.state.global_step, trainer.state.max_steps
     if steps < end:  # such as by SIGTERM with --enable_jit_checkpoint
@@ -332,7 +332,7 @@ def train(trainer: HealTrainer, told: Told) -> dict[str, Any]:
         )
     if trainer.resumed:
         del entry["seconds"]  # of the last part alone
-    return entry | {"data": told.data} | ({"resumed": told.resumed} if told.resumed else {})
+    return entry | {"data": run.data} | ({"resumed": run.resumed} if run.resumed else {})
 
 
 def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> Path:

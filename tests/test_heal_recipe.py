@@ -263,7 +263,7 @@ def test_the_history_names_settings_that_a_resumed_run_changed(
     for name in ("pruned", "checkpoint-4"):
         shutil.copytree(healed[0] / name, tmp_path / "run" / name)
     run(recipe, words(base, tmp_path / "run", max_steps=6, **settings))
-    assert "training goes on with other settings than before: data, learning_rate, max_steps" in caplog.text
+    assert "training goes on with settings that have changed: data, learning_rate, max_steps" in caplog.text
     for name in ("model", "adapter"):
         shutil.rmtree(tmp_path / "run" / name)
     run(recipe, words(base, tmp_path / "run", max_steps=7, **settings))

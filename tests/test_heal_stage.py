@@ -15,7 +15,7 @@ from trl import ModelConfig
 from hf_layerprune.errors import LayerPruneError
 from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.describe import describe_command, describe_rows, settings_of
-from hf_layerprune.heal.methods import parse_method
+from hf_layerprune.heal.methods import Method, parse_method
 from hf_layerprune.heal.stage import write_healed
 from hf_layerprune.heal.student import Student, adapter_config, load_student
 from hf_layerprune.heal.trainer import HealTrainer
@@ -29,6 +29,19 @@ from .heal_makers import rows, word_tokenizer
 from .measure_models import write_model
 from .test_verify_attacks import forge
 from .tiny_models import tiny_model
+
+
+def train(student: Student, method: Method, folder: Path) -> dict[str, Any]:
+    """Save a student as a trainer leaves it, after a change of all that the method trains. Returns the stage's entry."""
+    model = get_peft_model(load_student(student, method), adapter_config(student, method, ModelConfig()))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+    model.save_pretrained(folder)
+    with stage("heal", {}) as entry:
+        pass
+    return entry
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
@@ -80,14 +93,7 @@ def test_the_adapter_has_the_records_of_its_model(
     asked = {"repair": repair, "calibration_samples": 4, "calibration_length": 8} if repair else {}
     prune_to(PruneRequest(str(tmp_path / "base"), str(tmp_path / "cut"), drop_layers=[3, 4], **asked))
     student, tuning = Student.at(tmp_path / "cut"), parse_method(method)
-    model = get_peft_model(load_student(student, tuning), adapter_config(student, tuning, ModelConfig()))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.01)
-    model.save_pretrained(tmp_path / "trained")
-    with stage("heal", {}) as entry:
-        pass
+    entry = train(student, tuning, tmp_path / "trained")
     write_healed(student, tmp_path / "trained", tmp_path / "healed", entry, adapter=tmp_path / "adapter")
     outcome = verify(VerifyRequest(str(tmp_path / "adapter")))
     if method == "lora":
@@ -141,14 +147,7 @@ def test_a_trained_head_of_a_multimodal_model_is_untied_in_each_section_of_the_c
     tiny_model("gemma3").save_pretrained(tmp_path / "base")
     prune_to(PruneRequest(str(tmp_path / "base"), str(tmp_path / "cut"), drop_layers=[2]))
     student, method = Student.at(tmp_path / "cut"), parse_method("lm_head")
-    model = get_peft_model(load_student(student, method), adapter_config(student, method, ModelConfig()))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.01)
-    model.save_pretrained(tmp_path / "trained")
-    with stage("heal", {}) as entry:
-        pass
+    entry = train(student, method, tmp_path / "trained")
     write_healed(student, tmp_path / "trained", tmp_path / "healed", entry)
     outcome = verify(VerifyRequest(str(tmp_path / "healed")))
     assert outcome.consistent, outcome.lines

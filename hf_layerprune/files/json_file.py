@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, cause_of, one_line
 from .text_file import MAX_DEPTH, check_values, read_bytes
 
+if TYPE_CHECKING:
+    from jsonschema.protocols import Validator
+
 # What the values of JSON are called in messages.
 JSON_TYPES: dict[type, str] = {
     bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object", type(None): "null",
 }  # fmt: skip
-
-if TYPE_CHECKING:
-    from jsonschema.protocols import Validator
 
 MAX_BYTES = 32 * 1024 * 1024
 

@@ -13,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 logger = logging.getLogger(__name__)
 
-_TOLD = "hf_layerprune"  # in a checkpoint's trainer_state.json, beside the state of callbacks
+_STATE = "hf_layerprune"  # in a checkpoint's trainer_state.json, beside the state of callbacks
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
@@ -29,8 +29,8 @@ def last_checkpoint(folder: str | Path) -> str | None:
     return None
 
 
-class Told(TrainerCallback):
-    """Writes what a run was told into its checkpoints; a run that resumes from one then knows what has changed.
+class RunSettings(TrainerCallback):
+    """Records a run's settings and data in its checkpoints, so that a run that resumes from one knows what has changed.
 
     Args:
         settings (`dict[str, Any]`): The settings, as the history records them.
@@ -40,15 +40,15 @@ class Told(TrainerCallback):
     def __init__(self, settings: dict[str, Any], data: list[dict[str, Any]]) -> None:
         self.settings, self.data, self.resumed = settings, data, list[dict[str, Any]]()
 
-    def others(self, settings: dict[str, Any], data: Any) -> dict[str, Any]:
-        """Those of some settings, and the data, that are others now; `None` for one that was not recorded."""
+    def changed(self, settings: dict[str, Any], data: Any) -> dict[str, Any]:
+        """The earlier values of the settings, and of the data, that have changed; `None` for one that was not recorded."""
         before, now = settings | {"data": data}, self.settings | {"data": self.data}
         return {name: before.get(name) for name in sorted(before | now) if before.get(name) != now.get(name)}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        known = state.stateful_callbacks.get(_TOLD) or {"settings": self.settings, "data": self.data, "resumed": []}
+        known = state.stateful_callbacks.get(_STATE) or {"settings": self.settings, "data": self.data, "resumed": []}
         self.resumed = [*known["resumed"]]
-        if others := self.others(known["settings"], known["data"]):
-            logger.warning("training goes on with other settings than before: %s", ", ".join(others))
+        if others := self.changed(known["settings"], known["data"]):
+            logger.warning("training goes on with settings that have changed: %s", ", ".join(others))
             self.resumed.append({"after_step": state.global_step, "settings_before": others})
-        state.stateful_callbacks[_TOLD] = {"settings": self.settings, "data": self.data, "resumed": self.resumed}
+        state.stateful_callbacks[_STATE] = {"settings": self.settings, "data": self.data, "resumed": self.resumed}

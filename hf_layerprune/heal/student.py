@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
     from trl import ModelConfig
 
-    from .checkpoints import Told
+    from .checkpoints import RunSettings
     from .config import HealConfig
 
 logger = logging.getLogger(__name__)
@@ -98,12 +98,12 @@ class Student:
             args.teacher = self.base
             args.teacher_revision = args.teacher_revision or self.revision
 
-    def check_healed(self, folder: Path, told: Told) -> None:
-        """Check that a folder holds this model after one more stage, which healed it as it is told now.
+    def check_healed(self, folder: Path, run: RunSettings) -> None:
+        """Check that a folder holds this model after one more stage, which healed it with the present settings and data.
 
         Args:
             folder (`Path`): The healed model.
-            told ([`Told`]): The settings and the data.
+            run ([`RunSettings`]): The settings and the data.
 
         Raises:
             CheckpointError: It holds something else.
@@ -112,7 +112,7 @@ class Student:
         *earlier, last = after.entries or [{}]
         if last.get("stage") != "heal" or earlier != before.entries:
             raise CheckpointError(f"{folder} is not from this run; choose another --output_dir, or remove it")
-        others = told.others(last.get("settings", {}), last.get("data"))
+        others = run.changed(last.get("settings", {}), last.get("data"))
         others.pop("world_size", None)  # it may be finished on another machine
         if others:
             raise CheckpointError(

@@ -28,13 +28,13 @@ from .kinds import (
     many,
     whole,
 )
-from .quantities import listed, plural, spell_bytes, spell_count
+from .quantities import listed, plural, spell_bytes, spell_count, spell_share
 from .shared import AnswerOptions, CalibrationOptions, ChoiceOptions, CutOptions, Options, ScreenOptions, TuningOptions
 
 __all__ = [
     "AMOUNTS", "BUDGETS", "COUNTED_BY", "DEFAULT_DROP", "DROP", "DTYPES", "LAYERS", "MODEL", "MODEL_HELP", "MODEL_OR_ADAPTER_HELP",
     "PATH", "AmountOptions", "AnswerOptions", "CalibrationOptions", "ChoiceOptions", "CutOptions", "Kind", "Options",
     "ScreenOptions", "TuningOptions", "add", "arguments", "bind", "check", "checked", "declared", "documented", "find",
-    "gather", "just", "listed", "many", "option", "plural", "refuse_unused", "spell_bytes", "spell_count", "take", "whole",
+    "gather", "just", "listed", "many", "option", "plural", "refuse_unused", "spell_bytes", "spell_count", "spell_share", "take", "whole",
     "words_of",
 ]  # fmt: skip

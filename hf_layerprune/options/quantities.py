@@ -64,6 +64,11 @@ def spell_bytes(size: float) -> str:
     return _spell(size, {" TB": 10**12, " GB": 10**9, " MB": 10**6, " kB": 10**3}, " B")
 
 
+def spell_share(share: float, digits: int = 0) -> str:
+    """Format a share: `25 %`."""
+    return f"{100 * share:.{digits}f} %"
+
+
 def plural(count: int, noun: str) -> str:
     """A count and its noun, in the plural if needed: `1 layer`, `1,024 rows`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -108,9 +108,8 @@ def choose(
         except CutError as error:
             if count == 1:
                 raise
-            logger.info(
-                "%s: %s", plural(count, "layer"), error
-            )  # no set may be dropped, can be repaired, and has a KL
+            # No set of that size may be dropped, can be repaired, and has a KL.
+            logger.info("%s: %s", plural(count, "layer"), error)
             return False
         figures = candidate.outcome.quality(search.dense)
         logger.info("without %s: %s", name_layers(candidate.drop), _spelled(figures, budget))

@@ -19,7 +19,7 @@ from ..errors import CutError
 from ..files.copy import check_file_target, write_text
 from ..heal.frontier import Expected, Frontier
 from ..layer_ranges import parse_layers
-from ..options import COUNTED_BY, CutOptions, declared, refuse_unused, spell_count, take, words_of
+from ..options import COUNTED_BY, CutOptions, declared, refuse_unused, spell_count, spell_share, take, words_of
 from ..records.curve import quality_of
 from ..records.figures.numbers import number
 from ..runtime.loading import load_config
@@ -265,7 +265,7 @@ def _passes(settings: dict[str, Any]) -> str:
     """How often the text is trained on, and on what first."""
     if "features" not in settings:
         return "each once"
-    return f"in {settings['num_train_epochs']} epochs, with the first {100 * settings['features']:.0f} % of the steps on hidden states"
+    return f"in {settings['num_train_epochs']} epochs, with the first {spell_share(settings['features'])} of the steps on hidden states"
 
 
 def _told(request: AdviseRequest, frontier: Frontier, expected: dict[int, Expected], n: int, record: Any) -> str:

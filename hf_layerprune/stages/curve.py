@@ -26,7 +26,17 @@ from ..errors import CheckpointError, CutError, LayerPruneError
 from ..files.copy import write_text
 from ..files.folders import check_target
 from ..layer_ranges import name_layers, parse_layers
-from ..options import DEFAULT_DROP, AmountOptions, declared, find, listed, plural, spell_bytes, spell_count
+from ..options import (
+    DEFAULT_DROP,
+    AmountOptions,
+    declared,
+    find,
+    listed,
+    plural,
+    spell_bytes,
+    spell_count,
+    spell_share,
+)
 from ..records.curve import quality_of
 from ..records.fingerprints import fingerprint
 from ..runtime.loading import is_hub_id, load_config
@@ -85,7 +95,7 @@ class Curve:
             marks = {"chosen": self.chosen, "knee": self.knee}
             here = ", ".join(word for word, count in marks.items() if count == point["dropped"])
             kls = [f"{point[name]['kl']:.3g}" if name in point else "-" for name in ("cut", "repaired")]
-            quality = [f"x{best['perplexity_ratio']:.3g}", f"{100 * best['top1_agreement']:.0f} %"]
+            quality = [f"x{best['perplexity_ratio']:.3g}", spell_share(best["top1_agreement"])]
             layers = point["layers"] + (f"  <- {here}" if here else "")
             rows.append([str(point["dropped"]), *_sizes(point), f"{point['speedup']:.2f}x", *kls, *quality, layers])
         widths = [max(len(row[k]) for row in rows) for k in range(len(heads) - 1)]

@@ -14,7 +14,7 @@ from ..errors import CutError, LayerPruneError, cause_of
 from ..families.engines import WAY_OUT, counted, misread
 from ..families.layout import count_by_layer, count_parameters, find_decoder_layers, ties_head
 from ..layer_ranges import name_layers
-from ..options import CutOptions, plural, spell_bytes
+from ..options import CutOptions, plural, spell_bytes, spell_share
 from ..runtime.loading import load_config, resolve_base
 from ..runtime.model_class import auto_class_of, model_without_weights
 from ..select import select_layers
@@ -172,8 +172,8 @@ def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
     lines = [
         f"{name}: {anatomy.architecture} ({anatomy.model_type})",
         f"  decoder layers   {n:>15}   {anatomy.layers_path}, {each}",
-        f"  in the layers    {sum(anatomy.layers):>15,}   {100 * sum(anatomy.layers) / anatomy.total:.1f} %",
-        f"  embeddings       {anatomy.embeddings:>15,}   {100 * anatomy.embeddings / anatomy.total:.1f} %",
+        f"  in the layers    {sum(anatomy.layers):>15,}   {spell_share(sum(anatomy.layers) / anatomy.total, 1)}",
+        f"  embeddings       {anatomy.embeddings:>15,}   {spell_share(anatomy.embeddings / anatomy.total, 1)}",
         f"  output head      {head:>15}",
         f"  other            {anatomy.other:>15,}",
         f"  parameters       {anatomy.total:>15,}",
@@ -201,16 +201,16 @@ def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
     if left is None:
         return "\n".join([*lines, f"No cut is shown: {anatomy.no_cut}"])
     layers = plural(len(anatomy.dropped), "layer")
-    effect = f"A cut of {100 * drop:.0f} % drops {layers} and" if isinstance(drop, float) else f"A cut of {layers}"
+    effect = f"A cut of {spell_share(drop)} drops {layers} and" if isinstance(drop, float) else f"A cut of {layers}"
     lines.append(
-        f"{effect} leaves {n - len(anatomy.dropped)} of {n}: {left:,} parameters, {100 * left / anatomy.total:.1f} % of the "
+        f"{effect} leaves {n - len(anatomy.dropped)} of {n}: {left:,} parameters, {spell_share(left / anatomy.total, 1)} of the "
         f"base{size}{memory}."
     )
     if anatomy.tied:
         untied = left + anatomy.embeddings
         lines.append(
             "The output head stays tied by default. With tune_lm_head=True, it becomes a matrix of its own: "
-            f"{untied:,} parameters in all, {100 * untied / anatomy.total:.1f} % of the base"
+            f"{untied:,} parameters in all, {spell_share(untied / anatomy.total, 1)} of the base"
             + (", more than the base itself." if untied > anatomy.total else ".")
         )
     return "\n".join(lines)
