@@ -274,11 +274,17 @@ def test_a_model_that_is_too_large_for_a_device_is_timed_where_it_is(
     [
         (
             ["--target-size", "1KB"],
-            "dropping 7 layers leaves 65.11 kB, which is 64.11 kB too much; raise the target to ",
+            "target_size=1kB can't be met: dropping 7 layers leaves 65.11 kB, which is 64.11 kB too much; raise the target to ",
         ),
-        (["--target-params", "1M"], "is met by the model as it is (70.18K), so there is nothing to drop"),
+        (
+            ["--target-params", "1M"],
+            "target_params=1M is met by the model as it is (70.18K), so there is nothing to drop",
+        ),
         (["--target-memory", "200KB", "--context", "999"], "context=999 is more than the 128 positions"),
-        (["--target-params", "20K", "--criterion", "magnitude_l1"], "dropping all 2 of the layers that may go leaves"),
+        (
+            ["--target-params", "20K", "--criterion", "magnitude_l1"],
+            "target_params=20K can't be met: dropping all 2 of the layers that may go leaves",
+        ),
     ],
 )
 def test_impossible_targets(
