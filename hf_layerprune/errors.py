@@ -99,14 +99,10 @@ def cause_of(error: BaseException) -> str:
 
 
 def explain(error: BaseException, debug: str = f"{DEBUG}=1") -> tuple[str, int]:
-    """What a command says of an exception that ended it, and its exit code.
+    """What a command says of an exception that ended it, and its exit code: 2 for wrong usage, 130 for an interrupt,
+    else 1.
 
-    Args:
-        error (`BaseException`): The exception.
-        debug (`str`, *optional*): What makes the command show a traceback.
-
-    Returns:
-        `tuple[str, int]`: One line; and 2 for wrong usage, 130 for an interrupt, or else 1.
+    `debug` is what makes the command show a traceback.
     """
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; nothing was left half-written", 130

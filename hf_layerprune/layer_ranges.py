@@ -12,13 +12,7 @@ _PART = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?", re.ASCII)
 
 
 def parse_layers(text: str) -> list[int]:
-    """Parse a set of layers.
-
-    Args:
-        text (`str`): Indices and inclusive ranges, separated by commas: `20-26,29`.
-
-    Returns:
-        `list[int]`: The indices in ascending order.
+    """Parse a set of layers, such as `20-26,29`: indices and inclusive ranges. The result is in ascending order.
 
     Raises:
         CutError: The text is malformed, or a range runs backwards.
@@ -37,14 +31,7 @@ def parse_layers(text: str) -> list[int]:
 
 
 def blocks(layers: Collection[int]) -> list[tuple[int, int]]:
-    """Group layers into blocks of adjacent ones.
-
-    Args:
-        layers (`Collection[int]`): Layer indices, in any order.
-
-    Returns:
-        `list[tuple[int, int]]`: For each block, its first layer and the index after its last.
-    """
+    """Group layers into blocks of adjacent ones: for each, its first layer and the index after its last."""
     found: list[tuple[int, int]] = []
     for i in sorted(layers):
         first = found.pop()[0] if found and found[-1][1] == i else i

@@ -26,8 +26,7 @@ _CHATTER = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRAN
 def settle(*, quiet: bool = False) -> None:
     """Settle what this process, and those that it starts, may show; for commands, before libraries are imported.
 
-    Args:
-        quiet (`bool`, defaults to `False`): Show errors only: no progress bars, no remarks.
+    With `quiet`, only errors are shown: no progress bars, no remarks.
     """
     for name, value in _CHATTER.items():
         os.environ.setdefault(name, value)
@@ -45,15 +44,7 @@ def settle(*, quiet: bool = False) -> None:
 
 
 def progress_bar(*args: Any, **words: Any) -> tqdm:
-    """A progress bar.
-
-    Args:
-        args: As for `tqdm`.
-        words: As for `tqdm`. `disable=True` turns it off, as in all processes but one.
-
-    Returns:
-        `tqdm`: The bar.
-    """
+    """A progress bar, with the arguments of `tqdm`. `disable=True` turns it off, as in all processes but one."""
     from huggingface_hub.utils import tqdm
 
     return tqdm(*args, **{"disable": None, "leave": False} | words)

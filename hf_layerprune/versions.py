@@ -38,9 +38,6 @@ def let_peft_save(method: Enum) -> None:
 
     They look up the method in the enum only when saving. A copy of the enum with an added member compares equal to the
     original everywhere, since the members are strings.
-
-    Args:
-        method (`Enum`): The method's name, a member of a string enum.
     """
     if _is_at_least("peft", "0.21"):
         return
@@ -63,8 +60,7 @@ GGUF_TOKENIZERS = "5.6"
 def gguf_options() -> dict[str, Any]:
     """Arguments besides `gguf_file` with which `from_pretrained` dequantises the weights.
 
-    Returns:
-        `dict[str, Any]`: Empty before transformers 5.17, which always dequantises.
+    There are none before transformers 5.17, which always dequantises.
     """
     import transformers
 

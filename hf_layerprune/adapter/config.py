@@ -86,11 +86,7 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
         return self.inference_mode is None or not (self.inference_mode or self.is_saved)
 
     def renew(self, *, repair: bool = True) -> None:
-        """Forget what was recorded for another adapter, except its cut.
-
-        Args:
-            repair (`bool`, defaults to `True`): Whether to forget the repair too, so that it is fitted again.
-        """
+        """Forget what was recorded for another adapter, except its cut and, unless `repair`, its repair."""
         self.inference_mode = self.is_saved = False
         if self.own_modules_to_save is not None:
             self.modules_to_save, self.own_modules_to_save = self.own_modules_to_save or None, None

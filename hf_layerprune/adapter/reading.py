@@ -20,9 +20,7 @@ from ..runtime.loading import WHERE, as_path, check_complete
 def find_adapter(base: str | Path, **kwargs: Any) -> PeftConfig | None:
     """The config of the adapter that a folder or a Hub id is, or `None` if it is a model.
 
-    Args:
-        base (`str` or `Path`): A Hub id or a folder.
-        kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`; others are ignored.
+    Of the keyword arguments, those that locate files are used.
 
     Raises:
         CheckpointError: It is an adapter whose config can't be read, or one without safetensors weights.
@@ -56,11 +54,7 @@ def _find(name: str, filename: str, where: dict[str, Any]) -> str | None:
 def load_adapter(base: PreTrainedModel, adapter: str, **where: Any) -> PeftModel:
     """Put an adapter's weights on its base, in place, and refuse an adapter that has too few or too many.
 
-    Args:
-        base (`PreTrainedModel`): The base.
-        adapter (`str`): The adapter's folder or Hub id.
-        where: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`, as `PeftModel.from_pretrained` takes
-            them.
+    Further arguments locate the adapter, as `PeftModel.from_pretrained` takes them.
 
     Raises:
         CheckpointError: The adapter can't be loaded, has no safetensors weights (a pickle can run code), or its

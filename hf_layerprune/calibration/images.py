@@ -37,17 +37,7 @@ def image_rows(
 ) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """Make `samples` rows of at most `length` tokens from examples with images, in their order.
 
-    Args:
-        documents (`Iterator[Document]`): The examples.
-        source (`str`): Where they come from, for messages.
-        samples (`int`): Number of rows.
-        length (`int`): Maximum number of tokens in a row.
-        model (`PreTrainedModel`, *optional*): The dense model, whose config names its placeholders.
-        load_processor (`Callable`, *optional*): Loads the model's processor.
-
-    Returns:
-        `list[tuple[torch.Tensor, dict[str, torch.Tensor]]]`: For each row its token ids `[1, seq]`, and the model's other
-            inputs.
+    Each row is token ids `[1, seq]`, and the model's other inputs. `source` is where they come from, for messages.
 
     Raises:
         CheckpointError: An image can't be read, the processor refuses a row, or there are too few rows.

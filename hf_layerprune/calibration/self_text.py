@@ -31,18 +31,10 @@ _MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 def write_text_with(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, samples: int, length: int, seed: int
 ) -> torch.Tensor:
-    """Sample rows of text from a model.
+    """Sample rows of text from a model, which is left unchanged: token ids `[samples, length]`, the prompt included.
 
-    Args:
-        model (`PreTrainedModel`): The model that writes; left unchanged.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): Provides the prompt, and limits the tokens to its
-            vocabulary.
-        samples (`int`): Number of rows.
-        length (`int`): Number of tokens per row, including the prompt.
-        seed (`int`): Determines every token, whatever the batch size.
-
-    Returns:
-        `torch.Tensor`: Token ids `[samples, length]`.
+    The tokenizer provides the prompt, and limits the tokens to its vocabulary. The seed determines every token,
+    whatever the batch size.
 
     Raises:
         UnsupportedModelError: The model can't generate.

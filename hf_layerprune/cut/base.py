@@ -42,12 +42,8 @@ class Base:
 
     @classmethod
     def open(cls, source: str | os.PathLike[str], revision: str | None = None, **hub: Any) -> Base:
-        """Locate a checkpoint and check that it has a config.
-
-        Args:
-            source (`str` or `os.PathLike`): A folder, or a Hub id.
-            revision (`str`, *optional*): Branch, tag or commit of a repository.
-            hub: Passed on to `Repo.open`.
+        """Locate a checkpoint, in a folder or on the Hub, and check that it has a config; `hub` is passed on to
+        `Repo.open`.
 
         Raises:
             CheckpointError: The model does not exist or can't be reached.
@@ -115,12 +111,7 @@ def _check_no_adapter(names: Collection[str], where: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The weight files of a checkpoint.
-
-    Args:
-        headers (`dict[str, Header]`): The header of each file, by file name.
-        index (`dict`, *optional*): The parsed index of a sharded checkpoint, or `None` for a single file.
-    """
+    """The weight files of a checkpoint: the header of each by its name, and the index if there is one."""
 
     headers: dict[str, Header]
     index: dict[str, Any] | None
@@ -136,13 +127,8 @@ class Weights:
 def read_weights(base: Base, kept: Callable[[Collection[str]], Collection[str]] | None = None) -> Weights:
     """Read the headers of a checkpoint's weight files; from the Hub, they are downloaded.
 
-    Args:
-        base (`Base`): The checkpoint.
-        kept (`Callable`, *optional*): Selects the tensors to keep from the names of all tensors. A file that, according
-            to the index, holds none of them is neither opened nor downloaded.
-
-    Returns:
-        `Weights`: The checked headers and a consistent index.
+    `kept` selects the tensors to keep from the names of all. A file that, according to the index, holds none of them
+    is neither opened nor downloaded.
 
     Raises:
         CheckpointError: There are no safetensors weights, more than one set, or they are damaged or incomplete.
@@ -212,15 +198,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def find_weights(names: Collection[str], where: str, chosen: str | None = None) -> str:
-    """Find the weights of a checkpoint in a list of its files.
+    """The file with a checkpoint's weights, from the names of all its files: the one its config chose, `SINGLE` or
+    `INDEX`.
 
-    Args:
-        names (`Collection[str]`): Names of all files.
-        where (`str`): The name of the folder, for errors.
-        chosen (`str`, *optional*): What the config names as the weights (`transformers_weights`).
-
-    Returns:
-        `str`: `SINGLE` or `INDEX`, or the chosen one.
+    `where` names the checkpoint in errors.
 
     Raises:
         CheckpointError: There are no safetensors weights, or more than one set.

@@ -33,13 +33,8 @@ logger = logging.getLogger(__name__)
 def plan_cut(source: Path | Base, drop_layers: Sequence[int]) -> CheckpointPlan:
     """Plan a cut from headers, index and config, and refuse it if it can't be exact. Nothing is written.
 
-    Args:
-        source (`Path` or `Base`): The base's folder, with safetensors weights, or the base itself. From the Hub, weight
-            files with tensors to keep are downloaded into the Hub client's cache.
-        drop_layers (`Sequence[int]`): Base indices of the layers to drop.
-
-    Returns:
-        `CheckpointPlan`: The tensors to keep, their new names, and the sizes to write.
+    The weights are in safetensors files. From the Hub, those with tensors to keep are downloaded into the client's
+    cache.
 
     Raises:
         CheckpointError: The base is damaged, incomplete or inconsistent, or can't be reached.

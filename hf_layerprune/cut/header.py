@@ -25,14 +25,8 @@ _ALIGNMENT = 8
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor of a safetensors file.
-
-    Args:
-        name (`str`): The name.
-        dtype (`str`): The type, as spelled in the header.
-        shape (`tuple[int, ...]`): The shape.
-        start (`int`): Offset of the first byte, from the end of the header.
-        end (`int`): Offset after the last byte.
+    """One tensor of a safetensors file. Its bytes are from `start` to before `end`, counted from the end of the
+    header.
     """
 
     name: str
@@ -54,15 +48,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Header:
-    """The content of a safetensors file.
-
-    Args:
-        path (`Path`): The file.
-        version (`FileState`): The state of the file when it was read, to detect later changes.
-        data_start (`int`): Offset of the tensor data in the file.
-        tensors (`tuple[Tensor, ...]`): The tensors, in file order.
-        metadata (`dict[str, str]`, *optional*): The metadata of the file, if any.
-    """
+    """The content of a safetensors file. Its `version` is its state when it was read, to detect later changes."""
 
     path: Path
     version: FileState

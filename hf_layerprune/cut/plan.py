@@ -45,14 +45,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A matrix in a source file, of which only some columns are copied.
-
-    Args:
-        offset (`int`): Offset of the matrix in the file.
-        rows (`int`): Number of rows.
-        row_bytes (`int`): Length of a row in bytes.
-        columns (`tuple[Span, ...]`): The ranges of each row to keep.
-    """
+    """A matrix in a source file, of which only some columns are copied: the ranges of each row to keep."""
 
     offset: int
     rows: int
@@ -73,15 +66,9 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """One file to write.
+    """One file to write: a header, then ranges of a source file, in order.
 
-    Args:
-        source (`str`): Name of the source file.
-        version (`FileState`): The state of the source file when the plan was made.
-        target (`str`): Name of the file to write.
-        header (`bytes`): The header to write.
-        pieces (`tuple[Span | Rows, ...]`): The data to copy after the header, in order.
-        whole (`bool`): Whether the source file is copied unchanged.
+    `version` is the state of the source file when the plan was made; `whole` says that it is copied unchanged.
     """
 
     source: str
@@ -106,12 +93,8 @@ class ShardPlan:
 class WeightsPlan:
     """The part of a plan that concerns weights.
 
-    Args:
-        layer_prefix (`str`): The part of a tensor's name before the layer index.
-        shards (`tuple[ShardPlan, ...]`): The weight files to write.
-        index (`dict`, *optional*): The index to write, of a sharded checkpoint.
-        tensor_names (`dict[str, str]`): Old to new name of every tensor that is kept.
-        tensors (`dict[str, Tensor]`): The tensors, by their new names, without their offsets.
+    `tensor_names` has the old and the new name of every tensor that is kept, and `tensors` has these by their new
+    names, without offsets. `layer_prefix` is what precedes the layer's index in the name of a tensor.
     """
 
     layer_prefix: str
@@ -125,13 +108,8 @@ class WeightsPlan:
 class CheckpointPlan(WeightsPlan):
     """Everything that a cut will do, known before the first byte is written.
 
-    Args:
-        name (`str`): The base's name, for messages.
-        source (`Path`): The base's folder; for a base on the Hub, its folder in the cache.
-        cut (`families.Cut`): The kept and dropped layers.
-        config (`PreTrainedConfig`): The config of the pruned model.
-        files (`dict[str, bytes]`): The content of small files that change, by name.
-        companions (`tuple[tuple[str, int], ...]`): The files that are copied unchanged, with their sizes in bytes.
+    `files` has the small files that change, by name, and `companions` those that are copied unchanged, with their
+    sizes. The source of a base on the Hub is its folder in the cache.
     """
 
     name: str

@@ -96,12 +96,9 @@ class Sizes:
         return kept + self._head_elements * self.dtype.itemsize
 
     def memory_bytes(self, drop: Sequence[int] = (), *, context: int | None = None, batch: int = 1) -> int:
-        """Bytes of the weights that are left, and of a full key-value cache.
+        """Bytes of the weights that are left, and of a full key-value cache for `batch` sequences.
 
-        Args:
-            drop (`Sequence[int]`): Base indices of the layers.
-            context (`int`, *optional*): Tokens in the cache; 4096 by default, or what the model has room for.
-            batch (`int`, defaults to 1): Sequences in the cache.
+        The context is 4096 tokens by default, or what the model has room for.
 
         Raises:
             CutError: The context is too long for the model, or its cache is not known without running it.

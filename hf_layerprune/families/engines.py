@@ -42,11 +42,10 @@ def counted(config: PreTrainedConfig) -> str | None:
 
 
 def misread(config: PreTrainedConfig, keep: Sequence[int] | None = None) -> str | None:
-    """Describe, in one line, how an engine would run a pruned model with the wrong kinds of layers; `None` if none would.
+    """Describe, in one line, which layers an engine would run as another kind; `None` if there are none.
 
-    Args:
-        config (`PreTrainedConfig`): The base's, or that of its text decoder.
-        keep (`Sequence[int]`, *optional*): The layers that stay; all by default, for a model that was pruned before.
+    The config is the base's, or that of its text decoder. By default, all layers stay, for a model that was pruned
+    before.
     """
     about, text = counted(config), config.get_text_config(decoder=True)
     if about is None:

@@ -213,13 +213,9 @@ def looks_per_layer(name: str, value: Any, num_layers: int) -> str | None:
 def rewrite_fields(
     fields: dict[str, Any], cut: Cut, rules: dict[str, Rule], skip: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Apply the rules to a config in dictionary form, and return only the fields whose values change.
+    """Apply the rules to a config's `to_dict()`, and return only the fields whose values change.
 
-    Args:
-        fields (`dict[str, Any]`): A config's `to_dict()`.
-        cut (`Cut`): Which layers stay.
-        rules (`dict[str, Rule]`): Rules that take precedence over `FIELDS`, by field name.
-        skip (`Sequence[str]`): Fields to leave alone, such as the layer count, which is set separately.
+    `rules` take precedence over `FIELDS`. Fields to `skip` are set separately, such as the layer count.
 
     Raises:
         CutError: A field can't describe the kept layers, or an unknown field may be per layer.

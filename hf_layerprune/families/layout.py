@@ -23,12 +23,7 @@ _NORM_NAMES = (
 
 @dataclass(frozen=True)
 class DecoderStack:
-    """The decoder layers of a model.
-
-    Args:
-        path (`str`): Full name of the module list in the model, such as `model.layers`.
-        layers (`nn.ModuleList`): The layers.
-    """
+    """The decoder layers of a model, and the full name of their list in it, such as `model.layers`."""
 
     path: str
     layers: nn.ModuleList

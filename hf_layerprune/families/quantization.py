@@ -41,13 +41,10 @@ _OWNER = re.compile(r"(?:(?<=\\b)|(?<!\\))(?<![A-Za-z0-9_])([A-Za-z_][A-Za-z0-9_
 def rewrite_quantization(
     settings: Any, cut: Cut, name: str = "quantization_config", *, several_stacks: bool = False
 ) -> Any:
-    """The quantisation settings of the pruned model, without dropped layers and with the kept ones renumbered.
+    """The quantisation settings of the pruned model, without dropped layers and with the kept ones renumbered; a copy.
 
-    Args:
-        settings (`dict` or `list`): The settings. They are not changed.
-        cut (`Cut`): The kept and dropped layers.
-        name (`str`): What holds the settings, for errors.
-        several_stacks (`bool`): Whether the model has layers outside its decoder, so that ambiguous patterns are refused.
+    `name` is what holds them, for errors. With `several_stacks`, the model has layers outside its decoder, so
+    ambiguous patterns are refused.
 
     Raises:
         CutError: An entry names layers in a way that can't be rewritten exactly.

@@ -33,10 +33,7 @@ class FileState(NamedTuple):
 
 
 class LocalFile:
-    """A file that is read by range and must not change while it is open.
-
-    Args:
-        path (`Path`): The file, or a symbolic link to it.
+    """A file, or a symbolic link to one, that is read by range and must not change while it is open.
 
     Raises:
         CheckpointError: The file is missing, unreadable, or not a regular file.
@@ -224,15 +221,8 @@ def new_file(
 ) -> Iterator[Path]:
     """Write a file under a temporary name next to the target, and rename it when the block succeeds.
 
-    Args:
-        target (`Path`): The file to write.
-        force (`bool`, *optional*, defaults to `False`): Replace an existing file. It stays until the new one is
-            complete and on disk.
-        inside (`Path`, *optional*): A folder that must contain the target, also after links are resolved.
-        apart_from (`Path`, *optional*): A file or folder that is only read.
-
-    Yields:
-        `Path`: The temporary file to write; it does not exist yet.
+    An existing file, which `force` allows to replace, stays until the new one is complete and on disk. The temporary
+    file does not exist yet when the block begins. See [`check_file_target`] for the arguments.
 
     Raises:
         CheckpointError: The target can't be written or replaced, or writing fails. The temporary file is removed.

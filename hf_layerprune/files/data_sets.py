@@ -60,15 +60,10 @@ def json_files(path: str, **where: Any) -> dict[str, list[Path]] | None:
 def read_json_files(
     files: Mapping[str, Sequence[Path]], *, streaming: bool = False
 ) -> DatasetDict | IterableDatasetDict:
-    """Read the rows of JSON files.
+    """Read the rows of JSON files, given by split.
 
-    Args:
-        files (`Mapping[str, Sequence[Path]]`): The files of each split.
-        streaming (`bool`, defaults to `False`): Whether to read rows only when they are needed. Otherwise all rows are
-            checked, and then stored in the cache of `datasets`.
-
-    Returns:
-        `DatasetDict` or `IterableDatasetDict`: The splits.
+    With `streaming`, rows are only read when they are needed. Otherwise all rows are checked, and then stored in the
+    cache of `datasets`.
 
     Raises:
         CheckpointError: A file can't be read, a row is not an object or not strict JSON, or a column has several types.

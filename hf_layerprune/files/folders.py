@@ -86,16 +86,9 @@ def new_folder(
 def check_target(
     target: Path, source: Path | None, force: bool | None, replaces: re.Pattern[str] | None = None
 ) -> Path:
-    """Check that a folder can be created without affecting any other file.
+    """Check that a folder can be created without affecting any other file. Links in the folders above it are resolved.
 
-    Args:
-        target (`Path`): The folder to create.
-        source (`Path`, *optional*): The file or folder that is read, if any.
-        force (`bool`, *optional*): Whether the target may be replaced. `None` where the user has no such option.
-        replaces (`re.Pattern`, *optional*): See `new_folder`.
-
-    Returns:
-        `Path`: The target, with links in its parent folders resolved.
+    See [`new_folder`] for the arguments; `source` is what it calls `apart_from`.
 
     Raises:
         CheckpointError: The target is or overlaps with the source, exists, is not a folder, or holds a file that does
@@ -232,12 +225,7 @@ def _publish(folder: Path, target: Path, force: bool | None, replaces: re.Patter
 def lock_folder(folder: Path, *, shared: bool = False) -> int | None:
     """Lock a folder, or a file, for the lifetime of this process, if the system supports it.
 
-    Args:
-        folder (`Path`): The folder or file.
-        shared (`bool`, defaults to `False`): Whether others may hold a shared lock at the same time.
-
-    Returns:
-        `int`: For [`unlock_folder`].
+    With `shared`, others may hold a shared lock at the same time. Returns what [`unlock_folder`] takes.
 
     Raises:
         BlockingIOError: Another process holds the lock.

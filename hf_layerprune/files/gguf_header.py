@@ -40,15 +40,7 @@ def padded(size: int, alignment: int) -> int:
 
 @dataclass(frozen=True)
 class Entry:
-    """One metadata entry.
-
-    Args:
-        key (`str`): The key.
-        kind (`int`): The type of the value; for an array, of its items.
-        is_array (`bool`): Whether the value is an array.
-        count (`int`): For an array, the number of items; otherwise 1.
-        raw (`bytes`): The value as stored in the file; for an array, its items.
-    """
+    """One metadata entry, with its value as stored. For an array, `kind`, `count` and `raw` are about its items."""
 
     key: str
     kind: int

@@ -96,13 +96,7 @@ def resolve_commit(repo: str, **where: Any) -> str | None:
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file of a repository, as its listing describes it.
-
-    Args:
-        size (`int`): The size in bytes.
-        sha256 (`str`, *optional*): The hash of the content, if the file is stored in LFS or Xet.
-        blob_id (`str`, *optional*): The git object id.
-    """
+    """One file of a repository, as its listing describes it. Those in LFS or Xet have a sha256."""
 
     size: int
     sha256: str | None = None
@@ -139,17 +133,9 @@ class Repo:
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
     ) -> Repo:
-        """Resolve a revision and list the repository.
+        """Resolve a branch, tag or commit, and list the repository; only its cached part if the Hub can't be reached.
 
-        Args:
-            name (`str`): The Hub id.
-            revision (`str`, *optional*): Branch, tag or commit.
-            token (`str` or `bool`, *optional*): As the Hub client takes it; by default the stored one.
-            cache_dir (`str` or `os.PathLike`, *optional*): The Hub client's cache, if not the default.
-            local_files_only (`bool`, *optional*, defaults to `False`): Only use the cache.
-
-        Returns:
-            `Repo`: The repository; its cached part if the Hub can't be reached.
+        `token` and `cache_dir` are as the Hub client takes them. With `local_files_only`, only the cache is used.
 
         Raises:
             CheckpointError: The repository or revision does not exist or the user has no access, or the Hub can't be

@@ -29,14 +29,7 @@ def read_object(
 ) -> dict[str, Any]:
     """Read a JSON file whose content is an object.
 
-    Args:
-        path (`Path`): The file.
-        max_bytes (`int`, defaults to 32 MiB): The largest file to read.
-        max_depth (`int`, defaults to 64): The deepest allowed nesting of lists and objects.
-        non_finite (`bool`, defaults to `False`): Accept `NaN` and `Infinity`, which occur in some model configs.
-
-    Returns:
-        `dict[str, Any]`: The content.
+    With `non_finite`, `NaN` and `Infinity` are accepted, which occur in some model configs.
 
     Raises:
         CheckpointError: The file can't be read, is too large, is not UTF-8 or not JSON, is nested too deeply, repeats

@@ -10,9 +10,6 @@ from ..errors import CheckpointError
 def shipped(name: str) -> Path:
     """Find a folder that comes with the package: in an installed package inside it, in a checkout beside it.
 
-    Args:
-        name (`str`): Its path in a checkout, such as `"spaces/chat"`.
-
     Raises:
         CheckpointError: This installation lacks it.
     """

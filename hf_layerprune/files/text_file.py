@@ -79,12 +79,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def check_values(content: Any, name: str, max_depth: int = MAX_DEPTH, max_values: float = math.inf) -> None:
     """Refuse what the file `name` holds if it is nested deeply, or has text that can't be encoded.
 
-    Args:
-        content: The content.
-        name (`str`): The file.
-        max_depth (`int`, *optional*): The deepest allowed nesting.
-        max_values (`float`, *optional*): For YAML, whose aliases can repeat a value very often: the most values, each
-            counted as often as it appears.
+    The limit on the number of values is for YAML, whose aliases can repeat a value very often; each counts as often as
+    it appears.
 
     Raises:
         CheckpointError: It is nested more than `max_depth` levels deep, holds more than `max_values` values or half a

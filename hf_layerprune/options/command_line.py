@@ -80,9 +80,7 @@ def gather(args: argparse.Namespace, cls: type[T]) -> T:
 def words_of(values: Any, *without: str) -> list[str]:
     """The command-line arguments for the options of a dataclass that differ from their defaults.
 
-    Args:
-        values: The dataclass. `gather` makes an equal one from these arguments and the positional ones.
-        without (`str`): Options to leave out.
+    `gather` makes an equal one from these arguments and the positional ones.
     """
     words: list[str] = []
     for name, known in declared(values).items():
@@ -107,10 +105,7 @@ def _spelled(value: Any) -> str:
 def arguments(name: str, cls: type[T], skip: Collection[str] = ()) -> type[T]:
     """A subclass of a dataclass of options that transformers' `HfArgumentParser` (and TRL's) can read.
 
-    Args:
-        name (`str`): The name of the subclass.
-        cls (`type`): A dataclass, all of whose fields are options with defaults.
-        skip (`Collection[str]`): Options to leave out; they keep their defaults.
+    All options must have defaults; those that are skipped keep theirs.
     """
     fields = []
     for option_name, known in declared(cls).items():

@@ -113,12 +113,9 @@ def check(values: Any) -> None:
 
 
 def refuse_unused(values: Any, names: Iterable[str], why: str) -> None:
-    """Refuse those of some settings that differ from their defaults.
+    """Refuse those of some settings that differ from their defaults. `why` says when they have no effect.
 
-    Args:
-        values: A dataclass of options, or of another library's settings.
-        names (`Iterable[str]`): Settings that have no effect here. Those that are `None` or do not exist count as unset.
-        why (`str`): When they have none, such as `"without --curve"`.
+    The dataclass may be another library's. Settings that are `None` or do not exist count as unset.
 
     Raises:
         CutError: One of them is set.

@@ -46,14 +46,10 @@ MESSAGE = "Upload a chat with hf-layerprune"
 
 
 def build_space(folder: Path, *, model_repo_id: str, model: Path | None = None, adapter: bool = False) -> None:
-    """Write a complete Space for a model: `app.py` and its modules, pinned requirements, and the front matter.
+    """Write a complete Space for a model on the Hub: `app.py`, its modules, pinned requirements, and the front matter.
 
-    Args:
-        folder (`Path`): The folder to write.
-        model_repo_id (`str`): The model on the Hub.
-        model (`Path`, *optional*): The model's folder. Its lineage names the dense model to compare with, if that is on
-            the Hub; its config decides which packages are required.
-        adapter (`bool`, defaults to `False`): Whether the model on the Hub is an adapter.
+    The lineage in the model's folder names the dense model to compare with, if that is on the Hub. The config there
+    decides which packages are required; an adapter requires this one.
 
     Raises:
         CutError: `model_repo_id` is not a Hub id.
@@ -77,14 +73,7 @@ def build_space(folder: Path, *, model_repo_id: str, model: Path | None = None, 
 def publish_space(request: PushRequest, *, adapter: bool, secret: str | None) -> Uploaded:
     """Publish a Space for a model that was pushed, in one commit.
 
-    Args:
-        request (`PushRequest`): The model's push, with the name of the Space.
-        adapter (`bool`): Whether the model is an adapter.
-        secret (`str`, *optional*): A token that may read the model, stored as the Space's secret `HF_TOKEN`. By
-            default, nothing is stored.
-
-    Returns:
-        `Uploaded`: What was done.
+    A secret, which is a token that may read the model, is stored as the Space's own secret `HF_TOKEN`.
 
     Raises:
         PushError: The Hub refused.

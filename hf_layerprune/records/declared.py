@@ -27,14 +27,8 @@ _MAX_LANGUAGES = 100
 
 
 def front_matter(text: str, where: str = CARD) -> tuple[dict[str, Any], str]:
-    """Split a card into the fields of its YAML block and the text that follows it.
-
-    Args:
-        text (`str`): A README.md.
-        where (`str`, *optional*): The file's name in errors.
-
-    Returns:
-        `tuple[dict[str, Any], str]`: All fields in their original order, and the rest of the text.
+    """Split a card (called `where` in errors) into the fields of its YAML block, in their order, and the text after
+    it.
 
     Raises:
         CheckpointError: The YAML can't be read, so rewriting it would lose what somebody wrote.

@@ -24,12 +24,8 @@ _NO_SETTINGS = ("changed_tensors", "input_weights", "seconds")
 
 @dataclass(frozen=True)
 class Stage:
-    """One entry of a lineage.
-
-    Args:
-        name (`str`): `prune`, `repair`, `heal`, ...
-        entry (`dict[str, Any]`): The entry in `lineage.json`.
-        changed (`frozenset[str]`): The tensors that the stage changed, by their names in the final model.
+    """One entry of a lineage: `prune`, `repair`, `heal`, ... The tensors that it changed have their names in the final
+    model.
     """
 
     name: str
@@ -53,14 +49,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class History:
-    """The stages of a lineage.
-
-    Args:
-        lineage (`Lineage`): The lineage.
-        num_base_layers (`int`): Number of decoder layers in the base.
-        kept (`tuple[int, ...]`): Base indices of the remaining layers, in order.
-        stages (`tuple[Stage, ...]`): The stages, oldest first.
-    """
+    """The stages of a lineage, oldest first, and the base indices of the layers that are kept."""
 
     lineage: Lineage = field(repr=False)
     num_base_layers: int

@@ -86,13 +86,7 @@ class Lineage:
     def update(cls, folder: Path, change: Callable[[Lineage], None]) -> Lineage:
         """Change the history of a folder under a lock, so that concurrent changes are not lost.
 
-        Args:
-            folder (`Path`): A model folder.
-            change (`Callable[[Lineage], None]`): Modifies the current history in place. If it modifies nothing, the file
-                is not written.
-
-        Returns:
-            `Lineage`: The new history.
+        `change` modifies the current history in place. If it modifies nothing, the file is not written.
 
         Raises:
             CheckpointError: The folder has no history, or the history does not follow its schema or can't be written.
@@ -112,13 +106,12 @@ class Lineage:
         return known | ({weights_hash(self.base["files"])} if self.base.get("files") else set())
 
     def record(self, folder: Path, entry: dict[str, Any]) -> None:
-        """Append a stage's entry and write the history, as the last thing that a stage does.
+        """Append an entry (see [`stage`]) and write the history into the stage's output, as the last thing that a
+        stage does.
 
-        Args:
-            folder (`Path`): The output of the stage.
-            entry (`dict[str, Any]`): See [`stage`]. Added to it are `input_weights`, the hash of the weights from the
-                previous stage; `weights`, the hash of the weights from this stage; and `files`, the sha256 of every
-                other file that affects the model's behaviour: config, tokenizer, chat template, generation settings.
+        Added to the entry are `input_weights`, the hash of the weights from the previous stage; `weights`, the hash of
+        the weights from this stage; and `files`, the sha256 of every other file that affects the model's behaviour:
+        config, tokenizer, chat template, generation settings.
         """
         if self.entries and "weights" in self.entries[-1]:
             entry["input_weights"] = self.entries[-1]["weights"]
@@ -143,11 +136,7 @@ def _schema() -> Any:
 
 @contextmanager
 def stage(name: str, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Time a stage and describe it.
-
-    Args:
-        name (`str`): The name of the stage, such as `"prune"`.
-        settings (`dict[str, Any]`): All settings that determine the result.
+    """Time a stage and describe it by its name, such as `"prune"`, and all settings that determine the result.
 
     Yields:
         `dict[str, Any]`: The entry, to which the caller adds results. Seconds and peak memory are added at the end.

@@ -13,11 +13,7 @@ TIMEOUT = 60.0
 
 @contextmanager
 def locked(path: Path, timeout: float = TIMEOUT) -> Iterator[None]:
-    """Prevent other processes from changing a record.
-
-    Args:
-        path (`Path`): The record. A lock file exists next to it while the lock is held.
-        timeout (`float`, defaults to 60): Seconds to wait for another process.
+    """Prevent other processes from changing a record. Meanwhile, there is a lock file next to it.
 
     Raises:
         CheckpointError: Another process holds the lock, or the folder is not writable.

@@ -38,13 +38,7 @@ _OF_TEXTS, _FROM_BASE = ("perplexity", "nll"), ("kl", "top1_agreement")
 
 @dataclass(frozen=True)
 class Bound:
-    """A bound on a measured number.
-
-    Args:
-        name (`str`): A metric, a task or a text, or `TASK:METRIC`; each with or without `_ratio`.
-        sign (`str`): `<=`, `>=`, `<` or `>`.
-        limit (`float`): The limit.
-    """
+    """A bound on a measured number: a metric, a task, a text or `TASK:METRIC`, each with or without `_ratio`."""
 
     name: str
     sign: str
@@ -70,12 +64,8 @@ class Bound:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A bound, and the numbers that it applies to.
-
-    Args:
-        bound (`Bound`): The bound.
-        measured (`tuple[tuple[str, float], ...]`): What each number was measured on (a task, a text, a workload or
-            nothing), and the number; empty if it was not measured.
+    """A bound, and the numbers that it applies to, each with the task, text or workload that it was measured on, if
+    any.
     """
 
     bound: Bound
@@ -191,14 +181,7 @@ def check_measurable(
     texts: Sequence[str] = (),
     base: bool = False,
 ) -> None:
-    """Refuse bounds on what was not measured, and a run will not measure either.
-
-    Args:
-        bounds (`Iterable[Bound]`): The bounds.
-        metrics (`Metrics`): What was measured.
-        tasks (`Sequence[str]`, *optional*): The tasks of the run.
-        texts (`Sequence[str]`, *optional*): Its texts.
-        base (`bool`, defaults to `False`): Whether it has a base.
+    """Refuse bounds on what was not measured and what a run, on these tasks and texts, will not measure either.
 
     Raises:
         CutError: A name is unknown, or neither this run nor an earlier one measures it.

@@ -49,11 +49,9 @@ Rows = dict[str, torch.Tensor]  # by parameter, `[parts, neurons, ...]`
 
 @dataclass(frozen=True)
 class Readers:
-    """The linear modules that hold the rows of an MLP's neurons.
+    """The linear modules, such as `mlp.gate_proj` and `mlp.up_proj`, that hold the rows of an MLP's neurons.
 
-    Args:
-        names (`tuple[str, ...]`): Their names inside the layer, such as `mlp.gate_proj` and `mlp.up_proj`.
-        neurons (`int`): How many neurons there are. A fused module has a multiple of that many rows.
+    A fused module has a multiple of that many rows.
     """
 
     names: tuple[str, ...]
@@ -94,13 +92,10 @@ class Readers:
 
 @torch.no_grad()
 def find_readers(layer: nn.Module, writer: Writer, run: Run, batch: Batch) -> Readers | None:
-    """Find the modules that hold the rows of the neurons whose activations a projection reads.
+    """Find the modules that hold the rows of the neurons whose activations a projection reads, or `None`.
 
-    Each neuron is given the rows of a randomly drawn one. If each activation becomes that of the drawn neuron, those are
-    the modules.
-
-    Returns:
-        `Readers`: `None` if there are no such modules.
+    Each neuron is given the rows of a randomly drawn one. If each activation becomes that of the drawn neuron, those
+    are the modules.
     """
     parent = writer.name.rpartition(".")[0]
     weight = writer.module.get_parameter("weight")
@@ -290,17 +285,11 @@ def _mapped(rows: Rows, change: torch.Tensor, like: Rows) -> Rows:
 
 
 def survivors(sums: NormalEquations, weight: torch.Tensor, strength: float, keep: int) -> torch.Tensor:
-    """Choose the features to keep, given that the weights of the kept features are refitted.
+    """Choose the features to keep, given that their weights are refitted; returns their indices, ascending.
 
-    Args:
-        sums (`NormalEquations`): Of all features, and the change that is wanted of their product with `weight`. The ridge is
-            added in place, since the matrix may be several GB.
-        weight (`torch.Tensor`): `[features, hidden]`: the weights before the fit.
-        strength (`float`): The ridge on the weights' change, as a multiple of the mean squared feature.
-        keep (`int`): How many.
-
-    Returns:
-        `torch.Tensor`: Their indices, ascending.
+    `sums` are of all features, and of the change that is wanted of their product with `weight`, which is `[features,
+    hidden]` and from before the fit. The ridge on the weights' change is a multiple (`strength`) of the mean squared
+    feature. It is added in place, since the matrix may be several GB.
     """
     gram = sums.gram
     gram.diagonal().add_(strength * gram.diagonal().mean())

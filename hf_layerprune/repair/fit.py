@@ -63,13 +63,7 @@ class Repair:
 
 
 def check_repair(config: PreTrainedConfig, drop_layers: Sequence[int], rows: int, method: str) -> None:
-    """Refuse what can't be repaired, as far as that is known before there is calibration text.
-
-    Args:
-        config (`PreTrainedConfig`): The dense model's.
-        drop_layers (`Sequence[int]`): Base indices of the layers to drop.
-        rows (`int`): The number of calibration rows.
-        method (`str`): The repair.
+    """Refuse what can't be repaired in a dense model, as far as that is known before there is calibration text.
 
     Raises:
         CutError: The repair does not exist, a block has no layer before it, or there are too few rows.
@@ -141,12 +135,7 @@ def fits_every_cut(walk: LayerWalk, method: str) -> bool:
 
 
 class Fitter:
-    """Runs the dense model once and calls hooks at each dropped block. Each repair overrides the hooks it needs.
-
-    Args:
-        walk (`LayerWalk`): The dense model.
-        cuts (`list[tuple[int, int]]`): The dropped blocks, see [`blocks`].
-    """
+    """Runs the dense model once and calls hooks at each dropped block. Each repair overrides the hooks it needs."""
 
     def __init__(self, walk: LayerWalk, cuts: list[tuple[int, int]]) -> None:
         self.walk, self.cuts = walk, cuts

@@ -49,15 +49,10 @@ class Norm:
 
 @torch.no_grad()
 def find_norm(layer: nn.Module, x: torch.Tensor, run: Callable[[], object]) -> Norm | None:
-    """Find the RMS norm in a layer that reads a module's output.
+    """Find the RMS norm in a layer that reads a module's output `x`; `run` runs the layer on the input that gives this
+    output.
 
-    Args:
-        layer (`nn.Module`): The layer.
-        x (`torch.Tensor`): The module's output `[..., hidden]`.
-        run (`Callable`): Runs the layer on the input for which the module has that output.
-
-    Returns:
-        `Norm`: `None` if there is none, if several modules read it, or if it is another kind of norm.
+    `None` if there is none, if several modules read it, or if it is another kind of norm.
     """
     readers: list[tuple[str, nn.Module]] = []
 

@@ -14,12 +14,9 @@ from ..errors import CutError, boundary
 
 
 def pick_device(name: str, *, spread: bool = False) -> str:
-    """Resolve the name of a device: `"auto"` becomes a GPU if there is one.
+    """Resolve the name of a torch device: `"auto"` becomes a GPU if there is one.
 
-    Args:
-        name (`str`): A torch device, or `"auto"`.
-        spread (`bool`, *optional*, defaults to `False`): Whether a model may be spread over all GPUs. `"all"` is such a
-            name then, and stays if there is a GPU.
+    With `spread`, a model may be spread over all GPUs: `"all"` is a name too, and stays if there is a GPU.
 
     Raises:
         CutError: This machine has no such device.

@@ -26,10 +26,8 @@ class Divergence:
 
 
 class Reference:
-    """The next-token distributions that a model is compared with, and the terms that depend on them alone.
-
-    Args:
-        logits (`torch.Tensor`): `[tokens, vocabulary]`.
+    """The next-token distributions (from `[tokens, vocabulary]`) that a model is compared with, and what depends on
+    them alone.
     """
 
     def __init__(self, logits: torch.Tensor) -> None:
@@ -43,13 +41,10 @@ class Reference:
 
 
 def diverge(logits: torch.Tensor, targets: torch.Tensor, reference: Reference | None = None) -> Divergence:
-    """Losses of some tokens, and their divergence from a reference: one value for each token.
+    """Losses of some tokens, and their divergence from a reference for the same tokens: one value for each token.
 
-    Args:
-        logits (`torch.Tensor`): `[tokens, vocabulary]`, of any type.
-        targets (`torch.Tensor`): The next token after each of the first tokens, `[targets]`; there may be fewer
-            targets than tokens.
-        reference (`Reference`, *optional*): For the same tokens.
+    The logits are `[tokens, vocabulary]`, of any type. There may be fewer targets, each the token after one of the
+    first tokens.
     """
     parts = [_of_piece(logits[piece].float(), targets[piece], reference, piece) for piece in _pieces(logits)]
     nll, *others = map(torch.cat, zip(*parts, strict=True))

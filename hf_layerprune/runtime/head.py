@@ -35,12 +35,7 @@ _SMALL, _LARGE = 1e-3, 1e5
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does after the product with its head: `z -> cap * tanh(scale * z / cap)`, or only `scale * z`.
-
-    Args:
-        scale (`float`, defaults to 1.0): The factor.
-        cap (`float`, *optional*): The softcap, a bound on the logits' absolute value.
-    """
+    """What a model does after the product with its head: `z -> cap * tanh(scale * z / cap)`, or only `scale * z`."""
 
     scale: float = 1.0
     cap: float | None = None
@@ -61,12 +56,10 @@ class LogitTransform:
 
 @dataclass(frozen=True)
 class Head:
-    """Maps states to logits.
+    """Maps states to logits: the product with a weight `[vocabulary, width]`, a bias if there is one, and the
+    transform.
 
-    Args:
-        weight (`torch.Tensor`, *optional*): `[vocabulary, width]`; without one, the states are the logits.
-        bias (`torch.Tensor`, *optional*): `[vocabulary]`.
-        transform (`LogitTransform`): Applied after the product.
+    Without a weight, the states are the logits.
     """
 
     weight: torch.Tensor | None = None
@@ -130,15 +123,10 @@ class OutputHead:
 
     @torch.compiler.disable(recursive=False)
     def states(self, *args: Any, run: Callable[..., Any] | None = None, **kwargs: Any) -> torch.Tensor:
-        """Run the model up to its head.
+        """Run the model up to its head, or call `run` instead of the model, such as the forward method that was
+        patched.
 
-        Args:
-            args: Passed to the model.
-            run (`Callable`, *optional*): Called instead of the model, such as the forward method that was patched.
-            kwargs: Passed to the model.
-
-        Returns:
-            `torch.Tensor`: `[batch, seq, width]`, for `head()`. Gradients flow if they are enabled.
+        Returns what `head()` takes, `[batch, seq, width]`. Gradients flow if they are enabled.
         """
         run = run or self.model
         if not self.is_linear:

@@ -68,10 +68,8 @@ def in_batches(
 def halved(error: BaseException, size: int, single: str) -> int:
     """The batch size to continue with after an error, once [`free_memory`] has run.
 
-    Args:
-        error (`BaseException`): The error. It is raised again if memory did not run out.
-        size (`int`): The batch size that failed.
-        single (`str`): What a batch of one is, and what to do if even that does not fit.
+    The error is raised again if memory did not run out. `single` says what a batch of one is, and what to do if even
+    that does not fit.
 
     Raises:
         LayerPruneError: A batch of one does not fit into memory.

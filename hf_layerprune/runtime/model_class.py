@@ -108,13 +108,7 @@ def stored_parts(
 ) -> dict[str, dict[str, torch.Tensor]]:
     """What a checkpoint stores for tensors that are known by their modules, such as one for each expert of a layer.
 
-    Args:
-        config (`PreTrainedConfig`): That of the checkpoint.
-        tensors (`Mapping[str, torch.Tensor]`): By name; `None` where only the names matter.
-
-    Returns:
-        `dict[str, dict[str, torch.Tensor]]`: By name, the tensors as they are stored. Names that the model doesn't have
-            are left out.
+    Where only the names matter, a tensor may be `None`. Names that the model doesn't have are left out.
     """
     from transformers.core_model_loading import revert_weight_conversion
 

@@ -217,11 +217,9 @@ class Prefix:
         return self._state.view_as(self._state)
 
     def restore(self, device: torch.device | str | None = None) -> None:
-        """Restore the full model; trained weights keep their new values.
+        """Restore the full model, with the weights that were taken out on a device; by default, where they were.
 
-        Args:
-            device (`torch.device` or `str`, *optional*): Where the weights that were taken out go; by default, where
-                they were.
+        Trained weights keep their new values.
         """
         self._skipping.close()
         self._move(device or self._device)

@@ -110,11 +110,7 @@ class LayerWalk:
         return self._streams or size > psutil.virtual_memory().available // 2
 
     def begin(self, input_ids: torch.Tensor, media: Mapping[str, torch.Tensor] | None = None) -> Batch:
-        """Embed rows of tokens.
-
-        Args:
-            input_ids (`torch.Tensor`): Token ids `[batch, seq]`, without padding.
-            media (`Mapping[str, torch.Tensor]`, *optional*): The model's other inputs, such as `pixel_values`.
+        """Embed rows of tokens `[batch, seq]` without padding, and the model's other inputs, such as `pixel_values`.
 
         Raises:
             UnsupportedModelError: With these media, the layers can't be run one at a time.

@@ -25,10 +25,7 @@ def context_of(config: PreTrainedConfig) -> int | None:
 def check_context(config: PreTrainedConfig, length: int, what: str) -> None:
     """Refuse rows that are longer than a model's context, where its numbers mean nothing or it fails.
 
-    Args:
-        config (`PreTrainedConfig`): The config of the model.
-        length (`int`): Tokens in a row.
-        what (`str`): The option that says so, such as `"length"`.
+    `what` is the option that says so, such as `"length"`.
 
     Raises:
         CutError: The rows are too long.
@@ -62,16 +59,9 @@ def special_prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def windows_of(ids: Sequence[int], length: int, begin: Sequence[int]) -> torch.Tensor:
-    """Cut tokens into consecutive windows; an incomplete one at the end is left out.
+    """Cut the tokens of a text into consecutive windows `[windows, length]`; an incomplete one at the end is left out.
 
-    Args:
-        ids (`Sequence[int]`): The tokens of a text, without the special tokens.
-        length (`int`): Number of tokens in a window, 2 or more.
-        begin (`Sequence[int]`): The special tokens that each window begins with, since a model that was trained with them
-            predicts badly without.
-
-    Returns:
-        `torch.Tensor`: `[windows, length]`, int64.
+    Each begins with the special tokens in `begin`, since a model that was trained with them predicts badly without.
 
     Raises:
         CutError: The special tokens leave no room for text.

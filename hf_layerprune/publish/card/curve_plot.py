@@ -41,13 +41,8 @@ def curve(
 ) -> None:
     """Draw KL from the dense model against the number of layers that are dropped.
 
-    Args:
-        points (`Sequence[dict[str, Any]]`): The points, see `select.curve`; those of a budget's search will do.
-        path (`Path`): The picture to write.
-        digest (`str`, *optional*): See [`~style.draw`].
-        chosen (`int`, *optional*): How many layers are dropped, to mark that point.
-        knee (`int`, *optional*): The number behind which quality falls off.
-        remark (`str`, *optional*): The label of the chosen point; by default, its number of layers.
+    The points are those of a quality curve or of a budget's search. The one with `chosen` layers is marked, and
+    labelled with the remark if there is one; quality falls off after the `knee`.
     """
     series = {
         name: [(0, 0.0, 0.0)]

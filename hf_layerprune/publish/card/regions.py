@@ -23,13 +23,7 @@ _MARK = re.compile(r"(?m)^<!-- hf-layerprune:(begin|end) ([a-z-]{1,30})(?: ([0-9
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a card.
-
-    Args:
-        text (`str`): Its text, without marks.
-        region (`str`, *optional*): The name of our region; `None` for text that somebody else wrote.
-        digest (`str`, *optional*): The hash in the begin mark of our region.
-    """
+    """A part of a card: its text without marks, and for a region of ours, its name and the hash in its begin mark."""
 
     text: str
     region: str | None = None
@@ -48,16 +42,10 @@ def marked(region: str, text: str) -> str:
 
 
 def parse(card: str, where: str = "the card", *, strict: bool = True) -> list[Part]:
-    """Split a card's body at its marks.
+    """Split a card's body at its marks; leaves out empty text between our regions.
 
-    Args:
-        card (`str`): What follows the YAML block.
-        where (`str`, *optional*): The card's name in errors.
-        strict (`bool`, *optional*, defaults to `True`): Refuse unmatched marks. Otherwise an unmatched mark is dropped
-            and the text next to it counts as somebody else's.
-
-    Returns:
-        `list[Part]`: All parts in order, without empty text between our regions.
+    Unless `strict`, an unmatched mark is dropped, and the text next to it counts as somebody else's. `where` names the
+    card in errors.
 
     Raises:
         CheckpointError: A mark is unmatched, or a region occurs twice.
@@ -89,15 +77,10 @@ def theirs(parts: Iterable[Part]) -> list[str]:
 
 
 def merge(new: list[Part], old: list[Part]) -> str:
-    """Combine our new regions with the text that others wrote, each text in its old place.
+    """Combine the regions of a new card with the text that others wrote, each text in its old place.
 
-    Args:
-        new (`list[Part]`): The new card; only its regions count.
-        old (`list[Part]`): The existing card. Text that follows one of our regions there still follows it; if that
-            region no longer exists, it follows the one before.
-
-    Returns:
-        `str`: The body of the card.
+    Text that follows one of our regions in the old card still follows it; if that region no longer exists, it follows
+    the one before.
     """
     regions = {part.region: part for part in new if part.region is not None}
     after: dict[str | None, list[str]] = {}

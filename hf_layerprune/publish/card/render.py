@@ -56,17 +56,7 @@ _DRAWING = 5
 
 @dataclass(frozen=True)
 class Card:
-    """The content of a card.
-
-    Args:
-        name (`str`): The model's name.
-        repo_id (`str`, *optional*): Its repository on the Hub, once it is published.
-        space (`str`, *optional*): The Space in which it can be tried.
-        history (`History`): How it was made.
-        licence (`LicenceFound`): The base's licence.
-        results (`Results`): What was measured.
-        outcomes (`Sequence[Outcome]`): What was required of the numbers, and whether they meet it.
-    """
+    """The content of a card. `repo_id` and `space` are known once the model is published."""
 
     name: str
     repo_id: str | None

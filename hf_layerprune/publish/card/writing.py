@@ -56,12 +56,9 @@ def read_card(folder: Path, *, weights: bool = True) -> Card:
 
 
 def declare(request: CardRequest, published: dict[str, str] | None = None) -> None:
-    """Record what only the user knows: the base's licence or Hub id, or where the model is published.
+    """Record what only the user knows: the base's licence or Hub id, or where the model is `published`.
 
-    Args:
-        request (`CardRequest`): What to record in the `lineage.json` of a folder. A Hub id replaces the path of a local
-            base.
-        published (`dict[str, str]`, *optional*): `repo_id`, and `space`.
+    A Hub id replaces the path of a local base.
 
     Raises:
         CheckpointError: The folder has no lineage, the base is not a Hub id, or the name can't be one on the Hub.
@@ -105,13 +102,9 @@ def _name_in_commands(lineage: Lineage, path: str, name: str) -> None:
 
 
 def compose(card: Card, old: str | None, *, where: str = CARD, force: bool = False) -> str:
-    """The text of README.md: our current sections, and the text of others from the existing file.
+    """The text of README.md: our current sections, and the text of others from the existing file, if there is one.
 
-    Args:
-        card (`Card`): The card.
-        old (`str`, *optional*): The existing README.md.
-        where (`str`, *optional*): The file's name in errors.
-        force (`bool`, *optional*, defaults to `False`): Overwrite changes inside our sections.
+    With `force`, changes inside our sections are overwritten. `where` names the file in errors.
 
     Raises:
         CheckpointError: Somebody edited our sections, or a mark is missing.
@@ -146,15 +139,10 @@ def is_generic(text: str) -> bool:
 
 
 def write_card(folder: Path, *, force: bool = False, weights: bool = True) -> list[str]:
-    """Write the card of a folder, with its plots, notice and result files.
+    """Write the card of a folder, with its plots, notice and result files; returns the files that are new or changed.
 
-    Args:
-        folder (`Path`): A model folder with `lineage.json`, and `metrics.json` if something was measured.
-        force (`bool`, *optional*, defaults to `False`): Overwrite changes inside our sections.
-        weights (`bool`, *optional*, defaults to `True`): Refuse records of other weights than the folder's.
-
-    Returns:
-        `list[str]`: The files that are new or changed, relative to the folder.
+    With `force`, changes inside our sections are overwritten; with `weights`, records of other weights than the
+    folder's are refused.
 
     Raises:
         CheckpointError: See `read_card` and `compose`.

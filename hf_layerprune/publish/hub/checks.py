@@ -40,13 +40,7 @@ Outcome = Iterator[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Check:
-    """The outcome of one check.
-
-    Args:
-        name (`str`): The name of the check.
-        level (`str`): `ok`, `warning` or `refusal`.
-        text (`str`): The finding; for a refusal, also how to resolve it.
-    """
+    """The outcome of one check: `ok`, `warning` or `refusal`. The text of a refusal also says how to resolve it."""
 
     name: str
     level: str

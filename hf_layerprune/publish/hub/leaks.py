@@ -41,13 +41,7 @@ _PATHS = re.compile(r"(?:/home/|/Users/|/root/|[A-Za-z]:\\{1,2}Users\\{1,2})[\w.
 
 @dataclass(frozen=True)
 class Leak:
-    """Something that should not be published.
-
-    Args:
-        file (`str`): The file's path in the repository.
-        line (`int`): The line number.
-        what (`str`): The kind of secret, never the secret itself; or the path.
-    """
+    """Something that should not be published, and where: a kind of secret, never the secret itself; or a path."""
 
     file: str
     line: int
@@ -55,15 +49,9 @@ class Leak:
 
 
 def find_secrets(folder: Path, files: Iterable[str], named: Collection[str] = ()) -> Iterator[Leak]:
-    """Find secrets in files of a folder; of safetensors files, only the header is searched.
+    """Find the lines with secrets in files of a folder; of safetensors files, only the header is searched.
 
-    Args:
-        folder (`Path`): The folder.
-        files (`Iterable[str]`): Paths in it.
-        named (`Collection[str]`, *optional*): Those that are published only because the user named them.
-
-    Yields:
-        `Leak`: Each line with a secret, once for each kind of secret.
+    `named` are the files that are published only because the user named them.
     """
     for name in files:
         leaks = [*_formats(folder / name), *(_everything(folder / name) if name in named else ())]

@@ -49,12 +49,7 @@ MESSAGE = "Upload a pruned model with hf-layerprune"
 
 @dataclass(frozen=True)
 class Plan:
-    """What a push would do.
-
-    Args:
-        contents (`Contents`): The files, in the staging folder.
-        checks (`list[Check]`): The outcomes of the checks.
-    """
+    """What a push would do: the files, in the staging folder, and the outcomes of the checks."""
 
     contents: Contents
     checks: list[Check]
@@ -66,11 +61,7 @@ class Plan:
 
 
 class PushRefusedError(PushError):
-    """Checks failed before the push.
-
-    Args:
-        refusals (`Sequence[Check]`): Their outcomes.
-    """
+    """Checks failed before the push; `refusals` are their outcomes."""
 
     def __init__(self, refusals: Sequence[Check]) -> None:
         super().__init__("; ".join(check.text for check in refusals))

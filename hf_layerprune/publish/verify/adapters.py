@@ -30,16 +30,10 @@ _TUNED = {"tune_layers", "tune_lm_head", "tune_final_norm"}  # their result is m
 def adapter_differences(
     told: dict[str, Any], history: History, expected: Expected, names: Collection[str]
 ) -> list[str]:
-    """What in an adapter's config would load otherwise than what the last cut wrote.
+    """What in an adapter's config would load otherwise than what the last cut wrote: texts to follow the file's name.
 
-    Args:
-        told (`dict[str, Any]`): The fields of `adapter_config.json`.
-        history (`History`): The stages.
-        expected (`Expected`): The repeated cut.
-        names (`Collection[str]`): The tensors in the adapter's file, by their names in the cut model.
-
-    Returns:
-        `list[str]`: One text for each difference, to follow the name of the file.
+    `told` has the fields of `adapter_config.json`, and `names` the tensors in the adapter's file, by their names in
+    the cut model.
     """
     from ...adapter.config import LayerDropConfig
     from ...adapter.model import DUMMY_TARGET_MODULES

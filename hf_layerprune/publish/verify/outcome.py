@@ -15,13 +15,7 @@ _MAX_LINES = 20
 
 @dataclass(frozen=True)
 class Line:
-    """One finding.
-
-    Args:
-        good (`bool`, *optional*): Whether the check passed; `None` of what can't be checked.
-        what (`str`): The part that was checked.
-        text (`str`): The result.
-    """
+    """One finding: the part that was checked, whether it is good (`None` if that can't be checked), and the result."""
 
     good: bool | None
     what: str

@@ -47,12 +47,8 @@ class TensorHash(NamedTuple):
 
 @dataclass(frozen=True)
 class WeightFile:
-    """The content of a safetensors file.
-
-    Args:
-        sha256 (`str`): The hash of the file.
-        tensors (`dict[str, TensorHash]`): Its tensors, by name.
-        notes (`dict[str, str]`): What it says about them, which decides how some quantised ones are unpacked.
+    """The hashes of a safetensors file and its tensors, and its notes, which decide how some quantised ones are
+    unpacked.
     """
 
     sha256: str

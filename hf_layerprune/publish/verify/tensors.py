@@ -78,12 +78,7 @@ def check_tensors(
 ) -> None:
     """Check that every tensor is the base's or was changed by a recorded stage, and that none is missing or extra.
 
-    Args:
-        place (`Place`): The model.
-        history (`History`): The stages.
-        expected (`Expected`): The repeated cut.
-        modules (`Mapping[str, TensorHash]`, *optional*): Of an adapter, what `adapter_tensors` returns.
-        outcome (`Verified`): Takes the findings.
+    `modules` is what `adapter_tensors` returns for an adapter. The findings are added to the outcome.
 
     Raises:
         CheckpointError: The weight files are not complete, or contradict each other.

@@ -67,16 +67,7 @@ TASKS = {
 
 
 def metric_named(name: str, kind: str | None = None, unit: str | None = None) -> Metric:
-    """Look up a metric, or guess its unit and direction.
-
-    Args:
-        name (`str`): The name in `metrics.json`.
-        kind (`str`, *optional*): The kind in `metrics.json`.
-        unit (`str`, *optional*): The unit in `metrics.json`.
-
-    Returns:
-        `Metric`: From `METRICS`, or guessed from the arguments.
-    """
+    """Look up a metric by its name, or guess its unit and direction from the name, kind and unit in `metrics.json`."""
     if name in METRICS:
         return METRICS[name]
     if kind == "accuracy" or _SHARES & set(name.split("_")):

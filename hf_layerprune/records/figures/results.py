@@ -38,15 +38,7 @@ SIGNIFICANT = 0.05
 
 @dataclass(frozen=True)
 class ResultColumn:
-    """One stage of the model.
-
-    Args:
-        role (`str`): `dense`, `cut`, `repaired`, `healed`, `quantized` or `model`.
-        weights (`str`): The hash of its weights.
-        layers (`int`): Number of decoder layers.
-        parameters (`int`): Number of parameters.
-        own (`bool`): Whether this is the model that the card describes.
-    """
+    """One stage of the model, with the hash of its weights. `own` marks the model that the card describes."""
 
     role: str
     weights: str
@@ -105,13 +97,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """All measured numbers, arranged for the card.
+    """All measured numbers, arranged for the card: a column for each stage, in order, and all rows.
 
-    Args:
-        columns (`list[ResultColumn]`): The stages, in order.
-        rows (`list[Row]`): All rows.
-        metrics (`Metrics`, *optional*): The source of the numbers.
-        pairs (`dict`, *optional*): Its comparisons, by the weights, kind, task and metric that they are about.
+    `metrics` is where they come from, and `pairs` has its comparisons, by the weights, kind, task and metric that they
+    are about. The truth value is `False` if there are no numbers.
     """
 
     columns: list[ResultColumn]
@@ -178,14 +167,7 @@ class Results:
 
 
 def results_of(metrics: Metrics | None) -> Results:
-    """Arrange measured numbers in a table.
-
-    Args:
-        metrics (`Metrics`, *optional*): The numbers of a folder.
-
-    Returns:
-        `Results`: Its truth value is `False` if there are no numbers.
-    """
+    """Arrange measured numbers in a table."""
     if metrics is None or not metrics.results:
         return Results([], [], metrics)
     results = Results(list(_columns(metrics)), [], metrics)
