@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ torch.set_num_threads(1)
 gguf_makers.read_once()
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+# A shell's background jobs ignore Ctrl-C and hand that on to what they start, which some tests stop with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # A test must not fail because the machine is busy.
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
