@@ -38,10 +38,7 @@ class Precomputed:
 class StateCollator:
     """TRL's collator, with the precomputed states of the rows added to each batch.
 
-    Args:
-        inner (`Callable`): TRL's collator.
-        padding_free (`bool`): Whether TRL's collator concatenates the rows instead of padding them.
-        precomputed (`Precomputed`): The states.
+    With `padding_free`, TRL's collator concatenates the rows instead of padding them.
     """
 
     inner: Callable[[list[dict]], dict[str, Any]]

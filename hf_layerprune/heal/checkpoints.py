@@ -30,11 +30,8 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 
 class RunSettings(TrainerCallback):
-    """Records a run's settings and data in its checkpoints, so that a run that resumes from one knows what has changed.
-
-    Args:
-        settings (`dict[str, Any]`): The settings, as the history records them.
-        data (`list[dict[str, Any]]`): The training data, too.
+    """Records a run's settings and data in its checkpoints, so that a run that resumes from one can tell what has
+    changed.
     """
 
     def __init__(self, settings: dict[str, Any], data: list[dict[str, Any]]) -> None:

@@ -45,16 +45,10 @@ _SHAPES = (
 
 
 def load_rows(name: str, *, config: str | None = None, streaming: bool = False) -> DatasetDict:
-    """Read a data set.
+    """Read the splits of a data set.
 
-    Args:
-        name (`str`): A Hub id; a folder, such as one that `save_to_disk` wrote; or a `.json`, `.jsonl`, `.parquet` or
-            `.csv` file, which becomes the split `train`.
-        config (`str`, *optional*): The configuration of a data set on the Hub.
-        streaming (`bool`, defaults to `False`): Whether to read rows only when they are needed.
-
-    Returns:
-        `DatasetDict`: Its splits.
+    `name` is a Hub id; a folder, such as one that `save_to_disk` wrote; or a `.json`, `.jsonl`, `.parquet` or `.csv`
+    file, which becomes the split `train`. With `streaming`, rows are only read when they are needed.
 
     Raises:
         CheckpointError: There is no such data set, or it can't be read.

@@ -49,17 +49,10 @@ _LORA = ("lora_r", "lora_alpha", "lora_dropout")
 
 
 def settings_of(args: HealConfig, *others: Any) -> dict[str, Any]:
-    """All settings that decide the result.
+    """All settings that decide the result, by name, as JSON: those of training, and other dataclasses of settings.
 
     The most important ones are always recorded; any other one only if it differs from its default and is not listed
     above as irrelevant.
-
-    Args:
-        args ([`HealConfig`]): The settings of the training.
-        others: Further dataclasses of settings, such as TRL's `ModelConfig`.
-
-    Returns:
-        `dict[str, Any]`: The settings by name, as JSON.
     """
     found = {name: getattr(args, name) for name in _ALWAYS if args.distils or not name.startswith("kd_")}
     idle = _NOT_DECIDING_BEGINS + (() if args.load_best_model_at_end else _CHECKPOINTS)
@@ -130,14 +123,8 @@ _SECRETS = ("hub_token", "push_to_hub_token")
 def describe_command(script: Path, words: Sequence[str]) -> str:
     """The command of a run on one line, without tokens, and without the folders of absolute paths outside this one.
 
-    Files of the recipes are named as `hf-layerprune recipes` copies them, wherever the command was run.
-
-    Args:
-        script (`Path`): The recipe.
-        words (`Sequence[str]`): The options, as `--name value` or `--name=value`, none of them abbreviated.
-
-    Returns:
-        `str`: The command, with each option as `--name value`.
+    Files of the recipes are named as `hf-layerprune recipes` copies them, wherever the command was run. The words are
+    options as `--name value` or `--name=value`, none of them abbreviated; each becomes `--name value`.
     """
     options: list[list[str]] = [[]]
     for word in words:

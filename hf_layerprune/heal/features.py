@@ -30,12 +30,7 @@ _SMALLEST = 1e-12
 def boundaries(cut: Cut) -> dict[int, int]:
     """Where hidden states are compared: after each block of dropped layers with a layer before it.
 
-    Args:
-        cut (`Cut`): The cut.
-
-    Returns:
-        `dict[int, int]`: For each block, how many layers of the pruned model and of the dense model are before
-        the place, ascending.
+    For each block, ascending: how many layers of the pruned model and of the dense model are before that place.
     """
     kept, found = set(cut.keep), {}
     for last in cut.drop:
@@ -61,18 +56,11 @@ def trained_places(cut: Cut, first: int) -> dict[int, int]:
 
 
 def feature_loss(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """How far hidden states are from the dense model's: for each token, the mean squared error over RMS^1.5 of the target.
+    """How far states are from the dense model's: for each token, the mean squared error over RMS^1.5 of the target.
 
     The squared error alone would be that of the few tokens with enormous states (massive activations,
-    arXiv:2402.17762). The relative error, over RMS^2, neglects them, although much of the attention goes to them: in one
-    run they were lost after a thousand steps, which broke the model.
-
-    Args:
-        states (`torch.Tensor`): The pruned model's states `[..., hidden]`.
-        wanted (`torch.Tensor`): The dense model's states `[..., hidden]`.
-
-    Returns:
-        `torch.Tensor`: A loss for each token `[...]`, in float32.
+    arXiv:2402.17762). The relative error, over RMS^2, neglects them, although much of the attention goes to them: in
+    one run they were lost after a thousand steps, which broke the model.
     """
     wanted = wanted.float()
     error = (states.float() - wanted).square().mean(-1)
@@ -97,10 +85,7 @@ def leave_parameters_out(args: HealConfig) -> None:
 
 
 class FeaturePhase:
-    """The phase for one model.
-
-    Args:
-        model (`PreTrainedModel`): The pruned model, without PEFT's wrapper.
+    """The phase for one model, the pruned one without PEFT's wrapper.
 
     Raises:
         CutError: No layer before the cut is trained, or the model was not pruned.
@@ -122,16 +107,12 @@ class FeaturePhase:
     def loss(
         self, run: Callable[..., Any], inputs: dict[str, Any], wanted: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Run the layers before the last cut, and compare.
+        """Run the layers before the last cut, and compare: the mean over blocks of the loss of some tokens, summed
+        over them.
 
-        Args:
-            run (`Callable`): The model's forward method.
-            inputs (`dict[str, Any]`): Its arguments.
-            wanted (`torch.Tensor`): The dense model's states after each block, joined, `[batch, seq, blocks * hidden]`.
-            mask (`torch.Tensor`): The tokens that count, boolean `[batch, seq]`.
-
-        Returns:
-            `torch.Tensor`: The mean over blocks of the loss of these tokens, summed over tokens.
+        `run` is the model's forward method, and `inputs` its arguments. `wanted` are the dense model's states after
+        each block, joined, `[batch, seq, blocks * hidden]`; the mask of the tokens that count is boolean `[batch,
+        seq]`.
         """
         found = self._front.run(self._depths, forward=run, **inputs)
         parts = wanted.chunk(len(self._depths), -1)
@@ -140,16 +121,10 @@ class FeaturePhase:
 
 
 def phased(schedule: Callable[..., float], first: int, steps: int, warmup: int) -> Callable[[int], float]:
-    """A schedule of the learning rate for both phases, by what their steps cost.
+    """A schedule of the learning rate for both phases, in which the first steps, those of this phase, count at their
+    cost.
 
-    Args:
-        schedule (`Callable`): The factor of the learning rate for the number of steps that are done.
-        first (`int`): Steps of this phase.
-        steps (`int`): All steps.
-        warmup (`int`): Steps of the warm-up, which keep their number.
-
-    Returns:
-        `Callable[[int], float]`: The same, with steps of this phase counted at their cost and at a higher rate.
+    They also have a higher rate. The steps of the warm-up keep their number.
     """
     cost = _COST * first + steps - first
 

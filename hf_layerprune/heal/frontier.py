@@ -85,11 +85,8 @@ class Frontier:
         return seconds / self.source["forward_seconds_per_token"]
 
     def expected(self, share: float, tokens: float) -> Expected:
-        """The loss of a cut after healing.
-
-        Args:
-            share (`float`): The share of the layers that is dropped.
-            tokens (`float`): The number of tokens that it is healed on; 0 for the closed-form repair only.
+        """The loss without a share of the layers, after healing on so many tokens; 0 for the closed-form repair
+        only.
         """
         shares = self.shares
         losses = [{"ln_ratio": 0.0, "kl": 0.0}, *(self._along(each, tokens) for each in shares)]
@@ -105,9 +102,7 @@ class Frontier:
     def tokens_in(self, seconds: float, forward_seconds: float) -> int:
         """How many tokens can be trained on in the given time; negative if there is not even time for the repair.
 
-        Args:
-            seconds (`float`): The time.
-            forward_seconds (`float`): How long the dense model takes to read a token.
+        `forward_seconds` is how long the dense model takes to read a token.
         """
         return math.floor((seconds / forward_seconds - self.tokens_before) / self.tokens_per_token)
 

@@ -27,11 +27,7 @@ Batch = dict[str, Any]
 
 
 class Halving:
-    """The batches of one optimizer step, each run whole or, once memory has run out, in parts.
-
-    Args:
-        trainer ([`HealTrainer`]): The trainer.
-    """
+    """The batches of one optimizer step, each run whole or, once memory has run out, in parts."""
 
     def __init__(self, trainer: HealTrainer) -> None:
         self._trainer = trainer
@@ -41,11 +37,8 @@ class Halving:
         self._before: tuple[int, Any] = (0, {})
 
     def run(self, one: Callable[[Batch], torch.Tensor], batch: Batch) -> torch.Tensor:
-        """Run forward and backward for the next batch of a step, and return its loss.
-
-        Args:
-            one (`Callable`): Runs forward and backward for a batch or a part of it, and returns the loss.
-            batch (`dict[str, Any]`): The batch.
+        """Run forward and backward for the next batch of a step with `one`, which takes a batch or a part of it;
+        return the loss.
 
         Raises:
             LayerPruneError: A single row does not fit into memory, or the batch can't be divided.

@@ -64,9 +64,7 @@ class LossInputs(types.SimpleNamespace):
 def compute_in_forward(trainer: HealTrainer, output: OutputHead) -> None:
     """Compute the loss inside the model's forward method, where DDP and FSDP expect all computation to happen.
 
-    Args:
-        trainer (`HealTrainer`): The trainer, whose model's forward method then takes [`LossInputs`] as `heal`.
-        output (`OutputHead`): The model's head.
+    That method then takes [`LossInputs`] as `heal`.
     """
     model = trainer.plain_model
     plain_forward = model.forward
@@ -119,13 +117,9 @@ def _add_to_mean(means: list[Any], total: float, tokens: float) -> None:
 
 
 def note(trainer: HealTrainer, mode: str, known: dict[str, torch.Tensor], counts: torch.Tensor) -> None:
-    """Add a batch to what TRL logs.
+    """Add a batch to what TRL logs: sums over tokens, by the name of the metric.
 
-    Args:
-        trainer (`HealTrainer`): The trainer.
-        mode (`str`): `"train"` or `"eval"`.
-        known (`dict[str, torch.Tensor]`): Sums over tokens, by the name of the metric.
-        counts (`torch.Tensor`): The labelled, the distilled and all tokens, `[3]`.
+    `counts` are the labelled, the distilled and all tokens, `[3]`; `mode` is `"train"` or `"eval"`.
     """
     sums = torch.stack([value.detach() for value in known.values()])
     sums = torch.cat([sums, counts.to(sums)])

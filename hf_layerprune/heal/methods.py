@@ -147,12 +147,7 @@ def method_help() -> str:
 
 @dataclass(frozen=True)
 class Method:
-    """A parsed method.
-
-    Args:
-        name (`str`): The name as the user gave it.
-        parts (`tuple[tuple[Tuning, int], ...]`): The methods in it, with their numbers.
-    """
+    """A parsed method: its name as the user gave it, and the methods in it, with their numbers."""
 
     name: str
     parts: tuple[tuple[Tuning, int], ...]
@@ -168,13 +163,7 @@ class Method:
         return self.parts[0][0].adapter is not None
 
     def layers(self, cut: Cut) -> list[int]:
-        """The layers that are trained whole, as indices in the base.
-
-        Args:
-            cut (`Cut`): The cut.
-
-        Returns:
-            `list[int]`: Ascending.
+        """The layers that are trained whole, as indices in the base, ascending.
 
         Raises:
             CutError: Fewer layers remain than the method trains.
@@ -210,13 +199,7 @@ class Method:
 
 
 def parse_method(name: str) -> Method:
-    """Parse the name of a method.
-
-    Args:
-        name (`str`): One or several of `METHODS`. `auto` needs a model: see `choose_method`.
-
-    Returns:
-        `Method`: The parsed method.
+    """Parse the name of a method: one or several of `METHODS`. `auto` needs a model: see `choose_method`.
 
     Raises:
         CutError: There is no such method.
@@ -242,16 +225,7 @@ _NARROW = 2048
 
 
 def choose_method(cut: Cut, tied: bool, width: int) -> tuple[Method, str]:
-    """The method that suits a cut.
-
-    Args:
-        cut (`Cut`): The cut.
-        tied (`bool`): Whether the head shares the embedding matrix.
-        width (`int`): The model's hidden size.
-
-    Returns:
-        `tuple[Method, str]`: The method, and the reason for it.
-    """
+    """The method that suits a cut of a model of this hidden size, whose head may be tied; and the reason."""
     if cut.drop[-1] != cut.num_layers - 1:
         if width <= _NARROW:
             why = "the cut is inside the model, and gradients pass through all layers after it"

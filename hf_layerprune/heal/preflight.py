@@ -163,13 +163,8 @@ def check_teacher(
 ) -> None:
     """Check the dense model, if one is specified, or teaches or writes rows.
 
-    Args:
-        args ([`HealConfig`]): The settings of the training.
-        script_args (`ScriptArguments`): The data set.
-        row_args ([`RowOptions`]): The settings of the rows.
-        base (`str`, *optional*): What the layers are dropped from, if that is known.
-        revision (`str`, *optional*): Branch, tag or commit of the base.
-        config (`PreTrainedConfig`): The config of the model to train, or of its base.
+    The base is what the layers are dropped from, if that is known. The config is that of the model to train, or of its
+    base.
 
     Raises:
         CutError: It is needed but not specified, or would have to write rows that are longer than its context.
@@ -193,13 +188,7 @@ def rehearse(
 ) -> None:
     """Set up the whole training with a model without weights: its rows, adapter, kernels, optimizer and schedule.
 
-    Args:
-        args ([`HealConfig`]): The settings of the training, which are left as they are.
-        model_args (`ModelConfig`): The settings of the model.
-        config (`PreTrainedConfig`): The config of the model to train, or of its base.
-        rows (`Dataset`): The training rows, as the trainer takes them.
-        evaluated (`Dataset`, *optional*): The evaluation rows.
-        processor (`PreTrainedTokenizerBase` or `ProcessorMixin`): The tokenizer, or what also prepares images.
+    The config is that of the model to train, or of its base. `args` are left as they are.
 
     Raises:
         LayerPruneError: Something can't be set up.

@@ -24,15 +24,8 @@ logger = logging.getLogger(__name__)
 def labelled_rows(rows: Any, args: HealConfig, given: Any, what: str = "training") -> Any:
     """The rows with a labelled token; logs how many of the `given` rows are truncated or left out.
 
-    Args:
-        rows (`Dataset` or `dict`, *optional*): Prepared rows, or several sets of them by name. Those that are streamed are
-            returned as they are.
-        args ([`HealConfig`]): The settings of the training.
-        given (`Dataset` or `dict`, *optional*): The same rows before they were prepared.
-        what (`str`, defaults to `"training"`): What they are for, in messages.
-
-    Returns:
-        `Dataset` or `dict`: As the rows.
+    Both may be several sets by name: the `given` rows, and what they became when they were prepared. Streamed rows are
+    returned as they are. `what` says in messages what they are for.
 
     Raises:
         LayerPruneError: There are none.
@@ -104,14 +97,10 @@ def seen_rows(rows: Dataset, args: HealConfig) -> Dataset:
 
 
 def numbered(train: Dataset, evaluated: Any) -> tuple[Dataset, Any, list[Dataset]]:
-    """Number the rows of all data sets consecutively, unless one of them is streamed.
+    """Number the rows of all data sets consecutively in a column `row`; also returns a list of all sets.
 
-    Args:
-        train (`Dataset`): The rows to train on.
-        evaluated (`Dataset` or `dict`, *optional*): Those to evaluate on, or several sets of them by name.
-
-    Returns:
-        `tuple`: Both with a column `row`, and a list of all sets; as they were, and an empty list, if one is streamed.
+    If one of them is streamed, they stay as they are, and the list is empty. Those to evaluate on may be several, by
+    name.
     """
     others = evaluated if isinstance(evaluated, dict) else {} if evaluated is None else {"eval": evaluated}
     sets = {"": train} | others

@@ -24,13 +24,7 @@ _BESIDE_IDS = ("labels", "completion_mask", "assistant_masks")
 
 
 def check_rows(rows: Dataset, name: str, text_field: str, vocab_size: int | None) -> None:
-    """Check rows in the shapes that TRL takes.
-
-    Args:
-        rows (`Dataset`): The rows.
-        name (`str`): The data set's name in errors.
-        text_field (`str`): The column that holds plain text, where there is one.
-        vocab_size (`int`, *optional*): How many tokens the model knows.
+    """Check rows in the shapes that TRL takes; if there is plain text, it is in the column `text_field`.
 
     Raises:
         CutError: A value is not text, or not the id of a token, or a token has no label; or text and messages are mixed.
@@ -50,12 +44,8 @@ def check_rows(rows: Dataset, name: str, text_field: str, vocab_size: int | None
 
 
 def check_chats(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the chat template takes the first 10,000 conversations, if the rows are such.
-
-    Args:
-        rows (`Dataset`): The rows, in a shape that TRL takes.
-        name (`str`): The data set's name in errors.
-        tokenizer (`PreTrainedTokenizerBase`): The tokenizer with the template.
+    """Check that the chat template takes the first 10,000 conversations, if the rows are such, in a shape that TRL
+    takes.
 
     Raises:
         CutError: It does not take one.

@@ -44,14 +44,7 @@ _ANSWERS_A_PART = 32
 
 @dataclass(frozen=True)
 class Writer:
-    """A dense model that writes training rows.
-
-    Args:
-        model (`PreTrainedModel`): The dense model.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        folder (`Path`): Where parts are kept.
-        seed (`int`): Seed of the sampling.
-    """
+    """A dense model that writes training rows, in parts that are kept in a folder."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -59,17 +52,10 @@ class Writer:
     seed: int
 
     def rows(self, count: int, length: int) -> Dataset:
-        """Generate training rows.
+        """Generate training rows of `length` tokens, each with a label.
 
         Every other part starts with an empty chat turn, from the chat template; the others start with the beginning of
         a plain text. The model continues from there, at temperature 1.
-
-        Args:
-            count (`int`): Number of rows.
-            length (`int`): Tokens per row.
-
-        Returns:
-            `Dataset`: `input_ids` and `labels`; every token has a label.
         """
         from datasets import Dataset
 

@@ -24,12 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sources:
-    """The rows of a run.
+    """The rows of a run, and what TRL's `DatasetConfig` holds for each data set that they come from.
 
-    Args:
-        parts (`list[dict[str, Any]]`): What TRL's `DatasetConfig` holds, for each data set that they come from.
-        train (`Dataset`, *optional*): The training rows; `None` if the dense model is to write them.
-        test (`Dataset`, *optional*): The evaluation rows, if there are any.
+    There are none to train on if the dense model is to write them.
     """
 
     parts: list[dict[str, Any]]

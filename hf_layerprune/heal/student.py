@@ -99,11 +99,7 @@ class Student:
             args.teacher_revision = args.teacher_revision or self.revision
 
     def check_healed(self, folder: Path, run: RunSettings) -> None:
-        """Check that a folder holds this model after one more stage, which healed it with the present settings and data.
-
-        Args:
-            folder (`Path`): The healed model.
-            run ([`RunSettings`]): The settings and the data.
+        """Check that a folder holds this model after one more stage, which healed it with the run's settings and data.
 
         Raises:
             CheckpointError: It holds something else.
@@ -127,13 +123,9 @@ def cut_of(config: PreTrainedConfig) -> Cut | None:
 
 
 def check_dense(dense: PreTrainedConfig, config: PreTrainedConfig, name: str, *, features: bool) -> None:
-    """Check that a dense model can teach a model that was, or will be, cut.
+    """Check that a dense model, called `name` in errors, can teach a model that was, or will be, cut.
 
-    Args:
-        dense (`PreTrainedConfig`): The config of the dense model.
-        config (`PreTrainedConfig`): The config of the other one, or of its base.
-        name (`str`): What errors call the dense model.
-        features (`bool`): Whether it teaches hidden states, too.
+    The other config is of that model or of its base. With `features`, hidden states are taught, too.
 
     Raises:
         CheckpointError: It has another number of layers, vocabulary or, for hidden states, width.

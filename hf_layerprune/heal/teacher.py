@@ -105,9 +105,8 @@ class Teacher:
     def states(self, inputs: dict[str, torch.Tensor], shared: torch.Tensor | None) -> torch.Tensor:
         """The last hidden states of some rows, `[batch, seq, width]`: the input of `head`, after the features if any.
 
-        Args:
-            inputs (`dict[str, torch.Tensor]`): The model's arguments for the rows.
-            shared (`torch.Tensor`, *optional*): The output of the student's frozen layers, if it `shares` them.
+        `inputs` are the model's arguments, and `shared` is the output of the student's frozen layers, if it `shares`
+        them.
         """
         if self._prefix is not None and shared is not None:
             inputs = self._prefix.put(shared, inputs)

@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 def bench(request: BenchRequest) -> Metrics:
     """Measure size, speed and memory of a model and its base; the two are timed in turns.
 
-    Returns:
-        `Metrics`: The numbers, including those that the file already had.
+    The numbers that the file already had are returned as well.
 
     Raises:
         CheckpointError: A model can't be read, or existing numbers belong to other weights.

@@ -40,10 +40,8 @@ _OF_TEXT = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 def evaluate(request: EvalRequest) -> Metrics:
     """Evaluate a model, and its base if one is given.
 
-    Invalid requests are refused before a model is loaded, and results are written after each task.
-
-    Returns:
-        `Metrics`: The numbers, including those that the file already had. `outcomes` says which requirements they meet.
+    Invalid requests are refused before a model is loaded, and results are written after each task. The numbers that
+    the file already had are returned as well; their `outcomes` say which requirements they meet.
 
     Raises:
         CutError: A task, a text or a device is unknown, windows are longer than a model's context, a requirement is
@@ -59,8 +57,7 @@ def evaluate(request: EvalRequest) -> Metrics:
 def check_request(request: EvalRequest) -> None:
     """Refuse, without its model, an evaluation that can't be run, or that will not measure what it requires.
 
-    Args:
-        request (`EvalRequest`): The evaluation, whose model need not exist yet. Its tasks and texts are loaded.
+    The model need not exist yet. Tasks and texts are loaded.
 
     Raises:
         CutError: A task or text is unknown, a requirement is about something that is not measured, or an option has no

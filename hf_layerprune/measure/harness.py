@@ -59,15 +59,7 @@ class Score:
 
 @dataclass(frozen=True)
 class TaskRun:
-    """The results of a model on a task.
-
-    Args:
-        scores (`dict[str, Score]`): The scores, by metric.
-        samples (`int`): Number of questions.
-        shots (`int`): Number of few-shot examples before each question.
-        version (`str` or `float`, *optional*): The task's version.
-        seconds (`float`): The duration of the run.
-    """
+    """The results of a model on a task: the scores by metric, how they were measured, and how many seconds it took."""
 
     scores: dict[str, Score]
     samples: int
@@ -80,16 +72,10 @@ class Runs:
     """What runs a task; mixed into the harness's own classes of models."""
 
     def run(self, name: str, task: TaskDict, *, limit: int | None = None, shots: int | None = None) -> TaskRun:
-        """Run a task or a group of tasks.
+        """Run a task or a group of tasks, as the harness loaded it under this name.
 
-        Args:
-            name (`str`): Its name.
-            task (`TaskDict`): What the harness loaded under this name.
-            limit (`int`, *optional*): Number of questions of each (sub)task; by default all.
-            shots (`int`, *optional*): Number of few-shot examples before each question; by default the task's own.
-
-        Returns:
-            `TaskRun`: The results.
+        `limit` is a number of questions of each (sub)task, by default all, and `shots` of few-shot examples, by
+        default the task's own.
 
         Raises:
             LayerPruneError: A single question does not fit into memory, or the task gave no result.
@@ -115,14 +101,10 @@ class Runs:
 
 
 class Harness(Runs, HFLM):
-    """The harness, set up for one model.
+    """The harness, set up for one causal language model.
 
-    Halves the batch when memory runs out. The longest questions come first, so little work is repeated.
-
-    Args:
-        model (`PreTrainedModel`): A causal language model.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        batch_size (`int` or `"auto"`, defaults to `"auto"`): Answers that are scored together.
+    Halves the batch when memory runs out. The longest questions come first, so little work is repeated. `batch_size`
+    is how many answers are scored together.
     """
 
     def __init__(
@@ -140,13 +122,7 @@ class Harness(Runs, HFLM):
 
 
 class ImageHarness(Runs, HFMultimodalLM):
-    """The harness for tasks about images, set up for one model.
-
-    Args:
-        model (`PreTrainedModel`): A model that reads images and text.
-        processor (`ProcessorMixin`): Its processor.
-        batch_size (`int` or `"auto"`, defaults to `"auto"`): Answers that are written together.
-    """
+    """The harness for tasks about images, set up for one model; `batch_size` answers are written together."""
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, batch_size: int | str = "auto") -> None:
         text = model.config.get_text_config()

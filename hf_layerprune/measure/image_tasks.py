@@ -89,13 +89,10 @@ def has_images(row: Any) -> bool:
 
 
 def to_row(row: dict[str, Any], folder: Path, where: str, *, asked: bool = True) -> dict[str, Any]:
-    """A question about images as the harness gets it: `query`, with a place for each image; `answer`; paths of `images`.
+    """A question about images as the harness gets it: a `query` with a place for each image, `answer`, paths of
+    `images`.
 
-    Args:
-        row (`dict[str, Any]`): A line of a file.
-        folder (`Path`): What its paths are relative to.
-        where (`str`): The line's name in errors.
-        asked (`bool`, defaults to `True`): Whether it will be asked; if not, its images are not read.
+    The paths in the row are relative to the folder. Images of a question that will not be asked are not read.
 
     Raises:
         LayerPruneError: An image does not exist or can't be read, or the query does not have one placeholder for each.

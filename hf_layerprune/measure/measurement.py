@@ -25,9 +25,6 @@ _UNITS = {BYTES: "B", SECONDS: "s"}
 class Measurement:
     """A model, its base if there is one, and the store for their numbers. No model is loaded yet.
 
-    Args:
-        request (`EvalRequest` or `BenchRequest`): What to measure.
-
     Raises:
         CheckpointError: A model can't be read, or existing numbers belong to another one.
         LayerPruneError: Model and base are the same, or the numbers can't be written.
@@ -100,13 +97,7 @@ class Measurement:
     ) -> None:
         """Record what was measured several times, and its comparison with the base and the cost that theory names.
 
-        Args:
-            kind (`str`): As in `metrics.json`.
-            metric (`str`): As in `metrics.json`.
-            settings (`dict[str, Any]`): How it was measured; `machine` is added.
-            values (`Mapping[str, Sequence[float]]`): The repeats, by the hash of the weights.
-            cost (`Mapping[str, float]`): What theory says it takes, by the hash of the weights; any unit.
-            seconds (`float`, *optional*): What the measurement took.
+        The repeats, and the costs in any unit, are by the hash of the weights. `machine` is added to the settings.
         """
         settings = settings | self.machine
         results = []

@@ -26,13 +26,6 @@ if TYPE_CHECKING:
 def probe(source: str, revision: str | None, dtype: str, device: str, work: Workload) -> dict[str, float]:
     """Load and run a model in a fresh process.
 
-    Args:
-        source (`str`): A Hub id, a folder, or a GGUF file.
-        revision (`str`, *optional*): The commit on the Hub.
-        dtype (`str`): The type of the weights.
-        device (`str`): The device.
-        work (`Workload`): What to run.
-
     Returns:
         `dict[str, float]`: `load_seconds`, the time to load the model and read one token, without imports and the set-up
             of GPUs; `idle_rss_bytes`, the memory of the process before both: Python, torch and transformers;

@@ -108,13 +108,7 @@ ENGINES = ("transformers", "vllm", "llama.cpp")
 
 @dataclass(frozen=True)
 class Workload:
-    """One batch of prompts to time a model with.
-
-    Args:
-        batch (`int`): Prompts per batch.
-        prompt_tokens (`int`): Tokens per prompt.
-        new_tokens (`int`): Tokens to generate after each prompt.
-    """
+    """One batch of prompts to time a model with: how many, their tokens, and the tokens to generate after each."""
 
     batch: int
     prompt_tokens: int

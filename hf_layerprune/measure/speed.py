@@ -28,16 +28,10 @@ logger = logging.getLogger(__name__)
 def time_models(
     models: Mapping[str, PreTrainedModel], workloads: Sequence[Workload], *, repeats: int = 5
 ) -> dict[Workload, dict[str, list[dict[str, float]]]]:
-    """Time models on the same random prompts, in turns.
+    """Time models on the same random prompts, in turns, after one warm-up run of each workload.
 
-    Args:
-        models (`Mapping[str, PreTrainedModel]`): The models, by name.
-        workloads (`Sequence[Workload]`): What to time. One that does not fit into memory is skipped with a warning.
-        repeats (`int`, defaults to 5): Timed runs of each workload, after one warm-up run.
-
-    Returns:
-        `dict[Workload, dict[str, list[dict[str, float]]]]`: The metrics of each repeat, by model, named as in
-            `metrics.json`. Runs of the same repeat directly follow each other.
+    A workload that does not fit into memory is skipped with a warning. The metrics of each repeat are named as in
+    `metrics.json`; runs of the same repeat directly follow each other.
     """
     embeddings: list[Any] = [model.get_input_embeddings() for model in models.values()]
     vocabulary = min(table.weight.shape[0] for table in embeddings)

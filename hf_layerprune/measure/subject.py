@@ -75,16 +75,10 @@ class Subject:
         return {self.weights} | (self.lineage.known_weights() if self.lineage else set())
 
     def load(self, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
-        """Load the model.
+        """Load the model in evaluation mode, with adapters merged.
 
-        Args:
-            dtype (`str`, defaults to `"auto"`): A torch data type, or `"auto"` for the checkpoint's own, which for a
-                GGUF file is bfloat16.
-            device (`str`, defaults to `"auto"`): A torch device; `"auto"` uses a GPU if there is one, and `"all"`
-                spreads the model over all GPUs.
-
-        Returns:
-            `PreTrainedModel`: The model in evaluation mode, with adapters merged.
+        With `dtype="auto"`, it has the checkpoint's own type, which for a GGUF file is bfloat16. The device `"auto"`
+        is a GPU if there is one, and `"all"` spreads the model over all GPUs.
         """
         import torch
 

@@ -24,13 +24,7 @@ _SAMPLE = 20_000
 
 @dataclass(frozen=True)
 class Text:
-    """A text to measure on.
-
-    Args:
-        name (`str`): Its name; for a file, the file's name without `.txt`.
-        text (`str`): Its content.
-        dataset (`str`): The Hub id of its data set, or the sha256 of its content.
-    """
+    """A text to measure on. `dataset` is the Hub id of its data set, or the sha256 of its content."""
 
     name: str
     text: str
@@ -74,19 +68,11 @@ def find_text(name: str) -> Text:
 def windows(
     text: str, tokenizer: PreTrainedTokenizerBase, length: int, most: int | None = None, name: str = "the text"
 ) -> tuple[torch.Tensor, bool]:
-    """Cut a text into consecutive windows of tokens.
+    """Cut a text into consecutive windows `[windows, length]`, the first `most` of them; an incomplete one is left
+    out.
 
-    Args:
-        text (`str`): The text.
-        tokenizer (`PreTrainedTokenizerBase`): If it begins texts with special tokens, every window begins with them too,
-            because a model that was trained with them predicts badly without.
-        length (`int`): Tokens per window.
-        most (`int`, *optional*): The most windows to return, from the start of the text; by default all.
-        name (`str`, *optional*, defaults to `"the text"`): The text's name, for messages.
-
-    Returns:
-        `tuple[torch.Tensor, bool]`: Token ids `[windows, length]`, and whether each window begins with a special token.
-            An incomplete window at the end is dropped.
+    If the tokenizer begins texts with special tokens, every window begins with them too, because a model that was
+    trained with them predicts badly without. The second value says whether it does so.
 
     Raises:
         CutError: The special tokens leave no room for text.

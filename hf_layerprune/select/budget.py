@@ -65,18 +65,10 @@ def _said(choice: ChoiceOptions) -> str:
 def choose(
     walk: LayerWalk, calibration: CalibrationSet, free: Collection[int], choice: CutOptions, pick: Pick | None = None
 ) -> Choice:
-    """Choose the layers to drop.
+    """Choose the layers to drop within a budget; a quarter of the calibration rows is held out to judge.
 
-    Args:
-        walk (`LayerWalk`): The dense model.
-        calibration (`CalibrationSet`): The text; a quarter of its rows is held out.
-        free (`Collection[int]`): The layers that may be dropped.
-        choice (`CutOptions`): The budget, and which repair will follow.
-        pick (`Callable`, *optional*): The layers that a criterion drops, by text and number; by default, the best set
-            that a search finds.
-
-    Returns:
-        `Choice`: The layers, the reason, and the repair that was judged.
+    `free` are the layers that may be dropped. `pick` returns those that a criterion drops, by text and number; by
+    default, the best set that a search finds is taken. The repair that was judged comes with the choice.
 
     Raises:
         CutError: Dropping one layer passes the budget, or there are too few rows to tell.

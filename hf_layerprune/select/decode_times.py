@@ -34,13 +34,7 @@ _TOKENS, _WARM_UP = 24, 4
 
 @dataclass(frozen=True)
 class DecodeTimes:
-    """Seconds per token.
-
-    Args:
-        layers (`list[float]`): Of each layer.
-        rest (`float`): Of everything else: embeddings, head, choosing the token.
-        device (`str`): Where they were taken.
-    """
+    """Seconds per token on a device, of each layer and of everything else: embeddings, head, choosing the token."""
 
     layers: list[float]
     rest: float

@@ -26,13 +26,7 @@ from .scores import Scores
 
 @dataclass(frozen=True)
 class BlockFit:
-    """The map for one block.
-
-    Args:
-        before (`int`): The layer before the block, whose output the map changes.
-        writer (`Writer`): The module of that layer that the map is applied to.
-        fit (`Fit`): The map, in float32.
-    """
+    """The map for one block, in float32, and the module of the layer `before` it that the map is applied to."""
 
     before: int
     writer: Writer

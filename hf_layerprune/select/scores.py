@@ -96,13 +96,9 @@ class Scores:
 class Choice:
     """Which layers to drop, and why.
 
-    Args:
-        drop_layers (`list[int]`): Base indices, ascending.
-        criterion (`str`): The criterion that chose them.
-        why (`str`): The reason, in one sentence.
-        scores (`list[Scores]`): The scores the choice is based on, one entry per round and criterion.
-        details (`dict[str, Any]`): Further entries for the record, such as the short list of `auto`.
-        repair (`Repair`, *optional*): The repair that the choice was judged with, if another would not be the same.
+    There is one entry of `scores` per round and criterion that the choice is based on. `details` are further entries
+    for the record, such as the short list of `auto`; `repair` is what the choice was judged with, if another would not
+    be the same.
     """
 
     drop_layers: list[int]

@@ -53,13 +53,9 @@ _JUDGED = 3  # how many sets are judged where the best ones overflow
 
 @dataclass(frozen=True)
 class Candidate:
-    """A set of layers that was judged.
+    """A set of layers that was judged: found as `"best block"`, by `"greedy"` search or by a criterion.
 
-    Args:
-        drop (`tuple[int, ...]`): The layers.
-        found_by (`str`): `"best block"`, `"greedy"`, or a criterion.
-        outcome (`Outcome`): On the rows that are held out for judging, after the repair.
-        repair (`Repair`, *optional*): The repair.
+    The outcome is that on the rows that are held out for judging, after the repair.
     """
 
     drop: tuple[int, ...]
@@ -221,11 +217,8 @@ class Search:
     def announce(self, what: str, depth: int, rounds: int, judged: int) -> None:
         """Log about how long a search takes.
 
-        Args:
-            what (`str`): The search, for the message.
-            depth (`int`): The most layers of nested sets.
-            rounds (`int`): For how many lengths all blocks are tried.
-            judged (`int`): How many sets are judged.
+        It finds nested sets of up to `depth` layers, tries all blocks of as many lengths as there are rounds, and
+        judges some sets.
         """
         n, nested = self.walk.num_layers, 0 if self.contiguous else depth
         mapping = min(_MAP_ROWS, len(self._mapping)) * n if self._in_front else 0

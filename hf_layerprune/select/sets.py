@@ -12,15 +12,9 @@ from ..options import DROP, checked, plural
 
 
 def drop_count(drop: float | int | None, num_layers: int) -> int:
-    """Turn a `drop` setting into a number of layers.
+    """Turn a `drop` setting into a number of layers, at least 1 and less than all.
 
-    Args:
-        drop (`float` or `int`): A fraction between 0 and 1, floored to whole layers as in arXiv:2411.15558
-            (0.25 is 8 of 32, 6 of 26, 7 of 30), or a count.
-        num_layers (`int`): How many layers the model has.
-
-    Returns:
-        `int`: At least 1, and less than `num_layers`.
+    A fraction is floored to whole layers as in arXiv:2411.15558 (0.25 is 8 of 32, 6 of 26, 7 of 30).
 
     Raises:
         CutError: The setting is out of range, or would drop no layer or all of them.

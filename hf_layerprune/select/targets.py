@@ -62,13 +62,7 @@ class Target:
     ) -> Target | None:
         """The target among some options, or `None`.
 
-        Args:
-            choice (`ChoiceOptions`): The options.
-            config (`PreTrainedConfig`): The config of the base.
-            base (`str`, *optional*): Its folder or Hub id.
-            revision (`str`, *optional*): Branch, tag or commit on the Hub.
-            model (`PreTrainedModel`, *optional*): The base itself, which only `target_speedup` needs.
-            device (`torch.device`, *optional*): Where to time it; by default, where it is.
+        Only `target_speedup` needs the model itself, which is timed on the device, or where it is.
 
         Raises:
             CutError: The sizes are not known, or there is no model to time.
@@ -107,11 +101,8 @@ class Target:
     def choose(self, num_layers: int, free: Collection[int], pick: Callable[[int], Sequence[int]]) -> int:
         """How many layers to drop: just enough to meet the target.
 
-        Args:
-            num_layers (`int`): How many layers the model has.
-            free (`Collection[int]`): The layers that may be dropped.
-            pick (`Callable[[int], Sequence[int]]`): The layers that the criterion drops, by their number. It is called
-                once for each number that is tried.
+        `free` are the layers that may be dropped. `pick`, which is called once for each number that is tried, returns
+        those that the criterion drops.
 
         Raises:
             CutError: The model meets it as it is, or no cut does.

@@ -43,13 +43,10 @@ better; to find out which it is here, make a curve: COMMAND. Nothing was timed h
 
 @dataclass(frozen=True)
 class Advice:
-    """What to do.
+    """What to do, and why.
 
-    Args:
-        settings (`dict[str, Any]`): For `sft_tail.py`, as in its YAML files; empty if there is no time to train.
-        command (`tuple[str, ...]`): The words to type.
-        text (`str`): The reasons, for people.
-        record (`dict[str, Any]`): The same for machines.
+    `settings` are for `sft_tail.py`, as in its YAML files; empty if there is no time to train. `command` has the words
+    to type. `text` is for people, and `record` for machines.
     """
 
     settings: dict[str, Any]

@@ -42,14 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was done.
-
-    Args:
-        output (`str`): The folder or file that was written.
-        dropped (`list[int]`): Layers of the base.
-        layers (`int`): How many layers the base has.
-        form (`str`): `"model"` or `"adapter"`.
-    """
+    """What was done: the folder or file that was written, and which of the base's layers were dropped."""
 
     output: str
     dropped: list[int]

@@ -11,10 +11,7 @@ from .requests import RecipesRequest
 
 
 def copy_recipes(request: RecipesRequest) -> Path:
-    """Copy the recipes that come with this version of the package: scripts and their settings.
-
-    Returns:
-        `Path`: The new folder.
+    """Copy the recipes that come with this version of the package, scripts and their settings, to a new folder.
 
     Raises:
         CheckpointError: The folder exists or can't be written.

@@ -55,14 +55,9 @@ class LlamaCpp:
     def time(
         self, models: Sequence[str], works: Sequence[Workload], repeats: int, *, dtype: str, device: str
     ) -> Timed:
-        """Time GGUF files in turns, each run in a process of its own.
+        """Time GGUF files, given by their paths, in turns, each run in a process of its own.
 
-        Args:
-            models (`Sequence[str]`): Their paths.
-            works (`Sequence[Workload]`): What to time.
-            repeats (`int`): Timed runs of each workload.
-            dtype (`str`): The type of the weights, which is that of the file.
-            device (`str`): `"cpu"`, `"cuda"`, ...
+        The weights have the type of the file, whatever `dtype` says.
 
         Raises:
             EngineError: The engine does not run one of them.
