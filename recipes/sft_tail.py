@@ -195,7 +195,7 @@ def check(
     """Refuse now what would fail, or do nothing, after hours. Returns the model if it is pruned already."""
     from hf_layerprune.heal import preflight
     from hf_layerprune.heal.student import Student, cut_of
-    from hf_layerprune.runtime.loading import load_config
+    from hf_layerprune.runtime.loading import is_hub_id, load_config
 
     model, adapter = (Path(str(training_args.output_dir)) / name for name in ("model", "adapter"))
     finishes = str(training_args.resume_from_checkpoint).lower() == "true" and os.path.lexists(model)
@@ -209,6 +209,8 @@ def check(
     preflight.check_training(training_args)
     preflight.check_data(script_args, dataset_args, row_args, training_args)
     name, revision = model_args.model_name_or_path, revision_of(model_args)
+    if not is_hub_id(name):
+        refuse_unused(model_args, ("model_revision",), f"on {name}, which is not on the Hub")
     config = load_config(name, revision=revision)
     pruned = cut_of(config) is not None
     preflight.check_cut(cut_args, name, pruned)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hf_layerprune import CutError, LayerDropConfig
 from hf_layerprune.measure.requests import BenchRequest, EvalRequest
 from hf_layerprune.options import CutOptions, add, declared, gather, take, words_of
-from hf_layerprune.publish.requests import PushRequest
-from hf_layerprune.stages.requests import AdviseRequest, PruneRequest, RankRequest
+from hf_layerprune.publish.requests import PushRequest, VerifyRequest
+from hf_layerprune.stages.requests import AdviseRequest, InspectRequest, PruneRequest, RankRequest
 
 from .options_page import PAGE, page
 
@@ -181,6 +181,19 @@ def test_an_option_without_effect_is_refused(cls: Callable[..., Any], options: d
 )
 def test_an_option_with_an_effect_is_not(cls: Callable[..., Any], options: dict[str, Any]) -> None:
     ask(cls, options)
+
+
+@pytest.mark.parametrize(
+    "cls", [PruneRequest, RankRequest, AdviseRequest, InspectRequest, EvalRequest, BenchRequest, VerifyRequest]
+)
+def test_only_a_model_on_the_hub_has_revisions(cls: Any, tmp_path: Path) -> None:
+    output = ["output"] if cls is PruneRequest else []
+    assert cls("org/model", *output, revision="v1").revision == "v1"
+    with pytest.raises(CutError, match=f"revision has no effect on {tmp_path}, which is not on the Hub; leave it out"):
+        cls(str(tmp_path), *output, revision="v1")
+    if cls in (EvalRequest, BenchRequest):
+        with pytest.raises(CutError, match="base_revision has no effect on"):
+            cls("org/model", base=str(tmp_path), base_revision="v1")
 
 
 def test_a_saved_config_keeps_how_its_layers_were_chosen(tmp_path: Path) -> None:

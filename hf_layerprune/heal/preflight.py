@@ -13,7 +13,7 @@ from ..errors import CheckpointError, CutError, boundary
 from ..families import check_stage, check_trainable, layer_count
 from ..families.fields import cut_without
 from ..options import AMOUNTS, CutOptions, declared, refuse_unused
-from ..runtime.loading import load_config
+from ..runtime.loading import is_hub_id, load_config
 from ..runtime.model_class import model_without_weights, whole_models
 from ..runtime.windows import check_context
 from ..select.sets import drop_count
@@ -172,10 +172,12 @@ def check_teacher(
     """
     if script_args.dataset_name == SELF:
         check_context(config, row_args.self_length, "self_length")
+    name = args.teacher or base
+    if name is not None and not is_hub_id(name):
+        refuse_unused(args, ("teacher_revision",), f"on {name}, which is not on the Hub")
     used = args.distils or row_args.rewrite_answers or script_args.dataset_name == SELF
     if args.teacher is None and not used:
         return
-    name = args.teacher or base
     if name is None:
         raise CutError("distilling and writing rows need the dense model; specify it with --teacher")
     revision = args.teacher_revision or (revision if name == base else None)

@@ -42,8 +42,8 @@ class MeasureOptions(Options):
     device: str = option(
         "auto", "Device: cpu, cuda, cuda:1, mps, all (GPUs), or auto, which uses a GPU if there is one"
     )
-    revision: str | None = option(None, "Branch, tag or commit of MODEL on the Hub")
-    base_revision: str | None = option(None, "Branch, tag or commit of BASE on the Hub")
+    revision: str | None = option(None, "Branch, tag or commit of MODEL on the Hub", revision_of="model")
+    base_revision: str | None = option(None, "Branch, tag or commit of BASE on the Hub", revision_of="base")
     output: Path | None = option(None, "File for the numbers; by default metrics.json in the model's folder", PATH)
     history: tuple[Path, ...] = option(
         (), "Folder of an earlier stage of MODEL, whose numbers are copied for the card; can be repeated", many(PATH)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -30,6 +31,7 @@ class Option:
         choices (`Collection[str]` or `str`): The allowed names, or the name of a table that is set with [`bind`].
         flag (`str`, *optional*): The name on the command line, if it differs from the field's.
         positional (`bool`): Whether it is a positional argument on the command line.
+        revision_of (`str`, *optional*): The option that names the model, if this one is a revision of it.
     """
 
     default: Any
@@ -38,6 +40,7 @@ class Option:
     choices: Collection[str] | str = ()
     flag: str | None = None
     positional: bool = False
+    revision_of: str | None = None
 
     @property
     def names(self) -> Collection[str]:
@@ -106,8 +109,13 @@ def check(values: Any) -> None:
     Raises:
         CutError: One of them is not accepted.
     """
-    for name, known in declared(values).items():
+    options = declared(values)
+    for name, known in options.items():
         setattr(values, name, known.check(name, getattr(values, name)))
+    for name, known in options.items():
+        model = getattr(values, known.revision_of) if known.revision_of else None
+        if model and os.path.exists(os.path.expanduser(model)):
+            refuse_unused(values, (name,), f"on {model}, which is not on the Hub")
     if settle := getattr(values, "settle", None):
         settle()
 

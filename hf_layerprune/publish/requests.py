@@ -84,7 +84,7 @@ class VerifyRequest(Options):
     base: str | None = option(
         None, f"Base, if it is not where lineage.json says: {MODEL_HELP[0].lower()}{MODEL_HELP[1:]}", MODEL
     )
-    revision: str | None = option(None, "Branch, tag or commit of MODEL on the Hub")
+    revision: str | None = option(None, "Branch, tag or commit of MODEL on the Hub", revision_of="model")
     accept_trained: bool = option(
         False,
         "Trust the records for what can't be derived again: tensors that a repair or training changed, files that the base lacked",

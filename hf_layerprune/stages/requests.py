@@ -73,7 +73,7 @@ class PruneRequest(TuningOptions, CutOptions):
         PATH,
     )
     adapter: bool = option(False, "Write a PEFT adapter (the plan and the tuned layers) instead of a whole model")
-    revision: str | None = option(None, "Branch, tag or commit of BASE on the Hub")
+    revision: str | None = option(None, "Branch, tag or commit of BASE on the Hub", revision_of="base")
     link: bool = option(False, "Hard-link weight files that do not change, instead of copying them")
     check: bool = option(
         False,
@@ -132,7 +132,7 @@ class WalkOptions(Options):
     device: str = option(
         "auto", "Device that runs the layers: cpu, cuda, cuda:1, mps, or auto, which uses a GPU if there is one"
     )
-    revision: str | None = option(None, "Branch, tag or commit of BASE on the Hub")
+    revision: str | None = option(None, "Branch, tag or commit of BASE on the Hub", revision_of="base")
 
 
 @documented
@@ -245,7 +245,7 @@ class InspectRequest(Options):
 
     model: str = option(MISSING, MODEL_HELP, MODEL)
     drop: float | int = option(0.25, "Cut to try out: a fraction or a number of layers", DROP)
-    revision: str | None = option(None, "Branch, tag or commit of MODEL on the Hub")
+    revision: str | None = option(None, "Branch, tag or commit of MODEL on the Hub", revision_of="model")
 
 
 @documented
