@@ -8,14 +8,15 @@ at its top: it would be half-imported when it is needed.
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .versions import let_peft_save
+
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
 
 
 def register() -> None:
@@ -34,12 +35,10 @@ def register() -> None:
     let_peft_save(kind)
 
 
-class _PeftFinder(importlib.abc.MetaPathFinder):
+class _PeftFinder:
     """Registers after the first import of PEFT. Others may only ask whether there is a PEFT, and import it later."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != "peft":
             return None
         finders = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))

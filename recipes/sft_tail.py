@@ -43,6 +43,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import shutil
 import sys
 import traceback
@@ -372,8 +373,9 @@ def finish(
         write_card(folder)
     except LayerPruneError as error:  # such as a licence that only the user knows; the model is complete without it
         logger.warning("the model card was not written: %s (hf-layerprune card %s)", error, folder)
-    where = f" --base-revision {revision}" if revision else ""
-    logger.info("the model is in %s; next: hf-layerprune eval %s --base %s%s", folder, folder, base, where)
+    following = ["hf-layerprune", "eval", str(folder), "--base", str(base)]
+    following += ["--base-revision", revision] if revision else []
+    logger.info("the model is in %s; next: %s", folder, shlex.join(following))
     if hub is not None and missed:
         logger.warning("the model was not pushed, because it misses a requirement")
     elif hub is not None:

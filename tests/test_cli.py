@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -374,6 +375,25 @@ def test_what_reaches_the_screen(base: Path, tmp_path: Path, capsys: pytest.Capt
     said = capsys.readouterr()
     assert said.err == ""
     assert not {"\x1b", "\r"} & set(said.out)
+
+
+@pytest.mark.parametrize("module", ["hf_layerprune.cli", "argparse", "hf_layerprune.commands.verify", "torch"])
+def test_an_interrupt_while_modules_are_imported_is_one_line_at_most(base: Path, module: str) -> None:
+    script = f"""
+import os, runpy, signal, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+sys.argv[1:] = ["inspect", {str(base)!r}]
+runpy.run_module("hf_layerprune", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode in (130, -signal.SIGINT), done.stderr  # the same to a shell
+    assert done.stdout == ""
+    assert done.stderr in ("", "hf-layerprune: interrupted; nothing was left half-written\n")
 
 
 def test_recipes_are_copied(

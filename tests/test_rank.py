@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -76,6 +77,25 @@ def test_the_best_block_is_the_one_that_prune_drops(
         blocks = {one["start"]: one["score"] for one in found["blocks"] if one["length"] == len(found["drop_layers"])}
         assert found["drop_layers"][0] == min(blocks, key=blocks.__getitem__)
         assert f"\nkl, blocks of {len(found['drop_layers'])}: " in shown
+
+
+def test_the_next_command_goes_on_with_the_same_model(
+    base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its line works in a shell, and keeps what was said of the type, the text and the layers."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base, "it's mine")
+    said = ["--calibration", str(text), *FEW, "--dtype", "bfloat16", "--protect-last", "2", "--contiguous"]
+    words = ["rank", "it's mine", "--criterion", "kl,block_influence", "--drop", "2", *said]
+    for command in ("rank", "prune", "eval"):
+        assert main(words) == 0
+        program, *words = shlex.split(capsys.readouterr().out.rpartition("next: ")[2])
+        assert (program, *words[:2]) == ("hf-layerprune", command, "pruned" if command == "eval" else "it's mine")
+    assert words == ["eval", "pruned", "--base", "it's mine"]
+    identity = json.loads(Path("curve", "curve.json").read_text())["identity"]
+    assert (identity["protect_last"], identity["contiguous"], identity["dtype"]) == (2, True, "bfloat16")
+    (entry,) = json.loads(Path("pruned", "lineage.json").read_text())["entries"]
+    assert (entry["settings"]["dtype"], entry["calibration"]["samples"]) == ("bfloat16", 8)
 
 
 def test_a_criterion_that_may_not_drop_enough_is_left_out(

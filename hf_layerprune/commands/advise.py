@@ -20,11 +20,11 @@ def run(request: Request) -> Answer:
     from ..stages.advise import advise
 
     advice = advise(request)
-    made = (
-        f"the settings are in {request.output}, for recipes/sft_tail.py (hf-layerprune recipes)"
-        if request.output and advice.settings
-        else ""
-    )
+    made = ""
+    if request.output is not None:
+        made = f"the settings are in {request.output}, for recipes/sft_tail.py (hf-layerprune recipes)"
+        if not advice.settings:
+            made = f"{request.output} is not written, since nothing is trained"
     then = advice.command
     if advice.settings and request.output is None:  # the command needs the file
         then = hint("advise", request.base, "advice.yaml", *words_of(request, "force"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..layer_ranges import format_layers
 from ..options import AMOUNTS, CalibrationOptions, take, words_of
 from ..stages.requests import RankRequest as Request
+from ..stages.requests import WalkOptions
 from . import Answer, hint
 
 HELP = "score every layer, and show what each criterion would drop"
@@ -15,7 +16,7 @@ EXCLUSIVE = AMOUNTS
 
 
 def run(request: Request) -> Answer:
-    of = ("--revision", request.revision)
+    of = words_of(take(WalkOptions, request), "device")  # of a base in another type, the model that was looked at
     rows = words_of(take(CalibrationOptions, request))  # those that the repair is to be fitted to
     if request.curve:
         from ..stages.curve import make_curve
@@ -39,7 +40,12 @@ def run(request: Request) -> Answer:
 
     ranking = rank(request)
     made = f"the scores are in {request.output}" if request.output else ""
-    then = hint("rank", request.base, "curve", "--curve", *rows, *of) if ranking.on_text else ()
+    others = ("criteria", "variant", "lengths", "repair", "target_dtype", "force")  # not of a curve
+    then = (
+        hint("rank", request.base, "curve", "--curve", *words_of(request, *AMOUNTS, *others))
+        if ranking.on_text
+        else ()
+    )
     if "auto" in ranking.drops or (len(ranking.drops) == 1 and ranking.on_text):
         layers = format_layers(ranking.drops.get("auto") or next(iter(ranking.drops.values())))
         choice = ("--drop-layers", layers, "--repair", request.repair)

@@ -113,7 +113,7 @@ def check(values: Any) -> None:
     for name, known in options.items():
         setattr(values, name, known.check(name, getattr(values, name)))
     for name, known in options.items():
-        model = getattr(values, known.revision_of) if known.revision_of else None
+        model = getattr(values, known.revision_of, None) if known.revision_of else None
         if model and os.path.exists(os.path.expanduser(model)):
             refuse_unused(values, (name,), f"on {model}, which is not on the Hub")
     if settle := getattr(values, "settle", None):

@@ -269,7 +269,7 @@ def _check_pruned_base(
     pruned = Place.open(name, revision, request.token)
     if Lineage.required(pruned.folder, pruned.name).entries != before:
         return f"names the base {name}, which is not the model that {LINEAGE} says was cut again"
-    found = verify(replace(request, model=name, revision=revision))
+    found = verify(replace(request, model=name, revision=revision if pruned.repo else None))
     if not found.consistent or found.without_weights or found.base != outcome.base:
         return f"names the base {name}, which is not proven; see what is wrong: hf-layerprune verify {name}"
     outcome.say(True, "adapter", f"is put on {name}, which is verified too")
