@@ -259,12 +259,13 @@ def whole_number(header: GGUFHeader, entry: Entry) -> int:
 
 def write_header(entries: Sequence[bytes], tensors: Sequence[Tensor], alignment: int) -> bytes:
     """The bytes of a GGUF file that precede the tensor data, for tensors in this order at new offsets."""
-    header, offset = _FIXED.pack(b"GGUF", 3, len(tensors), len(entries)) + b"".join(entries), 0
+    parts, offset = [_FIXED.pack(b"GGUF", 3, len(tensors), len(entries)), *entries], 0
     for tensor in tensors:
         rank = len(tensor.dimensions)
-        header += _packed_text(tensor.name)
-        header += struct.pack(f"<I{rank}QIQ", rank, *tensor.dimensions, tensor.kind, offset)
+        where = struct.pack(f"<I{rank}QIQ", rank, *tensor.dimensions, tensor.kind, offset)
+        parts += [_packed_text(tensor.name), where]
         offset += padded(tensor.size, alignment)
+    header = b"".join(parts)
     return header.ljust(padded(len(header), alignment), b"\0")
 
 

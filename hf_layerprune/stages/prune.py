@@ -19,6 +19,7 @@ from ..errors import CheckpointError, CutError
 from ..families.engines import WAY_OUT, misread
 from ..files.copy import check_file_target, write_text
 from ..files.folders import check_target, new_folder
+from ..files.gguf_header import read_header
 from ..layer_ranges import name_layers
 from ..options import AMOUNTS, COUNTED_BY, refuse_unused, spell_bytes, take
 from ..records.fingerprints import passing_weights_hash
@@ -249,8 +250,10 @@ def _gguf_target(request: PruneRequest, base: Path, num_layers: int) -> Target |
     if limit is None:
         raise CutError(f"{request.target} is not known for a GGUF file that stays one; use target_size or drop")
 
+    header = read_header(base)  # once: a large vocabulary takes a second
+
     def left(drop: Sequence[int]) -> float:
-        return plan_gguf_cut(base, list(drop)).target_bytes if drop else base.stat().st_size
+        return plan_gguf_cut(header, list(drop)).target_bytes if drop else base.stat().st_size
 
     each = [left(()) - left((i,)) for i in range(num_layers)]
     return Target("target_size", limit, left, each, spell_bytes)

@@ -22,7 +22,7 @@ from pathlib import Path
 from ...families.fields import Cut
 from ...files.copy import LocalFile, check_space, new_file
 from ...files.folders import clear_up, lock_folder, unlock_folder
-from ...files.gguf_header import Tensor, block_count_of, padded, read_header, write_header
+from ...files.gguf_header import GGUFHeader, Tensor, block_count_of, padded, read_header, write_header
 from ...options import spell_bytes
 from ...screen import progress_bar
 from .layers import GGUFCut, rewrite_metadata
@@ -79,14 +79,14 @@ def gguf_texts(source: str | os.PathLike[str]) -> dict[str, str]:
     return {key: text for key, text in texts.items() if text is not None}
 
 
-def plan_gguf_cut(source: str | os.PathLike[str], drop_layers: Sequence[int]) -> GGUFCutPlan:
-    """Plan a cut from the file's header, and refuse it if it can't be exact. Nothing is written.
+def plan_gguf_cut(source: str | os.PathLike[str] | GGUFHeader, drop_layers: Sequence[int]) -> GGUFCutPlan:
+    """Plan a cut from a file or its header, and refuse it if it can't be exact. Nothing is written.
 
     Raises:
         CheckpointError: The file is damaged or of an unknown kind, or the cut could not be exact.
         CutError: An index is out of range or named twice, or no layer or every layer would be dropped.
     """
-    header = read_header(Path(source))
+    header = source if isinstance(source, GGUFHeader) else read_header(Path(source))
     cut, changes = rewrite_metadata(header, drop_layers)
     layer_of = _sort_tensors(cut)
     new_index = cut.layers.new_index
