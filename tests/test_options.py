@@ -20,7 +20,6 @@ from hf_layerprune.stages.requests import AdviseRequest, InspectRequest, PruneRe
 
 from .options_page import PAGE, page
 
-PACKAGE = Path(__file__).resolve().parents[1] / "hf_layerprune"
 BAD = [
     ("drop", math.nan), ("drop", -1), ("drop", 0), ("drop", True), ("drop", "0.25"), ("drop", 1.5), ("drop", 10**7),
     ("drop", 10**5000), ("drop", math.inf), ("drop_layers", [3.7, 4.2]), ("drop_layers", "34"),
@@ -126,14 +125,18 @@ NO_EFFECT: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
         {"drop_layers": [3], "criterion": "kl", "steps": 4, "contiguous": True},
         "criterion, contiguous and steps have",
     ),
-    (PruneRequest, {"drop_layers": [3], "from_curve": Path("curve")}, "from_curve has no effect beside drop_layers"),
+    (PruneRequest, {"drop_layers": [3], "from_curve": Path("curve")}, "from_curve has no effect with drop_layers"),
     (PruneRequest, {"drop_layers": [3], "target_size": "1GB", "target_dtype": "float16"}, "target_size has no effect"),
     (PruneRequest, {"drop": 2, "criterion": "auto", "steps": 4}, "steps has no effect with criterion auto"),
     (PruneRequest, {"drop": 2, "steps": 4}, "steps has no effect with criterion reverse_order"),
     (PruneRequest, {"drop": 2, "criterion": "kl", "variant": "paper"}, "variant has no effect"),
     (PruneRequest, {"drop": 2, "calibration": "a.txt"}, "calibration has no effect with criterion reverse_order"),
     (PruneRequest, {"drop_layers": [3], "calibration_samples": 8}, "calibration_samples has no effect"),
-    (PruneRequest, {"drop": 2, "from_curve": Path("curve"), "criterion": "kl"}, "criterion has no effect beside"),
+    (
+        PruneRequest,
+        {"drop": 2, "from_curve": Path("curve"), "criterion": "kl"},
+        "criterion has no effect with from_curve",
+    ),
     (
         PruneRequest,
         {"target_params": "1B", "context": 512},

@@ -421,7 +421,7 @@ def test_a_damaged_head_is_no_fault_of_a_cut(criterion: str, text: CalibrationSe
     with torch.no_grad():
         model.lm_head.weight[3, 4] = math.nan
     with pytest.raises(
-        CheckpointError, match="the logits of the dense model are not finite: weights behind its layers"
+        CheckpointError, match="the logits of the dense model are not finite: weights after its layers"
     ):
         choose_layers(model, text, CutOptions(drop=2, criterion=criterion))
 

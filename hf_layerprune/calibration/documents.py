@@ -1,4 +1,4 @@
-"""Text for calibration, and images beside it: from files, folders and data sets on the Hub."""
+"""Text for calibration, and images that go with it: from files, folders and data sets on the Hub."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _rows(path: Path, column: str) -> list[Document]:
 
 
 def _document(row: Any, column: str, where: str, source: str, folder: Path = Path()) -> Document:
-    """The text or the chat, a list of messages, in a column of a row, and the images beside it."""
+    """The text or the chat, a list of messages, in a column of a row, and the images that go with it."""
     value: Any = row.get(column) if isinstance(row, dict) else None
     is_chat = isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
     if not (isinstance(value, str) or is_chat):

@@ -115,7 +115,7 @@ def describe_rows(
     return records
 
 
-# What decides which rows of a source are read, besides its config.
+# What decides which rows of a source are read, apart from its config.
 _HOW = ("split", "columns", "fraction")
 _SECRETS = ("hub_token", "push_to_hub_token")
 

@@ -41,7 +41,7 @@ def boundaries(cut: Cut) -> dict[int, int]:
 
 
 def trained_places(cut: Cut, first: int) -> dict[int, int]:
-    """The [`boundaries`] behind the first layer that is trained, an index in the pruned model.
+    """The [`boundaries`] after the first layer that is trained, an index in the pruned model.
 
     Raises:
         CutError: There are none.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class LossInputs(types.SimpleNamespace):
-    """What the loss of one batch is computed from, beside the model's own inputs. Weights are scalars, per token.
+    """What the loss of one batch is computed from, apart from the model's inputs. Weights are scalars, per token.
 
     Neither a dict nor a dataclass: FSDP rounds the tensors in those, and in whatever `forward` returns, to 16 bits.
 

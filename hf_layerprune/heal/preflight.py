@@ -56,7 +56,7 @@ def check_data(
     if not all(is_dataclass(part) for part in dataset_args.datasets):
         raise CutError("each entry of `datasets` is a mapping with a path, such as `- path: rows.jsonl`")
     if dataset_args.datasets:
-        refuse_unused(script_args, ["dataset_name", *_DATA], "beside `datasets`, which the settings file names")
+        refuse_unused(script_args, ["dataset_name", *_DATA], "with `datasets`, which the settings file names")
     elif not name:
         raise CutError("specify the training data with --dataset_name; with `self`, the dense model writes them")
     else:
@@ -117,7 +117,7 @@ def check_cut(cut_args: CutOptions, name: str, pruned: bool) -> None:
         names = [option for option in declared(CutOptions) if getattr(cut_args, option) != getattr(usual, option)]
         refuse_unused(cut_args, names, f"on {name}, which is pruned already, unlike its base")
     elif cut_args.drop_layers:
-        refuse_unused(cut_args, AMOUNTS, "beside drop_layers, which say which layers go")
+        refuse_unused(cut_args, AMOUNTS, "with drop_layers, which say which layers go")
 
 
 def check_method(args: HealConfig, model_args: ModelConfig, cut_args: CutOptions, config: PreTrainedConfig) -> None:

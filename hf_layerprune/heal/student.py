@@ -93,7 +93,7 @@ class Student:
         return method
 
     def let_base_teach(self, args: HealConfig) -> None:
-        """Make the very weights that the layers were dropped from the teacher, unless `args` names another one."""
+        """Make the weights before the cut the teacher, unless `args` names another one."""
         if args.teacher in (None, self.base):
             args.teacher = self.base
             args.teacher_revision = args.teacher_revision or self.revision

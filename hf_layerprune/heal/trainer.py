@@ -364,7 +364,7 @@ class HealTrainer(SFTTrainer):
     @property
     def _kd_share(self) -> float:
         """The weight of distillation in this step, or in the loss of an evaluation."""
-        done = (self.progress - self.args.features) / (1 - self.args.features)  # behind the first phase
+        done = (self.progress - self.args.features) / (1 - self.args.features)  # since the first phase ended
         alone = self.model.training and done < self.args.kd_alone
         return {"ce": 0.0, "kd": 1.0, "ce+kd": 1.0 if alone else self.args.kd_share}[self.args.loss]
 

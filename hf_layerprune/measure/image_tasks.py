@@ -44,7 +44,7 @@ QUESTION = {
 
 
 def asks_about_media(task: TaskDict) -> bool:
-    """Whether a task gives the model images or audio beside the text."""
+    """Whether a task gives the model images or audio along with the text."""
     return any(getattr(one, "MULTIMODAL", False) for one in task["tasks"].values())
 
 

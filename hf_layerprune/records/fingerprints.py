@@ -143,7 +143,7 @@ def is_inert(name: str) -> bool:
 
 
 def is_part(name: str) -> bool:
-    """Whether the file at a path relative to a model folder belongs to the model, beside its config and weights.
+    """Whether the file at a path relative to a model folder belongs to the model, apart from config and weights.
 
     These are its settings, what its tokenizer reads, its chat templates, and its licence.
     """

@@ -123,7 +123,7 @@ def fits_every_cut(walk: LayerWalk, method: str) -> bool:
     try:
         check_repair(walk.model.config, [], HELD_OUT, method)
         fitter: Fitter = find_repair(method).load().fitter(walk, [], method)
-        fitter.first_of = {i: i + 1 for i in range(1, walk.num_layers)}  # as if a block began behind each of them
+        fitter.first_of = {i: i + 1 for i in range(1, walk.num_layers)}  # as if a block began after each of them
         probe = walk.begin(torch.arange(3, _PROBE_TOKENS + 3)[None])
         for i in range(walk.num_layers - 1):
             with walk.layer(i) as run:

@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 # The most bytes of float32 logits that one model holds at a time; 2,048 tokens and a vocabulary of 256,000 would take
 # 2 GB.
 LOGITS_BYTES = 64 << 20
-# What errors say, beside those that accelerate knows.
+# What errors say, in addition to those that accelerate knows.
 _FULL = ("not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 

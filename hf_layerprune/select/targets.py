@@ -1,7 +1,7 @@
 """Drop just enough layers to meet a target: parameters, bytes of the weight files, memory, or speed.
 
 The target decides how many layers are dropped, and the criterion which ones. Layers may differ in size, so what is left
-is computed for the very set that the criterion chooses.
+is computed for exactly the set that the criterion chooses.
 """
 
 from __future__ import annotations

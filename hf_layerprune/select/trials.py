@@ -1,6 +1,6 @@
 """Evaluate many cuts at once: the loss of the model without some layers, and its KL divergence from the dense model.
 
-Cuts that have dropped the same layers so far share their hidden states, so a cut only costs the layers behind the
+Cuts that have dropped the same layers so far share their hidden states, so a cut only costs the layers after the
 first one it drops. All cuts advance together, so each layer is loaded once per pass. Small sets take a single pass;
 larger ones take as many passes as the memory for hidden states requires. At the end the head runs for each cut, a few
 positions at a time; the dense model's distribution is computed once for all cuts.
@@ -199,7 +199,7 @@ def _compare(walk: LayerWalk, batch: Batch, states: Sequence[torch.Tensor | None
             reference = Reference(walk.logits(dense[row : row + 1, start:end])[0])
             if not torch.isfinite(reference.norms).all():
                 raise CheckpointError(
-                    "the logits of the dense model are not finite: weights behind its layers are damaged, or it overflows its "
+                    "the logits of the dense model are not finite: weights after its layers are damaged, or it overflows its "
                     f"data type; use an intact copy, or {WIDER}"
                 )
             for state, sums_of in zip(cuts, sums[:, row], strict=True):

@@ -178,7 +178,7 @@ def make_curve(request: RankRequest) -> Curve:
 
 
 def knee(points: list[dict[str, Any]]) -> int | None:
-    """The number of layers behind which quality falls off: the point that is farthest below the chord of the curve."""
+    """The number of layers after which quality falls off: the point that is farthest below the chord of the curve."""
     kls = [0.0, *(quality_of(point)["kl"] for point in points)]
     if len(kls) < 4 or kls[-1] <= 0:
         return None

@@ -97,10 +97,10 @@ class PruneRequest(TuningOptions, CutOptions):
         said = ("criterion",) if self.criterion != self.default_criterion else ()
         which = (*said, "variant", "protect_first", "protect_last", "contiguous", "steps")
         if self.drop_layers is not None:
-            refuse_unused(self, ("from_curve", *AMOUNTS, *which), "beside drop_layers, which say which layers go")
+            refuse_unused(self, ("from_curve", *AMOUNTS, *which), "with drop_layers, which say which layers go")
         elif self.from_curve is not None:
             sizes = ("context", "batch", "target_dtype")
-            refuse_unused(self, (*which, *sizes), "beside from_curve, whose points say which layers go")
+            refuse_unused(self, (*which, *sizes), "with from_curve, whose points say which layers go")
         elif criterion.needs == "count" or criterion.kind == "choice":
             refuse_unused(self, ("steps",), f"with criterion {criterion.name}, which chooses all layers at once")
         if not criterion.has_variant:

@@ -145,7 +145,7 @@ def _staged(request: PushRequest) -> Iterator[tuple[Plan, Path]]:
 
 
 def _require(request: PushRequest, staging: Path) -> None:
-    """Record what the request requires, besides what was recorded before."""
+    """Record what the request requires, in addition to what was recorded before."""
     if request.require:
         metrics = Metrics.of(staging) or Metrics("")
         check_measurable(request.require, metrics)

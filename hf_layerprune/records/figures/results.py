@@ -197,8 +197,8 @@ def _about(record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _conditions(record: dict[str, Any], partners: dict[str, dict[str, Any]], results: Results) -> list[Any]:
-    """What was asked, and where. A number that was compared with the base's when both were measured stands beside that,
-    even if each model ran in its own type.
+    """What was asked, and where. A number that was compared with the base's when both were measured is shown with
+    that, even if each model ran in its own type.
     """
     bases = {one["base"] for one in results.pairs_of(record)}
     partner = next((one for weights, one in partners.items() if weights in bases), record)
