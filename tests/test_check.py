@@ -98,6 +98,35 @@ def test_masked_values_are_equal_or_differ_but_hide_no_others(mask: float) -> No
     assert not close(one, other)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_no_number_is_equal_to_itself_alone(value: float) -> None:
+    one = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0))
+    other = one.clone()
+    one[..., 0], other[..., 0] = value, 0.0
+    assert close(one, one)
+    assert not close(other, one)
+    assert not close(one, other)
+    one[..., 1] = other[..., 1] = 0.0  # the norm alone would not tell
+    one[..., 1, 1] = value
+    assert not close(one[..., 1:], other[..., 1:])
+
+
+@pytest.mark.parametrize("weight", [torch.nan, 0.0])
+def test_logits_that_are_no_numbers_prove_nothing(
+    weight: float, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model("llama")
+    torch.nn.init.constant_(model.model.norm.weight, weight)
+    model.save_pretrained(tmp_path / "base")
+    with caplog.at_level(logging.INFO, "hf_layerprune"):
+        drop_layers(model, DROP)
+    assert "logits of the cut are not checked: " in caplog.text
+    command = ["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--drop-layers", "2,3,5"]
+    assert main([*command, "--check"]) == 2
+    assert "--check can't compare the logits: " in capsys.readouterr().err
+    assert main(command) == 0
+
+
 def test_bypassed_layers_are_identities() -> None:
     model = tiny_model("gemma3_text")
     ids = torch.arange(3, 11)[None]

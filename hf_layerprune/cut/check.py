@@ -46,8 +46,8 @@ def bypassed_logits(model: PreTrainedModel, layers: Sequence[int]) -> torch.Tens
     """Logits `[1, seq, vocab]` of a few tokens from the dense model, with some layers returning their input.
 
     Raises:
-        CannotCheckError: The weights are quantised, not in memory or sharded across processes, or the model needs
-            other inputs than tokens.
+        CannotCheckError: The weights are quantised, not in memory or sharded across processes, the model needs other
+            inputs than tokens, or its logits leave nothing to compare.
     """
     if getattr(model, "is_quantized", False):
         # bitsandbytes repacks 4-bit weights in a forward pass on a CPU, and what is saved afterwards is garbage.
@@ -59,9 +59,16 @@ def bypassed_logits(model: PreTrainedModel, layers: Sequence[int]) -> torch.Tens
             raise CannotCheckError("the dense model's weights are sharded across processes")
     try:
         with trial(), _bypassed(model, layers):
-            return few_logits(model)
+            logits = few_logits(model)
     except TrialError as error:
         raise CannotCheckError(f"the dense model does not run on tokens alone ({error})") from error
+    both = unmasked(logits, logits)
+    if both is None or not both[0].any():  # a wrong cut would have the same
+        raise CannotCheckError(
+            "the dense model's logits without these layers are all zero or not finite: it overflows "
+            f"{str(logits.dtype).removeprefix('torch.')}, or its weights are damaged"
+        )
+    return logits
 
 
 def few_logits(model: PreTrainedModel) -> torch.Tensor:

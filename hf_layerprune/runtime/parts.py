@@ -124,13 +124,17 @@ _LARGEST = 1e15
 
 
 def unmasked(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Two tensors of one shape in float32, with 0 in place of what both mask; `None` if they mask different values."""
+    """Two tensors of one shape in float32, with 0 in place of what both mask, or where neither is a number.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`, *optional*: `None` if they differ in what they mask, or in what is a number.
+    """
     limit = min(torch.finfo(other.dtype).max, _LARGEST)
-    one, other = (each.to(other.device).float().nan_to_num().clamp(-limit, limit) for each in (one, other))
-    masked = (one.abs() >= limit) | (other.abs() >= limit)
-    if (one != other)[masked].any():
+    one, other = (each.to(other.device).float().clamp(-limit, limit) for each in (one, other))
+    compared = (one.abs() < limit) & (other.abs() < limit)
+    if not torch.allclose(one[~compared], other[~compared], rtol=0, atol=0, equal_nan=True):
         return None
-    return one.masked_fill(masked, 0), other.masked_fill(masked, 0)
+    return one.where(compared, 0), other.where(compared, 0)
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:
