@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hf_layerprune import LayerDropConfig, UnsupportedModelError, drop_layers, f
 from hf_layerprune.cli import main
 from hf_layerprune.cut import check
 from hf_layerprune.cut.lazy import load_pruned
+from hf_layerprune.errors import CutError
 from hf_layerprune.runtime.loading import load_base
 from hf_layerprune.runtime.parts import close
 
@@ -63,6 +65,57 @@ class TestAReleaseThatChangesALayer:
         assert "nothing was kept" in capsys.readouterr().err
         assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
         assert main(command) == 0  # not asked, not seen
+
+
+def built_with(monkeypatch: pytest.MonkeyPatch, more: Callable[[Any, int, Any], None]) -> Any:
+    """A model of a release in which layers have something more, by their position."""
+    plain = LlamaDecoderLayer.__init__
+
+    def init(self: Any, config: Any, layer_idx: int) -> None:
+        plain(self, config, layer_idx)
+        more(self, layer_idx, config)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "__init__", init)
+    return tiny_model("llama")
+
+
+# With layers 2, 3 and 5 dropped, layer 6 is the third, and layer 7 the fourth.
+@pytest.mark.parametrize(
+    "more",
+    [
+        lambda layer, i, config: setattr(layer, "index_topk", 2 + 8 * (i % 2)),
+        lambda layer, i, config: setattr(layer, "is_index_layer", i % 2 == 0),
+        lambda layer, i, config: setattr(layer, "source_index", None if i % 2 else 3),
+        lambda layer, i, config: setattr(layer, "depth", i),
+        lambda layer, i, config: setattr(layer, "scale", i / 8),
+        lambda layer, i, config: setattr(layer, "rope", {"base": [i]}),
+        lambda layer, i, config: setattr(layer, "window", 4) if i == 3 else None,
+        lambda layer, i, config: setattr(layer, "window", 4) if i == 7 else None,
+        lambda layer, i, config: setattr(layer, "kinds", [i] * config.num_hidden_layers),
+        lambda layer, i, config: setattr(layer, "act", torch.nn.GELU() if i % 2 else torch.nn.SiLU()),
+        lambda layer, i, config: setattr(layer, "act", torch.nn.GELU()) if i == 3 else None,
+        lambda layer, i, config: setattr(layer, "act", torch.nn.GELU()) if i == 7 else None,
+        lambda layer, i, config: layer.register_buffer("decay", torch.ones(1 + i % 2), persistent=False),
+        lambda layer, i, config: layer.register_buffer("decay", torch.ones(1) if i % 2 else None, persistent=False),
+    ],
+)
+def test_what_a_layer_is_built_with_must_not_depend_on_its_position(
+    more: Callable[[Any, int, Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = built_with(monkeypatch, more)
+    with pytest.raises(CutError, match="drop other layers"):
+        drop_layers(model, DROP)
+    assert model.config.num_hidden_layers == len(model.model.layers) == 8
+
+
+def test_a_layers_index_is_that_of_its_new_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    def more(layer: Any, i: int, config: Any) -> None:
+        layer.layer_number, layer.cache_idx, layer.num_layers = i + 1, 2 * i + 1, config.num_hidden_layers
+
+    model = built_with(monkeypatch, more)
+    drop_layers(model, DROP)
+    last = model.model.layers[-1]
+    assert (last.layer_number, last.cache_idx, last.num_layers) == (5, 9, 5)
 
 
 @pytest.mark.parametrize("form", [[], ["--adapter"], ["--dtype", "bfloat16"]])

@@ -39,10 +39,11 @@ logger = logging.getLogger(__name__)
 
 _ABSENT = object()
 
-# Attributes that may differ between the old and the new position of a layer, because they only describe the position.
+# Attributes that may hold a layer's position, or the number of layers.
 _POSITIONAL = (
     "idx", "index", "layer_id", "layer_number", "layer_num", "num_layers", "num_hidden_layers", "n_layers", "seed",
 )  # fmt: skip
+_OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"}
 
 
 @dataclass
@@ -296,14 +297,18 @@ def rehearse(
             )
         if layer is not None:
             _check_same_shapes(name, before, after)
-        for attribute, value in _differences(before, after):
-            if layer is not None and not _is_positional(attribute, vars(before)[attribute], value, cut):
+        for attribute, own, value in _differences(before, after):
+            if layer is not None and not _is_positional(attribute, own, value, layer, cut):
+                shown = ["nothing" if one is _ABSENT else repr(one) for one in (own, value)]
                 raise CutError(
-                    f"{name}.{attribute} is computed from the layer's position: {vars(before)[attribute]!r} here, "
-                    f"{value!r} after a reload; this cut would silently change the model, so drop other layers"
+                    f"{name}.{attribute} is computed from the layer's position: {shown[0]} here, {shown[1]} after a "
+                    "reload; this cut would silently change the model, so drop other layers"
                 )
-            attributes.append((name, attribute, value))
-    extra = [name for name in new_modules if name.startswith(prefix)]
+            if own is not _ABSENT and value is not _ABSENT:
+                attributes.append((name, attribute, value))
+    extra = [
+        n for n, module in new_modules.items() if n.startswith(prefix) or next(module.parameters(), None) is not None
+    ]
     if extra:
         raise CutError(
             f"{extra[0]} would be added on reload, because the kept layers would be built differently; drop other layers"
@@ -333,13 +338,21 @@ def _empty_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -
         return model_class(config)
 
 
-def _is_positional(attribute: str, before: Any, after: Any, cut: families.Cut) -> bool:
+def _is_positional(attribute: str, before: Any, after: Any, layer: int, cut: families.Cut) -> bool:
     """Whether two values only give a layer's position, are equal up to rounding, or are a rewritten per-layer list."""
     if isinstance(before, list) and len(before) == cut.num_layers:
         return after == [before[i] for i in cut.keep]
     if isinstance(before, float) and isinstance(after, float):
         return math.isclose(before, after, rel_tol=1e-12)
-    return isinstance(after, int | None) and any(part in attribute for part in _POSITIONAL)
+    if not (type(before) is type(after) is int and any(part in attribute for part in _POSITIONAL)):
+        return False
+    moved = layer - cut.new_index[layer]
+    # The layer's own index, or twice that where it has two caches; the index of a layer that it reads; the layer count.
+    return (
+        before - after in (moved, 2 * moved)
+        or after == cut.new_index.get(before)
+        or (before, after) == (cut.num_layers, len(cut.keep))
+    )
 
 
 def _check_same_shapes(name: str, before: nn.Module, after: nn.Module) -> None:
@@ -352,20 +365,22 @@ def _check_same_shapes(name: str, before: nn.Module, after: nn.Module) -> None:
             )
 
 
-def _differences(before: nn.Module, after: nn.Module) -> list[tuple[str, Any]]:
-    """Plain attributes (numbers, strings, lists of these) that differ, with their value in the second module."""
-    different: list[tuple[str, Any]] = []
-    for name, value in vars(before).items():
-        other = vars(after).get(name, _ABSENT)
+def _differences(before: nn.Module, after: nn.Module) -> list[tuple[str, Any, Any]]:
+    """Plain attributes (numbers, strings, collections of these) that differ, with their value in both modules."""
+    different: list[tuple[str, Any, Any]] = []
+    for name in sorted((vars(before) | vars(after)).keys() - _OF_EVERY_MODULE):
+        value, other = (vars(module).get(name, _ABSENT) for module in (before, after))
         if isinstance(value, tuple) and isinstance(other, list):  # a JSON round trip turns tuples into lists
             other = tuple(other)
         if _is_plain(value) and _is_plain(other) and value != other:
-            different.append((name, other))
+            different.append((name, value, other))
     return different
 
 
 def _is_plain(value: Any) -> bool:
     """Whether an attribute is plain; the lists in which an LSTM keeps its weights, and references to them, are not."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
     if isinstance(value, list | tuple):
         return not any(isinstance(one, torch.Tensor | weakref.ref) for one in value)
-    return isinstance(value, int | float | str | bool | None)
+    return value is _ABSENT or isinstance(value, int | float | str | bool | None)
