@@ -57,9 +57,10 @@ def test_a_model_whose_loader_reads_content_is_checked_by_name(tmp_path):
         plan_cut(tmp_path / "base", drop)
 
 
-def test_a_norm_that_every_layer_of_a_quantised_checkpoint_lacks_is_noticed(tmp_path):
+@pytest.mark.parametrize("instead", ["another", "input_layernorm_2"])
+def test_a_norm_that_every_layer_of_a_quantised_checkpoint_lacks_is_noticed(tmp_path, instead):
     shard = EMBED | NORM | layer(0) | layer(1) | layer(2) | layer(3)
-    weights = {name: tensor for name, tensor in shard.items() if "input_layernorm" not in name}
+    weights = {name.replace("input_layernorm", instead): tensor for name, tensor in shard.items()}
     quantised = LLAMA | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     base = make(tmp_path / "base", [weights], quantised)
     with pytest.raises(CheckpointError, match=r"lacks model\.layers\.0\.input_layernorm\.weight, "):

@@ -107,7 +107,7 @@ def _missing_though_packed(missing: Collection[str], names: Collection[str], mod
     return [
         key
         for key in missing
-        if not any(module.startswith(key.rpartition(".")[0]) for module in modules)
+        if not any(f"{module}.".startswith(key.rpartition(".")[0] + ".") for module in modules)
         and (
             not _LAYER.search(key)
             or _LAYER.sub(".#.", key) in forms
