@@ -100,7 +100,7 @@ def fitted_as_written(dense: Any, repair: Repair, drop: tuple[int, ...], rows: C
         added = added_by_fit(repair.method, cut, layers[before], features, output, written, missing, fitted)
         same(f"{_name(repair)}: states behind layers {first} to {last}", mine, plain.double() + added, 1e-3)
         errors = [(wanted - states)[fitted].double().square().sum().item() for states in (mine, cut_plainly)]
-        if errors[0] > errors[1] * (1 + TOLERANCE):
+        if not errors[0] <= errors[1] * (1 + TOLERANCE):
             raise ProofError(f"{_name(repair)}: error {errors[0]} on the fitted rows, plainly cut {errors[1]}")
 
 

@@ -60,7 +60,7 @@ def prove_rank(dense: Any, proven_cuts: dict[str, tuple[int, ...]]) -> None:
             own = logits(dense, ids)
         same(f"loss without layers {drop}", outcome.loss, next_token_loss(own, ids))
         wanted = divergence(whole, own).mean()
-        if abs(outcome.kl - wanted) > TOLERANCE * wanted + 1e-7:
+        if not abs(outcome.kl - wanted) <= TOLERANCE * wanted + 1e-7:
             raise ProofError(f"KL without layers {drop} is {outcome.kl}, should be {wanted}")
     scores = taylor.score(walk, text).layers
     for i in (0, middle[0], walk.num_layers - 1):

@@ -181,11 +181,18 @@ def test_on_disk_settings_keep_their_order_and_those_of_other_programs_are_rewri
     dynamic = {r".*layers\.\d+\.mlp.up_proj": {"bits": 8}, r".*up_proj": {"bits": 2}}  # the first that matches counts
     gptq = {"quant_method": "gptq", "bits": 4, "dynamic": dynamic, "modules_to_not_convert": ["model.layers.3.mlp"]}
     mlx = {"bits": 4, "model.layers.3.mlp.up_proj": {"bits": 8}, "model.layers.1.mlp.up_proj": {"bits": 8}}
-    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": gptq, "quantization": mlx}
+    others = {
+        "quantization": mlx,
+        "packed": {"but": ["lm_head", "model.layers.3.mlp"]},
+        "plain": ["model.layers.3.mlp"],
+    }
+    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": gptq} | others
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "quantize_config.json").write_text(json.dumps(gptq))
     files = {name: json.loads(text) for name, text in plan_cut(tmp_path, [1]).files.items()}
     assert files["config.json"]["quantization"] == {"bits": 4, "model.layers.2.mlp.up_proj": {"bits": 8}}
+    assert files["config.json"]["packed"] == {"but": ["lm_head", "model.layers.2.mlp"]}
+    assert files["config.json"]["plain"] == ["model.layers.2.mlp"]
     for written in (files["config.json"]["quantization_config"], files["quantize_config.json"]):
         assert list(written["dynamic"]) == list(dynamic)
         assert written["modules_to_not_convert"] == ["model.layers.2.mlp"]

@@ -6,6 +6,7 @@ import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_layerprune import UnsupportedModelError, families
+from hf_layerprune.families import fields
 from hf_layerprune.families.types import proven
 
 from .architectures import proven_types, render
@@ -134,32 +135,27 @@ class TestTheProofCanFail:
     """The matrix is worth what it catches."""
 
     @of_this_version
-    def test_no_list_looks_right_when_cut_short(self) -> None:
-        """Were a list truncated in place of selected from, the middle cut of every type would show it."""
+    def test_no_field_looks_right_when_its_rule_is_wrong(self) -> None:
+        """Were a list truncated in place of selected from, or a threshold kept, the middle cut of every type would show it."""
         for model_type in (t for t in ALL_TYPES if t in proven() and not unusable(t)):
             config = tiny_config(model_type)
-            keep = families.make_cut(config, cuts(model_type, config)["middle"]).keep
+            cut = families.make_cut(config, cuts(model_type, config)["middle"])
             for name, value in families.text_config(config).to_dict().items():
-                if (
-                    isinstance(value, list)
-                    and len(value) == families.layer_count(config)
-                    and value != value[:1] * len(value)
-                ):
-                    assert [value[i] for i in keep] != value[: len(keep)], f"{model_type}: {name}"
+                if isinstance(value, list) and len(value) == cut.num_layers and value != value[:1] * len(value):
+                    assert [value[i] for i in cut.keep] != value[: len(cut.keep)], f"{model_type}: {name}"
+                rule = fields.FIELDS.get(name)
+                if rule in (fields.count_below, fields.count_last) and value:
+                    assert rule(value, cut) != value, f"{model_type}: {name}"
 
     def test_forgotten_list(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from hf_layerprune.families import fields
-
         monkeypatch.setitem(fields.FIELDS, "no_rope_layers", lambda value, cut: value[: len(cut.keep)])
         with pytest.raises((ProofError, families.CutError)):
             prove_cut(tiny_model("smollm3"), (2, 3, 5))
 
     def test_forgotten_threshold(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from hf_layerprune.families import fields
-
         monkeypatch.setitem(fields.FIELDS, "first_k_dense_replace", fields.unchanged)
         with pytest.raises((ProofError, families.CutError)):
-            prove_cut(tiny_model("deepseek_v3"), (0, 3, 5))
+            prove_cut(tiny_model("deepseek_v3"), (2, 3, 5))
 
     def test_forgotten_layer_index(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from hf_layerprune.cut import memory as cut

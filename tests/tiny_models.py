@@ -95,7 +95,7 @@ SHRINK: dict[str, Any] = _LAYER_COUNTS | {
     **dict.fromkeys(("sliding_window", "attention_window_size", "local_attention"), 6),
     "use_sliding_window": True,
     "max_window_layers": 3,
-    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers"), 2),
+    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers"), 3),
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": VOCAB,
 }
