@@ -96,6 +96,7 @@ def test_weights_that_were_changed(folder: Path) -> None:
     (lambda f: (f / "extra.safetensors").write_bytes(next(f.glob("*.safetensors")).read_bytes()), "does not use"),
     (lambda f: next(f.glob("*.safetensors")).write_bytes(b"1234567890"), "not a valid safetensors file"),
     (lambda f: (f / "vocab.txt").symlink_to(f / "nowhere"), "is a link, and only files"),
+    (lambda f: ((f / "README.md").unlink(), (f / "README.md").mkdir()), "README.md is a folder"),
     (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
     (lambda f: edit_config(f, architectures=[1]), "config.json has an unexpected value at architectures/0"),
 ])  # fmt: skip
@@ -379,13 +380,6 @@ def test_a_name_that_is_not_utf_8(folder: Path, capsys: pytest.CaptureFixture[st
         pass
     assert main(["push", str(folder), "org/small", "--dry-run"]) == 0
     assert "left out  caf\ufffd.json: not part of the model" in capsys.readouterr().out
-
-
-def test_a_folder_in_place_of_a_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "README.md").unlink()
-    (folder / "README.md").mkdir()
-    assert main(["push", str(folder), "org/small", "--dry-run"]) == 1
-    assert "README.md is a folder" in capsys.readouterr().err
 
 
 def test_an_adapter_beside_a_model(folder: Path) -> None:
