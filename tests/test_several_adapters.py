@@ -149,6 +149,17 @@ def test_a_config_tunes_what_it_says_however_often_it_is_used(llama: Path, tmp_p
             assert made.drop_layers == again.peft_config["default"].drop_layers
 
 
+def test_a_used_config_says_what_to_do_with_a_base_of_another_depth(llama: Path, tmp_path: Path) -> None:
+    config = LayerDropConfig(drop=2, base_model_name_or_path=str(llama))
+    prune_with(config).save_pretrained(tmp_path / "adapter")
+    other = load(llama)
+    drop_layers(other, [0])
+    with pytest.raises(CutError, match="the model has 7; make a new config"):
+        prune_with(config, other)
+    with pytest.raises(CutError, match=rf"the model has 7; use it with its base \({llama};"):
+        PeftModel.from_pretrained(other, tmp_path / "adapter")
+
+
 def test_a_head_is_tuned_as_each_base_has_it(llama: Path, tied: Path) -> None:
     config = LayerDropConfig(drop_layers=[2])
     for base, tuned in ((tied, False), (llama, True), (tied, False)):

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from peft import PeftConfig, TaskType
+from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from ..errors import CutError
 from ..options import CutOptions, TuningOptions, check, documented, option
-from ..options.kinds import TEXT, checked, many
+from ..options.kinds import TEXT, checked, many, quoted
 from ..select import registry  # noqa: F401 (enters the criteria among the choices)
 
 
@@ -28,8 +29,8 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
     before it and the last three remaining layers. An `lm_head` tied to the embeddings stays tied and is not tuned
     unless `tune_lm_head=True`, because untying it adds its parameters. Once a model is pruned, `drop_layers` holds the
     dropped layers, so a saved config makes the same cut again. Everything else is recorded in the model's own copy,
-    `model.peft_config["default"]`, so one config can prune several models. Sizes such as `target_size` may be numbers
-    or strings (`"12GB"`).
+    `model.peft_config["default"]`, so one config can prune several models of the same depth. Sizes such as
+    `target_size` may be numbers or strings (`"12GB"`).
     """
 
     tune_final_norm: bool = option(
@@ -77,6 +78,11 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
 
     def settle(self) -> None:
         super().settle()
+        if self.target_modules not in (None, DUMMY_TARGET_MODULES):
+            raise CutError(
+                f"target_modules={quoted(self.target_modules)} has no effect: this method tunes whole modules, which tune_layers, "
+                "tune_lm_head, tune_final_norm and modules_to_save name; leave it out"
+            )
         if self.modules_to_save is not None:
             self.modules_to_save = list(checked("modules_to_save", self.modules_to_save, many(TEXT)))
 

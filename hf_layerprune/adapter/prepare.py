@@ -13,7 +13,6 @@ from ..calibration.rows import SELF, load_calibration
 from ..errors import CheckpointError, CutError
 from ..families.layout import find_decoder_layers
 from ..repair.fit import check_repair, fit_repair
-from ..runtime.devices import is_offloaded
 from ..runtime.loading import load_processor, load_tokenizer
 from ..runtime.precision import is_packed
 from ..runtime.walk import LayerWalk
@@ -89,10 +88,10 @@ def prepare(
         CutError: The model is cut already, the layers can't be chosen, or the repair can't be fitted.
     """
     families.check_supported(model.config)
-    if is_offloaded(model):
+    if any(parameter.is_meta for parameter in model.parameters()):
         raise CutError(
-            "weights of this model are offloaded, and choosing layers or fitting a repair reads them; pass no model, so that "
-            "prune_with loads the base a layer at a time, or load it without offloading"
+            "weights of this model are offloaded or on the meta device, and choosing layers or fitting a repair reads them; "
+            "pass no model, so that prune_with loads the base a layer at a time, or load it without offloading"
         )
     chooses = needs_model(config)
     if not chooses:

@@ -37,10 +37,14 @@ def resolve_drop(
     if config.num_base_layers is None:
         config.num_base_layers = n
     elif config.num_base_layers != n and not is_made(config, model_config):
+        # By now, PEFT has put the name of the model into a config that is not a saved one.
+        its_base = (
+            f"use it with its base ({config.base_model_name_or_path}; if that is an adapter, merge it first with "
+            "merge_and_unload()), or "
+        )
         raise CutError(
             f"this config drops layers {config.drop_layers} of a base with {config.num_base_layers} layers, and the "
-            f"model has {n}; use it with its base ({config.base_model_name_or_path}; if that is an adapter, merge it first "
-            "with merge_and_unload()), or make a new config"
+            f"model has {n}; {'' if config.is_new else its_base}make a new config"
         )
     if cut is None and config.num_base_layers == n:
         families.make_cut(model_config, config.drop_layers)

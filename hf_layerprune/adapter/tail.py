@@ -106,6 +106,6 @@ def _check_trainable(modules: dict[str, nn.Module]) -> None:
         for tensor_name, tensor in (*module.named_parameters(), *module.named_buffers()):
             if is_packed(tensor):
                 raise CutError(
-                    f"{name}.{tensor_name} is quantised and can't be tuned; load the base unquantised, or cut without "
-                    "tuning (hf-layerprune prune BASE OUTPUT)"
+                    f"{name}.{tensor_name} is quantised and can't be tuned; load the base unquantised, or leave it out of "
+                    "what is tuned, such as by tune_layers=0"
                 )

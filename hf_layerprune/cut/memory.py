@@ -85,7 +85,7 @@ class LayerCut:
         """Put the dropped layers back, which restores the dense model bit for bit.
 
         Raises:
-            CutError: The dropped layers were not kept.
+            CutError: The dropped layers were not kept, or the layers were changed since, such as by a later cut.
         """
         if not self.dropped:
             raise CutError(
@@ -93,16 +93,32 @@ class LayerCut:
                 "prune with keep_dropped=True, or load the base again"
             )
         if self.active:
+            self._check_unchanged()
             for change in reversed(self.changes):
                 change.apply(change.old)
             self.active = False
 
     def reapply(self) -> None:
-        """Cut again after `restore`."""
+        """Cut again after `restore`.
+
+        Raises:
+            CutError: The layers were changed since, such as by another cut.
+        """
         if not self.active:
+            self._check_unchanged()
             for change in self.changes:
                 change.apply(change.new)
             self.active = True
+
+    def _check_unchanged(self) -> None:
+        """Refuse to change layers that are not those that this cut left: the indices in them would be wrong."""
+        for change in self.changes:
+            wanted = change.new if self.active else change.old
+            if isinstance(wanted, nn.ModuleList) and getattr(change.owner, change.name) is not wanted:
+                raise CutError(
+                    f"the model's layers were changed after this cut was {'made' if self.active else 'undone'}, such as by "
+                    "another cut; undo that first, or load the model again"
+                )
 
     def aside(self) -> nn.ModuleList:
         """What is not in the model: what was dropped, if it was kept; while that is restored, what took its place."""
