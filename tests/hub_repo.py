@@ -20,17 +20,18 @@ class Refusal(Exception):
         status (`int`): The status code.
         message (`str`): What is wrong.
         code (`str`, *optional*): The `X-Error-Code`, by which the client distinguishes errors.
-        body (`Mapping`, *optional*): Fields of the body besides the message.
+        body (`Mapping` or `str`, *optional*): Fields of the body besides the message; or all of it, as from a proxy.
         headers (`str`): More headers, with `_` for `-`.
     """
 
     def __init__(
-        self, status: int, message: str, code: str | None = None, body: Mapping | None = None, **headers: str
+        self, status: int, message: str, code: str | None = None, body: Mapping | str | None = None, **headers: str
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.body = {"error": message} | dict(body or {})
-        self.headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
+        self.body = body if isinstance(body, str) else {"error": message} | dict(body or {})
+        self.headers = {} if isinstance(body, str) else {"X-Error-Message": message}
+        self.headers |= {"X-Error-Code": code} if code else {}
         self.headers |= {name.replace("_", "-"): value for name, value in headers.items()}
 
 

@@ -194,7 +194,7 @@ class Handler(BaseHTTPRequestHandler):
     # The response
 
     def send_json(self, value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
-        body = json.dumps(value).encode()
+        body = (value if isinstance(value, str) else json.dumps(value)).encode()
         headers = {"Content-Type": "application/json; charset=utf-8"} | dict(headers or {})
         self.send(status, headers, len(body), iter([body]))
 

@@ -141,10 +141,11 @@ class HubServer:
         *,
         method: str | None = None,
         prefix: str = "",
+        body: Mapping | str | None = None,
         **headers: str,
     ) -> None:
         """Answer `times` requests with an error instead; `prefix="/cdn/"` or `"/api/"` restricts the paths."""
-        refusal = Refusal(code, f"Status {code}, as the test asked", **headers)
+        refusal = Refusal(code, f"Status {code}, as the test asked", body=body, **headers)
         self._fail(_Fault("status", path_suffix, times, refusal, prefix, method))
 
     def delay(self, path_suffix: str, seconds: float, times: int = 1) -> None:

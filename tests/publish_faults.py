@@ -44,6 +44,7 @@ def _commit(hub: HubServer, code: int, times: int = 1, **headers: str) -> None:
 
 
 UNREACHABLE = "run the same command again"
+REFUSED = {"errors": [{"message": '"license" must be one of [apache-2.0, ...]'}]}
 CASES = [
     # A temporary fault that the Hub's client survives.
     Case("asking where to store: 503", lambda hub: hub.status("/objects/batch", 503)),
@@ -70,7 +71,10 @@ CASES = [
     Case("committing: somebody was faster", lambda hub: _commit(hub, 412), "somebody else changed"),
     Case("committing: 400", lambda hub: _commit(hub, 400), "org/model was not pushed"),
     Case("committing: 500 all the time, to what is there", lambda hub: _commit(hub, 500, MANY), UNREACHABLE, known=True),
-    Case("the card's YAML is refused", lambda hub: hub.status("/validate-yaml", 400, MANY), "metadata of README.md"),
+    Case("the card's YAML is refused", lambda hub: hub.status("/validate-yaml", 400, MANY, body=REFUSED),
+         r"metadata of README.md \(\"license\" must be one of"),
+    Case("checking the card: 400 of a proxy", lambda hub: hub.status("/validate-yaml", 400, body="<html>Blocked</html>"),
+         "not the Hub's .*Blocked.*a proxy"),
     # Permissions.
     Case("the token is not known", lambda hub: hub.writers.clear(), "not valid, or has expired"),
     Case("the token runs out after the first answer", lambda hub: hub.expire(TOKEN, 1), "not valid"),

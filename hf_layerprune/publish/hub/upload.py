@@ -172,7 +172,13 @@ def _check_card(path: Path, kind: str, api: HfApi) -> None:
     asked = {"repoType": kind, "content": path.read_text(encoding="utf-8")}
     answer = get_session().post(f"{api.endpoint}/api/validate-yaml", json=asked)
     if answer.status_code == 400:
-        says = "; ".join(error["message"] for error in answer.json().get("errors", ())) or answer.text
+        try:
+            says = "; ".join(error["message"] for error in answer.json()["errors"])
+        except (ValueError, TypeError, LookupError):
+            text = (
+                f"the answer to a check of {CARD} is not the Hub's ({answer.text[:200]}); look for a proxy in between"
+            )
+            raise PushError(text) from None
         raise PushError(f"the Hub does not accept the metadata of {CARD} ({says}); correct it in that file")
     hf_raise_for_status(answer)
 
