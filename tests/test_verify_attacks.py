@@ -184,6 +184,8 @@ CONFIG: dict[str, Callable[[Path], object]] = {
         "config.json", layer_drop={"drop_layers": [2, 5], "num_base_layers": 8, "x": 1}
     ),
     "the cut": edit_json("config.json", layer_drop={"drop_layers": [1, 5], "num_base_layers": 8}),
+    "a longer base": lambda folder: lengthen(folder),
+    "a section of what saving sets": edit_json("config.json", text_config={"_name_or_path": "x", "use_cache": True}),
 }
 TENSOR = {"x": torch.ones(1)}
 PLANTED: dict[str, Callable[[Path], object]] = {
@@ -213,6 +215,14 @@ PLANTED: dict[str, Callable[[Path], object]] = {
     "a link to nothing": lambda folder: (folder / "extra.json").symlink_to(folder / "absent"),
     "a file without a kind": write("evil", b"x"),
 }
+
+
+def lengthen(folder: Path) -> None:
+    """Make the config and the records say that the base had one layer more, which is left."""
+    edit_json("config.json", layer_drop={"drop_layers": [2, 5], "num_base_layers": 9})(folder)
+    lineage = Lineage.of(folder)
+    lineage.entries[0]["layers"] |= {"base": 9, "left": 7}
+    lineage.write(folder)
 
 
 def rename_rope(folder: Path, **fields: Any) -> None:
@@ -253,12 +263,15 @@ def test_config_fields(
 
 def test_numbers_that_do_not_equal_themselves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_base(tmp_path / "base")
-    edit_json("config.json", limit=float("nan"), more={"limits": [float("nan")]})(tmp_path / "base")
+    edit_json("config.json", limit=float("nan"), more={"limits": [float("nan")]}, flag=1)(tmp_path / "base")
     assert main(["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--drop-layers", "2"]) == 0
     assert says(tmp_path / "cut", capsys)[0] == 0
     edit_json("config.json", limit=1.5)(tmp_path / "cut")
     forge(tmp_path / "cut")
     assert "limit is 1.5 and was nan" in says(tmp_path / "cut", capsys)[1]
+    edit_json("config.json", limit=float("nan"), flag=True)(tmp_path / "cut")  # which equals the number 1 in Python
+    forge(tmp_path / "cut")
+    assert "flag is True and was 1" in says(tmp_path / "cut", capsys)[1]
 
 
 def test_the_version_by_which_a_tokenizer_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -530,6 +543,39 @@ def test_a_base_of_links_into_a_cache_whose_names_lie(tmp_path: Path, capsys: py
     code, said = says(tmp_path / "cut", capsys)
     assert code == 1
     assert "is not the base that lineage.json names" in said
+
+
+def test_a_tensor_under_two_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With and without the prefix that transformers completes: which of them it takes is not in the file."""
+    base, cut, name = tmp_path / "base", tmp_path / "cut", "wpe.weight"
+    tiny_model("gpt2").save_pretrained(base)
+    tensors = load_file(base / "model.safetensors")
+    short = {name.removeprefix("transformer."): one for name, one in tensors.items()}
+    save_file(short, base / "model.safetensors", metadata={"format": "pt"})
+    assert main(["prune", str(base), str(cut), "--drop-layers", "2"]) == 0
+    assert says(cut, capsys)[0] == 0
+    tensors = load_file(cut / "model.safetensors")
+    for other in (tensors[name] + 1, tensors[name]):
+        both = tensors | {f"transformer.{name}": other, name: tensors[name] * 2 + 1 - other}
+        save_file(both, cut / "model.safetensors", metadata={"format": "pt"})
+        forge(cut)
+        code, said = says(cut, capsys)
+        assert (code, "under two names" in said) == (1, True), said
+
+
+def test_an_index_that_places_a_tensor_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["prune", str(write_base(tmp_path / "base", "60KB")), str(tmp_path / "cut"), "--drop-layers", "2"]) == 0
+    )
+    path = tmp_path / "cut" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][NORM] = next(
+        name for name in index["weight_map"].values() if name != index["weight_map"][NORM]
+    )
+    path.write_text(json.dumps(index))
+    forge(tmp_path / "cut")
+    code, said = says(tmp_path / "cut", capsys)
+    assert (code, f"places it in {index['weight_map'][NORM]}" in said) == (1, True), said
 
 
 @pytest.mark.parametrize("both", [False, True])

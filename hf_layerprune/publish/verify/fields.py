@@ -33,7 +33,12 @@ def flat(fields: dict[str, Any], path: Path = ()) -> dict[Path, Any]:
 def differences(was: dict[str, Any], has: dict[str, Any]) -> dict[Path, tuple[Any, Any]]:
     """Where two loaded configs differ: both values by path, `None` for one that is absent."""
     old, new = flat(was), flat(has)
-    paths = {path for path in old.keys() | new.keys() if not _VOLATILE & {path[0], path[-1]}}
+    sections = {path[:-1] for path in old} & {path[:-1] for path in new}  # a section of its own may replace a loader's
+
+    def counts(path: Path) -> bool:
+        return path[0] not in _VOLATILE and not (path[-1] in _VOLATILE and path[:-1] in sections)
+
+    paths = filter(counts, old.keys() | new.keys())
     return {path: (old.get(path), new.get(path)) for path in sorted(paths) if not _alike(old.get(path), new.get(path))}
 
 
