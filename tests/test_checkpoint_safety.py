@@ -16,7 +16,7 @@ from hf_layerprune.cut.disk import plan_cut
 from hf_layerprune.errors import CheckpointError
 from hf_layerprune.files import copy as files
 from hf_layerprune.files import folders
-from hf_layerprune.files.copy import check_inside
+from hf_layerprune.files.copy import check_inside, write_bytes
 from hf_layerprune.options import spell_bytes
 from hf_layerprune.records.licences import copy_licence
 
@@ -154,7 +154,8 @@ def test_a_folder_that_is_no_model_is_never_replaced(base, tmp_path):
     assert (tmp_path / "home/thesis.txt").read_text() == "years of work"
 
 
-def test_a_target_that_appears_meanwhile_is_not_touched(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("force", [False, True])
+def test_a_target_that_appears_meanwhile_is_not_touched(base, tmp_path, monkeypatch, force):
     target = tmp_path / "cut"
     check = disk.read_weights
 
@@ -162,12 +163,14 @@ def test_a_target_that_appears_meanwhile_is_not_touched(base, tmp_path, monkeypa
         if source.folder.name.startswith(".cut.partial-"):  # what was written is read back
             target.mkdir()
             (target / "config.json").write_text("theirs")
+            (target / "notes.txt").write_text("theirs")
         return check(source, kept)
 
     monkeypatch.setattr(disk, "read_weights", somebody_is_faster)
-    with pytest.raises(CheckpointError, match="was created in the meantime"):
-        cut(base, target)
-    assert [path.name for path in target.iterdir()] == ["config.json"]
+    match = "holds files that may be yours: notes.txt" if force else "was created in the meantime"
+    with pytest.raises(CheckpointError, match=match):
+        cut(base, target, force=force)
+    assert sorted(path.name for path in target.iterdir()) == ["config.json", "notes.txt"]
     assert beside(target) == ["base", "cut"]
 
 
@@ -411,16 +414,32 @@ def test_peak_memory_does_not_depend_on_the_size(tmp_path):
     assert max(peaks) - min(peaks) < 20, peaks
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "src/main.py", "package.json", "README.md", "assets/plan.docx"])
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "src/main.py", "package.json", "README.md", "assets/plan.docx", "runs/vocab.txt"]
+)
 def test_a_file_that_may_be_somebodys_own_is_named_and_never_replaced(base, tmp_path, name):
     target = tmp_path / "cut"
     cut(base, target)
+    if name == "runs/vocab.txt":  # a link to a folder is not followed, and is itself somebody's own
+        (tmp_path / "runs").mkdir()
+        (target / "runs").symlink_to(tmp_path / "runs")
     (target / name).parent.mkdir(exist_ok=True)
     (target / name).write_text("mine")
     fields = json.loads((target / "config.json").read_text())
     fields.pop("layer_drop", None)  # a folder that anybody may have made
     (target / "config.json").write_text(json.dumps(fields))
     before = snapshot(target)
-    with pytest.raises(CheckpointError, match=f"holds files that may be yours: {name}; move them away"):
+    with pytest.raises(
+        CheckpointError, match=f"holds files that may be yours: {name.removesuffix('/vocab.txt')}; move"
+    ):
         cut(base, target, force=True)
     assert snapshot(target) == before
+
+
+def test_nothing_is_written_outside_a_folder_that_a_link_leads_out_of(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "model/assets").symlink_to(tmp_path / "outside")
+    with pytest.raises(CheckpointError, match="leads out of"):
+        write_bytes(tmp_path / "model/assets/layers.png", b"x", inside=tmp_path / "model")
+    assert not list((tmp_path / "outside").iterdir())

@@ -97,6 +97,7 @@ def test_weights_that_were_changed(folder: Path) -> None:
     (lambda f: next(f.glob("*.safetensors")).write_bytes(b"1234567890"), "not a valid safetensors file"),
     (lambda f: (f / "vocab.txt").symlink_to(f / "nowhere"), "is a link, and only files"),
     (lambda f: ((f / "README.md").unlink(), (f / "README.md").mkdir()), "README.md is a folder"),
+    (lambda f: os.mkfifo(f / "vocab.txt"), "is a device or a pipe, and only files"),
     (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
     (lambda f: edit_config(f, architectures=[1]), "config.json has an unexpected value at architectures/0"),
 ])  # fmt: skip
@@ -426,7 +427,9 @@ def test_a_file_of_the_last_stage_that_only_its_name_publishes(folder: Path) -> 
     assert refusals(folder, include=("quantization_config.json",)) == ""
 
 
-def test_adapters(pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_adapters(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = pruned.parent / "base"
     assert main(["prune", str(base), str(tmp_path / "whole" / "adapter"), "--drop", "2", "--adapter"]) == 0
     adapter = tmp_path / "whole" / "adapter"
@@ -441,6 +444,13 @@ def test_adapters(pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert {"adapter_model.safetensors", "adapter_config.json", "lineage.json", "README.md"} <= set(files)
     assert main(["push", str(pruned), "org/small", "--adapter-only", "--dry-run"]) == 1
     assert "holds no adapter" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "base").mkdir(parents=True)  # which PEFT loads in place of the one on the Hub
+    assert "which nobody else can load" in refusals(adapter)
+    (tmp_path / "org" / "base").rmdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"1234567890")
+    forge(adapter)
+    assert "not a valid safetensors file" in refusals(adapter)
 
 
 @pytest.mark.parametrize("repo_id", ["small", "a/b/c", "org/..", "org/a b", "-/x", ""])
