@@ -73,6 +73,8 @@ def push_what_misses(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
 
 @scenario
 def verify_what_was_pushed(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
+    from huggingface_hub import try_to_load_from_cache
+
     # As on another machine, with an empty cache and without the folder.
     shutil.rmtree(place / "home", ignore_errors=True)
     hub.reset()
@@ -85,6 +87,12 @@ def verify_what_was_pushed(hub: HubServer, place: Path, out: dict[str, Any]) -> 
     _tamper(hub, place)
     out["no"] = cli("verify", "org/model")
     out["old"] = cli("verify", "org/model", "--revision", commit)
+    name = next(name for name in sorted(files(hub, "org/base")) if name.endswith(".safetensors"))
+    blob = Path(try_to_load_from_cache("org/base", name, revision=head(hub, "org/base"))).resolve()
+    data = blob.read_bytes()
+    blob.write_bytes(data[:-1] + bytes([data[-1] ^ 4]))
+    out["damaged"] = cli("verify", "org/model", "--revision", commit)
+    blob.write_bytes(data)
     shutil.rmtree(place / "tampered")
     cli("push", place / "model", "org/model")
 

@@ -86,6 +86,10 @@ def test_verify_says_what_was_tampered_with(found: Found) -> None:
     assert "self_attn.v_proj.weight differs from the base's" in out["no"][1]
     assert "metrics.json was measured on other weights" in out["no"][1]
     assert out["old"][0] == 0  # the commit before
+    assert (
+        out["damaged"][0] == 1
+    )  # a file of the base in the cache, whose name there is the hash of what it should hold
+    assert "does not match its hash" in out["damaged"][1]
 
 
 def test_verify_is_not_misled_about_the_base(found: Found) -> None:

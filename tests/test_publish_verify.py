@@ -172,7 +172,8 @@ def test_a_head_that_came_apart_from_the_embeddings(tmp_path: Path) -> None:
     edit(tmp_path / "cut", untie)
     claim(tmp_path / "cut")
     assert "tensors: lm_head.weight is not a tensor of the base" in said(verify(tmp_path / "cut"), False)
-    lineage = Lineage.of(tmp_path / "cut")
+    lineage, config = Lineage.of(tmp_path / "cut"), tmp_path / "cut" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}))
     names = ["lm_head.weight", "model.norm.weight"]
     lineage.record(tmp_path / "cut", {"stage": "heal", "settings": {}, "changed_tensors": names})
     found = verify(tmp_path / "cut", accept_trained=True)
