@@ -15,12 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from hf_layerprune.cli import main
 from hf_layerprune.errors import CheckpointError
-from hf_layerprune.publish.card.writing import declare, write_card
+from hf_layerprune.files.hub import Repo
+from hf_layerprune.publish.card.writing import EVAL_MARK, declare, write_card
 from hf_layerprune.publish.hub import leaks
 from hf_layerprune.publish.hub import push as push_module
 from hf_layerprune.publish.hub.push import plan
-from hf_layerprune.publish.hub.upload import PushError
-from hf_layerprune.publish.requests import CardRequest, PushRequest
+from hf_layerprune.publish.hub.upload import PushError, Upload, Uploaded
+from hf_layerprune.publish.requests import CardRequest, PushRequest, VerifyRequest
+from hf_layerprune.publish.verify.places import Base
 from hf_layerprune.records.licences import TABLE, LicenceFound
 
 from .folders import snapshot
@@ -376,6 +378,26 @@ def test_weights_that_change_after_the_checks(folder: Path, monkeypatch: pytest.
         push_module.push(PushRequest(folder, "org/small"))
 
 
+def test_what_a_push_removes_from_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outdated results of ours, and nothing else, even if it came while the push was under way."""
+    kept = {".eval_results/mine.yaml", ".eval_results/late.yaml", "assets/photo.png", "notes.txt"}
+    (folder / ".eval_results").mkdir(exist_ok=True)
+    (folder / ".eval_results" / "old.yaml").write_text(f"{EVAL_MARK}[]\n")
+    for name in kept - {".eval_results/late.yaml"}:
+        (folder / name).write_text("[]\n")
+
+    def upload(job: Upload, api: Any) -> Uploaded:
+        (folder / ".eval_results" / "late.yaml").write_text("[]\n")
+        return Uploaded("https://hub", "0" * 40)
+
+    monkeypatch.setattr(push_module, "log_in", lambda token: None)
+    monkeypatch.setattr(push_module, "_download", lambda *args: None)
+    monkeypatch.setattr(push_module, "upload", upload)
+    before = set(snapshot(folder)) | kept
+    push_module.push(PushRequest(folder, "org/small"))
+    assert before - set(snapshot(folder)) == {".eval_results/old.yaml"}
+
+
 def test_a_name_that_is_not_utf_8(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open(os.fsencode(folder) + b"/caf\xe9.json", "wb"):
         pass
@@ -507,6 +529,17 @@ def test_a_token_given_in_place_of_something_else_is_not_repeated(
     assert code != 0
     assert captured.err
     assert TOKEN not in captured.out + captured.err
+
+
+def test_no_object_shows_its_token(tmp_path: Path) -> None:
+    """As in a traceback or a log."""
+    made = (
+        PushRequest(tmp_path, "org/small", token=TOKEN),
+        VerifyRequest("org/small", token=TOKEN),
+        Repo("org/small", "0" * 40, {}, token=TOKEN),
+        Base("org/base", None, {}, token=TOKEN),
+    )
+    assert all(one.token == TOKEN and TOKEN not in repr(one) for one in made)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such file names")

@@ -176,7 +176,7 @@ def _copy_back(contents: Contents, home: Path) -> None:
     for part in (ASSETS, EVAL_RESULTS):
         for path in (home / part).glob("*") if (home / part).is_dir() else ():
             name = f"{part}/{path.name}"
-            if is_ours(name) and name not in contents.files and name not in contents.left_out:
+            if is_ours(name) and name not in contents.files and (part == ASSETS or is_our_result(path)):
                 path.unlink()
 
 

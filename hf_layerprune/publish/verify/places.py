@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ class Base:
     source: str | Path
     commit: str | None
     files: dict[str, dict[str, Any]]
-    token: str | bool | None = None
+    token: str | bool | None = field(default=None, repr=False)
 
     @classmethod
     def find(cls, history: History, request: VerifyRequest, place: Place) -> Base:
