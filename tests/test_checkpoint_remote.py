@@ -271,6 +271,10 @@ def test_a_file_that_arrives_otherwise_than_listed_is_refused(
     weights.write_bytes(raw)
     os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns))
     assert "error" not in client.cut("org/garbled", tmp_path / "cut", [3])
+    (cached,) = (tmp_path / "cache").rglob("model.safetensors")
+    cached.resolve().write_bytes(raw[:-1])
+    assert "is incomplete; delete it from the cache" in client.cut("org/garbled", tmp_path / "more", [3])["error"]
+    assert not (tmp_path / "more").exists()
 
 
 def test_what_answers_is_not_the_hub(tmp_path: Path) -> None:
