@@ -140,6 +140,23 @@ def a_newer_model(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
 
 
 @scenario
+def somebody_is_faster(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
+    """Between the look at what is there and the commit."""
+    from huggingface_hub import HfApi
+
+    real = HfApi.preupload_lfs_files
+
+    def late(api: HfApi, *args: Any, **more: Any) -> None:
+        HfApi.preupload_lfs_files = real
+        api.upload_file(repo_id="org/busy", path_in_repo="config.json", path_or_fileobj=b"{}")
+        real(api, *args, **more)
+
+    HfApi.preupload_lfs_files = late
+    out["push"] = cli("push", place / "model", "org/busy")
+    out["files"] = sorted(files(hub, "org/busy"))
+
+
+@scenario
 def branches_and_proposals(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
     folder = place / "model"
     out["branch"] = cli("push", folder, "org/side", "--revision", "try/1")

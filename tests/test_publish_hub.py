@@ -126,6 +126,12 @@ def test_what_does_not_belong_to_the_new_model_goes(found: Found) -> None:
     assert out["left"] == ["a/b.json", "notes.txt"]
 
 
+def test_a_push_does_not_undo_what_somebody_else_did_meanwhile(found: Found) -> None:
+    code, said = found["somebody_is_faster"]["push"]
+    assert (code, "somebody else changed org/busy in the meantime" in said) == (1, True), said
+    assert found["somebody_is_faster"]["files"] == ["config.json"]
+
+
 def test_a_branch(found: Found) -> None:
     out = found["branches_and_proposals"]
     assert "/org/side/tree/try/1" in out["branch"][1]
