@@ -361,6 +361,19 @@ def test_an_adapter(adapter: Path, attack: str, forged: bool, capsys: pytest.Cap
     assert "YES" not in said
 
 
+def test_an_adapter_with_a_repair(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--adapter", "--repair", "linear", "--calibration-samples", "4", "--calibration-length", "16"]
+    assert main(["prune", str(place / "base"), str(tmp_path / "small"), "--drop-layers", "3-4", *words]) == 0
+    assert says(tmp_path / "small", capsys, "--accept-trained")[0] == 0
+    path = tmp_path / "small" / "adapter_config.json"
+    text = path.read_text()
+    for name, value in {"repair": None, "repaired_modules": None, "calibration": "/etc/hostname", "seed": 7}.items():
+        path.write_text(json.dumps(json.loads(text) | {name: value}))
+        forge(tmp_path / "small")
+        code, said = says(tmp_path / "small", capsys, "--accept-trained")
+        assert (code, f"adapter_config.json has {name}=" in said) == (1, True), said
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "generation_config.json", "chat_template.jinja"])
 def test_an_adapter_that_is_put_on_another_base(
     place: Path, adapter: Path, tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]
