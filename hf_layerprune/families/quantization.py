@@ -33,8 +33,8 @@ _ANY_DIGIT = re.compile(r"(?<!\{)(?<!,)(?:\\d|[0-9]+)")
 _ANY_INDEX = re.compile(r"(?<=\w\.|\\\.)(?:\\d|\[0-9\])\+(?=\\\.|\.\w)")
 _WORD_END = re.compile(r"(?:^|[^\\A-Za-z0-9_])(?:\\b)?[A-Za-z_][A-Za-z0-9_]*$")
 _LIST = re.compile(rf"(?:(?<=\\b)|(?<![A-Za-z0-9_]))(?:{'|'.join(LIST_NAMES)})(?:\\\.|\.|\[\.\])")
-# One character, so that layers 0 to 9 are told from the rest.
-_ONE_DIGIT = re.compile(rf"{_LIST.pattern}(?:\.|\?|\\[wS])(?![*+])")
+# A number of characters, so that layers 0 to 9 are told from the rest.
+_ONE_DIGIT = re.compile(rf"{_LIST.pattern}(?:\((?:\?:)?)*(?:\.|\?|\\[wS]|\[[^\]]+\])(?![*+])")
 _OWNER = re.compile(r"(?:(?<=\\b)|(?<!\\))(?<![A-Za-z0-9_])([A-Za-z_][A-Za-z0-9_]*)(\\\.|\.|\[\.\])$")
 
 

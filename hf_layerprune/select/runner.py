@@ -134,7 +134,7 @@ def _by_trial(
 
     def scores(criterion: Criterion) -> Scores:
         values = {drop: getattr(outcome, criterion.name) for drop, outcome in zip(sets, outcomes, strict=True)}
-        values = comparable(criterion.name, values)
+        values = comparable(walk, criterion.name, values)
         if {len(drop) for drop in values} != {len(drop) for drop in sets}:
             raise CutError(NOT_COMPARABLE)
         by_layer = [values.get((i,)) for i in range(walk.num_layers)]

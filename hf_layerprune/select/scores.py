@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from ..errors import CheckpointError
 from ..layer_ranges import blocks, format_layers, name_layers
@@ -15,6 +16,7 @@ from .sets import block_sums, lowest_block, lowest_layers
 
 if TYPE_CHECKING:
     from ..repair.fit import Repair
+    from ..runtime.walk import LayerWalk
 
 logger = logging.getLogger(__name__)
 
@@ -23,10 +25,22 @@ WIDER = "bfloat16 or float32 (--dtype of rank or prune)"
 NOT_COMPARABLE = f"every cut of this size that was tried overflows the model's data type; load it in {WIDER}"
 
 
-def comparable(criterion: str, cuts: Mapping[tuple[int, ...], float]) -> dict[tuple[int, ...], float]:
-    """The numbers of those cuts that have one. A warning names the others, which are not chosen."""
+# The cuts that a warning has named, by the model that was walked.
+_NAMED: WeakKeyDictionary[LayerWalk, list[tuple[int, ...]]] = WeakKeyDictionary()
+
+
+def comparable(walk: LayerWalk, criterion: str, cuts: Mapping[tuple[int, ...], float]) -> dict[tuple[int, ...], float]:
+    """The numbers of those cuts that have one. A warning names the others, which are not chosen.
+
+    It does so once, and leaves out cuts that drop all layers of one that was named, as a search tries many of them.
+    """
     found = {cut: value for cut, value in cuts.items() if math.isfinite(value)}
-    if lost := [cut for cut in cuts if cut not in found]:
+    named, lost = _NAMED.setdefault(walk, []), list[tuple[int, ...]]()
+    for cut in sorted(cuts.keys() - found, key=lambda cut: (len(cut), cut)):
+        if not any(set(cut).issuperset(known) for known in named):
+            named.append(cut)
+            lost.append(cut)
+    if lost:
         logger.warning(
             "cuts whose %s is not finite are not chosen: %s; without these layers, the model overflows its data type, unlike in "
             "%s", criterion, "; ".join(map(format_layers, lost)), WIDER,

@@ -290,7 +290,7 @@ class Search:
     ) -> dict[tuple[int, ...], Outcome]:
         """The outcome of each set whose KL can be compared."""
         found = dict(zip(trials, try_out(self.walk, text, list(trials.values())), strict=True))
-        kls = comparable("kl", {drop: one.kl for drop, one in found.items()})
+        kls = comparable(self.walk, "kl", {drop: one.kl for drop, one in found.items()})
         self._lost = len(kls) < len(found)
         return {drop: found[drop] for drop in kls}
 
