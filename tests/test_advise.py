@@ -72,6 +72,17 @@ def test_the_command_for_too_little_time_prunes(
     assert json.loads((tmp_path / "pruned" / "config.json").read_text())["num_hidden_layers"] == 6
 
 
+def test_what_is_not_made_is_told(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = tmp_path / "advice.yaml"
+    assert main(["advise", str(base), str(settings), "--minutes", "0.001"]) == 0
+    assert f"{settings} is not written, since nothing is trained; next: hf-layerprune prune" in capsys.readouterr().out
+    assert not settings.exists()
+    (base_without_weights := tmp_path / "base").mkdir()
+    (base_without_weights / "config.json").write_bytes((base / "config.json").read_bytes())
+    assert main(["advise", str(base_without_weights), "--target-speedup", "1.3"]) == 2  # before a weight is read
+    assert "target_speedup is not available here" in capsys.readouterr().err
+
+
 def test_the_settings_are_those_of_the_recipe(base: Path, tmp_path: Path) -> None:
     file = tmp_path / "advice.yaml"
     assert main(["advise", str(base), str(file), "--minutes", "100000", "--drop", "2"]) == 0

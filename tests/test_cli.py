@@ -377,6 +377,15 @@ def test_what_reaches_the_screen(base: Path, tmp_path: Path, capsys: pytest.Capt
     assert not {"\x1b", "\r"} & set(said.out)
 
 
+def test_a_path_that_does_not_exist_is_no_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words in (["inspect", "./gpt2"], ["rank", "./gpt2"], ["prune", "./gpt2", "out"]):
+        assert main(words) == 1
+        assert "gpt2 does not exist; specify a model folder, a .gguf file, or a Hub id" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("module", ["hf_layerprune.cli", "argparse", "hf_layerprune.commands.verify", "torch"])
 def test_an_interrupt_while_modules_are_imported_is_one_line_at_most(base: Path, module: str) -> None:
     script = f"""

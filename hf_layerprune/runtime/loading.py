@@ -59,7 +59,7 @@ def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, s
                 f"{path} has no config.json, so it is not a model folder; specify a folder that has one"
             )
         return str(path), gguf_file
-    if _looks_like_a_path(str(base)) or is_gguf_name(path):
+    if not is_hub_id(base):
         raise CheckpointError(
             f"{base} does not exist; specify a model folder, a .gguf file, or a Hub id such as org/name"
         )

@@ -140,6 +140,10 @@ def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
     from .curve import curve_in
     from .rank import open_base, open_walk
 
+    if request.target == "target_speedup":
+        raise CutError(
+            "target_speedup is not available here; find the number of layers with hf-layerprune rank --curve, and pass it as drop"
+        )
     families.check_stage(config, "rank")  # for the criterion, and to be timed layer by layer
     n, length = families.layer_count(config), min(_LENGTH, context_of(config) or _LENGTH)
     curve = curve_in(request.from_curve.expanduser(), request).points if request.from_curve is not None else None
@@ -247,10 +251,6 @@ def _count(request: AdviseRequest, config: Any, expected: dict[int, Expected]) -
 def _for_target(request: AdviseRequest, config: Any) -> int:
     from ..select.targets import Target
 
-    if request.target == "target_speedup":
-        raise CutError(
-            "target_speedup is not available here; find the number of layers with hf-layerprune rank --curve, and pass it as drop"
-        )
     target = Target.of(take(CutOptions, request), config, request.base, revision=request.revision)
     assert target is not None, "there is a target"
     n = families.layer_count(config)
