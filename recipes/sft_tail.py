@@ -61,7 +61,7 @@ try:
 except ImportError:
     sys.exit('error: this recipe needs TRL: pip install "hf-layerprune[train]"')
 
-from hf_layerprune.errors import CheckpointError, CutError, LayerPruneError, boundary, explain, shown, wants_traceback
+from hf_layerprune.errors import CutError, LayerPruneError, boundary, explain, shown, wants_traceback
 from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.options import FinishOptions, RowOptions
 from hf_layerprune.options import DTYPES, CutOptions, arguments, refuse_unused, take
@@ -81,6 +81,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("hf_layerprune.recipe")
 
+# What the trainer saved, in the output folder, until the model and the adapter are made of it.
+TRAINED = ".trained"
 
 # The cut and the repair. A model that is pruned already is used as it is.
 CutArguments = arguments("CutArguments", CutOptions, skip=("seed",))
@@ -125,9 +127,9 @@ def main(
     from hf_layerprune.runtime.memory import free_memory
 
     output = Path(str(training_args.output_dir))
-    student = check(script_args, training_args, model_args, dataset_args, cut_args, row_args)
+    student = preflight.check_run(script_args, training_args, model_args, dataset_args, cut_args, row_args)
     hub = push_request(training_args, output / "model")
-    named, revision = str(model_args.model_name_or_path), revision_of(model_args)
+    named, revision = str(model_args.model_name_or_path), preflight.revision_of(model_args)
     dense = training_args.teacher or (student.base if student else named)
     evaluation = eval_request(output / "model", dense, measure_args)
     tokenizer = load_tokenizer(named, revision=revision)
@@ -173,8 +175,7 @@ def main(
     if entry is not None:
         save(trainer, student, entry | {"command": describe_command(Path(__file__), sys.argv[1:])})
     else:
-        student.check_healed(folder, run)
-        logger.warning("%s is complete, so it is not trained again", folder)
+        complete(trainer, student, run)
 
     accelerator = trainer.accelerator
     accelerator.free_memory()  # its references to the model and the optimizer
@@ -183,53 +184,6 @@ def main(
     missed = finish(folder, training_args, evaluation, hub) if accelerator.is_main_process else []
     accelerator.end_training()  # Trainer.end came after transformers 5.16
     return missed
-
-
-def check(
-    script_args: ScriptArguments,
-    training_args: HealConfig,
-    model_args: ModelArguments,
-    dataset_args: DatasetMixtureConfig,
-    cut_args: CutOptions,
-    row_args: RowOptions,
-) -> Student | None:
-    """Refuse now what would fail, or do nothing, after hours. Returns the model if it is pruned already."""
-    from hf_layerprune.heal import preflight
-    from hf_layerprune.heal.student import Student, cut_of
-    from hf_layerprune.runtime.loading import is_hub_id, load_config
-
-    model, adapter = (Path(str(training_args.output_dir)) / name for name in ("model", "adapter"))
-    finishes = str(training_args.resume_from_checkpoint).lower() == "true" and os.path.lexists(model)
-    for folder in (model, adapter):
-        if os.path.lexists(folder) and not finishes:
-            raise CheckpointError(f"{folder} exists already; choose another --output_dir, or remove it")
-    if any(getattr(args, "trust_remote_code", False) for args in (training_args, model_args)):
-        raise CutError("models that need code of their own can't be healed; leave --trust_remote_code out")
-    if model_args.model_name_or_path is None:
-        raise CutError("specify the model with --model_name_or_path")
-    preflight.check_training(training_args)
-    preflight.check_data(script_args, dataset_args, row_args, training_args)
-    name, revision = model_args.model_name_or_path, revision_of(model_args)
-    if not is_hub_id(name):
-        refuse_unused(model_args, ("model_revision",), f"on {name}, which is not on the Hub")
-    config = load_config(name, revision=revision)
-    pruned = cut_of(config) is not None
-    preflight.check_cut(cut_args, name, pruned)
-    preflight.check_method(training_args, model_args, cut_args, config)
-    student = Student.at(name, revision) if pruned else None
-    if finishes and student is None and not model.with_name("pruned").exists():
-        raise CheckpointError(
-            f"{model.with_name('pruned')}, which {model} was made of, is gone; use hf-layerprune eval and push, or choose "
-            "another --output_dir"
-        )
-    base, base_revision = (student.base, student.revision) if student else (name, revision)
-    preflight.check_teacher(training_args, script_args, row_args, base, base_revision, config)
-    return student
-
-
-def revision_of(model_args: ModelArguments) -> str | None:
-    """The branch, tag or commit of the model, if one is named."""
-    return None if model_args.model_revision == "main" else model_args.model_revision
 
 
 def push_request(training_args: HealConfig, folder: Path) -> PushRequest | None:
@@ -249,8 +203,8 @@ def push_request(training_args: HealConfig, folder: Path) -> PushRequest | None:
     check_repository(training_args.hub_model_id)
     if training_args.process_index == 0:
         log_in(training_args.hub_token)
-    private = bool(training_args.hub_private_repo)
-    return PushRequest(folder, training_args.hub_model_id, private=private, token=training_args.hub_token)
+    where = {"private": bool(training_args.hub_private_repo), "revision": training_args.hub_revision}
+    return PushRequest(folder, training_args.hub_model_id, token=training_args.hub_token, **where)
 
 
 def eval_request(folder: Path, base: str | None, measure_args: MeasureArguments) -> EvalRequest | None:
@@ -278,6 +232,7 @@ def eval_request(folder: Path, base: str | None, measure_args: MeasureArguments)
 @whole_models()
 def prune(model_args: ModelArguments, cut_args: CutOptions, training_args: HealConfig) -> Student:
     """Prune the model, unless an earlier start of this run did."""
+    from hf_layerprune.heal.preflight import revision_of
     from hf_layerprune.heal.student import Student
     from hf_layerprune.stages.prune import prune_to, was_made
 
@@ -343,7 +298,7 @@ def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> Path:
     from hf_layerprune.heal.stage import write_healed
 
     output = Path(str(trainer.args.output_dir))
-    trained = output / ".trained"
+    trained = output / TRAINED
     if trainer.is_world_process_zero():
         shutil.rmtree(trained, ignore_errors=True)  # what an earlier run left would be taken for this one's
     trainer.accelerator.wait_for_everyone()
@@ -354,6 +309,19 @@ def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> Path:
         shutil.rmtree(trained, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return output / "model"
+
+
+def complete(trainer: HealTrainer, student: Student, run: RunSettings) -> None:
+    """Check a model that an earlier start of this run completed, and write its adapter if that start was killed before."""
+    from hf_layerprune.heal.stage import write_adapter
+
+    output = Path(str(trainer.args.output_dir))
+    student.check_healed(output / "model", run)
+    logger.warning("%s is complete, so it is not trained again", output / "model")
+    if trainer.is_world_process_zero() and (output / TRAINED).is_dir():
+        with whole_models():
+            write_adapter(student, output / TRAINED, output / "model", output / "adapter")
+        shutil.rmtree(output / TRAINED, ignore_errors=True)
 
 
 @whole_models()

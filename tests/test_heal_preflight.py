@@ -23,6 +23,7 @@ from hf_layerprune import drop_layers
 from hf_layerprune.cut.memory import rehearse_config
 from hf_layerprune.errors import CutError, LayerPruneError, explain
 from hf_layerprune.families import cut_config, make_cut
+from hf_layerprune.heal import preflight
 from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.methods import parse_method
 from hf_layerprune.heal.preflight import rehearse
@@ -131,6 +132,15 @@ USAGE = [
     ({"learning_rate": 0}, "--learning_rate must be above 0"),
     ({"gradient_accumulation_steps": -1}, "--gradient_accumulation_steps must be above 0"),
     ({"eval_on_start": "true", "do_eval": "true"}, "do_eval and eval_on_start have no effect without --eval_strategy"),
+    ({"eval_steps": 5, "eval_packing": "true"}, "eval_steps and eval_packing have no effect without --eval_strategy"),
+    ({"dataset_test_split": "other"}, "dataset_test_split has no effect without --eval_strategy"),
+    ({"ignore_bias_buffers": "true"}, "ignore_bias_buffers has no effect on the models"),
+    ({"template": "alpaca"}, "template=alpaca has no effect on FOLDER/rows.jsonl, whose rows are no instructions"),
+    ({"template": "chat", "dataset_name": "FOLDER/text.jsonl"}, "template=chat has no effect on"),
+    ({"dataset_name": "self", "completion_only_loss": "true"}, "completion_only_loss has no effect with --dataset_name self"),
+    ({"hub_model_id": "me/small"}, "hub_model_id has no effect without --push_to_hub"),
+    ({"push_to_hub": "true", "hub_strategy": "end"}, "hub_strategy has no effect in this recipe"),
+    ({"cache": "off", "keep_cache": "true"}, "keep_cache has no effect with cache=off"),
     ({"report_to": "neptune"}, "can't train: "),
     ({"method": "lora", "lora_target_modules": "nope"}, "Target modules {'nope'} not found in the base model"),
     ({"attn_implementation": "nope"}, "`attn_implementation=\"nope\"` is not supported"),
@@ -341,7 +351,7 @@ def test_whatever_ends_it_is_one_line(
     def fail(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr(recipe, "check", fail)
+    monkeypatch.setattr(preflight, "check_run", fail)
     monkeypatch.setattr(sys, "argv", ["sft_tail.py", *words(folder, tmp_path / "run")])
     assert recipe.run() == code
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {line}"

@@ -255,6 +255,36 @@ def test_killed_in_the_evaluation_and_resumed(
         run(recipe, resumed)
 
 
+@pytest.mark.parametrize("method", ["behind1", "lora"])
+@pytest.mark.parametrize("named", ["model", "adapter"])  # the last folder that had its name
+def test_killed_before_its_adapter_has_a_name(
+    recipe: ModuleType, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, named: str
+) -> None:
+    rename, settings = os.rename, {"method": method, "features": 0, "max_steps": 1}
+    run(recipe, words(base, tmp_path / "whole", **settings))
+
+    class Killed(BaseException):
+        pass
+
+    def rename_and_die(old: Any, new: Any) -> None:
+        rename(old, new)
+        if Path(new).name == named:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename_and_die)
+        with pytest.raises(Killed):
+            run(recipe, words(base, tmp_path / "run", **settings))
+    assert (tmp_path / "run" / "adapter").exists() == (named == "adapter")
+    run(recipe, words(base, tmp_path / "run", resume_from_checkpoint="true", **settings))
+    assert not (tmp_path / "run" / ".trained").exists()
+    mine, theirs = (load_file(tmp_path / one / "adapter" / "adapter_model.safetensors") for one in ("run", "whole"))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
+    entries = [(Lineage.of(tmp_path / one / "adapter") or Lineage({})).entries for one in ("run", "whole")]
+    assert [[entry["settings"] for entry in one] for one in entries[:1]] == [[e["settings"] for e in entries[1]]]
+
+
 def test_the_history_names_settings_that_a_resumed_run_changed(
     recipe: ModuleType, base: Path, healed: tuple[Path, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -305,7 +335,7 @@ def test_a_run_that_is_stopped_halfway_is_not_finished(
 def test_a_model_that_is_pruned_already(
     recipe: ModuleType, base: Path, healed: tuple[Path, str], tmp_path: Path
 ) -> None:
-    settings = {"drop_layers": "", "max_steps": 2, "method": "auto", "loss": "kd", "template": "alpaca"}
+    settings = {"drop_layers": "", "max_steps": 2, "method": "auto", "loss": "kd"}
     arguments = words(healed[0] / "pruned", tmp_path / "run", dataset_name=base.parent / "rows.jsonl", **settings)
     place = arguments.index("--drop_layers")
     run(recipe, arguments[:place] + arguments[place + 2 :])
@@ -319,7 +349,7 @@ def test_a_model_that_is_healed_again_is_no_adapter_of_the_base(
     recipe: ModuleType, base: Path, healed: tuple[Path, str], tmp_path: Path
 ) -> None:
     """Such an adapter would lack what was trained before."""
-    settings = {"dataset_name": base.parent / "rows.jsonl", "max_steps": 2, "method": "last1", "template": "alpaca"}
+    settings = {"dataset_name": base.parent / "rows.jsonl", "max_steps": 2, "method": "last1"}
     settings |= {"features": 0}
     arguments = words(healed[0] / "model", tmp_path / "run", **settings)
     place = arguments.index("--drop_layers")
@@ -494,6 +524,15 @@ def test_pruned_folder_of_another_cut(recipe: ModuleType, base: Path, tmp_path: 
     model.save_pretrained(tmp_path / "run" / "pruned")
     with pytest.raises(CheckpointError, match="holds a different cut"):
         run(recipe, words(base, tmp_path / "run"))
+
+
+def test_the_rows_of_self_may_stay_in_a_settings_file(
+    recipe: ModuleType, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That of `heal.yaml`, with a data set named beside it."""
+    caplog.set_level("INFO", "hf_layerprune")
+    run(recipe, words(base, tmp_path / "run", max_steps=1, self_rows=3))
+    assert "self_rows and self_length have no effect without --dataset_name self" in caplog.text
 
 
 # --- files of settings ---------------------------------------------------------------------------------

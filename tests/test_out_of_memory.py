@@ -17,6 +17,7 @@ import torch
 
 from hf_layerprune.cut.memory import drop_layers
 from hf_layerprune.errors import LayerPruneError
+from hf_layerprune.heal.isolation import Isolation
 from hf_layerprune.heal.self_data import Writer
 from hf_layerprune.heal.store import StateCache, make_room
 from hf_layerprune.runtime.head import OutputHead
@@ -175,6 +176,24 @@ def test_a_full_gpu_is_not_taken_for_a_model_that_can_not_be_run(what: str, run:
     hook.remove()
     with torch.no_grad():
         assert torch.equal(model(tiny_input()).logits, wanted)
+
+
+@torch.no_grad()
+def test_rows_are_not_said_to_see_each_other_where_the_gradients_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_model("llama"), tiny_input()[:, :5].expand(2, -1)
+
+    def states(rows: list[int]) -> list[torch.Tensor]:
+        states = model.model(ids[rows]).last_hidden_state
+        return list(states * (1 + (len(rows) - 1) * 1e-3))  # as rounding makes them, if tokens go to other experts
+
+    def grad(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError(MESSAGE)
+
+    apart = Isolation(states, lambda of, rows: list(of), model, 0, torch.device("cpu"))
+    assert apart.holds([0, 1])
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        apart.holds([0, 1])
 
 
 def test_a_matrix_product_without_room_for_its_workspace() -> None:

@@ -74,6 +74,8 @@ class HealConfig(HealOptions, SFTConfig):  # type: ignore[misc]
             refuse_unused(
                 self, ("kd_temperature", "kd_direction", "kd_tokens"), "with loss=ce, unlike with kd and ce+kd"
             )
+        if self.cache == "off" and not self.distils:
+            refuse_unused(self, ("cache_dir", "keep_cache"), "with cache=off, unless the dense model teaches")
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """The steps of the warm-up; one that is a share of the steps leaves the last, so that a single step trains."""

@@ -181,6 +181,10 @@ def shape_rows(
             rows = _opened(rows, images, Path(name).expanduser().parent)
         _check_images(rows, images, name)
         columns = [column for column in columns if column not in images]
+    shaped = {"prompt", "completion"} <= set(columns) or {"input_ids", "messages", "conversations"} & set(columns)
+    names = next((names for names in _INSTRUCTIONS if {names[0], names[2]} <= set(columns)), None)
+    if template != "auto" and (names is None or shaped or (text_field != TEXT and not images)):
+        raise CutError(f"template={template} has no effect on {name}, whose rows are no instructions; leave it out")
     if text_field != TEXT and not images:
         if text_field not in columns:
             raise CutError(
@@ -201,7 +205,6 @@ def shape_rows(
         _tell_unused(columns, conversation)
         with _rows_of(name):
             return _split_conversations(rows, conversation, columns, whole)
-    names = next((names for names in _INSTRUCTIONS if {names[0], names[2]} <= set(columns)), None)
     if names is not None:
         if template == "chat" and not chatting:
             raise CutError("template=chat, but the tokenizer has no chat template; use template=alpaca")

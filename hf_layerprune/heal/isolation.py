@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import cause_of
 from ..families.layout import find_decoder_layers
-from ..runtime.parts import close, hooked
+from ..runtime.parts import TrialError, close, hooked, trial
 
 logger = logging.getLogger(__name__)
 
@@ -52,15 +51,15 @@ class Isolation:
         if all(map(close, alone, together)):
             return True
         try:
-            layers = find_decoder_layers(self._model).layers[self._first :]
-            noisy = self._with_noise(rows, layers, together[0].dtype)
-            for one, part, other in zip(alone, together, noisy, strict=True):
-                if not (one - part).float().norm() <= (one - other).float().norm():
-                    return False
-            return self._passes_no_gradients(rows, layers[0])
-        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, MemoryError) as error:
-            # Such as a kernel without gradients, or a layer with other arguments.
-            logger.info("it can't be told whether rows are kept apart: %s", cause_of(error))
+            with trial():
+                layers = find_decoder_layers(self._model).layers[self._first :]
+                noisy = self._with_noise(rows, layers, together[0].dtype)
+                for one, part, other in zip(alone, together, noisy, strict=True):
+                    if not (one - part).float().norm() <= (one - other).float().norm():
+                        return False
+                return self._passes_no_gradients(rows, layers[0])
+        except TrialError as error:  # such as a kernel without gradients, or a layer with other arguments
+            logger.info("it can't be told whether rows are kept apart: %s", error)
             return False
 
     def _with_noise(self, rows: Sequence[int], layers: Iterable[nn.Module], dtype: torch.dtype) -> list[torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +22,7 @@ from .features import trained_places
 from .methods import parse_method
 from .options import RowOptions
 from .self_data import SELF
-from .student import check_dense, cut_of
+from .student import Student, check_dense, cut_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
     from .config import HealConfig
+
+logger = logging.getLogger(__name__)
 
 # The options of TRL's `ModelConfig` that are used: for every method, and for LoRA alone.
 _MODEL = ("model_name_or_path", "model_revision", "dtype", "attn_implementation", "trust_remote_code")
@@ -42,6 +45,54 @@ _POSITIVE = (
     "per_device_eval_batch_size", "gradient_accumulation_steps",
 )  # fmt: skip
 _DATA = ("dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming")
+_EVALUATION = ("do_eval", "eval_on_start", "eval_steps", "eval_delay", "eval_packing", "load_best_model_at_end")
+_HUB = ("hub_model_id", "hub_revision", "hub_private_repo")
+
+
+def check_run(
+    script_args: ScriptArguments,
+    args: HealConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+    cut_args: CutOptions,
+    row_args: RowOptions,
+) -> Student | None:
+    """Refuse what would fail, or have no effect, after hours. Returns the model if it is pruned already.
+
+    Raises:
+        LayerPruneError: As the other checks raise it, or the output folder holds another run.
+    """
+    model, adapter, pruned = (Path(str(args.output_dir)) / name for name in ("model", "adapter", "pruned"))
+    finishes = str(args.resume_from_checkpoint).lower() == "true" and os.path.lexists(model)
+    for folder in (model, adapter):
+        if os.path.lexists(folder) and not finishes:
+            raise CheckpointError(f"{folder} exists already; choose another --output_dir, or remove it")
+    if any(getattr(one, "trust_remote_code", False) for one in (args, model_args)):
+        raise CutError("models that need code of their own can't be healed; leave --trust_remote_code out")
+    if model_args.model_name_or_path is None:
+        raise CutError("specify the model with --model_name_or_path")
+    check_training(args)
+    check_data(script_args, dataset_args, row_args, args)
+    name, revision = model_args.model_name_or_path, revision_of(model_args)
+    if not is_hub_id(name):
+        refuse_unused(model_args, ("model_revision",), f"on {name}, which is not on the Hub")
+    config = load_config(name, revision=revision)
+    cut = cut_of(config)
+    check_cut(cut_args, name, cut is not None)
+    check_method(args, model_args, cut_args, config)
+    student = None if cut is None else Student.at(name, revision)
+    if finishes and student is None and not pruned.exists():
+        raise CheckpointError(
+            f"{pruned}, which {model} was made of, is gone; use hf-layerprune eval and push, or choose another --output_dir"
+        )
+    base, base_revision = (student.base, student.revision) if student else (name, revision)
+    check_teacher(args, script_args, row_args, base, base_revision, config)
+    return student
+
+
+def revision_of(model_args: ModelConfig) -> str | None:
+    """The branch, tag or commit of the model, if one is named."""
+    return None if model_args.model_revision == "main" else model_args.model_revision
 
 
 def check_data(
@@ -66,6 +117,14 @@ def check_data(
         why = "with --dataset_name self, where the dense model writes the rows"
         refuse_unused(script_args, _DATA, why)
         refuse_unused(row_args, ["template", "rewrite_answers"], why)
+        refuse_unused(args, ["completion_only_loss", "dataset_text_field"], why)
+    else:
+        usual = RowOptions()  # a settings file that has these may be used with other data
+        if (row_args.self_rows, row_args.self_length) != (usual.self_rows, usual.self_length):
+            logger.info("self_rows and self_length have no effect without --dataset_name self")
+    if args.eval_strategy == "no":
+        refuse_unused(script_args, ["dataset_test_split"], "without --eval_strategy")
+    refuse_unused(script_args, ["ignore_bias_buffers"], "on the models that this recipe trains")
     if not row_args.rewrite_answers:
         refuse_unused(row_args, ["rewrite_max_tokens", "rewrite_temperature"], "without --rewrite_answers true")
     if (script_args.dataset_streaming or dataset_args.streaming) and (args.distils or row_args.rewrite_answers):
@@ -92,8 +151,11 @@ def check_training(args: HealConfig) -> None:
         if value is not None and (value == 0 if name == "max_steps" else value <= 0):  # a negative max_steps is none
             raise CutError(f"--{name} must be above 0")
     if args.eval_strategy == "no":
-        refuse_unused(args, ["do_eval", "eval_on_start", "load_best_model_at_end"], "without --eval_strategy")
+        refuse_unused(args, _EVALUATION, "without --eval_strategy")
     refuse_unused(args, ["model_init_kwargs"], "in this recipe, which has --dtype and --attn_implementation")
+    refuse_unused(args, ["hub_strategy", "hub_always_push"], "in this recipe, which pushes the finished model alone")
+    if not args.push_to_hub:
+        refuse_unused(args, _HUB, "without --push_to_hub")
     for name in ("chat_template_path", "eos_token"):
         if getattr(args, name) is not None:
             raise CutError(

@@ -49,9 +49,7 @@ def write_healed(
         CheckpointError: The output or the adapter's folder exists, or something can't be written.
         LayerPruneError: Training changed nothing.
     """
-    lineage = Lineage.of(student.folder) or Lineage(
-        {"id": str(student.folder), "commit": None, "files": fingerprint(student.folder)}
-    )
+    lineage = _lineage(student)
     with ExitStack() as folders:  # folders get their names in reverse order: the model, then its adapter
         merged, part = _merged(student, lineage, trained, adapter, folders)
         merged.name_or_path = merged.config.name_or_path = str(student.folder)
@@ -65,12 +63,30 @@ def write_healed(
                 "learning rate"
             )
         entry["layers"] = {"base": student.cut.num_layers, "left": len(student.cut.keep)}
-        if part is not None:
-            settings = entry["settings"] | {"form": "adapter"}
-            Lineage(lineage.base, [*lineage.entries]).record(part, entry | {"settings": settings})
+        _record_adapter(part, lineage, entry)
         lineage.record(folder, entry)
     changed = plural(len(entry["changed_tensors"]), "tensor")
     logger.info("training changed %s; the model is in %s", changed, output)
+
+
+def write_adapter(student: Student, trained: Path, output: Path, adapter: Path) -> None:
+    """Write the adapter of a model that [`write_healed`] wrote, if that was killed before the adapter had its name."""
+    if not adapter.exists():
+        with ExitStack() as folders:
+            lineage, healed = _lineage(student), Lineage.of(output)
+            _, part = _merged(student, lineage, trained, adapter, folders)
+            _record_adapter(part, lineage, healed.entries[-1] if healed else {})
+
+
+def _lineage(student: Student) -> Lineage:
+    base = {"id": str(student.folder), "commit": None, "files": fingerprint(student.folder)}
+    return Lineage.of(student.folder) or Lineage(base)
+
+
+def _record_adapter(folder: Path | None, lineage: Lineage, entry: dict[str, Any]) -> None:
+    if folder is not None:
+        settings = entry["settings"] | {"form": "adapter"}
+        Lineage(lineage.base, [*lineage.entries]).record(folder, entry | {"settings": settings})
 
 
 def _merged(
