@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,40 @@ def test_resuming_with_other_weights(llama: Bench, tmp_path: Path, method: str) 
     llama.trainer("last2", max_steps=2, **settings).train()
     with pytest.raises(CheckpointError, match=r"can't resume .*checkpoint-2: .*; train the same weights as it does"):
         llama.trainer(method, max_steps=4, **settings).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("optim", ["sgd", "rmsprop", "adafactor"])
+def test_resuming_with_another_optimizer(llama: Bench, tmp_path: Path, optim: str) -> None:
+    """Their states have other fields; without a check, the first step would fail for lack of one."""
+    settings = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2}
+    llama.trainer(max_steps=2, **settings).train()
+    with pytest.raises(
+        LayerPruneError, match="its optimizer has other settings; train the same weights as it does, with"
+    ):
+        llama.trainer(max_steps=4, optim=optim, **settings).train(resume_from_checkpoint=True)
+
+
+def test_resuming_with_other_settings_of_the_optimizer(llama: Bench, tmp_path: Path) -> None:
+    """They count, though torch restores those of the checkpoint: the history would name settings that never did."""
+    settings = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    llama.trainer(**settings).train()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    others = {"learning_rate": 1e-3, "weight_decay": 0.5, "adam_beta1": 0.5, "adam_epsilon": 1e-6}
+    trainer = llama.trainer(**settings | others)
+    trainer.train(resume_from_checkpoint=True)
+    for group in trainer.optimizer.param_groups:
+        assert (group["initial_lr"], group["betas"], group["eps"]) == (1e-3, (0.5, 0.999), 1e-6)
+    assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.5
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert rates == pytest.approx([1e-2, 7.5e-3, 5e-4, 2.5e-4])
+
+
+def test_resuming_without_the_state_of_the_optimizer(llama: Bench, tmp_path: Path) -> None:
+    """Its schedule would start from the beginning."""
+    settings = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2, "save_only_model": True}
+    llama.trainer(max_steps=2, **settings).train()
+    with pytest.raises(LayerPruneError, match="checkpoint-2 has no state of the optimizer and the schedule, as with"):
+        llama.trainer(max_steps=4, **settings).train(resume_from_checkpoint=True)
 
 
 def test_resuming_without_a_checkpoint_starts(llama: Bench, tmp_path: Path) -> None:

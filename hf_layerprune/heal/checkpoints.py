@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+
+from ..errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,30 @@ def last_checkpoint(folder: str | Path) -> str | None:
         else:
             return str(path)
     return None
+
+
+def checkpoint_to_resume(named: str | bool | None, folder: str) -> str | None:
+    """The checkpoint from which training goes on; `None` if it starts from the beginning.
+
+    Args:
+        named (`str` or `bool`, *optional*): A checkpoint; or `True`, also as a word, for the last complete one.
+        folder (`str`): The output folder of the run.
+
+    Raises:
+        CheckpointError: It has no state of the optimizer.
+    """
+    word = str(named).lower()  # from a command line
+    if word in ("none", "false", ""):
+        return None
+    path = last_checkpoint(folder) if word == "true" else str(named)
+    if path is None:
+        logger.info("no checkpoint in %s yet: training starts from the beginning", folder)
+    elif not (Path(path) / SCHEDULER_NAME).is_file():
+        raise CheckpointError(
+            f"{path} has no state of the optimizer and the schedule, as with --save_only_model, so training can't go on "
+            "from it; start in another --output_dir"
+        )
+    return path
 
 
 class RunSettings(TrainerCallback):

@@ -18,12 +18,12 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..errors import CutError, LayerPruneError, boundary
+from ..errors import CutError, LayerPruneError
 from ..families import check_stage
 from ..runtime.head import OutputHead
 from ..runtime.precision import in_fast_precision
 from .batches import Precomputed, StateCollator, real_tokens, taught_positions, token_counts
-from .checkpoints import last_checkpoint
+from .checkpoints import checkpoint_to_resume
 from .config import HealConfig
 from .data import has_images
 from .features import FeaturePhase, leave_parameters_out, phased
@@ -41,19 +41,17 @@ from .placement import (
 )
 from .precompute import is_split_by_deepspeed, keep_inputs_without_gradients, learns_prompt, precompute
 from .prepared import check_lengths, labelled_rows, numbered, seen_rows
-
-from trl import SFTTrainer  # isort: skip (if TRL is missing, `.config` raises an error that says what to install)
+from .saving import SavingTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-_RESUMED = "train the same weights as it does, or start in another --output_dir"
 _SAME = 1e-9  # Shares of the steps that are closer are the same.
 
 
-class HealTrainer(SFTTrainer):
+class HealTrainer(SavingTrainer):
     """Trains some of the layers of a pruned model.
 
     Args:
@@ -72,9 +70,6 @@ class HealTrainer(SFTTrainer):
     """
 
     loss_is_scaled_for_ga: Any
-    args: HealConfig
-    model: Any
-    data_collator: StateCollator
 
     def __init__(self, model: Any, args: HealConfig, *, teacher: PreTrainedModel | None = None, **kwargs: Any) -> None:
         if not isinstance(args, HealConfig) or not hasattr(model, "config"):
@@ -116,7 +111,6 @@ class HealTrainer(SFTTrainer):
             hold_in_float32(self.model)
         # DeepSpeed ZeRO-3 can't run the model yet, so its logits can't be checked.
         self._split = is_split_by_deepspeed(self.plain_model)
-        self._gathered: dict[str, torch.Tensor] | None = None
         if not self._leaves_loss_to_trl:
             compute_in_forward(self, self.output_head)
             # `compute_loss` divides by all tokens of a step, for any model. Below 5.19, transformers reads the other one.
@@ -132,12 +126,6 @@ class HealTrainer(SFTTrainer):
                 self.train_dataset, self.eval_dataset
             )
         self.data_collator = StateCollator(self.data_collator, self.padding_free)
-
-    @property
-    def plain_model(self) -> PreTrainedModel:
-        """The transformers model itself, without PEFT's and accelerate's wrappers."""
-        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     @functools.cached_property
     def output_head(self) -> OutputHead:
@@ -190,14 +178,9 @@ class HealTrainer(SFTTrainer):
 
         Raises:
             LayerPruneError: The loss, or a weight of a checkpoint, is not finite.
-            CheckpointError: The cache can't be written, or its disk is too small.
+            CheckpointError: The cache can't be written, its disk is too small, or the checkpoint can't be resumed.
         """
-        word = str(resume_from_checkpoint).lower()  # from a command line
-        resume_from_checkpoint = word == "true" if word in ("true", "false") else resume_from_checkpoint
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
-            if resume_from_checkpoint is None:
-                logger.info("no checkpoint in %s yet: training starts from the beginning", self.args.output_dir)
+        resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
         self.resumed = bool(resume_from_checkpoint)
         self._halving = Halving(self)
         precomputed = self.data_collator.precomputed = precompute(self, self._teacher_model)
@@ -246,51 +229,6 @@ class HealTrainer(SFTTrainer):
             logger.info("step %d is not saved: with FSDP, the first phase has no checkpoints", self.state.global_step)
             return
         super()._save_checkpoint(model, trial)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter, or the model; called by all processes.
-
-        Raises:
-            LayerPruneError: A weight is not finite.
-        """
-        broken = [n for n, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
-        if broken:
-            raise LayerPruneError(
-                f"{broken[0]} has a value that is not finite after step {self.state.global_step}; {self._way_back()}"
-            )
-        adapters = getattr(self.model, "peft_config", {}).values()
-        if self._split and any(getattr(adapter, "repaired_modules", None) for adapter in adapters):
-            # Of an adapter, transformers passes on trained weights alone under ZeRO-3; a repair is frozen.
-            engine: Any = self.deepspeed
-            self._gathered = engine._zero3_consolidated_16bit_state_dict()
-        super().save_model(output_dir, _internal_call)
-        self._gathered = None
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        state_dict, prefix = self._gathered or state_dict, self.data_collator.precomputed.prefix
-        if prefix is not None and self.model is self.plain_model:  # a whole model, not an adapter
-            state_dict = (state_dict or self.model.state_dict()) | prefix.state_dict()
-        super()._save(output_dir, state_dict)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        with boundary(f"can't resume {resume_from_checkpoint}", _RESUMED):
-            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with boundary(f"can't resume {checkpoint}", _RESUMED):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Of a whole model's checkpoint, the frozen layers are not loaded: they were taken out, and are the same."""
-        prefix = self.data_collator.precomputed.prefix
-        out = prefix.state_dict() if prefix is not None else {}
-        left = [name for name in load_result.unexpected_keys if name not in out]
-        super()._issue_warnings_after_load(load_result._replace(unexpected_keys=left))
-
-    def _way_back(self) -> str:
-        last = last_checkpoint(str(self.args.output_dir))
-        kept = f"{last} is the last good checkpoint" if last else "no checkpoint was saved before"
-        return f"{kept}; try a learning rate below {self.args.learning_rate:g}, or check the data"
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: `hf-layerprune card` writes the card from the model's history and metrics."""

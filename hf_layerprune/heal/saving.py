@@ -1,0 +1,99 @@
+"""How a trainer whose frozen layers are taken out saves what it trains, and goes on from a checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import LayerPruneError, boundary
+from .checkpoints import last_checkpoint
+from .config import HealConfig
+
+from trl import SFTTrainer  # isort: skip (if TRL is missing, `.config` raises an error that says what to install)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .batches import StateCollator
+
+_RESUMED = (
+    "train the same weights as it does, with the same optim and kind of schedule, or start in another --output_dir"
+)
+# Settings of optimizers, as these name them; `lr` follows the schedule. Some keep their own state beside them.
+_SETTINGS = ("betas", "eps", "momentum", "weight_decay")
+
+
+class SavingTrainer(SFTTrainer):
+    """The part of [`HealTrainer`] that saves and resumes."""
+
+    args: HealConfig
+    model: Any
+    data_collator: StateCollator
+    _split: bool  # by DeepSpeed ZeRO-3
+    _gathered: dict[str, torch.Tensor] | None = None
+
+    @property
+    def plain_model(self) -> PreTrainedModel:
+        """The transformers model itself, without PEFT's and accelerate's wrappers."""
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter, or the model; called by all processes.
+
+        Raises:
+            LayerPruneError: A weight is not finite.
+        """
+        broken = [n for n, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+        if broken:
+            raise LayerPruneError(
+                f"{broken[0]} has a value that is not finite after step {self.state.global_step}; {self._way_back()}"
+            )
+        adapters = getattr(self.model, "peft_config", {}).values()
+        if self._split and any(getattr(adapter, "repaired_modules", None) for adapter in adapters):
+            # Of an adapter, transformers passes on trained weights alone under ZeRO-3; a repair is frozen.
+            engine: Any = self.deepspeed
+            self._gathered = engine._zero3_consolidated_16bit_state_dict()
+        super().save_model(output_dir, _internal_call)
+        self._gathered = None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        state_dict, prefix = self._gathered or state_dict, self.data_collator.precomputed.prefix
+        if prefix is not None and self.model is self.plain_model:  # a whole model, not an adapter
+            state_dict = (state_dict or self.model.state_dict()) | prefix.state_dict()
+        super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        with boundary(f"can't resume {resume_from_checkpoint}", _RESUMED):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load their states, but not the optimizer's settings, which torch restores with them."""
+        optimizer: Any = self.optimizer
+        schedule: Any = self.lr_scheduler
+        present = [dict(group) for group in optimizer.param_groups]
+        with boundary(f"can't resume {checkpoint}", _RESUMED):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            for group, now in zip(optimizer.param_groups, present, strict=True):
+                if (group.keys() ^ now.keys()) - {"initial_lr"}:
+                    raise ValueError("its optimizer has other settings")
+                group.update({name: now[name] for name in _SETTINGS if name in now})
+                if "initial_lr" in group and "initial_lr" in now:
+                    group["lr"] *= now["initial_lr"] / group["initial_lr"]
+                    group["initial_lr"] = now["initial_lr"]
+            if hasattr(schedule, "base_lrs"):
+                schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+                schedule._last_lr = [group["lr"] for group in optimizer.param_groups]  # for the log
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Of a whole model's checkpoint, the frozen layers are not loaded: they were taken out, and are the same."""
+        prefix = self.data_collator.precomputed.prefix
+        out = prefix.state_dict() if prefix is not None else {}
+        left = [name for name in load_result.unexpected_keys if name not in out]
+        super()._issue_warnings_after_load(load_result._replace(unexpected_keys=left))
+
+    def _way_back(self) -> str:
+        last = last_checkpoint(str(self.args.output_dir))
+        kept = f"{last} is the last good checkpoint" if last else "no checkpoint was saved before"
+        return f"{kept}; try a learning rate below {self.args.learning_rate:g}, or check the data"
