@@ -280,8 +280,12 @@ def test_what_killed_runs_left_is_removed_by_the_next_run_and_nothing_else(base,
     with pytest.raises(CheckpointError, match="was restored after a killed run; replace it with --force"):
         cut(base, tmp_path / "cut")
     assert (tmp_path / "cut/config.json").read_text() == "left"
+    (tmp_path / ".cut.old-4567cdef").mkdir()  # of a run that was killed after it had put the new folder in place
     cut(base, tmp_path / "cut", force=True)
-    assert beside(base) == [".cut.partial-89abcdef", ".cut.partial-mine.txt", ".other.partial-0123abcd", "base", "cut"]
+    cut(base, tmp_path / "other")  # what was not complete is not restored
+    (tmp_path / "cut").rename(tmp_path / ".cut.old-0123abcd")
+    cut(base, tmp_path / "cut", force=True)
+    assert beside(base) == [".cut.partial-89abcdef", ".cut.partial-mine.txt", "base", "cut", "other"]
 
 
 @linux
