@@ -15,8 +15,10 @@ from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 
 from hf_layerprune.cli import main
+from hf_layerprune.errors import CheckpointError
 from hf_layerprune.publish.requests import VerifyRequest
 from hf_layerprune.publish.verify import verdict
+from hf_layerprune.publish.verify.rebuild import WeightFile, notes_in
 from hf_layerprune.publish.verify.verdict import Verified
 from hf_layerprune.records.fingerprints import fingerprint, sha256_of, weights_hash
 from hf_layerprune.records.lineage import Lineage
@@ -461,6 +463,14 @@ def test_a_base_that_was_changed_since(place: Path, tmp_path: Path) -> None:
     assert not found.good
     assert "is not the base that lineage.json names: model.safetensors differ" in said(found, False)
     assert "57 are the base's" in said(found)
+
+
+def test_weight_files_that_contradict_each_other() -> None:
+    """What they note decides how quantised weights are unpacked, and a loader may take either."""
+    one, same, other = (WeightFile("", {}, {"format": text, "scheme": text[0]}) for text in ("a", "ab", "b"))
+    assert notes_in([one, same]) == {"scheme": "a"}
+    with pytest.raises(CheckpointError, match="contradict each other on scheme"):
+        notes_in([one, other])
 
 
 @pytest.mark.parametrize("name", ["absent", "file.txt"])
