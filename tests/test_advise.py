@@ -21,7 +21,7 @@ from hf_layerprune.layer_ranges import parse_layers
 from hf_layerprune.options import gather
 from hf_layerprune.repair.fit import check_repair
 from hf_layerprune.runtime.loading import load_config
-from hf_layerprune.stages.advise import advise
+from hf_layerprune.stages.advise import _like_the_paper, advise
 from hf_layerprune.stages.requests import AdviseRequest, PruneRequest
 
 from .heal_makers import load_recipe
@@ -201,3 +201,5 @@ def test_at_the_papers_size_the_papers_word(tmp_path: Path, capsys: pytest.Captu
     assert "target_params=1M can't be met" in capsys.readouterr().err
     assert main(["advise", str(tmp_path), "--from-curve", str(tmp_path)]) == 2
     assert "from_curve has no effect for 5 billion" in capsys.readouterr().err
+    of_a_branch = _like_the_paper(AdviseRequest("org/model", revision="v1"), load_config(folder))
+    assert "hf-layerprune rank org/model curve --curve --revision v1" in of_a_branch.text

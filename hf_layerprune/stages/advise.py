@@ -106,7 +106,8 @@ def _amount(request: AdviseRequest, otherwise: float) -> dict[str, Any]:
 
 
 def _like_the_paper(request: AdviseRequest, config: Any) -> Advice:
-    text = _PAPER.replace("COMMAND", shlex.join(("hf-layerprune", "rank", request.base, "curve", "--curve")))
+    where = ("--revision", request.revision) if request.revision else ()
+    text = _PAPER.replace("COMMAND", shlex.join(("hf-layerprune", "rank", request.base, "curve", "--curve", *where)))
     if request.target not in (None, "target_speedup"):  # whose layers would have to be timed
         text += f"\n\nTo meet {request.target}, the last {_for_target(request, config)} of {families.layer_count(config)} layers go."
     settings = {
