@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from .heal.trainer import HealTrainer as HealTrainer
     from .stages.curve import quality_curve
     from .stages.quantize import record_quantized
+    from .stages.rank import rank_layers
 
 # Without `HealConfig` and `HealTrainer`, since `import *` must work without TRL.
 __all__ = [
     "CheckpointError", "CutError", "LayerDropConfig", "LayerDropModel", "LayerPruneError", "UnsupportedModelError",
-    "__version__", "drop_layers", "prune_with", "quality_curve", "record_quantized",
+    "__version__", "drop_layers", "prune_with", "quality_curve", "rank_layers", "record_quantized",
 ]  # fmt: skip
 
 # Loaded on first use: each of them imports torch.
@@ -42,6 +43,7 @@ _LAZY = {
     "drop_layers": ".cut.memory",
     "quality_curve": ".stages.curve",
     "prune_with": ".adapter.pruning",
+    "rank_layers": ".stages.rank",
     "record_quantized": ".stages.quantize",
 }
 

@@ -18,6 +18,7 @@ from hf_layerprune import (
     drop_layers,
     prune_with,
     quality_curve,
+    rank_layers,
 )
 from hf_layerprune.adapter.loading import load_model
 from hf_layerprune.cut import lazy
@@ -124,6 +125,8 @@ def test_other_kinds_of_arguments_are_refused(tmp_path):
         (lambda: drop_layers(str(tmp_path), [2]), "a str is not a transformers model"),
         (lambda: drop_layers(compiled, [2]), "this LlamaForCausalLM has been compiled.*only after the cut"),
         (lambda: quality_curve("x", curve_upto=2), "option 'curve_upto' is unknown; did you mean curve_up_to"),
+        (lambda: rank_layers("x", curve=True), "option 'curve' is unknown"),
+        (lambda: rank_layers("x", criteria=["kll"]), "criterion 'kll' is unknown; did you mean kl"),
         (
             lambda: prune_with(LayerDropConfig(criterion="kl", calibration="x.txt"), tiny_model("llama")),
             "no name or path to load a tokenizer from",

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from hf_layerprune import rank_layers
 from hf_layerprune.calibration.rows import CalibrationSet
 from hf_layerprune.cli import main
 from hf_layerprune.errors import UnsupportedModelError
@@ -58,6 +59,15 @@ def test_lengths_that_leave_no_layer_are_refused_before_a_weight_is_read(
     (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
     assert main(["rank", str(tmp_path), "--criterion", "kl", "--lengths", "2,8", *FEW]) == 2
     assert "can't score blocks of 8 layers; use lengths from 1 to 7" in capsys.readouterr().err
+
+
+def test_in_python(base: Path, text: Path) -> None:
+    few = {"calibration": str(text), "calibration_samples": 8, "calibration_length": 16}
+    ranking = rank_layers(str(base), criteria=["reverse_order", "kl"], drop=3, **few)
+    assert ranking.drops["reverse_order"] == [5, 6, 7]
+    scores = ranking.scores["kl"].layers
+    assert scores is not None
+    assert ranking.drops["kl"] == sorted(sorted(range(8), key=scores.__getitem__)[:3])
 
 
 @pytest.mark.parametrize("amount", [["--drop", "3"], ["--target-params", "51k"]])

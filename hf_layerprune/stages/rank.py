@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -18,7 +19,7 @@ from ..errors import CheckpointError, CutError, LayerPruneError, UnsupportedMode
 from ..files.copy import write_text
 from ..files.folders import check_target, new_folder
 from ..layer_ranges import format_layers, name_layers
-from ..options import AMOUNTS, CutOptions, take
+from ..options import AMOUNTS, CutOptions, declared, find, take
 from ..records.lineage import peak_rss, versions
 from ..runtime.loading import load_base, load_config
 from ..select import CRITERIA, drop_count, find_criterion
@@ -109,14 +110,31 @@ def _columns(rows: Sequence[Sequence[str]], right: bool = False) -> list[str]:
     ]
 
 
-def rank(request: RankRequest) -> Ranking:
-    """Score the layers of a base.
+def rank_layers(base: str, output: str | os.PathLike[str] | None = None, **options: Any) -> Ranking:
+    """Score the layers of a base, and find what each criterion would drop.
+
+    Args:
+        base (`str`): A Hub id, a model folder, or a GGUF file.
+        output (`str` or `os.PathLike`, *optional*): A folder for `scores.json` and the plots.
+        options: Those of `hf-layerprune rank`: `criteria` (a list of names; all by default), `drop`, `contiguous`,
+            `lengths`, `calibration`, ...
+
+    Returns:
+        `Ranking`: The scores.
 
     Raises:
-        CutError: Too few layers may be dropped, or a device can't be used.
+        CutError: Too few layers may be dropped, a device can't be used, or an option is not accepted.
         CheckpointError: The base or the calibration set can't be read, or the output can't be written.
         UnsupportedModelError: The architecture is not proven, or its layers can't be run one at a time.
     """
+    of_ranking = [name for name in declared(RankRequest) if name not in ("base", "output", "curve", "curve_up_to")]
+    for name in options:
+        find("option", name, of_ranking)
+    return rank(RankRequest(base, output=None if output is None else Path(output), **options))
+
+
+def rank(request: RankRequest) -> Ranking:
+    """Do as `rank_layers` does, for a request."""
     source = Path(request.base).expanduser()
     if request.output is not None:  # at once: before torch is imported
         check_target(request.output.expanduser(), source, request.force, replaces=_OURS)
