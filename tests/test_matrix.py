@@ -1,14 +1,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_layerprune import UnsupportedModelError, families
 from hf_layerprune.families import fields
 from hf_layerprune.families.types import proven
 
+from . import matrix
 from .architectures import proven_types, render
 from .matrix import CUT, ProofError, cuts, prove_cut
 from .stages import outcomes
@@ -163,3 +169,49 @@ class TestTheProofCanFail:
         monkeypatch.setattr(cut, "rehearse", lambda *args: (0, []))
         with pytest.raises((ProofError, IndexError)):
             prove_cut(tiny_model("llama"), (2, 3, 5))
+
+    @pytest.mark.parametrize(
+        ("check", "place", "fault"),
+        [
+            ("a", "load", lambda own, *given: nudged(own(*given))),
+            ("b", "drop_layers", lambda own, model, dropped: own(model, (2, 3, 4))),
+            (
+                "c",
+                "greedy",
+                lambda own, *given, use_cache, **media: own(*given, use_cache=use_cache, **media) + use_cache,
+            ),
+            ("d", "drop_layers", lambda own, model, dropped: forgetful(model, own(model, dropped))),
+            ("e", "cut_checkpoint", lambda own, source, target, dropped: own(source, target, (2, 3, 4))),
+            ("e", "load_pruned", lambda own, *given, **how: nudged(own(*given, **how))),
+        ],
+    )
+    def test_each_check(
+        self, check: str, place: str, fault: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        dense = tiny_model("llama")
+        dense.save_pretrained(tmp_path)
+        monkeypatch.setattr(matrix, place, partial(fault, getattr(matrix, place)))
+        with pytest.raises(ProofError, match=rf"^\({check}\) "):
+            prove_cut(dense, (2, 3, 5), str(tmp_path))
+
+    @pytest.mark.parametrize(("layers", "value"), [((2, 3, 5), 0.0), ((7,), torch.nan)])
+    def test_layers_that_do_nothing_or_logits_that_are_no_numbers(self, layers: tuple[int, ...], value: float) -> None:
+        dense = tiny_model("llama")
+        for layer in (dense.model.layers[i] for i in layers):
+            torch.nn.init.constant_(layer.self_attn.o_proj.weight, value)
+            torch.nn.init.constant_(layer.mlp.down_proj.weight, value)
+        with pytest.raises(ProofError, match=r"^\(b\) .* nothing is proven"):
+            prove_cut(dense, (2, 3, 5))
+
+
+def nudged(loaded: Any) -> Any:
+    """One weight of a model that was loaded is off by a little."""
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1e-3
+    return loaded
+
+
+def forgetful(model: Any, cut: Any) -> Any:
+    """A cut model's config that does not tell which layers were dropped."""
+    delattr(model.config, families.MARKER)
+    return cut
