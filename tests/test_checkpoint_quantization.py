@@ -42,7 +42,7 @@ def ignore(entry: str, **options) -> list[str]:
         ("visual.blocks.3.mlp", ["visual.blocks.3.mlp"]),
         ("model.vision_tower.encoder.layers.3.mlp", ["model.vision_tower.encoder.layers.3.mlp"]),
         ("*.layers.4.*", ["*.layers.2.*"]),
-        ("*.layers.*.mlp", ["*.layers.*.mlp"]),
+        ("*.layers.*.mlp.experts.3", ["*.layers.*.mlp.experts.3"]),
         ("model.layers.10*", ["model.layers.5", "model.layers.5.*"]),
         ("model.layers.12*", []),
         ("re:.*lm_head", ["re:.*lm_head"]),
@@ -67,6 +67,7 @@ def test_entries_are_rewritten(old, new):
         r"re:.*layers\.4\.mlp", r"re:.*layers\.(4|5|3)\.mlp", r"re:.*layers\.[23]\.mlp", r"re:.*layers\.1\d\.mlp",
         r"re:.*layers\.\d\.mlp", r"re:.*layers\..\d+\.mlp", r"re:.*layers.\d+..mlp", r"re:.*layers.\d+.\d+.mlp", r"re:.*layers\..\.mlp",
         "model.layers.?.mlp", r"re:.*layers\.[^.]\.mlp", r"re:.*layers\.(?:(.))\.mlp", r"re:.*layers\.[^.]{2}\.mlp", r"^model\.layers\.(4|6)\.",
+        "model.layer?.3.mlp", "re:model.layers.4", "model.layers.4.mlp|model.layers.5.mlp",
     ],
 )  # fmt: skip
 def test_what_can_not_be_rewritten_exactly_is_refused_by_name(entry):
@@ -76,7 +77,7 @@ def test_what_can_not_be_rewritten_exactly_is_refused_by_name(entry):
 
 
 def test_patterns_that_may_mean_another_stack_are_refused_where_there_is_one():
-    for entry in ("layers.4.mlp", "qformer.encoder.layer.4.mlp", "*.layers.4.mlp"):
+    for entry in ("layers.4.mlp", "qformer.encoder.layer.4.mlp", "*.layers.4.mlp", "model.*layers.4.mlp"):
         with pytest.raises(CutError, match="outside the decoder"):
             ignore(entry, several_stacks=True)
     for old, new in (
@@ -119,6 +120,8 @@ def test_every_place_is_looked_at():
     for entry in ("model.layers.4.*", "model.layers.1*"):  # 10 and 11 too, if it is a regular expression
         with pytest.raises(CutError, match="could be a wildcard or a regular expression"):
             rewrite_quantization({"quant_method": "bitsandbytes", "llm_int8_skip_modules": [entry]}, CUT)
+        with pytest.raises(CutError, match="could be a wildcard or a regular expression"):
+            rewrite_quantization({"ignore": [entry]}, CUT)
     with pytest.raises(CutError, match="can hold only one name"):
         rewrite_quantization({"block": "model.layers.3"}, CUT)
     with pytest.raises(CutError, match="two settings"):

@@ -127,6 +127,54 @@ def test_refused_at_a_stage_by_name_with_the_way_out(stage: str, types: dict[str
             assert families.STAGES[stage].instead in str(caught.value)
 
 
+# A cut that the config can't describe, or that takes what a kept layer reads; what the error says; and the nearest one that
+# is right.
+IMPOSSIBLE: list[tuple[str, tuple[int, ...], str, tuple[int, ...]]] = [
+    ("gemma3n_text", (3,), "layer 3 .* layer 6", (3, 6)),
+    ("gemma4_text", (3,), "layer 3 .* layer 6", (3, 6)),
+    ("gemma4_text", (7,), "layer 6, the last one kept", (6, 7)),
+    ("glm_moe_dsa", (0,), "layer 0 .* layer 1", (0, 1)),
+    ("glm5_next", (6,), "layer 6 .* layer 7", (6, 7)),
+    ("mistral_large4", (4, 5), "layer 6 .* layer 4", (4, 5, 6)),
+    ("jamba", (1,), "at a fixed period", (0, 1, 2, 3)),
+    ("ernie4_5_moe", (2,), "at a fixed interval", (2, 3)),
+    ("modernbert-decoder", (0,), "layer 0", (1,)),
+    ("zaya", (0,), "layer 0", (1,)),
+    ("gpt_neox_japanese", (7,), "layer 7", (6,)),
+    ("qwen4_exp_text", (1,), "layer 1", (0,)),
+]
+
+
+@pytest.mark.parametrize(("model_type", "drop", "said", "near"), IMPOSSIBLE)
+def test_a_cut_that_a_family_does_not_allow(
+    model_type: str, drop: tuple[int, ...], said: str, near: tuple[int, ...]
+) -> None:
+    config = tiny_config(model_type)
+    with pytest.raises(families.CutError, match=said):
+        families.cut_config(config, families.make_cut(config, drop))
+    families.cut_config(config, families.make_cut(config, near))
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [([1, 2, 3, 4], "new"), ({"0": 1, "3": 2}, "new"), (3, "special_layer"), (["full"] * 3, "layer_types")],
+)
+def test_a_field_that_may_be_per_layer_is_refused(value: Any, name: str) -> None:
+    cut = fields.Cut((0, 2, 3), 4)
+    with pytest.raises(families.CutError, match=f"config field '{name}'"):
+        fields.rewrite_fields({name: value}, cut, {})
+    assert fields.rewrite_fields({name: value}, cut, {}, skip=[name]) == {}
+    others = {
+        "new": [1, 2, 3],
+        "keyed": {"4": 1},
+        "named": {"a": 1},
+        "use_layer": True,
+        "layer_norm_groups": 4,
+        "sizes": 4,
+    }
+    assert fields.rewrite_fields(others, cut, {}) == {}
+
+
 def test_unknown_type_is_refused() -> None:
     config = tiny_config("llama")
     type(config).model_type, before = "brand_new", type(config).model_type

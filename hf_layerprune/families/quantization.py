@@ -129,7 +129,7 @@ class _Rewriter:
                     continue
                 if NOT_TEXT.search(before + part) or "mtp" in parts[:place]:
                     return [text]
-                self._check_stack(text, before, place == 0 or "*" in before + part)
+                self._check_stack(text, before, "*" in part)
                 return self._numbered(text, parts, place + 1)
             if re.fullmatch(r"[*?]*[0-9]+[*?]*", index) and (not part or "*" in part or "?" in part):
                 raise self._refuse(text, "its index may belong to a layer")
