@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -194,11 +193,22 @@ def test_a_training_model_stays_one() -> None:
     assert all(module.training for module in model.modules())
 
 
-def test_what_has_no_weights_here_is_not_checked(caplog: pytest.LogCaptureFixture) -> None:
-    model = copy.deepcopy(tiny_model("llama")).to("meta")
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda model: model.to("meta"), "model.embed_tokens.weight is not in memory"),
+        (lambda model: setattr(model, "is_quantized", True), "a forward pass can repack quantised weights"),
+        (lambda model: setattr(model.lm_head.weight, "ds_id", 0), "the dense model's weights are sharded"),
+    ],
+)
+def test_what_can_not_be_run_here_is_not_checked(
+    change: Callable[[Any], Any], why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model("llama")
+    change(model)
     with caplog.at_level(logging.INFO, "hf_layerprune"):
         drop_layers(model, DROP)
-    assert "logits of the cut are not checked: model.embed_tokens.weight is not in memory" in caplog.text
+    assert f"logits of the cut are not checked: {why}" in caplog.text
 
 
 class TestAnUnprovenVersion:
