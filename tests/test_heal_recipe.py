@@ -526,13 +526,14 @@ def test_pruned_folder_of_another_cut(recipe: ModuleType, base: Path, tmp_path: 
         run(recipe, words(base, tmp_path / "run"))
 
 
-def test_the_rows_of_self_may_stay_in_a_settings_file(
+def test_settings_for_other_rows_may_stay_in_a_settings_file(
     recipe: ModuleType, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """That of `heal.yaml`, with a data set named beside it."""
+    """Those of `heal.yaml` and the paper, with other rows named beside them."""
     caplog.set_level("INFO", "hf_layerprune")
-    run(recipe, words(base, tmp_path / "run", max_steps=1, self_rows=3))
+    run(recipe, words(base, tmp_path / "run", max_steps=1, self_rows=3, template="alpaca"))
     assert "self_rows and self_length have no effect without --dataset_name self" in caplog.text
+    assert "rows.jsonl, whose rows are no instructions" in caplog.text
 
 
 # --- files of settings ---------------------------------------------------------------------------------

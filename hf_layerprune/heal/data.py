@@ -184,7 +184,7 @@ def shape_rows(
     shaped = {"prompt", "completion"} <= set(columns) or {"input_ids", "messages", "conversations"} & set(columns)
     names = next((names for names in _INSTRUCTIONS if {names[0], names[2]} <= set(columns)), None)
     if template != "auto" and (names is None or shaped or (text_field != TEXT and not images)):
-        raise CutError(f"template={template} has no effect on {name}, whose rows are no instructions; leave it out")
+        logger.info("template=%s has no effect on %s, whose rows are no instructions", template, name)
     if text_field != TEXT and not images:
         if text_field not in columns:
             raise CutError(

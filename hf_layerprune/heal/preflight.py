@@ -45,7 +45,7 @@ _POSITIVE = (
     "per_device_eval_batch_size", "gradient_accumulation_steps",
 )  # fmt: skip
 _DATA = ("dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming")
-_EVALUATION = ("do_eval", "eval_on_start", "eval_steps", "eval_delay", "eval_packing", "load_best_model_at_end")
+_EVALUATION = ("do_eval", "eval_on_start", "eval_packing", "load_best_model_at_end")
 _HUB = ("hub_model_id", "hub_revision", "hub_private_repo")
 
 
@@ -151,7 +151,7 @@ def check_training(args: HealConfig) -> None:
         if value is not None and (value == 0 if name == "max_steps" else value <= 0):  # a negative max_steps is none
             raise CutError(f"--{name} must be above 0")
     if args.eval_strategy == "no":
-        refuse_unused(args, _EVALUATION, "without --eval_strategy")
+        refuse_unused(args, _EVALUATION, "without --eval_strategy")  # settings files may keep eval_steps beside it
     refuse_unused(args, ["model_init_kwargs"], "in this recipe, which has --dtype and --attn_implementation")
     refuse_unused(args, ["hub_strategy", "hub_always_push"], "in this recipe, which pushes the finished model alone")
     if not args.push_to_hub:
