@@ -99,9 +99,13 @@ def built_with(monkeypatch: pytest.MonkeyPatch, more: Callable[[Any, int, Any], 
     ],
 )
 def test_what_a_layer_is_built_with_must_not_depend_on_its_position(
-    more: Callable[[Any, int, Any], None], monkeypatch: pytest.MonkeyPatch
+    more: Callable[[Any, int, Any], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     model = built_with(monkeypatch, more)
+    model.save_pretrained(tmp_path / "base")
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--drop-layers", "2,3,5"]) == 2
+    with pytest.raises(CutError, match="drop other layers"):
+        load_pruned(tmp_path / "base", DROP)
     with pytest.raises(CutError, match="drop other layers"):
         drop_layers(model, DROP)
     assert model.config.num_hidden_layers == len(model.model.layers) == 8
