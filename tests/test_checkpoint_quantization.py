@@ -50,6 +50,9 @@ def ignore(entry: str, **options) -> list[str]:
         (r"re:.*layers\.\d+\.mlp", [r"re:.*layers\.\d+\.mlp"]),
         (r"re:.*layers\.[0-9]+\.mlp", [r"re:.*layers\.[0-9]+\.mlp"]),
         (r"re:.*layers\..*\.mlp", [r"re:.*layers\..*\.mlp"]),
+        (r"re:.*layers\.(?:[^.]+)\.mlp", [r"re:.*layers\.(?:[^.]+)\.mlp"]),
+        (r"re:.*layers\.(?!.*self_attn).*", [r"re:.*layers\.(?!.*self_attn).*"]),
+        (r"re:(visual|vision_tower)\.blocks\.[0-3]\.", [r"re:(visual|vision_tower)\.blocks\.[0-3]\."]),
         (r"re:.*\.\d+\.mlp", [r"re:.*\.\d+\.mlp"]),
         (r"re:.*experts\.[0-3]\.w1", [r"re:.*experts\.[0-3]\.w1"]),
         (r"re:.*layers.\d+.mlp", [r"re:.*layers.\d+.mlp"]),
@@ -66,7 +69,7 @@ def test_entries_are_rewritten(old, new):
         "3.mlp.down_proj", "blk.3.ffn", "layer_3", "model.layers3.mlp", r"re:model\.layers\.1", "model.layers.[0-3].mlp", r"re:.*layers\.(4", "model.layers.1?.mlp", r"re:.*layers\.4[a-z]",
         r"re:.*layers\.4\.mlp", r"re:.*layers\.(4|5|3)\.mlp", r"re:.*layers\.[23]\.mlp", r"re:.*layers\.1\d\.mlp",
         r"re:.*layers\.\d\.mlp", r"re:.*layers\..\d+\.mlp", r"re:.*layers.\d+..mlp", r"re:.*layers.\d+.\d+.mlp", r"re:.*layers\..\.mlp",
-        "model.layers.?.mlp", r"re:.*layers\.[^.]\.mlp", r"re:.*layers\.(?:(.))\.mlp", r"re:.*layers\.[^.]{2}\.mlp", r"^model\.layers\.(4|6)\.",
+        "model.layers.?.mlp", r"re:.*layers\.[^.]\.mlp", r"re:.*layers\.(?:(.))\.mlp", r"re:.*layers\.[^.]{2}\.mlp", r"re:(visual|model)\.layers\.3\.", r"^model\.layers\.(4|6)\.",
         "model.layer?.3.mlp", "re:model.layers.4", "model.layers.4.mlp|model.layers.5.mlp",
     ],
 )  # fmt: skip
@@ -133,8 +136,21 @@ INDEX = st.one_of(
     st.lists(st.integers(0, 11), min_size=1, max_size=4).map(lambda found: f"({'|'.join(map(str, found))})"),
     st.sampled_from([r"\d", r"\d+", "[0-9]+", "[0-9]{1,2}", "1[01]", "[5-9]", "(?:[0-4]|1\\d)", ".*"]),
     st.sampled_from(["[^.]", "([^.])", "(?:.)", r"[\w]{1,2}", "[^.]+", "([^.]*)"]),
+    st.sampled_from(["(?:.+)", "(?P<i>.)", r"(?!.\.).*", r"(?=[^.]\.).+", "(?!.*attn).*", "(?>.)"]),
 )
-BEFORE = st.sampled_from([".*", r"model\.", r".*\.", "^model\\.", r".*\b"])
+BEFORE = st.sampled_from(
+    [
+        ".*",
+        r"model\.",
+        r".*\.",
+        "^model\\.",
+        r".*\b",
+        "(?!visual).*",
+        r"(visual|model)\.",
+        r"visual|model\.",
+        r"(visual\.)?model\.",
+    ]
+)
 AFTER = st.sampled_from([r"\..*", r"\.mlp$", r"\.(mlp|attn)", ".*", r"\.mlp\.experts\.1\.w2", ".+mlp", "$", ""])
 
 

@@ -33,8 +33,10 @@ _ANY_DIGIT = re.compile(r"(?<!\{)(?<!,)(?:\\d|[0-9]+)")
 _ANY_INDEX = re.compile(r"(?<=\w\.|\\\.)(?:\\d|\[0-9\])\+(?=\\\.|\.\w)")
 _WORD_END = re.compile(r"(?:^|[^\\A-Za-z0-9_])(?:\\b)?[A-Za-z_][A-Za-z0-9_]*$")
 _LIST = re.compile(rf"(?:(?<=\\b)|(?<![A-Za-z0-9_]))(?:{'|'.join(LIST_NAMES)})(?:\\\.|\.|\[\.\])")
+# What may start a group: `(`, `(?:`, `(?!`, `(?P<name>`, ...
+_GROUPS = r"(?:\((?:\?(?:[a-z-]*:|<?[=!]|>|P?<\w+>))?)*"
 # A number of characters, so that layers 0 to 9 are told from the rest.
-_ONE_DIGIT = re.compile(rf"{_LIST.pattern}(?:\((?:\?:)?)*(?:\.|\?|\\[wS]|\[[^\]]+\])(?![*+])")
+_ONE_DIGIT = re.compile(rf"{_LIST.pattern}{_GROUPS}(?:\.|(?<!\()\?|\\[wS]|\[[^\]]+\])(?![*+])")
 _OWNER = re.compile(r"(?:(?<=\\b)|(?<!\\))(?<![A-Za-z0-9_])([A-Za-z_][A-Za-z0-9_]*)(\\\.|\.|\[\.\])$")
 
 
@@ -62,6 +64,13 @@ def names_layers(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(map(names_layers, value))
     return isinstance(value, str) and bool(_LIST.search(value)) and any(char.isdecimal() for char in value)
+
+
+def _is_elsewhere(pattern: str) -> bool:
+    """Whether a regular expression can only mean stacks for other modalities, in each of its alternatives."""
+    ends = [match.start() for match in _LIST.finditer(pattern)]
+    before = pattern[: ends[-1]] if ends else ""
+    return not re.search(r"!|\)[?*{]", before) and all(NOT_TEXT.search(part) for part in before.split("|"))
 
 
 class _Rewriter:
@@ -108,7 +117,7 @@ class _Rewriter:
         """Rewrite a string: none if it only names dropped layers, several if a wildcard has to be written out."""
         if where == "version":
             return [text]
-        if _ONE_DIGIT.search(text):
+        if _ONE_DIGIT.search(text) and not _is_elsewhere(text):
             raise self._refuse(text, "it may pick layers by the length of their index")
         body = text.removeprefix("re:").removeprefix("+:").removeprefix("-:")
         if body != text or where in _PATTERNS or _REGEX.search(body):
@@ -166,8 +175,7 @@ class _Rewriter:
             owner = _OWNER.search(opened)
             if owner and owner[1] not in LIST_NAMES:
                 continue
-            named = _LIST.search(pattern)
-            if named and NOT_TEXT.search(pattern[: named.start()]):
+            if _is_elsewhere(pattern):
                 continue
             raise self._refuse(text, f"{match[0]!r} may pick layers by their index")
 
