@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_layerprune import UnsupportedModelError, families
-from hf_layerprune.families import fields
+from hf_layerprune.families import fields, special
 from hf_layerprune.families.types import proven
 
 from . import matrix
@@ -153,6 +155,47 @@ def test_a_cut_that_a_family_does_not_allow(
     with pytest.raises(families.CutError, match=said):
         families.cut_config(config, families.make_cut(config, drop))
     families.cut_config(config, families.make_cut(config, near))
+
+
+Numbers = dict[str, Any]
+# Settings from which a layer's kind follows, as transformers computes it from the layer's index.
+ARITHMETIC: dict[str, tuple[special.Family, list[str], Callable[[Numbers, int, int], object]]] = {
+    "ernie4_5_moe": (
+        special.INTERVAL_BETWEEN,
+        ["moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"],
+        lambda f, i, n: (
+            (i + 1) % f["moe_layer_interval"] == 0
+            and f["moe_layer_start_index"] <= i <= (n - 1 if f["moe_layer_end_index"] == -1 else f["moe_layer_end_index"])
+        ),
+    ),
+    "jamba": (
+        special.TWO_PERIODS,
+        ["attn_layer_offset", "attn_layer_period", "expert_layer_offset", "expert_layer_period"],
+        lambda f, i, n: [i % f[f"{kind}_layer_period"] == f[f"{kind}_layer_offset"] for kind in ("attn", "expert")],
+    ),
+    "qwen3_moe": (
+        special.SPARSE_STEP,
+        ["decoder_sparse_step"],
+        lambda f, i, n: i not in f.get("mlp_only_layers", ()) and (i + 1) % f["decoder_sparse_step"] == 0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", ARITHMETIC)
+@given(st.data())
+def test_kept_layers_stay_what_they_are_or_the_cut_is_refused(model_type: str, data: st.DataObject) -> None:
+    family, names, kind_of = ARITHMETIC[model_type]
+    n = data.draw(st.integers(1, 9))
+    lowest = {"moe_layer_end_index": -1, "moe_layer_start_index": 0, "attn_layer_offset": 0, "expert_layer_offset": 0}
+    old = {name: data.draw(st.integers(lowest.get(name, 1), n), label=name) for name in names}
+    keep = tuple(sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1), label="keep")))
+    assert family.couple is not None
+    try:
+        new = old | family.couple(old, fields.Cut(keep, n))
+    except families.CutError as error:
+        assert "fixed" in str(error)  # noqa: PT017
+        return
+    assert [kind_of(new, i, len(keep)) for i in range(len(keep))] == [kind_of(old, i, n) for i in keep]
 
 
 @pytest.mark.parametrize(
