@@ -361,6 +361,10 @@ def test_unlisted_names_stay_out(llama: Path) -> None:
         assert base.config.num_hidden_layers == 8, f"{bad} was refused after the cut"
 
 
+def test_target_modules_that_name_nothing_are_as_good_as_none() -> None:
+    assert not LayerDropConfig(drop=1, target_modules=[]).target_modules
+
+
 @pytest.mark.parametrize(
     ("layers", "message"),
     [

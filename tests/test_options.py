@@ -192,7 +192,7 @@ def test_an_option_with_an_effect_is_not(cls: Callable[..., Any], options: dict[
 def test_only_a_model_on_the_hub_has_revisions(cls: Any, tmp_path: Path) -> None:
     output = ["output"] if cls is PruneRequest else []
     assert cls("org/model", *output, revision="v1").revision == "v1"
-    with pytest.raises(CutError, match=f"revision has no effect on {tmp_path}, which is not on the Hub; leave it out"):
+    with pytest.raises(CutError, match=f"revision has no effect on {tmp_path}, which is a local path; leave it out"):
         cls(str(tmp_path), *output, revision="v1")
     if cls in (EvalRequest, BenchRequest):
         with pytest.raises(CutError, match="base_revision has no effect on"):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_layerprune import rank_layers
 from hf_layerprune.calibration.rows import CalibrationSet
@@ -65,6 +65,7 @@ def test_in_python(base: Path, text: Path) -> None:
     few = {"calibration": str(text), "calibration_samples": 8, "calibration_length": 16}
     ranking = rank_layers(str(base), criteria=["reverse_order", "kl"], drop=3, **few)
     assert ranking.drops["reverse_order"] == [5, 6, 7]
+    assert list(rank_layers(str(base), criteria="reverse_order,random", drop=3).drops) == ["reverse_order", "random"]
     scores = ranking.scores["kl"].layers
     assert scores is not None
     assert ranking.drops["kl"] == sorted(sorted(range(8), key=scores.__getitem__)[:3])
@@ -106,6 +107,18 @@ def test_the_next_command_goes_on_with_the_same_model(
     assert (identity["protect_last"], identity["contiguous"], identity["dtype"]) == (2, True, "bfloat16")
     (entry,) = json.loads(Path("pruned", "lineage.json").read_text())["entries"]
     assert (entry["settings"]["dtype"], entry["calibration"]["samples"]) == ("bfloat16", 8)
+
+
+def test_the_next_command_does_not_convert_a_quantised_base(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    four_bit = BitsAndBytesConfig(load_in_4bit=True)
+    AutoModelForCausalLM.from_pretrained(base, quantization_config=four_bit, device_map="cpu").save_pretrained("4bit")
+    assert main(["rank", "4bit", "--criterion", "reverse_order", "--drop", "2", "--dtype", "float32"]) == 0
+    _, *words = shlex.split(capsys.readouterr().out.rpartition("next: ")[2])
+    assert words[:3] == ["prune", "4bit", "pruned"]
+    assert main(words) == 0
 
 
 def test_a_criterion_that_may_not_drop_enough_is_left_out(

@@ -78,7 +78,7 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
 
     def settle(self) -> None:
         super().settle()
-        if self.target_modules not in (None, DUMMY_TARGET_MODULES):
+        if self.target_modules and self.target_modules != DUMMY_TARGET_MODULES:
             raise CutError(
                 f"target_modules={quoted(self.target_modules)} has no effect: this method tunes whole modules, which tune_layers, "
                 "tune_lm_head, tune_final_norm and modules_to_save name; leave it out"

@@ -16,7 +16,6 @@ EXCLUSIVE = AMOUNTS
 
 
 def run(request: Request) -> Answer:
-    of = words_of(take(WalkOptions, request), "device")  # of a base in another type, the model that was looked at
     rows = words_of(take(CalibrationOptions, request))  # those that the repair is to be fitted to
     if request.curve:
         from ..stages.curve import make_curve
@@ -34,7 +33,7 @@ def run(request: Request) -> Answer:
         choice = ("--drop-layers", point["layers"], "--repair", repair, *(rows if repair else ()))
         if request.output is not None:
             choice = ("--from-curve", request.output, "--drop", count)
-        then = hint("prune", request.base, "pruned", *choice, *of)
+        then = hint("prune", request.base, "pruned", *choice, *_where(request))
         return Answer(made, str(curve), curve.record, then)
     from ..stages.rank import rank
 
@@ -49,5 +48,15 @@ def run(request: Request) -> Answer:
     if "auto" in ranking.drops or (len(ranking.drops) == 1 and ranking.on_text):
         layers = format_layers(ranking.drops.get("auto") or next(iter(ranking.drops.values())))
         choice = ("--drop-layers", layers, "--repair", request.repair)
-        then = hint("prune", request.base, "pruned", *choice, *(rows if request.repair else ()), *of)
+        then = hint("prune", request.base, "pruned", *choice, *(rows if request.repair else ()), *_where(request))
     return Answer(made, str(ranking), ranking.record, then)
+
+
+def _where(request: Request) -> list[str]:
+    """The base's options, with its type: the model in that type was looked at. A quantised one can't be converted."""
+    from ..runtime.loading import load_config
+
+    known = request.dtype == "auto" or hasattr(
+        load_config(request.base, revision=request.revision), "quantization_config"
+    )
+    return words_of(take(WalkOptions, request), "device", *(("dtype",) if known else ()))

@@ -75,7 +75,7 @@ def check_run(
     check_data(script_args, dataset_args, row_args, args)
     name, revision = model_args.model_name_or_path, revision_of(model_args)
     if not is_hub_id(name):
-        refuse_unused(model_args, ("model_revision",), f"on {name}, which is not on the Hub")
+        refuse_unused(model_args, ("model_revision",), f"on {name}, which is a local path")
     config = load_config(name, revision=revision)
     cut = cut_of(config)
     check_cut(cut_args, name, cut is not None)
@@ -236,7 +236,7 @@ def check_teacher(
         check_context(config, row_args.self_length, "self_length")
     name = args.teacher or base
     if name is not None and not is_hub_id(name):
-        refuse_unused(args, ("teacher_revision",), f"on {name}, which is not on the Hub")
+        refuse_unused(args, ("teacher_revision",), f"on {name}, which is a local path")
     used = args.distils or row_args.rewrite_answers or script_args.dataset_name == SELF
     if args.teacher is None and not used:
         return

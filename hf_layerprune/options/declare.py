@@ -115,7 +115,7 @@ def check(values: Any) -> None:
     for name, known in options.items():
         model = getattr(values, known.revision_of, None) if known.revision_of else None
         if model and os.path.exists(os.path.expanduser(model)):
-            refuse_unused(values, (name,), f"on {model}, which is not on the Hub")
+            refuse_unused(values, (name,), f"on {model}, which is a local path")
     if settle := getattr(values, "settle", None):
         settle()
 

@@ -116,7 +116,7 @@ def rank_layers(base: str, output: str | os.PathLike[str] | None = None, **optio
     Args:
         base (`str`): A Hub id, a model folder, or a GGUF file.
         output (`str` or `os.PathLike`, *optional*): A folder for `scores.json` and the plots.
-        options: Those of `hf-layerprune rank`: `criteria` (a list of names; all by default), `drop`, `contiguous`,
+        options: Those of `hf-layerprune rank`: `criteria` (one name or a list; all by default), `drop`, `contiguous`,
             `lengths`, `calibration`, ...
 
     Returns:

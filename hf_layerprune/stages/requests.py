@@ -47,6 +47,7 @@ def _parse_criteria(text: str) -> list[str]:
 
 
 def _check_criteria(names: object) -> list[str]:
+    names = _parse_criteria(names) if isinstance(names, str) else names
     if not isinstance(names, list | tuple) or not names:
         raise CutError("specify one criterion or more, such as kl,taylor, or all")
     scores = [name for name, criterion in CRITERIA.items() if criterion.kind != "choice"]
