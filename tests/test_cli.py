@@ -381,9 +381,9 @@ def test_a_path_that_does_not_exist_is_no_hub_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for words in (["inspect", "./gpt2"], ["rank", "./gpt2"], ["prune", "./gpt2", "out"]):
+    for words in (["inspect", "./gpt2"], ["inspect", "gpt2/"], ["rank", "./gpt2"], ["prune", "./gpt2", "out"]):
         assert main(words) == 1
-        assert "gpt2 does not exist; specify a model folder, a .gguf file, or a Hub id" in capsys.readouterr().err
+        assert "does not exist; specify a model folder, a .gguf file, or a Hub id" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", ["hf_layerprune.cli", "argparse", "hf_layerprune.commands.verify", "torch"])

@@ -89,7 +89,7 @@ def as_path(base: str | Path) -> Path:
 
 
 def _looks_like_a_path(base: str) -> bool:
-    return Path(base).is_absolute() or base.startswith(("~", ".")) or base.count("/") > 1
+    return Path(base).is_absolute() or base.startswith(("~", ".")) or base.endswith("/") or base.count("/") > 1
 
 
 def load_config(base: str | Path, **kwargs: Any) -> PreTrainedConfig:
