@@ -50,6 +50,7 @@ def ignore(entry: str, **options) -> list[str]:
         (r"re:.*layers\.\d+\.mlp", [r"re:.*layers\.\d+\.mlp"]),
         (r"re:.*layers\.[0-9]+\.mlp", [r"re:.*layers\.[0-9]+\.mlp"]),
         (r"re:.*layers\..*\.mlp", [r"re:.*layers\..*\.mlp"]),
+        (r"re:.*layers\.(\d+)\.mlp", [r"re:.*layers\.(\d+)\.mlp"]),
         (r"re:.*layers\.(?:[^.]+)\.mlp", [r"re:.*layers\.(?:[^.]+)\.mlp"]),
         (r"re:.*layers\.(?!.*self_attn).*", [r"re:.*layers\.(?!.*self_attn).*"]),
         (r"re:(visual|vision_tower)\.blocks\.[0-3]\.", [r"re:(visual|vision_tower)\.blocks\.[0-3]\."]),
@@ -136,20 +137,10 @@ INDEX = st.one_of(
     st.lists(st.integers(0, 11), min_size=1, max_size=4).map(lambda found: f"({'|'.join(map(str, found))})"),
     st.sampled_from([r"\d", r"\d+", "[0-9]+", "[0-9]{1,2}", "1[01]", "[5-9]", "(?:[0-4]|1\\d)", ".*"]),
     st.sampled_from(["[^.]", "([^.])", "(?:.)", r"[\w]{1,2}", "[^.]+", "([^.]*)"]),
-    st.sampled_from(["(?:.+)", "(?P<i>.)", r"(?!.\.).*", r"(?=[^.]\.).+", "(?!.*attn).*", "(?>.)"]),
+    st.sampled_from(r"(?:.+) (?P<i>.) (?!.\.).* (?=[^.]\.).+ (?!.*attn).* (?>.) (\d+) (?P<i>[0-9]+) (\d+)?".split()),
 )
 BEFORE = st.sampled_from(
-    [
-        ".*",
-        r"model\.",
-        r".*\.",
-        "^model\\.",
-        r".*\b",
-        "(?!visual).*",
-        r"(visual|model)\.",
-        r"visual|model\.",
-        r"(visual\.)?model\.",
-    ]
+    r".* model\. .*\. ^model\. .*\b (?!visual).* (visual|model)\. visual|model\. (visual\.)?model\.".split()
 )
 AFTER = st.sampled_from([r"\..*", r"\.mlp$", r"\.(mlp|attn)", ".*", r"\.mlp\.experts\.1\.w2", ".+mlp", "$", ""])
 

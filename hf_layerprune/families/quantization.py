@@ -30,7 +30,7 @@ _ODD = re.compile(r"(?<![a-z])(?:layers?|blocks?|blk)[\W_]*[0-9]|^[0-9]+\.(?!dev
 _INDICES = re.compile(r"[0-9][0-9\s,:;-]*")
 _ANY_DIGIT = re.compile(r"(?<!\{)(?<!,)(?:\\d|[0-9]+)")
 # A segment that matches any index. A second dot beside it could stand for one of the digits.
-_ANY_INDEX = re.compile(r"(?<=\w\.|\\\.)(?:\\d|\[0-9\])\+(?=\\\.|\.\w)")
+_ANY_INDEX = re.compile(r"(?<=\w\.|\\\.)(\((?:\?:|\?P<\w+>)?)?(?:\\d|\[0-9\])\+(?(1)\))(?=\\\.|\.\w)")
 _WORD_END = re.compile(r"(?:^|[^\\A-Za-z0-9_])(?:\\b)?[A-Za-z_][A-Za-z0-9_]*$")
 _LIST = re.compile(rf"(?:(?<=\\b)|(?<![A-Za-z0-9_]))(?:{'|'.join(LIST_NAMES)})(?:\\\.|\.|\[\.\])")
 # What may start a group: `(`, `(?:`, `(?!`, `(?P<name>`, ...
