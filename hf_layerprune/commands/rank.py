@@ -56,7 +56,7 @@ def _where(request: Request) -> list[str]:
     """The base's options, with its type: the model in that type was looked at. A quantised one can't be converted."""
     from ..runtime.loading import load_config
 
-    known = request.dtype == "auto" or hasattr(
+    stays = request.dtype == "auto" or hasattr(
         load_config(request.base, revision=request.revision), "quantization_config"
     )
-    return words_of(take(WalkOptions, request), "device", *(("dtype",) if known else ()))
+    return words_of(take(WalkOptions, request), "device", *(("dtype",) if stays else ()))
