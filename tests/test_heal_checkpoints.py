@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from hf_layerprune.errors import CheckpointError, LayerPruneError
-from hf_layerprune.heal.checkpoints import last_checkpoint
+from hf_layerprune.heal.checkpoints import checkpoint_to_resume, last_checkpoint
 from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.trainer import HealTrainer
 
@@ -91,6 +91,12 @@ def test_resuming_without_the_state_of_the_optimizer(llama: Bench, tmp_path: Pat
     llama.trainer(max_steps=2, **settings).train()
     with pytest.raises(LayerPruneError, match="checkpoint-2 has no state of the optimizer and the schedule, as with"):
         llama.trainer(max_steps=4, **settings).train(resume_from_checkpoint=True)
+
+
+def test_deepspeed_keeps_its_schedule_itself(tmp_path: Path) -> None:
+    """Where its settings have one, transformers writes no scheduler.pt."""
+    (tmp_path / "latest").write_text("global_step2")
+    assert checkpoint_to_resume(str(tmp_path), "") == str(tmp_path)
 
 
 def test_resuming_without_a_checkpoint_starts(llama: Bench, tmp_path: Path) -> None:

@@ -529,9 +529,12 @@ def test_pruned_folder_of_another_cut(recipe: ModuleType, base: Path, tmp_path: 
 def test_settings_for_other_rows_may_stay_in_a_settings_file(
     recipe: ModuleType, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Those of `heal.yaml` and the paper, with other rows named beside them."""
+    """Those of `heal.yaml` and the paper, with other rows named beside them; and those of an evaluation and of a push."""
     caplog.set_level("INFO", "hf_layerprune")
-    run(recipe, words(base, tmp_path / "run", max_steps=1, self_rows=3, template="alpaca"))
+    hub = {"hub_model_id": "me/small", "hub_private_repo": "true", "hub_strategy": "end"}
+    evaluation = {"eval_steps": 5, "eval_packing": "false", "dataset_test_split": "other"}
+    run(recipe, words(base, tmp_path / "run", max_steps=1, self_rows=3, template="alpaca", **hub, **evaluation))
+    assert "without --push_to_hub, nothing is pushed to me/small" in caplog.text
     assert "self_rows and self_length have no effect without --dataset_name self" in caplog.text
     assert "rows.jsonl, whose rows are no instructions" in caplog.text
 

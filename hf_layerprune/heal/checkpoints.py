@@ -47,7 +47,7 @@ def checkpoint_to_resume(named: str | bool | None, folder: str) -> str | None:
     path = last_checkpoint(folder) if word == "true" else str(named)
     if path is None:
         logger.info("no checkpoint in %s yet: training starts from the beginning", folder)
-    elif not (Path(path) / SCHEDULER_NAME).is_file():
+    elif not any((Path(path) / name).is_file() for name in (SCHEDULER_NAME, "latest")):  # DeepSpeed's own, too
         raise CheckpointError(
             f"{path} has no state of the optimizer and the schedule, as with --save_only_model, so training can't go on "
             "from it; start in another --output_dir"

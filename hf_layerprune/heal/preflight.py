@@ -45,8 +45,7 @@ _POSITIVE = (
     "per_device_eval_batch_size", "gradient_accumulation_steps",
 )  # fmt: skip
 _DATA = ("dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming")
-_EVALUATION = ("do_eval", "eval_on_start", "eval_packing", "load_best_model_at_end")
-_HUB = ("hub_model_id", "hub_revision", "hub_private_repo")
+_EVALUATION = ("do_eval", "eval_on_start", "load_best_model_at_end")
 
 
 def check_run(
@@ -122,8 +121,6 @@ def check_data(
         usual = RowOptions()  # a settings file that has these may be used with other data
         if (row_args.self_rows, row_args.self_length) != (usual.self_rows, usual.self_length):
             logger.info("self_rows and self_length have no effect without --dataset_name self")
-    if args.eval_strategy == "no":
-        refuse_unused(script_args, ["dataset_test_split"], "without --eval_strategy")
     refuse_unused(script_args, ["ignore_bias_buffers"], "on the models that this recipe trains")
     if not row_args.rewrite_answers:
         refuse_unused(row_args, ["rewrite_max_tokens", "rewrite_temperature"], "without --rewrite_answers true")
@@ -151,11 +148,12 @@ def check_training(args: HealConfig) -> None:
         if value is not None and (value == 0 if name == "max_steps" else value <= 0):  # a negative max_steps is none
             raise CutError(f"--{name} must be above 0")
     if args.eval_strategy == "no":
-        refuse_unused(args, _EVALUATION, "without --eval_strategy")  # settings files may keep eval_steps beside it
+        refuse_unused(args, _EVALUATION, "without --eval_strategy")  # settings files may keep eval_steps and the like
     refuse_unused(args, ["model_init_kwargs"], "in this recipe, which has --dtype and --attn_implementation")
-    refuse_unused(args, ["hub_strategy", "hub_always_push"], "in this recipe, which pushes the finished model alone")
-    if not args.push_to_hub:
-        refuse_unused(args, _HUB, "without --push_to_hub")
+    pushes = ["hub_always_push"] if args.hub_strategy == "end" else ["hub_strategy", "hub_always_push"]
+    refuse_unused(args, pushes, "in this recipe, which pushes the finished model alone")
+    if args.hub_model_id and not args.push_to_hub:  # a settings file that has it may be tried without
+        logger.warning("without --push_to_hub, nothing is pushed to %s", args.hub_model_id)
     for name in ("chat_template_path", "eos_token"):
         if getattr(args, name) is not None:
             raise CutError(
