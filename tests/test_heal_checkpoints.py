@@ -85,6 +85,19 @@ def test_resuming_with_other_settings_of_the_optimizer(llama: Bench, tmp_path: P
     assert rates == pytest.approx([1e-2, 7.5e-3, 5e-4, 2.5e-4])
 
 
+@pytest.mark.parametrize("kind", ["reduce_lr_on_plateau", "greedy"])
+def test_resuming_with_another_rate_for_a_schedule_without_a_first_one(
+    llama: Bench, tmp_path: Path, kind: str
+) -> None:
+    settings = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": kind}
+    settings |= {"eval_strategy": "steps", "eval_steps": 2, "eval_rows": rows(4)}
+    llama.trainer(max_steps=2, learning_rate=1e-3, **settings).train()
+    trainer = llama.trainer(max_steps=3, learning_rate=1e-2, **settings)
+    trainer.train(resume_from_checkpoint=True)
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-2])
+
+
 def test_resuming_without_the_state_of_the_optimizer(llama: Bench, tmp_path: Path) -> None:
     """Its schedule would start from the beginning."""
     settings = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2, "save_only_model": True}
