@@ -118,7 +118,7 @@ class _Rewriter:
         if where == "version":
             return [text]
         if _ONE_DIGIT.search(text) and not _is_elsewhere(text):
-            raise self._refuse(text, "it may pick layers by the length of their index")
+            raise self._refuse(text, "it may pick layers by their index, or by its length")
         body = text.removeprefix("re:").removeprefix("+:").removeprefix("-:")
         if body != text or where in _PATTERNS or _REGEX.search(body):
             self._check_no_index(text, body)
