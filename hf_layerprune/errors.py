@@ -99,10 +99,9 @@ def cause_of(error: BaseException) -> str:
 
 
 def explain(error: BaseException, debug: str = f"{DEBUG}=1") -> tuple[str, int]:
-    """What a command says of an exception that ended it, and its exit code: 2 for wrong usage, 130 for an interrupt,
-    else 1.
+    """What a command says of an exception that ended it, and its exit code.
 
-    `debug` is what makes the command show a traceback.
+    The code is 2 for wrong usage, 130 for an interrupt, and otherwise 1. `debug` is what makes the command show a traceback.
     """
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; nothing was left half-written", 130

@@ -42,8 +42,9 @@ class Base:
 
     @classmethod
     def open(cls, source: str | os.PathLike[str], revision: str | None = None, **hub: Any) -> Base:
-        """Locate a checkpoint, in a folder or on the Hub, and check that it has a config; `hub` is passed on to
-        `Repo.open`.
+        """Locate a checkpoint, in a folder or on the Hub, and check that it has a config.
+
+        `hub` is passed on to `Repo.open`.
 
         Raises:
             CheckpointError: The model does not exist or can't be reached.
@@ -198,10 +199,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def find_weights(names: Collection[str], where: str, chosen: str | None = None) -> str:
-    """The file with a checkpoint's weights, from the names of all its files: the one its config chose, `SINGLE` or
-    `INDEX`.
+    """Choose the file with a checkpoint's weights, or their index, from the names of all its files.
 
-    `where` names the checkpoint in errors.
+    It is the one that the config chose, `SINGLE` or `INDEX`. `where` names the checkpoint in errors.
 
     Raises:
         CheckpointError: There are no safetensors weights, or more than one set.

@@ -25,9 +25,7 @@ _ALIGNMENT = 8
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor of a safetensors file. Its bytes are from `start` to before `end`, counted from the end of the
-    header.
-    """
+    """One tensor of a safetensors file, with the offsets of its bytes from the end of the header."""
 
     name: str
     dtype: str

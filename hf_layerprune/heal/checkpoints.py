@@ -56,9 +56,7 @@ def checkpoint_to_resume(named: str | bool | None, folder: str) -> str | None:
 
 
 class RunSettings(TrainerCallback):
-    """Records a run's settings and data in its checkpoints, so that a run that resumes from one can tell what has
-    changed.
-    """
+    """Records a run's settings and data in its checkpoints, so that a resumed run can tell what has changed."""
 
     def __init__(self, settings: dict[str, Any], data: list[dict[str, Any]]) -> None:
         self.settings, self.data, self.resumed = settings, data, list[dict[str, Any]]()

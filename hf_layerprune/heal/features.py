@@ -107,10 +107,9 @@ class FeaturePhase:
     def loss(
         self, run: Callable[..., Any], inputs: dict[str, Any], wanted: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Run the layers before the last cut, and compare: the mean over blocks of the loss of some tokens, summed
-        over them.
+        """Run the layers before the last cut, and compare their states with the dense model's.
 
-        `run` is the model's forward method, and `inputs` its arguments. `wanted` are the dense model's states after
+        The loss is summed over the tokens that count, and averaged over blocks. `run` is the model's forward method, and `inputs` its arguments. `wanted` are the dense model's states after
         each block, joined, `[batch, seq, blocks * hidden]`; the mask of the tokens that count is boolean `[batch,
         seq]`.
         """
@@ -121,10 +120,9 @@ class FeaturePhase:
 
 
 def phased(schedule: Callable[..., float], first: int, steps: int, warmup: int) -> Callable[[int], float]:
-    """A schedule of the learning rate for both phases, in which the first steps, those of this phase, count at their
-    cost.
+    """A schedule of the learning rate for both phases.
 
-    They also have a higher rate. The steps of the warm-up keep their number.
+    The first steps, those of this phase, count at their cost, and have a higher rate. The steps of the warm-up keep their number.
     """
     cost = _COST * first + steps - first
 

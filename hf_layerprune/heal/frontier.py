@@ -85,9 +85,7 @@ class Frontier:
         return seconds / self.source["forward_seconds_per_token"]
 
     def expected(self, share: float, tokens: float) -> Expected:
-        """The loss without a share of the layers, after healing on so many tokens; 0 for the closed-form repair
-        only.
-        """
+        """The loss without a share of the layers, after healing on so many tokens (0: after the repair alone)."""
         shares = self.shares
         losses = [{"ln_ratio": 0.0, "kl": 0.0}, *(self._along(each, tokens) for each in shares)]
         nearest = min(shares, key=lambda each: abs(each - share))

@@ -37,8 +37,9 @@ class Halving:
         self._before: tuple[int, Any] = (0, {})
 
     def run(self, one: Callable[[Batch], torch.Tensor], batch: Batch) -> torch.Tensor:
-        """Run forward and backward for the next batch of a step with `one`, which takes a batch or a part of it;
-        return the loss.
+        """Run forward and backward for the next batch of a step, and return the loss.
+
+        `one` does so for a batch or a part of it.
 
         Raises:
             LayerPruneError: A single row does not fit into memory, or the batch can't be divided.

@@ -44,8 +44,9 @@ def check_rows(rows: Dataset, name: str, text_field: str, vocab_size: int | None
 
 
 def check_chats(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the chat template takes the first 10,000 conversations, if the rows are such, in a shape that TRL
-    takes.
+    """Check that the chat template takes the first 10,000 conversations, if the rows are such.
+
+    They are in a shape that TRL takes.
 
     Raises:
         CutError: It does not take one.

@@ -89,10 +89,9 @@ def has_images(row: Any) -> bool:
 
 
 def to_row(row: dict[str, Any], folder: Path, where: str, *, asked: bool = True) -> dict[str, Any]:
-    """A question about images as the harness gets it: a `query` with a place for each image, `answer`, paths of
-    `images`.
+    """Turn a question about images into what the harness gets.
 
-    The paths in the row are relative to the folder. Images of a question that will not be asked are not read.
+    That is a `query` with a place for each image, an `answer`, and the paths of `images`. The paths in the row are relative to the folder. Images of a question that will not be asked are not read.
 
     Raises:
         LayerPruneError: An image does not exist or can't be read, or the query does not have one placeholder for each.

@@ -68,10 +68,9 @@ def find_text(name: str) -> Text:
 def windows(
     text: str, tokenizer: PreTrainedTokenizerBase, length: int, most: int | None = None, name: str = "the text"
 ) -> tuple[torch.Tensor, bool]:
-    """Cut a text into consecutive windows `[windows, length]`, the first `most` of them; an incomplete one is left
-    out.
+    """Cut a text into consecutive windows `[windows, length]`, and return the first `most` of them.
 
-    If the tokenizer begins texts with special tokens, every window begins with them too, because a model that was
+    An incomplete window is left out. If the tokenizer begins texts with special tokens, every window begins with them too, because a model that was
     trained with them predicts badly without. The second value says whether it does so.
 
     Raises:

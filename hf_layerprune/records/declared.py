@@ -27,8 +27,9 @@ _MAX_LANGUAGES = 100
 
 
 def front_matter(text: str, where: str = CARD) -> tuple[dict[str, Any], str]:
-    """Split a card (called `where` in errors) into the fields of its YAML block, in their order, and the text after
-    it.
+    """Split a card into the fields of its YAML block, in their order, and the text after it.
+
+    `where` names the card in errors.
 
     Raises:
         CheckpointError: The YAML can't be read, so rewriting it would lose what somebody wrote.

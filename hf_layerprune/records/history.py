@@ -24,8 +24,9 @@ _NO_SETTINGS = ("changed_tensors", "input_weights", "seconds")
 
 @dataclass(frozen=True)
 class Stage:
-    """One entry of a lineage: `prune`, `repair`, `heal`, ... The tensors that it changed have their names in the final
-    model.
+    """One entry of a lineage: `prune`, `repair`, `heal`, ...
+
+    The tensors that it changed have their names in the final model.
     """
 
     name: str

@@ -106,10 +106,9 @@ class Lineage:
         return known | ({weights_hash(self.base["files"])} if self.base.get("files") else set())
 
     def record(self, folder: Path, entry: dict[str, Any]) -> None:
-        """Append an entry (see [`stage`]) and write the history into the stage's output, as the last thing that a
-        stage does.
+        """Append an entry (see [`stage`]), and write the history into the stage's output.
 
-        Added to the entry are `input_weights`, the hash of the weights from the previous stage; `weights`, the hash of
+        This is the last thing that a stage does. Added to the entry are `input_weights`, the hash of the weights from the previous stage; `weights`, the hash of
         the weights from this stage; and `files`, the sha256 of every other file that affects the model's behaviour:
         config, tokenizer, chat template, generation settings.
         """

@@ -64,9 +64,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A bound, and the numbers that it applies to, each with the task, text or workload that it was measured on, if
-    any.
-    """
+    """A bound, and the numbers that it applies to, each with what it was measured on, if anything."""
 
     bound: Bound
     measured: tuple[tuple[str, float], ...]

@@ -49,10 +49,10 @@ class Norm:
 
 @torch.no_grad()
 def find_norm(layer: nn.Module, x: torch.Tensor, run: Callable[[], object]) -> Norm | None:
-    """Find the RMS norm in a layer that reads a module's output `x`; `run` runs the layer on the input that gives this
-    output.
+    """Find the RMS norm in a layer that reads a module's output `x`.
 
-    `None` if there is none, if several modules read it, or if it is another kind of norm.
+    `run` runs the layer on the input that gives this output. Returns `None` if there is no norm, if several modules
+    read the output, or if it is another kind of norm.
     """
     readers: list[tuple[str, nn.Module]] = []
 

@@ -26,8 +26,9 @@ class Divergence:
 
 
 class Reference:
-    """The next-token distributions (from `[tokens, vocabulary]`) that a model is compared with, and what depends on
-    them alone.
+    """The next-token distributions that a model is compared with, and what depends on them alone.
+
+    They are given as logits `[tokens, vocabulary]`.
     """
 
     def __init__(self, logits: torch.Tensor) -> None:

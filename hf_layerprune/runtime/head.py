@@ -56,10 +56,9 @@ class LogitTransform:
 
 @dataclass(frozen=True)
 class Head:
-    """Maps states to logits: the product with a weight `[vocabulary, width]`, a bias if there is one, and the
-    transform.
+    """Maps hidden states to logits.
 
-    Without a weight, the states are the logits.
+    It multiplies by a weight `[vocabulary, width]`, adds a bias if there is one, and applies the transform. Without a weight, the states are the logits.
     """
 
     weight: torch.Tensor | None = None
@@ -123,10 +122,9 @@ class OutputHead:
 
     @torch.compiler.disable(recursive=False)
     def states(self, *args: Any, run: Callable[..., Any] | None = None, **kwargs: Any) -> torch.Tensor:
-        """Run the model up to its head, or call `run` instead of the model, such as the forward method that was
-        patched.
+        """Run the model up to its head.
 
-        Returns what `head()` takes, `[batch, seq, width]`. Gradients flow if they are enabled.
+        `run` is called instead of the model if it is given, such as the forward method that was patched. Returns what `head()` takes, `[batch, seq, width]`. Gradients flow if they are enabled.
         """
         run = run or self.model
         if not self.is_linear:

@@ -45,8 +45,8 @@ better; to find out which it is here, make a curve: COMMAND. Nothing was timed h
 class Advice:
     """What to do, and why.
 
-    `settings` are for `sft_tail.py`, as in its YAML files; empty if there is no time to train. `command` has the words
-    to type. `text` is for people, and `record` for machines.
+    `settings` are those of a YAML file for `sft_tail.py`, and are empty if there is no time to train. `command` is the
+    command line, split into words. `text` is the advice in words, and `record` the same as JSON.
     """
 
     settings: dict[str, Any]

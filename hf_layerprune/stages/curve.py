@@ -29,8 +29,6 @@ from ..layer_ranges import name_layers, parse_layers
 from ..options import (
     DEFAULT_DROP,
     AmountOptions,
-    declared,
-    find,
     listed,
     plural,
     spell_bytes,
@@ -129,10 +127,7 @@ def quality_curve(base: str, output: str | os.PathLike[str] | None = None, **opt
         CheckpointError: The base can't be read, or the folder holds something else.
         UnsupportedModelError: The architecture is not proven, or its layers can't be run one at a time.
     """
-    for name in options:
-        find("option", name, [name for name in declared(RankRequest) if name not in ("base", "output", "curve")])
-    place = None if output is None else Path(output)
-    return make_curve(RankRequest(base, output=place, curve=True, **options))
+    return make_curve(RankRequest.called(base, output, True, options))
 
 
 def make_curve(request: RankRequest) -> Curve:

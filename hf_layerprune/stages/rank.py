@@ -19,7 +19,7 @@ from ..errors import CheckpointError, CutError, LayerPruneError, UnsupportedMode
 from ..files.copy import write_text
 from ..files.folders import check_target, new_folder
 from ..layer_ranges import format_layers, name_layers
-from ..options import AMOUNTS, CutOptions, declared, find, take
+from ..options import AMOUNTS, CutOptions, take
 from ..records.lineage import peak_rss, versions
 from ..runtime.loading import load_base, load_config
 from ..select import CRITERIA, drop_count, find_criterion
@@ -127,10 +127,7 @@ def rank_layers(base: str, output: str | os.PathLike[str] | None = None, **optio
         CheckpointError: The base or the calibration set can't be read, or the output can't be written.
         UnsupportedModelError: The architecture is not proven, or its layers can't be run one at a time.
     """
-    of_ranking = [name for name in declared(RankRequest) if name not in ("base", "output", "curve", "curve_up_to")]
-    for name in options:
-        find("option", name, of_ranking)
-    return rank(RankRequest(base, output=None if output is None else Path(output), **options))
+    return rank(RankRequest.called(base, output, False, options))
 
 
 def rank(request: RankRequest) -> Ranking:

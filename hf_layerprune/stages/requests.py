@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from ..options import (
     TuningOptions,
     declared,
     documented,
+    find,
     listed,
     option,
     refuse_unused,
@@ -162,6 +164,16 @@ class RankRequest(WalkOptions, CalibrationOptions, ChoiceOptions):
         None, "Maximum number of layers to drop on the curve; by default half of them", whole(1, 10_000)
     )
     force: bool = option(False, "Replace the ranking or the curve in OUTPUT")
+
+    @classmethod
+    def called(
+        cls, base: str, output: str | os.PathLike[str] | None, curve: bool, options: Mapping[str, Any]
+    ) -> RankRequest:
+        """The request that a call in Python makes, with its keyword arguments as options."""
+        fixed = {"base": base, "output": None if output is None else Path(output), "curve": curve}
+        for name in options:
+            find("option", name, [known for known in declared(cls) if known not in fixed])
+        return cls(**fixed, **options)
 
     def settle(self) -> None:
         """Refuse what only a curve, or only a ranking, uses."""

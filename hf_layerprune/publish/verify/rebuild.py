@@ -47,8 +47,9 @@ class TensorHash(NamedTuple):
 
 @dataclass(frozen=True)
 class WeightFile:
-    """The hashes of a safetensors file and its tensors, and its notes, which decide how some quantised ones are
-    unpacked.
+    """The hashes of a safetensors file and its tensors, and its metadata.
+
+    The metadata decides how some quantised tensors are unpacked.
     """
 
     sha256: str
