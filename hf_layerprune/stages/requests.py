@@ -170,10 +170,9 @@ class RankRequest(WalkOptions, CalibrationOptions, ChoiceOptions):
         cls, base: str, output: str | os.PathLike[str] | None, curve: bool, options: Mapping[str, Any]
     ) -> RankRequest:
         """The request that a call in Python makes, with its keyword arguments as options."""
-        fixed = {"base": base, "output": None if output is None else Path(output), "curve": curve}
         for name in options:
-            find("option", name, [known for known in declared(cls) if known not in fixed])
-        return cls(**fixed, **options)
+            find("option", name, [known for known in declared(cls) if known not in ("base", "output", "curve")])
+        return cls(base, output=None if output is None else Path(output), curve=curve, **options)
 
     def settle(self) -> None:
         """Refuse what only a curve, or only a ranking, uses."""
