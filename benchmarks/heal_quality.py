@@ -139,9 +139,9 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Yardstick]:
 
     from hf_layerprune.layer_ranges import parse_layers
     from hf_layerprune.runtime.loading import load_base, load_tokenizer
-    from hf_layerprune.screen import settle
+    from hf_layerprune.screen import configure_output
 
-    settle()
+    configure_output()
     torch.set_num_threads(args.threads)
     base = dense_folder(args)
     dense, tokenizer = load_base(base, dtype="auto").eval(), load_tokenizer(base)

@@ -14,10 +14,10 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, NoReturn
 
-from .commands import COMMANDS, Answer
-from .errors import explain, one_line, shown, wants_traceback
-from .options import AnswerOptions, ScreenOptions, add, gather
-from .screen import settle
+from .commands import COMMANDS, Result
+from .errors import explain, one_line, sanitize, wants_traceback
+from .options import DisplayOptions, ResultOptions, add_options, options_from_args
+from .screen import configure_output
 from .versions import __version__
 
 
@@ -34,7 +34,7 @@ class _Parser(argparse.ArgumentParser):
         return values, unknown
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"hf-layerprune: {one_line(shown(message))} (see {self.prog} --help)\n")
+        self.exit(2, f"hf-layerprune: {one_line(sanitize(message))} (see {self.prog} --help)\n")
 
 
 def _command(name: str) -> ModuleType:
@@ -45,18 +45,18 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = _Parser(prog="hf-layerprune", description="Drop whole decoder layers from Hugging Face language models.")
     parser.add_argument("--version", action="version", version=f"hf-layerprune {__version__}")
-    add(parser, ScreenOptions)
+    add_options(parser, DisplayOptions)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = _command(name)
         command = commands.add_parser(name, help=module.HELP, description=module.DESCRIPTION)
-        add(command, module.Request, exclusive=getattr(module, "EXCLUSIVE", ()))
-        add(command, _screen_of(module))
+        add_options(command, module.Request, exclusive=getattr(module, "EXCLUSIVE", ()))
+        add_options(command, _display_options(module))
     return parser
 
 
-def _screen_of(command: ModuleType) -> type[ScreenOptions]:
-    return getattr(command, "Screen", AnswerOptions)
+def _display_options(command: ModuleType) -> type[DisplayOptions]:
+    return getattr(command, "Display", ResultOptions)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,37 +72,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     command = _command(args.command)
-    screen = gather(args, _screen_of(command))
-    settle(quiet=screen.quiet)
+    display = options_from_args(args, _display_options(command))
+    configure_output(quiet=display.quiet)
     try:
-        answer = command.run(gather(args, command.Request))
+        result = command.run(options_from_args(args, command.Request))
         try:
-            return _show(answer, screen)
+            return _show(result, display)
         except BrokenPipeError:  # the reader, such as `head`, has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return answer.code
+            return result.exit_code
     except (Exception, KeyboardInterrupt) as error:
-        if screen.debug or wants_traceback():
-            print(shown(traceback.format_exc()), file=sys.stderr)
+        if display.debug or wants_traceback():
+            print(sanitize(traceback.format_exc()), file=sys.stderr)
         return _fail(*explain(error, "--debug"))
 
 
-def _show(answer: Answer, screen: ScreenOptions) -> int:
+def _show(result: Result, display: DisplayOptions) -> int:
     """Print the result of a command, with control characters escaped and tokens masked."""
-    for line in answer.errors:
-        _fail(line, answer.code)
-    if isinstance(screen, AnswerOptions) and screen.json:
-        print(shown(json.dumps(answer.data)), flush=True)
-        return answer.code
-    if answer.text:
-        print(shown(answer.text))
-    following = f"next: {shlex.join(answer.then)}" if answer.then and not screen.quiet else ""
-    if line := "; ".join(filter(None, (answer.made, following))):
-        print(shown(f"\n{line}" if answer.text else line))
+    for line in result.errors:
+        _fail(line, result.exit_code)
+    if isinstance(display, ResultOptions) and display.json:
+        print(sanitize(json.dumps(result.data)), flush=True)
+        return result.exit_code
+    if result.text:
+        print(sanitize(result.text))
+    following = f"next: {shlex.join(result.follow_up)}" if result.follow_up and not display.quiet else ""
+    if line := "; ".join(filter(None, (result.summary, following))):
+        print(sanitize(f"\n{line}" if result.text else line))
     sys.stdout.flush()
-    return answer.code
+    return result.exit_code
 
 
-def _fail(message: str, code: int) -> int:
+def _fail(message: str, exit_code: int) -> int:
     print(f"hf-layerprune: {one_line(message)}", file=sys.stderr)
-    return code
+    return exit_code

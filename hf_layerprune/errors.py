@@ -22,11 +22,11 @@ _UNPRINTABLE = re.compile(
 _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")
 # A password in an address, such as that of a mirror of the Hub (HF_ENDPOINT); a path has one of the two slashes.
 _PASSWORD = re.compile(r"(?<=:/)(/?)[^/\s@]{1,300}@")
-_MOST = 300  # characters to keep of a library's message
+_MAX_MESSAGE = 300  # characters to keep of a library's message
 # Exceptions whose message is clear without the class name.
 _PLAIN = (OSError, ValueError, RuntimeError, ImportError)
 # What torch says of a file that it could not write, as on a full disk: the system's error is lost in its writer.
-_CUT_OFF = re.compile(r"inline_container\S* \. unexpected pos|PytorchStreamWriter failed writing|basic_ios::clear")
+_TRUNCATED = re.compile(r"inline_container\S* \. unexpected pos|PytorchStreamWriter failed writing|basic_ios::clear")
 DEBUG = "HF_LAYERPRUNE_DEBUG"
 
 
@@ -87,7 +87,7 @@ def cause_of(error: BaseException) -> str:
         if isinstance(one, UnicodeEncodeError) and one.object.startswith("Bearer "):  # the header of a request
             return "the Hub token has characters that no token has; copy it again, and set HF_TOKEN or run `hf auth login`"
     text = one_line(str(error))
-    if _CUT_OFF.search(text):
+    if _TRUNCATED.search(text):
         return "a checkpoint could not be written whole; free some space on its disk, or write elsewhere"
     if not text and isinstance(error, AssertionError) and (frames := traceback.extract_tb(error.__traceback__)):
         text = one_line(frames[-1].line or "")  # what was asserted
@@ -95,7 +95,7 @@ def cause_of(error: BaseException) -> str:
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     if "above report" in text and os.environ.get("TRANSFORMERS_VERBOSITY") == "error":  # transformers' own, silenced
         text = f"{text.rstrip('!')}, which TRANSFORMERS_VERBOSITY=warning shows"
-    return text if len(text) <= _MOST else text[: _MOST - 3] + "..."
+    return text if len(text) <= _MAX_MESSAGE else text[: _MAX_MESSAGE - 3] + "..."
 
 
 def explain(error: BaseException, debug: str = f"{DEBUG}=1") -> tuple[str, int]:
@@ -124,15 +124,15 @@ def wants_traceback() -> bool:
 
 def one_line(text: str) -> str:
     """Collapse white space and escape control characters."""
-    return shown(" ".join(text.split()))
+    return sanitize(" ".join(text.split()))
 
 
-def shown(text: str) -> str:
+def sanitize(text: str) -> str:
     """Escape control characters other than line ends, and mask secrets."""
-    return "\n".join(_UNPRINTABLE.sub(_escape, line) for line in masked(text).split("\n"))
+    return "\n".join(_UNPRINTABLE.sub(_escape, line) for line in mask_secrets(text).split("\n"))
 
 
-def masked(text: str) -> str:
+def mask_secrets(text: str) -> str:
     """Mask Hub tokens, and passwords in addresses."""
     return _PASSWORD.sub(r"\1***@", _TOKEN.sub(r"\1_***", text))
 

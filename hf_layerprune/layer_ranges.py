@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from .errors import CutError
 
-MOST_LAYERS = 1_000  # far above any real model; limits what a damaged or hostile file can request
+MAX_LAYERS = 1_000  # far above any real model; limits what a damaged or hostile file can request
 _PART = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?", re.ASCII)
 
 
@@ -30,7 +30,7 @@ def parse_layers(text: str) -> list[int]:
     return sorted(layers)
 
 
-def blocks(layers: Collection[int]) -> list[tuple[int, int]]:
+def find_blocks(layers: Collection[int]) -> list[tuple[int, int]]:
     """Group layers into blocks of adjacent ones: for each, its first layer and the index after its last."""
     found: list[tuple[int, int]] = []
     for i in sorted(layers):
@@ -41,9 +41,9 @@ def blocks(layers: Collection[int]) -> list[tuple[int, int]]:
 
 def format_layers(layers: Collection[int]) -> str:
     """Format a set of layers as ranges: `[20, 21, 22, 29]` becomes `20-22,29`."""
-    return ",".join(f"{first}-{end - 1}" if end - first > 1 else str(first) for first, end in blocks(layers))
+    return ",".join(f"{first}-{end - 1}" if end - first > 1 else str(first) for first, end in find_blocks(layers))
 
 
-def name_layers(layers: Collection[int]) -> str:
+def describe_layers(layers: Collection[int]) -> str:
     """Layers in a sentence: `layer 4`, `layers 20-22,29`."""
     return f"layer{'s' if len(layers) > 1 else ''} {format_layers(layers)}"

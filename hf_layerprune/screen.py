@@ -13,22 +13,22 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from .errors import masked, shown
+from .errors import mask_secrets, sanitize
 
 if TYPE_CHECKING:
     from huggingface_hub.utils import tqdm
 
 # Off unless the user has set them: bars of libraries that don't look where they are shown (loading weights, unpacking
 # GGUF files, tokenizing), and what libraries tell their developers.
-_CHATTER = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+_QUIET_DEFAULTS = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
-def settle(*, quiet: bool = False) -> None:
+def configure_output(*, quiet: bool = False) -> None:
     """Settle what this process, and those that it starts, may show; for commands, before libraries are imported.
 
     With `quiet`, only errors are shown: no progress bars, no remarks.
     """
-    for name, value in _CHATTER.items():
+    for name, value in _QUIET_DEFAULTS.items():
         os.environ.setdefault(name, value)
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -36,8 +36,8 @@ def settle(*, quiet: bool = False) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    logging.setLogRecordFactory(_Record)
-    logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[_Lines()])
+    logging.setLogRecordFactory(_MaskedRecord)
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[_ScreenHandler()])
     logging.getLogger("hf_layerprune").setLevel(logging.ERROR if quiet else logging.INFO)
     # Torch, which has a handler of its own, tells torchao's users here that one of torchao's calls is deprecated.
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
@@ -50,17 +50,17 @@ def progress_bar(*args: Any, **words: Any) -> tqdm:
     return tqdm(*args, **{"disable": None, "leave": False} | words)
 
 
-class _Record(logging.LogRecord):
+class _MaskedRecord(logging.LogRecord):
     """A line of any library's log, in which secrets are masked, such as the address of a mirror with a password."""
 
     def getMessage(self) -> str:
-        return masked(super().getMessage())
+        return mask_secrets(super().getMessage())
 
 
-class _Lines(logging.Handler):
+class _ScreenHandler(logging.Handler):
     """Writes each message above the progress bars, and escapes what a terminal would act on."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(shown(self.format(record)), file=sys.stderr)
+        tqdm.write(sanitize(self.format(record)), file=sys.stderr)

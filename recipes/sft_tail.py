@@ -51,20 +51,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from hf_layerprune.screen import settle
+from hf_layerprune.screen import configure_output
 
 if __name__ == "__main__":
-    settle()  # before the libraries are imported
+    configure_output()  # before the libraries are imported
 
 try:
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 except ImportError:
     sys.exit('error: this recipe needs TRL: pip install "hf-layerprune[train]"')
 
-from hf_layerprune.errors import CutError, LayerPruneError, boundary, explain, shown, wants_traceback
+from hf_layerprune.errors import CutError, LayerPruneError, boundary, explain, sanitize, wants_traceback
 from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.options import FinishOptions, RowOptions
-from hf_layerprune.options import DTYPES, CutOptions, arguments, refuse_unused, take
+from hf_layerprune.options import DTYPES, CutOptions, argument_dataclass, copy_fields, refuse_unused
 from hf_layerprune.records.requirements import RequireOptions
 from hf_layerprune.runtime.model_class import whole_models
 from hf_layerprune.stages.requests import PruneRequest
@@ -85,9 +85,9 @@ logger = logging.getLogger("hf_layerprune.recipe")
 TRAINED = ".trained"
 
 # The cut and the repair. A model that is pruned already is used as it is.
-CutArguments = arguments("CutArguments", CutOptions, skip=("seed",))
+CutArguments = argument_dataclass("CutArguments", CutOptions, skip=("seed",))
 # What the finished model must reach.
-RequireArguments = arguments("RequireArguments", RequireOptions)
+RequireArguments = argument_dataclass("RequireArguments", RequireOptions)
 
 
 @dataclass
@@ -238,7 +238,7 @@ def prune(model_args: ModelArguments, cut_args: CutOptions, training_args: HealC
 
     folder = Path(str(training_args.output_dir)) / "pruned"
     named = {"base": model_args.model_name_or_path, "output": str(folder), "revision": revision_of(model_args)}
-    request = take(PruneRequest, cut_args, seed=training_args.seed, **named)
+    request = copy_fields(PruneRequest, cut_args, seed=training_args.seed, **named)
     with training_args.main_process_first(local=False, desc="pruning"):
         if training_args.process_index == 0 and not was_made(request, folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -362,7 +362,7 @@ class Parser(TrlParser):
     """Takes options by their full names, and repeats no token that was given where something else belongs."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(shown(message))
+        super().error(sanitize(message))
 
 
 def make_parser() -> TrlParser:
@@ -379,7 +379,7 @@ def run() -> int:
         missed, code = main(*settings), 1
     except (Exception, KeyboardInterrupt) as error:
         if wants_traceback():
-            print(shown(traceback.format_exc()), file=sys.stderr)
+            print(sanitize(traceback.format_exc()), file=sys.stderr)
         message, code = explain(error)
         missed = [message]
     for line in missed:

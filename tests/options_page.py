@@ -13,7 +13,7 @@ from pathlib import Path
 from hf_layerprune.adapter.config import LayerDropConfig
 from hf_layerprune.cli import build_parser
 from hf_layerprune.heal.options import FinishOptions, HealOptions, RowOptions
-from hf_layerprune.options import CutOptions, declared
+from hf_layerprune.options import CutOptions, option_fields
 from hf_layerprune.records.requirements import RequireOptions
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "options.md"
@@ -53,7 +53,7 @@ def _of_command(parser: argparse.ArgumentParser) -> list[tuple[str, str, str]]:
 
 
 def _of_config(cls: type) -> list[tuple[str, str, str]]:
-    known = declared(cls)
+    known = option_fields(cls)
     rows = []
     for field in dataclasses.fields(cls):
         if field.name in known:

@@ -18,7 +18,7 @@ from hf_layerprune import CutError
 from hf_layerprune.cli import build_parser, main
 from hf_layerprune.heal.frontier import Frontier
 from hf_layerprune.layer_ranges import parse_layers
-from hf_layerprune.options import gather
+from hf_layerprune.options import options_from_args
 from hf_layerprune.repair.fit import check_repair
 from hf_layerprune.runtime.loading import load_config
 from hf_layerprune.stages.advise import _like_the_paper, advise
@@ -103,7 +103,7 @@ def test_a_curve_of_the_model_sets_the_scale(base: Path, tmp_path: Path, capsys:
     told = said(capsys, base, "--from-curve", tmp_path / "curve", "--drop", "2", "--minutes", "0.001")
     assert told["kl"] == pytest.approx((point.get("repaired") or point["cut"])["kl"], rel=1e-3)
     assert told["settings"] == {}
-    request = gather(build_parser().parse_args(told["command"][1:]), PruneRequest)
+    request = options_from_args(build_parser().parse_args(told["command"][1:]), PruneRequest)
     request.refuse_unused()  # words that prune takes
     assert request.drop_layers == parse_layers(point["layers"])
 
@@ -126,7 +126,7 @@ def test_a_target_is_advised_as_it_was_counted(base: Path, capsys: pytest.Captur
         kept = {"target_memory": 1_200_000, "context": 256, "batch": 8, "target_dtype": "float32"}
         assert kept.items() <= told["settings"].items()
     else:
-        request = gather(build_parser().parse_args(told["command"][1:]), PruneRequest)
+        request = options_from_args(build_parser().parse_args(told["command"][1:]), PruneRequest)
         assert (request.target_memory, request.context, request.batch) == (1_200_000, 256, 8)
         assert request.target_dtype == "float32"
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from hf_layerprune.layer_ranges import name_layers
+from hf_layerprune.layer_ranges import describe_layers
 from hf_layerprune.publish.card import metadata, regions, render, tables
 from hf_layerprune.publish.card.render import Card
 from hf_layerprune.records.declared import front_matter
@@ -387,7 +387,7 @@ def test_choosing_and_repairing_have_times_of_their_own() -> None:
 
 @pytest.mark.parametrize("dropped", [[2], [2, 3]])
 def test_the_reason_of_a_choice_does_not_repeat_its_layers(dropped: list[int]) -> None:
-    named = name_layers(dropped)
+    named = describe_layers(dropped)
     entry = {"settings": {"drop_layers": dropped}, "selection": {"why": f"{named} (best block): the lowest KL"}}
     line = tables.stage_line(Stage("prune", entry, frozenset()))
     assert f"{named} dropped (the lowest KL)" in line

@@ -17,7 +17,7 @@ from hf_layerprune.errors import CheckpointError
 from hf_layerprune.files import copy as files
 from hf_layerprune.files import folders
 from hf_layerprune.files.copy import check_inside, write_bytes
-from hf_layerprune.options import spell_bytes
+from hf_layerprune.options import format_bytes
 from hf_layerprune.records.licences import copy_licence
 
 from .cutting import cut_checkpoint, write_checkpoint
@@ -181,11 +181,11 @@ def test_missing_folders_above_the_target_are_made(base, tmp_path):
 
 def test_a_full_disk_is_foreseen(base, tmp_path, monkeypatch, caplog):
     plan = plan_cut(base, [1])
-    needed, kept = plan.target_bytes, spell_bytes(plan.weight_bytes)
+    needed, kept = plan.target_bytes, format_bytes(plan.weight_bytes)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": needed - 1}))
     with pytest.raises(
         CheckpointError,
-        match=f"needs {spell_bytes(needed)}, but its disk has only {spell_bytes(needed - 1)} free; free some space",
+        match=f"needs {format_bytes(needed)}, but its disk has only {format_bytes(needed - 1)} free; free some space",
     ):
         cut(base, tmp_path / "cut")
     assert beside(base) == ["base"]

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_layerprune import LayerDropConfig, drop_layers
 from hf_layerprune.cli import main
-from hf_layerprune.options import spell_bytes
+from hf_layerprune.options import format_bytes
 
 from .folders import snapshot
 from .limits import largest_file
@@ -295,7 +295,7 @@ def test_inspect(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["file_bytes"][0] == sum(path.stat().st_size for path in base.glob("*.safetensors"))
     assert found["memory_bytes"][0] > found["memory_bytes"][1] > found["file_bytes"][1]
     assert (
-        f"{spell_bytes(found['file_bytes'][1])} of weight files, {spell_bytes(found['memory_bytes'][1])} in memory."
+        f"{format_bytes(found['file_bytes'][1])} of weight files, {format_bytes(found['memory_bytes'][1])} in memory."
         in out
     )
     assert f"key-value cache of {found['context']:,} tokens" in out
@@ -313,7 +313,7 @@ def test_a_reader_that_has_read_enough(base: Path) -> None:
 
 def test_a_terminal_that_lacks_characters() -> None:
     """What took an hour to measure is shown all the same."""
-    script = "from hf_layerprune import cli; cli.settle(); print('1 \u00b1 2')"
+    script = "from hf_layerprune import cli; cli.configure_output(); print('1 \u00b1 2')"
     env = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=600)
     assert (done.stdout, done.stderr) == ("1 \\xb1 2\n", "")

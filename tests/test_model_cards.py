@@ -15,7 +15,7 @@ from packaging.version import Version
 
 from hf_layerprune.cli import build_parser
 from hf_layerprune.errors import CheckpointError
-from hf_layerprune.options import gather
+from hf_layerprune.options import options_from_args
 from hf_layerprune.publish.requests import VerifyRequest
 from hf_layerprune.publish.verify.verdict import verify
 from hf_layerprune.records.fingerprints import identity_of
@@ -91,7 +91,7 @@ def asked(model: make.Model) -> dict[str, Any]:
         words += [word.replace("_", "-") if word.startswith("--") else word for word in model.words]
     else:
         words = ["--drop-layers", "0"] if model.same_layers else [*model.made]
-    request = gather(build_parser().parse_args(["prune", "base", "out", *words]), PruneRequest)
+    request = options_from_args(build_parser().parse_args(["prune", "base", "out", *words]), PruneRequest)
     return settings_of(request.with_calibration(), [])
 
 

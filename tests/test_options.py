@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hf_layerprune import CutError, LayerDropConfig
 from hf_layerprune.measure.requests import BenchRequest, EvalRequest
-from hf_layerprune.options import CutOptions, add, declared, gather, take, words_of
+from hf_layerprune.options import CutOptions, add_options, copy_fields, option_fields, options_from_args, to_arguments
 from hf_layerprune.publish.requests import PushRequest, VerifyRequest
 from hf_layerprune.stages.requests import AdviseRequest, InspectRequest, PruneRequest, RankRequest
 
@@ -49,13 +49,13 @@ values = st.one_of(
 )  # fmt: skip
 
 
-@given(st.dictionaries(st.sampled_from(sorted(declared(CutOptions))), values, max_size=3))
+@given(st.dictionaries(st.sampled_from(sorted(option_fields(CutOptions))), values, max_size=3))
 def test_accepted_as_declared_or_refused(settings: dict[str, Any]) -> None:
     try:
         options = CutOptions(**settings)
     except CutError:
         return
-    again = take(CutOptions, options)
+    again = copy_fields(CutOptions, options)
     assert again == options
     assert options.drop_layers is None or all(type(i) is int for i in options.drop_layers)
 
@@ -73,14 +73,14 @@ def test_a_config_that_is_changed_later_is_checked_before_it_prunes() -> None:
 
 def test_a_command_line_gives_what_the_request_has() -> None:
     parser = argparse.ArgumentParser()
-    add(parser, PruneRequest)
-    assert gather(parser.parse_args(["base", "output"]), PruneRequest) == PruneRequest("base", "output")
+    add_options(parser, PruneRequest)
+    assert options_from_args(parser.parse_args(["base", "output"]), PruneRequest) == PruneRequest("base", "output")
     said = parser.parse_args(["b", "o", "--drop-layers", "2-3,5", "--no-tune-lm-head", "--tune-layers", "cut"])
-    request = gather(said, PruneRequest)
+    request = options_from_args(said, PruneRequest)
     assert (request.drop_layers, request.tune_lm_head, request.tune_layers) == ([2, 3, 5], False, "cut")
     parser = argparse.ArgumentParser()
-    add(parser, RankRequest)
-    assert gather(parser.parse_args(["base"]), RankRequest) == RankRequest("base")
+    add_options(parser, RankRequest)
+    assert options_from_args(parser.parse_args(["base"]), RankRequest) == RankRequest("base")
     assert "auto" not in RankRequest("base").criteria
     assert RankRequest("base", criteria=["all", "auto", "kl"]).criteria[-1] == "auto"
 
@@ -101,18 +101,18 @@ def test_what_would_be_ignored_is_refused(make: Callable[[], Any], message: str)
 
 def test_the_next_command_has_the_options_of_this_one() -> None:
     said = AdviseRequest("base", max_kl=0.2, minutes=30, from_curve=Path("my curve"), force=True)
-    assert words_of(said, "force") == ["--max-kl", "0.2", "--minutes", "30", "--from-curve", "my curve"]
+    assert to_arguments(said, "force") == ["--max-kl", "0.2", "--minutes", "30", "--from-curve", "my curve"]
     said = PushRequest(Path("model"), "me/model", private=True, include=("a", "b"), require="piqa>=0.6,kl<=1")
     words = ["--require", "piqa>=0.6,kl<=1", "--private", "--include", "a", "--include", "b"]
-    assert words_of(said, "dry_run") == words
+    assert to_arguments(said, "dry_run") == words
     for cls, request, place in (
         (AdviseRequest, AdviseRequest("b", target_size="2GB", revision="v1.0"), ["b"]),
         (PruneRequest, PruneRequest("b", "o", drop_layers=[2, 3, 5], tune_lm_head=False), ["b", "o"]),
         (PushRequest, said, ["model", "me/model"]),
     ):
         parser = argparse.ArgumentParser()
-        add(parser, cls)
-        assert gather(parser.parse_args([*place, *words_of(request)]), cls) == request
+        add_options(parser, cls)
+        assert options_from_args(parser.parse_args([*place, *to_arguments(request)]), cls) == request
 
 
 def test_the_page_is_up_to_date() -> None:
@@ -208,4 +208,4 @@ def test_a_saved_config_keeps_how_its_layers_were_chosen(tmp_path: Path) -> None
 
 def test_layers_are_instead_of_a_number() -> None:
     """Otherwise the next command would name both, which exclude each other."""
-    assert words_of(PruneRequest("b", "o", drop_layers=[3, 4]), "criterion") == ["--drop-layers", "3-4"]
+    assert to_arguments(PruneRequest("b", "o", drop_layers=[3, 4]), "criterion") == ["--drop-layers", "3-4"]

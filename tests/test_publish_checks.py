@@ -19,7 +19,7 @@ from hf_layerprune.files.hub import Repo
 from hf_layerprune.publish.card.writing import EVAL_MARK, declare, write_card
 from hf_layerprune.publish.hub import leaks
 from hf_layerprune.publish.hub import push as push_module
-from hf_layerprune.publish.hub.push import plan
+from hf_layerprune.publish.hub.push import plan_push
 from hf_layerprune.publish.hub.upload import PushError, Upload, Uploaded
 from hf_layerprune.publish.requests import CardRequest, PushRequest, VerifyRequest
 from hf_layerprune.publish.verify.places import Base
@@ -52,11 +52,11 @@ def folder(pruned: Path, tmp_path: Path) -> Path:
 
 
 def refusals(folder: Path, repo_id: str = "org/small", **request: Any) -> str:
-    return " | ".join(check.text for check in plan(PushRequest(folder, repo_id, **request)).refusals)
+    return " | ".join(check.text for check in plan_push(PushRequest(folder, repo_id, **request)).refusals)
 
 
 def warnings(folder: Path, repo_id: str = "org/small", **request: Any) -> str:
-    checks = plan(PushRequest(folder, repo_id, **request)).checks
+    checks = plan_push(PushRequest(folder, repo_id, **request)).checks
     return " | ".join(check.text for check in checks if check.level == "warning")
 
 
@@ -134,7 +134,7 @@ def test_records_that_were_edited(folder: Path) -> None:
 def test_licences_that_refuse(folder: Path, fields: dict[str, Any], repo_id: str, message: str) -> None:
     edit_base(folder, fields)
     assert message in refusals(folder, repo_id)
-    levels = {one.level for one in plan(PushRequest(folder, repo_id)).checks if one.name == "licence"}
+    levels = {one.level for one in plan_push(PushRequest(folder, repo_id)).checks if one.name == "licence"}
     assert levels == {"refusal"}
 
 
@@ -148,7 +148,7 @@ def test_licences_that_allow(folder: Path) -> None:
     edit_base(folder, {"license": "llama3.1"})
     (folder / "LICENSE").write_text("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT")
     assert refusals(folder, "org/Llama-small") == ""  # the push writes the NOTICE file
-    assert "NOTICE" in plan(PushRequest(folder, "org/Llama-small")).contents.files
+    assert "NOTICE" in plan_push(PushRequest(folder, "org/Llama-small")).contents.files
     assert not (folder / "NOTICE").exists()
     (folder / "LICENSE").unlink()
     assert "a copy of it must accompany the model" in refusals(folder, "org/Llama-small")
@@ -258,7 +258,7 @@ def test_secrets_in_the_header_of_weights(folder: Path) -> None:
 def test_what_only_the_user_named_is_scanned_by_everything(folder: Path, name: str, text: str) -> None:
     (folder / name).write_text(text)
     assert refusals(folder) == ""
-    assert name in plan(PushRequest(folder, "org/small")).contents.left_out
+    assert name in plan_push(PushRequest(folder, "org/small")).contents.left_out
     assert f"{name} line 1 contains what looks like a secret" in refusals(folder, include=(name,))
 
 
@@ -291,7 +291,7 @@ def test_only_what_is_allowed_is_published(folder: Path) -> None:
         (folder / name).write_text("{}")
     (folder / "LICENSE.Apache").write_text("Apache License")
     before = snapshot(folder)
-    contents = plan(PushRequest(folder, "org/small")).contents
+    contents = plan_push(PushRequest(folder, "org/small")).contents
     assert set(names) == set(contents.left_out)
     assert {
         "config.json",
@@ -302,7 +302,7 @@ def test_only_what_is_allowed_is_published(folder: Path) -> None:
         "metrics.json",
         "README.md",
     } <= set(contents.files)
-    contents = plan(PushRequest(folder, "org/small", include=("train.py", "assets/photo.png"))).contents
+    contents = plan_push(PushRequest(folder, "org/small", include=("train.py", "assets/photo.png"))).contents
     assert {"train.py", "assets/photo.png"} == set(names) & set(contents.files)
     assert snapshot(folder) == before
 
@@ -348,7 +348,7 @@ def test_a_link_that_was_put_there_after_the_files_were_listed(
 
     monkeypatch.setattr(push_module, "list_contents", swapped)
     with pytest.raises(CheckpointError, match=r"tokenizer.json became a link while it was read"):
-        plan(PushRequest(folder, "org/small"))
+        plan_push(PushRequest(folder, "org/small"))
 
 
 def test_weights_that_change_after_the_checks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -462,7 +462,7 @@ def test_adapters(
     assert "adapter_config.json was changed since prune wrote the model" in refusals(adapter)
     forge(adapter)
     assert refusals(adapter) == ""
-    files = plan(PushRequest(tmp_path / "whole", "org/small", adapter_only=True)).contents.files
+    files = plan_push(PushRequest(tmp_path / "whole", "org/small", adapter_only=True)).contents.files
     assert {"adapter_model.safetensors", "adapter_config.json", "lineage.json", "README.md"} <= set(files)
     assert main(["push", str(pruned), "org/small", "--adapter-only", "--dry-run"]) == 1
     assert "holds no adapter" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_layerprune import CutError, LayerDropConfig
-from hf_layerprune.options import AMOUNTS, BUDGETS, CutOptions, spell_bytes, spell_count
+from hf_layerprune.options import AMOUNTS, BUDGETS, CutOptions, format_bytes, format_count
 from hf_layerprune.options.quantities import BYTES, COUNT
 
 COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -44,8 +44,8 @@ def test_counts_are_exact(number, unit: str) -> None:
 
 @given(st.integers(1, 10**15))
 def test_what_is_spelled_reads_back_as_almost_the_same(value: int) -> None:
-    assert BYTES.check(spell_bytes(value)) == pytest.approx(value, rel=6e-4, abs=1)
-    assert COUNT.check(spell_count(value)) == pytest.approx(value, rel=6e-4, abs=1)
+    assert BYTES.check(format_bytes(value)) == pytest.approx(value, rel=6e-4, abs=1)
+    assert COUNT.check(format_count(value)) == pytest.approx(value, rel=6e-4, abs=1)
 
 
 @given(st.text(max_size=12))

@@ -9,8 +9,8 @@ from peft import PeftConfig, TaskType
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from ..errors import CutError
-from ..options import CutOptions, TuningOptions, check, documented, option
-from ..options.kinds import TEXT, checked, many, quoted
+from ..options import CutOptions, TuningOptions, check_options, documented, option
+from ..options.kinds import TEXT, check_value, quoted, tuple_of
 from ..select import registry  # noqa: F401 (enters the criteria among the choices)
 
 
@@ -74,17 +74,17 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
         self.is_saved = self.inference_mode is not False
         if self.is_saved:
             self.inference_mode = None  # type: ignore[assignment]
-        check(self)
+        check_options(self)
 
-    def settle(self) -> None:
-        super().settle()
+    def check_combination(self) -> None:
+        super().check_combination()
         if self.target_modules and self.target_modules != DUMMY_TARGET_MODULES:
             raise CutError(
                 f"target_modules={quoted(self.target_modules)} has no effect: this method tunes whole modules, which tune_layers, "
                 "tune_lm_head, tune_final_norm and modules_to_save name; leave it out"
             )
         if self.modules_to_save is not None:
-            self.modules_to_save = list(checked("modules_to_save", self.modules_to_save, many(TEXT)))
+            self.modules_to_save = list(check_value("modules_to_save", self.modules_to_save, tuple_of(TEXT)))
 
     @property
     def is_new(self) -> bool:

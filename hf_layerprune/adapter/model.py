@@ -24,7 +24,7 @@ from ..cut.lazy import SAVED
 from ..cut.memory import LayerCut, check_plain, drop_layers
 from ..errors import CutError, LayerPruneError
 from ..families.layout import find_decoder_layers, find_output_head, ties_head
-from ..options import check
+from ..options import check_options
 from ..options.kinds import quoted
 from ..repair.frozen import freeze, module_names, put, thaw
 from ..runtime.devices import is_offloaded
@@ -86,7 +86,7 @@ class LayerDropModel(BaseTuner):
         super()._check_new_adapter_config(config)
         if not isinstance(config, LayerDropConfig):
             raise LayerPruneError(f"a LayerDropConfig is needed, not a {type(config).__name__}")
-        check(config)  # again: its fields may have been set since it was made
+        check_options(config)  # again: its fields may have been set since it was made
         if not hasattr(self.model, "prepare_inputs_for_generation"):
             raise CutError(
                 f"{type(self.model).__name__} is not a causal language model, and only these are tuned; drop its layers "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .. import families
 from ..errors import CutError
 from ..families.layout import DecoderStack, find_final_norm, find_output_head
-from ..options import plural
+from ..options import pluralize
 from ..runtime.precision import is_packed
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def tuned_layers(cut: families.Cut, tune_layers: int | str | Collection[int]) ->
     if isinstance(tune_layers, int):
         if tune_layers > len(cut.keep):
             raise CutError(
-                f"tune_layers={tune_layers}, but the cut leaves {plural(len(cut.keep), 'layer')}; tune fewer"
+                f"tune_layers={tune_layers}, but the cut leaves {pluralize(len(cut.keep), 'layer')}; tune fewer"
             )
         return list(cut.keep[len(cut.keep) - tune_layers :])
     for i in tune_layers:

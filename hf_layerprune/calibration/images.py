@@ -15,7 +15,7 @@ import torch
 
 from ..errors import CheckpointError, CutError, boundary
 from ..families.multimodal import placeholders
-from ..options import plural
+from ..options import pluralize
 from ..runtime.loading import chats
 from .documents import Document, is_image, open_image, parts_of
 
@@ -71,7 +71,7 @@ def image_rows(
     if len(rows) < samples:
         fit = f", and {left_out} whose images take up to {longest} tokens" if left_out else ""
         raise CheckpointError(
-            f"calibration {source} has {plural(len(rows), 'row')} within calibration_length={length}{fit}, not {samples}; "
+            f"calibration {source} has {pluralize(len(rows), 'row')} within calibration_length={length}{fit}, not {samples}; "
             "use a smaller calibration_samples, a larger calibration_length, or more rows"
         )
     return rows
@@ -113,7 +113,7 @@ def _filled(chat: list[dict[str, Any]], images: list[Any], document: Document) -
     held = [_held(part) for part in places]
     if (empty := held.count(None)) != len(images):
         raise CheckpointError(
-            f"{document.where} has {plural(len(images), 'image')} for {plural(empty, 'place')} in its messages; give each image one place"
+            f"{document.where} has {pluralize(len(images), 'image')} for {pluralize(empty, 'place')} in its messages; give each image one place"
         )
     left = iter(images)
     for part, image in zip(places, held, strict=True):

@@ -24,7 +24,7 @@ import torch
 
 from ..errors import CheckpointError, CutError, boundary
 from ..families.multimodal import placeholders
-from ..options import plural
+from ..options import pluralize
 from ..records.names import public
 from ..runtime.loading import chats
 from ..runtime.windows import check_context, special_prefix, windows_of
@@ -175,7 +175,7 @@ def load_calibration(
             raise CutError('calibration="self" is text written by the dense model; pass the model')
         from .self_text import write_text_with
 
-        logger.info("the dense model writes %s of %d tokens to calibrate on", plural(samples, "row"), length)
+        logger.info("the dense model writes %s of %d tokens to calibrate on", pluralize(samples, "row"), length)
         return CalibrationSet.of(write_text_with(model, tokenizer, samples, length, seed), source, seed)
     if tokenizer is None:
         raise CutError(f"calibration={source!r} needs the model's tokenizer")
@@ -208,7 +208,7 @@ def _windows(
     rows = len(windows)
     if rows < samples:
         raise CheckpointError(
-            f"calibration {source} is too short: {len(ids):,} tokens make {plural(rows, 'row')} of {length}, not {samples}; use "
+            f"calibration {source} is too short: {len(ids):,} tokens make {pluralize(rows, 'row')} of {length}, not {samples}; use "
             "a smaller calibration_samples or calibration_length, or more text"
         )
     return windows[sorted(Random(seed).sample(range(rows), samples))]

@@ -1,4 +1,4 @@
-"""The commands, one module each: `HELP`, `DESCRIPTION`, `Request` (a dataclass of options), and `run(request) -> Answer`.
+"""The commands, one module each: `HELP`, `DESCRIPTION`, `Request` (a dataclass of options), and `run(request)`.
 
 A module turns a request into one call of the package that does the work, which it imports inside `run`, so that `--help`
 stays instant. To add a command, add its module, and its name in the list below, which is the order in `--help`.
@@ -19,27 +19,27 @@ COMMANDS = ("prune", "inspect", "rank", "advise", "recipes", "eval", "bench", "c
 
 
 @dataclass(frozen=True)
-class Answer:
+class Result:
     """The result of a command.
 
     Args:
-        made (`str`): One line: what was made, and where.
+        summary (`str`): One line: what was made, and where.
         text (`str`): What was found, as text.
         data (`dict[str, Any]`): All of it as data, which `--json` prints.
-        then (`tuple[str, ...]`): The command to run next, split into words.
+        follow_up (`tuple[str, ...]`): The command to run next, split into words.
         errors (`tuple[str, ...]`): What failed, one line each.
-        code (`int`): The exit code.
+        exit_code (`int`): The exit code.
     """
 
-    made: str = ""
+    summary: str = ""
     text: str = ""
     data: dict[str, Any] = field(default_factory=dict)
-    then: tuple[str, ...] = ()
+    follow_up: tuple[str, ...] = ()
     errors: tuple[str, ...] = ()
-    code: int = 0
+    exit_code: int = 0
 
 
-def hint(command: str, *words: object) -> tuple[str, ...]:
+def suggest(command: str, *words: object) -> tuple[str, ...]:
     """The command to run next, split into words; a word that is `None` is left out, with the option before it."""
     kept: list[str] = []
     for word in map(str, words):
@@ -50,14 +50,16 @@ def hint(command: str, *words: object) -> tuple[str, ...]:
     return ("hf-layerprune", command, *kept)
 
 
-def measured(request: EvalRequest | BenchRequest, metrics: Metrics, text: str, missed: Sequence[str] = ()) -> Answer:
+def measurement_result(
+    request: EvalRequest | BenchRequest, metrics: Metrics, text: str, missed: Sequence[str] = ()
+) -> Result:
     """The result of a command that measured a model, with the requirements that the model misses."""
     folder = Path(request.model).expanduser()
     own = folder / "metrics.json"
     place = request.output or (own if folder.is_dir() else None)
-    made = f"the numbers are in {place}" if place else ""
+    summary = f"the numbers are in {place}" if place else ""
     # A card shows the folder's own numbers.
-    then = hint("card", request.model) if place == own and (folder / "lineage.json").is_file() and not missed else ()
-    return Answer(
-        made, text, metrics.record, then, (f"missed: {', '.join(missed)}",) if missed else (), 1 if missed else 0
-    )
+    ready = place == own and (folder / "lineage.json").is_file() and not missed
+    follow_up = suggest("card", request.model) if ready else ()
+    errors = (f"missed: {', '.join(missed)}",) if missed else ()
+    return Result(summary, text, metrics.record, follow_up, errors, exit_code=1 if missed else 0)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..options import AMOUNTS, words_of
+from ..options import AMOUNTS, to_arguments
 from ..stages.requests import AdviseRequest as Request
-from . import Answer, hint
+from . import Result, suggest
 
 HELP = "recommend what to drop and how to heal it in the time available"
 DESCRIPTION = """Say how many layers of BASE to drop, and how to repair and heal it within --minutes on this machine, with
@@ -16,16 +16,16 @@ recipes/sft_tail.py there."""
 EXCLUSIVE = AMOUNTS
 
 
-def run(request: Request) -> Answer:
+def run(request: Request) -> Result:
     from ..stages.advise import advise
 
     advice = advise(request)
-    made = ""
+    summary = ""
     if request.output is not None:
-        made = f"the settings are in {request.output}, for recipes/sft_tail.py (hf-layerprune recipes)"
+        summary = f"the settings are in {request.output}, for recipes/sft_tail.py (hf-layerprune recipes)"
         if not advice.settings:
-            made = f"{request.output} is not written, since nothing is trained"
-    then = advice.command
+            summary = f"{request.output} is not written, since nothing is trained"
+    follow_up = advice.command
     if advice.settings and request.output is None:  # the command needs the file
-        then = hint("advise", request.base, "advice.yaml", *words_of(request, "force"))
-    return Answer(made, advice.text, advice.record | {"command": list(advice.command)}, then)
+        follow_up = suggest("advise", request.base, "advice.yaml", *to_arguments(request, "force"))
+    return Result(summary, advice.text, advice.record | {"command": list(advice.command)}, follow_up)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..measure.requests import BenchRequest as Request
-from . import Answer, measured
+from . import Result, measurement_result
 
 HELP = "measure speed, memory and size"
 DESCRIPTION = """Time MODEL and, with --base, the dense model in alternation: prefill and decode throughput at several batch
@@ -12,9 +12,9 @@ median of its repeats, with the minimum and the maximum, and goes to metrics.jso
 measure throughput in that engine."""
 
 
-def run(request: Request) -> Answer:
+def run(request: Request) -> Result:
     from ..measure.bench import bench
     from ..measure.report import report
 
     metrics = bench(request)
-    return measured(request, metrics, report(metrics, ("size", "speed", "memory")))
+    return measurement_result(request, metrics, report(metrics, ("size", "speed", "memory")))

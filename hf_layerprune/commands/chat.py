@@ -6,13 +6,13 @@ import time
 from contextlib import suppress
 from typing import NoReturn
 
-from ..options import ScreenOptions
+from ..options import DisplayOptions
 from ..publish.requests import ChatRequest as Request
 
 HELP = "chat with a pruned model, next to its dense base"
 DESCRIPTION = """Serve a chat with MODEL on this machine and, with --base, the same chat with the dense model next to it: the
 page that push --space publishes. Its address is printed."""
-Screen = ScreenOptions  # a page, not a result
+Display = DisplayOptions  # a page, not a result
 
 
 def run(request: Request) -> NoReturn:

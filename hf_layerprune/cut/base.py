@@ -14,7 +14,7 @@ from ..files.copy import FileState, check_inside
 from ..files.hub import Repo, hub_errors
 from ..files.json_file import read_object
 from ..files.shards import INDEX, MAX_INDEX, shard_names
-from ..options import plural, spell_bytes
+from ..options import format_bytes, pluralize
 from ..records.fingerprints import ADAPTER_CONFIG, CONFIG, TEMPLATES, is_part
 from ..runtime.loading import is_hub_id
 from .header import Header, Tensor, read_header
@@ -139,7 +139,7 @@ def read_weights(base: Base, kept: Callable[[Collection[str]], Collection[str]] 
         names = sorted({index["weight_map"][name] for name in kept(index["weight_map"])})
     if base.repo:
         if missing := [base.sizes.get(name, 0) for name in names if not (base.folder / name).exists()]:
-            files, size = plural(len(missing), "weight file"), spell_bytes(sum(missing))
+            files, size = pluralize(len(missing), "weight file"), format_bytes(sum(missing))
             logger.info("%s: downloading %s with tensors to keep (%s)", base.name, files, size)
         base.fetch(names)
     return _checked(base, {name: read_header(base.folder / name) for name in names}, index)

@@ -18,7 +18,7 @@ from .. import families
 from ..errors import CheckpointError
 from ..files.copy import FileState, LocalFile, check_space, copy_inside
 from ..files.shards import INDEX
-from ..options import plural, spell_bytes
+from ..options import format_bytes, pluralize
 from ..records.fingerprints import CONFIG
 from ..runtime.loading import load_config
 from ..screen import progress_bar
@@ -83,8 +83,8 @@ def fill(plan: CheckpointPlan, folder: Path, *, link: bool = False, name: str | 
     linked = {shard.target for shard in plan.shards if link and shard.whole}
     total = plan.target_bytes - sum(shard.size for shard in plan.shards if shard.target in linked)
     logger.info(
-        "%s: keeping %d of %s and %s of weights%s", plan.name, len(plan.cut.keep), plural(plan.cut.num_layers, "layer"),
-        spell_bytes(plan.weight_bytes), f"; linking {plural(len(linked), 'file')}" if linked else "",
+        "%s: keeping %d of %s and %s of weights%s", plan.name, len(plan.cut.keep), pluralize(plan.cut.num_layers, "layer"),
+        format_bytes(plan.weight_bytes), f"; linking {pluralize(len(linked), 'file')}" if linked else ""
     )  # fmt: skip
     check_space(folder.with_name(name), total, shutil.disk_usage(folder).free)
     with progress_bar(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=name) as bar:

@@ -25,7 +25,7 @@ from .. import families
 from ..errors import CheckpointError, boundary
 from ..families.layout import find_decoder_layers
 from ..families.quantization import names_layers
-from ..layer_ranges import name_layers
+from ..layer_ranges import describe_layers
 from ..runtime.loading import check_complete, check_config_of, is_hub_id, resolve_base
 from ..runtime.model_class import model_class_of
 from .base import Base, read_weights
@@ -115,7 +115,7 @@ def load_pruned(
     model.config._commit_hash = source.repo.commit if source.repo else None
     if saved is not None:
         setattr(model, SAVED, saved)
-        logger.info("loaded %s without %s of %d", base, name_layers(cut.drop), n)
+        logger.info("loaded %s without %s of %d", base, describe_layers(cut.drop), n)
     # Without a name, `from_pretrained` has loaded no generation settings.
     if kwargs.get("generation_config") is None and model.can_generate() and hasattr(model, "adjust_generation_fn"):
         unset: dict[str, Any] = dict.fromkeys(("cache_dir", "proxies", "revision", "token"))

@@ -26,8 +26,8 @@ from .. import families
 from ..errors import CutError, boundary
 from ..families.layout import find_decoder_layers
 from ..families.multimodal import path_to_text
-from ..layer_ranges import name_layers
-from ..options.kinds import LAYERS, checked
+from ..layer_ranges import describe_layers
+from ..options.kinds import LAYERS, check_value
 from ..runtime.devices import is_offloaded
 from ..runtime.model_class import model_without_weights, whole_models
 from .check import CannotCheckError, bypassed_logits, check_logits
@@ -170,7 +170,7 @@ def drop_layers(
         LayerPruneError: The pruned model gives different logits. The model is unchanged.
     """
     check_plain(model)
-    cut = families.make_cut(model.config, checked("drop_layers", layers, LAYERS))
+    cut = families.make_cut(model.config, check_value("drop_layers", layers, LAYERS))
     new_config = families.cut_config(model.config, cut)
     stack = find_decoder_layers(model)
     live = dict(model.named_modules(remove_duplicate=False))
@@ -205,7 +205,7 @@ def drop_layers(
         except BaseException:  # a wrong cut, and also memory that ran out or an interrupt: the model stays whole
             made.restore()
             raise
-    logger.info("dropped %s of %d from %s", name_layers(cut.drop), cut.num_layers, stack.path)
+    logger.info("dropped %s of %d from %s", describe_layers(cut.drop), cut.num_layers, stack.path)
     # The changes reference the old layers and would keep them in memory.
     return made if keep_dropped else LayerCut(cut, [], [])
 

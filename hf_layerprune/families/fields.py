@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CutError
-from ..options.kinds import index_of
+from ..options.kinds import as_integer
 
 # Names of lists of whole layers; lists of parts of layers (`attentions`, `ffns`) are not included.
 LIST_NAMES = ("layers", "layer", "h", "blocks", "block")
@@ -55,7 +55,7 @@ def cut_without(drop_layers: Sequence[int], num_layers: int) -> Cut:
     """
     gone: set[int] = set()
     for item in drop_layers:
-        i = index_of(item)
+        i = as_integer(item)
         if i is None:
             raise CutError(
                 f"drop_layers has {item!r}, which is not a layer index; specify layers of 0..{num_layers - 1}"

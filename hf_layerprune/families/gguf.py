@@ -8,7 +8,7 @@ tensors and keys, or on a fixed period or layer count that is noted here. Archit
 
 from typing import NamedTuple
 
-from ..layer_ranges import MOST_LAYERS
+from ..layer_ranges import MAX_LAYERS
 
 
 def _words(text: str) -> frozenset[str]:
@@ -82,7 +82,7 @@ ARCHITECTURES: dict[str, ArchRule] = {
     "olmo2": ArchRule(4, _WINDOW, only_if="attention.sliding_window"),
     "llama4": ArchRule(4, _WINDOW),
     "exaone4": ArchRule(counts=(frozenset({64}),)),
-    "command-r": ArchRule(counts=(frozenset(range(64, MOST_LAYERS + 1)),)),
+    "command-r": ArchRule(counts=(frozenset(range(64, MAX_LAYERS + 1)),)),
     "deepseek2": ArchRule(counts=(frozenset({26, 27}), frozenset({47}), frozenset({48}))),
     # Linear and full attention alternate.
     "qwen3next": ArchRule(4, _INTERVAL),

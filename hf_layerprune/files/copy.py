@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from ..errors import CheckpointError
-from ..options import spell_bytes
+from ..options import format_bytes
 
 CHUNK = 1 << 20  # fits into the processor's cache
 # Bytes to write before the system is asked to start flushing them, so that the final fsync has little left to do.
@@ -151,7 +151,7 @@ def check_space(target: Path, needed: int, free: int) -> None:
     """
     if free < needed:
         raise CheckpointError(
-            f"{target} needs {spell_bytes(needed)}, but its disk has only {spell_bytes(free)} free; free some space or "
+            f"{target} needs {format_bytes(needed)}, but its disk has only {format_bytes(free)} free; free some space or "
             "write elsewhere"
         )
 

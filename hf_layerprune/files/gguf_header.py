@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from ..errors import CheckpointError
-from ..layer_ranges import MOST_LAYERS
+from ..layer_ranges import MAX_LAYERS
 from .copy import LocalFile
 
 # Far above any real model; limits what a damaged or hostile file can request.
@@ -67,7 +67,7 @@ class Entry:
     @cached_property
     def values(self) -> tuple[Any, ...]:
         """The items of a numeric array with at most one value per layer, or the single number."""
-        if not self.is_numeric or self.count > MOST_LAYERS:
+        if not self.is_numeric or self.count > MAX_LAYERS:
             return ()
         return struct.unpack(f"<{self.count}{_NUMBERS[self.kind]}", self.raw)
 
@@ -242,8 +242,8 @@ def block_count_of(header: GGUFHeader) -> int:
     if entry is None:
         header.fail(f"{key} is missing, so the layers cannot be counted")
     count = whole_number(header, entry)
-    if not 0 < count <= MOST_LAYERS:
-        header.fail(f"{key} is {count}, and only 1..{MOST_LAYERS} are supported; the file is damaged")
+    if not 0 < count <= MAX_LAYERS:
+        header.fail(f"{key} is {count}, and only 1..{MAX_LAYERS} are supported; the file is damaged")
     return count
 
 

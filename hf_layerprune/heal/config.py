@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import CutError, LayerPruneError
-from ..options import check, documented, refuse_unused
+from ..options import check_options, documented, refuse_unused
 from ..runtime.precision import slow_in_16_bits
 from ..versions import trl_pads_by_itself
 from .methods import parse_method
@@ -65,7 +65,7 @@ class HealConfig(HealOptions, SFTConfig):  # type: ignore[misc]
         SFTConfig.__post_init__(self)
         if left_to_us and self.pad_to_multiple_of is None and self.device.type == "cpu":
             self.pad_to_multiple_of = _CPU_MULTIPLE
-        check(self)
+        check_options(self)
         if self.method != "auto":
             parse_method(self.method)
         if self.loss != "ce+kd":

@@ -10,8 +10,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import shown
-from ..options import declared
+from ..errors import sanitize
+from ..options import option_fields
 from ..records.names import public
 from .data import has_images
 from .options import HealOptions, RowOptions
@@ -40,7 +40,7 @@ _NOT_DECIDING_BEGINS = (
 _CHECKPOINTS = ("eval_", "save_")  # these matter only if the best checkpoint is kept
 # The options that are recorded even at their defaults.
 _ALWAYS = (
-    *(name for name in declared(HealOptions) if name not in _NOT_DECIDING),
+    *(name for name in option_fields(HealOptions) if name not in _NOT_DECIDING),
     "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "num_train_epochs", "max_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "max_length", "packing",
     "completion_only_loss", "bf16", "fp16", "seed", "data_seed",
@@ -79,7 +79,7 @@ def row_settings(rows: RowOptions, written: bool) -> dict[str, Any]:
     """The options that made the training rows; `written` if the dense model wrote all of them."""
     if written:
         return {"self_rows": rows.self_rows, "self_length": rows.self_length}
-    names = [name for name in declared(RowOptions) if name.startswith("rewrite_") and rows.rewrite_answers]
+    names = [name for name in option_fields(RowOptions) if name.startswith("rewrite_") and rows.rewrite_answers]
     return {name: getattr(rows, name) for name in ("template", *names)}
 
 
@@ -142,4 +142,4 @@ def describe_command(script: Path, words: Sequence[str]) -> str:
         return path.relative_to(recipes.parent).as_posix() if inside else public(word)
 
     told = [",".join(map(named, word.split(","))) for word in (*options[0], *kept)]
-    return shown(shlex.join(["accelerate", "launch", f"recipes/{script.name}", *told]))
+    return sanitize(shlex.join(["accelerate", "launch", f"recipes/{script.name}", *told]))

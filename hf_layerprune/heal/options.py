@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..options import Options, option, whole
-from ..options.quantities import number
+from ..options import Options, integer, option
+from ..options.quantities import number_between
 from .methods import method_help
 
 # The bounds are excluded.
-_RATE = number(-1e-12, 100, "a number from 0 to 100", "X")
-_TEMPERATURE = number(0, 1e6, "a number above 0", "T")
+_RATE = number_between(-1e-12, 100, "a number from 0 to 100", "X")
+_TEMPERATURE = number_between(0, 1e6, "a number above 0", "T")
 LOSSES = ("ce", "kd", "ce+kd")
 CACHE_MODES = ("auto", "on", "off")
 DIRECTIONS = ("forward", "reverse")
@@ -29,19 +29,19 @@ class HealOptions(Options):
     kd_share: float = option(
         0.5,
         "Weight of distillation in ce+kd; cross-entropy gets the rest",
-        number(0, 1 + 1e-9, "above 0 and at most 1; use loss=ce for none", "X"),
+        number_between(0, 1 + 1e-9, "above 0 and at most 1; use loss=ce for none", "X"),
     )
     kd_alone: float = option(
         0.0,
         "With ce+kd, share of the steps after those of features that use distillation alone; 0.85 adds cross-entropy only in "
         "the last 15 percent of them",
-        number(-1e-9, 1, "at least 0 and below 1; use loss=kd for 1", "X"),
+        number_between(-1e-9, 1, "at least 0 and below 1; use loss=kd for 1", "X"),
     )
     features: float = option(
         0.0,
         "Share of the steps at the start that only train the layers before the cut, to reproduce the dense model's "
         "hidden states after it, at 2.5 times the learning rate; such a step takes a fraction of the time of the others",
-        number(-1e-9, 1, "at least 0 and below 1", "X"),
+        number_between(-1e-9, 1, "at least 0 and below 1", "X"),
     )
     kd_temperature: float = option(1.0, "Temperature of both distributions in distillation", _TEMPERATURE)
     kd_direction: str = option(
@@ -82,11 +82,11 @@ class RowOptions(Options):
         "Prompt format for instructions; auto uses the chat template if there is one, otherwise Alpaca's",
         choices=TEMPLATES,
     )
-    self_rows: int = option(512, "Number of rows that the dense model writes for --dataset_name self", whole())
-    self_length: int = option(512, "Number of tokens in each of these rows", whole())
+    self_rows: int = option(512, "Number of rows that the dense model writes for --dataset_name self", integer())
+    self_length: int = option(512, "Number of tokens in each of these rows", integer())
     rewrite_answers: bool = option(False, "Replace the data set's answers with the dense model's")
     rewrite_max_tokens: int = option(
-        256, "Maximum number of tokens in a rewritten answer; rows with longer answers are left out", whole()
+        256, "Maximum number of tokens in a rewritten answer; rows with longer answers are left out", integer()
     )
     rewrite_temperature: float = option(
         0.0, "Sampling temperature for rewritten answers; 0 means greedy decoding", _RATE
@@ -107,4 +107,4 @@ class FinishOptions(Options):
         "all of eval_from",
     )
     eval_from: str | None = option(None, "Folder with tasks and texts, as for eval --tasks-from")
-    eval_limit: int | None = option(None, "Number of questions per task; by default all", whole())
+    eval_limit: int | None = option(None, "Number of questions per task; by default all", integer())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, CutError, boundary
 from ..families import check_stage, check_trainable, layer_count
 from ..families.fields import cut_without
-from ..options import AMOUNTS, CutOptions, declared, refuse_unused
+from ..options import AMOUNTS, CutOptions, option_fields, refuse_unused
 from ..runtime.loading import is_hub_id, load_config
 from ..runtime.model_class import model_without_weights, whole_models
 from ..runtime.windows import check_context
@@ -174,7 +174,7 @@ def check_cut(cut_args: CutOptions, name: str, pruned: bool) -> None:
     """
     if pruned:
         usual = replace(CutOptions(), criterion=cut_args.default_criterion)  # which a budget decides
-        names = [option for option in declared(CutOptions) if getattr(cut_args, option) != getattr(usual, option)]
+        names = [option for option in option_fields(CutOptions) if getattr(cut_args, option) != getattr(usual, option)]
         refuse_unused(cut_args, names, f"on {name}, which is pruned already, unlike its base")
     elif cut_args.drop_layers:
         refuse_unused(cut_args, AMOUNTS, "with drop_layers, which say which layers go")

@@ -15,7 +15,7 @@ from ..cut.settings import keep_version, to_bytes
 from ..errors import LayerPruneError
 from ..files.copy import copy_inside, write_bytes
 from ..files.folders import new_folder
-from ..options import plural
+from ..options import pluralize
 from ..records.fingerprints import ADAPTER_CONFIG, CONFIG, GENERATION, fingerprint, holds_weights, model_files
 from ..records.licences import copy_licence
 from ..records.lineage import Lineage
@@ -65,7 +65,7 @@ def write_healed(
         entry["layers"] = {"base": student.cut.num_layers, "left": len(student.cut.keep)}
         _record_adapter(part, lineage, entry)
         lineage.record(folder, entry)
-    changed = plural(len(entry["changed_tensors"]), "tensor")
+    changed = pluralize(len(entry["changed_tensors"]), "tensor")
     logger.info("training changed %s; the model is in %s", changed, output)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..calibration.documents import IMAGE_COLUMNS, open_image
 from ..errors import CutError, LayerPruneError, boundary
-from ..options import plural
+from ..options import pluralize
 from ..runtime.model_class import auto_class_of
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def to_row(row: dict[str, Any], folder: Path, where: str, *, asked: bool = True)
     paths = [folder / path for path in row.get("images") or [row["image"]]]
     places = row["query"].count(PLACE)
     if places not in (0, len(paths)):
-        raise LayerPruneError(f"{where}: query has {plural(places, 'place')} for {plural(len(paths), 'image')}")
+        raise LayerPruneError(f"{where}: query has {pluralize(places, 'place')} for {pluralize(len(paths), 'image')}")
     for path in paths if asked else ():
         if not path.is_file():
             raise LayerPruneError(f"{where} names the image {path}, which is not a file")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CutError
-from ..options import DTYPES, MODEL, MODEL_OR_ADAPTER_HELP, PATH, Kind, Options, documented, many, option, whole
+from ..options import DTYPES, MODEL, MODEL_OR_ADAPTER_HELP, PATH, Kind, Options, documented, integer, option, tuple_of
 from ..records.requirements import RequireOptions
 
 DEFAULT_LENGTH = 1024  # tokens in a window of text
@@ -26,7 +26,7 @@ def _parse_names(text: str) -> tuple[str, ...]:
 
 def _number_or(word: str, meaning: Any) -> Kind:
     """A number of at least 1, or a word with a special meaning."""
-    number = whole(1)
+    number = integer(1)
 
     def check(value: Any) -> Any:
         return meaning if value in (word, meaning) else number.check(value)
@@ -46,11 +46,13 @@ class MeasureOptions(Options):
     base_revision: str | None = option(None, "Branch, tag or commit of BASE on the Hub", revision_of="base")
     output: Path | None = option(None, "File for the numbers; by default metrics.json in the model's folder", PATH)
     history: tuple[Path, ...] = option(
-        (), "Folder of an earlier stage of MODEL, whose numbers are copied for the card; can be repeated", many(PATH)
+        (),
+        "Folder of an earlier stage of MODEL, whose numbers are copied for the card; can be repeated",
+        tuple_of(PATH),
     )
     force: bool = option(False, "Replace numbers that belong to other weights")
 
-    def settle(self) -> None:
+    def check_combination(self) -> None:
         """Refuse the revision of a base that is not specified."""
         if self.base_revision is not None and getattr(self, "base", None) is None:
             raise CutError("--base-revision needs --base; add it, or leave the revision out")
@@ -79,12 +81,14 @@ class EvalRequest(MeasureOptions, RequireOptions):
         None,
         "Text to measure perplexity on: a file, wikitext2, or none; can be repeated. By default those of --tasks-from, or "
         "wikitext2 if neither that nor --tasks is given",
-        many(Kind(str, lambda value: value, "FILE"), _check_names),
+        tuple_of(Kind(str, lambda value: value, "FILE"), _check_names),
         flag="text",
     )
-    limit: int | None = option(None, "Number of questions per task, starting with the first; by default all", whole(1))
+    limit: int | None = option(
+        None, "Number of questions per task, starting with the first; by default all", integer(1)
+    )
     num_fewshot: int | None = option(
-        None, "Number of few-shot examples before each question; by default the task's own", whole(0, 1000)
+        None, "Number of few-shot examples before each question; by default the task's own", integer(0, 1000)
     )
     batch_size: int | str = option(
         "auto",
@@ -94,7 +98,7 @@ class EvalRequest(MeasureOptions, RequireOptions):
     length: int | None = option(
         None,
         f"Number of tokens in each window of a text; by default {DEFAULT_LENGTH}, or fewer if the model's context is shorter",
-        whole(2),
+        integer(2),
     )
     windows: int | None = option(
         64, "Number of windows to measure, from the start of each text, or all", _number_or("all", None)
@@ -122,14 +126,18 @@ class BenchRequest(MeasureOptions):
 
     model: str = option(MISSING, MODEL_OR_ADAPTER_HELP, MODEL)
     base: str | None = option(None, "Dense model to compare with; the two are timed in alternation", MODEL)
-    batch_sizes: tuple[int, ...] = option((1, 4), "Batch sizes, separated by commas", many(whole(1), separator=","))
-    prompt_lengths: tuple[int, ...] = option(
-        (64, 512), "Prompt lengths in tokens, separated by commas", many(whole(1), separator=",")
+    batch_sizes: tuple[int, ...] = option(
+        (1, 4), "Batch sizes, separated by commas", tuple_of(integer(1), separator=",")
     )
-    new_tokens: int = option(32, "Number of tokens to generate after each prompt", whole(1))
-    repeats: int = option(5, "Number of timed runs of each workload", whole(1, 1000))
+    prompt_lengths: tuple[int, ...] = option(
+        (64, 512), "Prompt lengths in tokens, separated by commas", tuple_of(integer(1), separator=",")
+    )
+    new_tokens: int = option(32, "Number of tokens to generate after each prompt", integer(1))
+    repeats: int = option(5, "Number of timed runs of each workload", integer(1, 1000))
     load_repeats: int = option(
-        3, "Number of times to load the model, each in a new process; 0 skips load time and peak memory", whole(0, 100)
+        3,
+        "Number of times to load the model, each in a new process; 0 skips load time and peak memory",
+        integer(0, 100),
     )
     engine: str = option(
         "transformers",
@@ -141,7 +149,7 @@ class BenchRequest(MeasureOptions):
     gguf: tuple[Path, ...] = option(
         (),
         "For --engine llama.cpp: GGUF file made from MODEL; with --base, repeat the option for the one made from BASE",
-        many(PATH),
+        tuple_of(PATH),
     )
 
     def __post_init__(self) -> None:

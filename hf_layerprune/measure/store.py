@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import CheckpointError, LayerPruneError
 from ..files.copy import check_file_target
-from ..options import listed
+from ..options import join_words
 from ..records.fingerprints import identity
 from ..records.lineage import versions
 from ..records.metrics import FILE_NAME, Metrics
@@ -159,7 +159,7 @@ def _before(path: Path | None, model: Subject, base: Subject | None, force: bool
         for subject in (model, base):
             if subject is not None and (changed := metrics.changed_since(subject.identity)):
                 raise CheckpointError(
-                    f"{path} holds numbers of {subject.name} with another {listed(changed)}; {way_out}"
+                    f"{path} holds numbers of {subject.name} with another {join_words(changed)}; {way_out}"
                 )
     except CheckpointError:
         if not force:

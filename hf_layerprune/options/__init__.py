@@ -6,15 +6,24 @@ A dataclass whose fields are options is all that a config, a request and a comma
     class PruneRequest(CutOptions):
         dtype: str = option("auto", "Type of the weights", choices=DTYPES)
 
-    add(parser, PruneRequest)             # --drop, --criterion, ..., --dtype
-    request = gather(args, PruneRequest)  # checked, as PruneRequest(drop=...) is
+    add_options(parser, PruneRequest)                # --drop, --criterion, ..., --dtype
+    request = options_from_args(args, PruneRequest)  # validated, as PruneRequest(drop=...) is
 
 `docs/options.md` is made from the same declarations (`make docs`).
 """
 
-from .amount import AMOUNTS, BUDGETS, COUNTED_BY, DEFAULT_DROP, AmountOptions, just
-from .command_line import add, arguments, gather, words_of
-from .declare import bind, check, declared, documented, find, option, refuse_unused, take
+from .amount import AMOUNTS, BUDGETS, DEFAULT_DROP, TARGET_SETTINGS, AmountOptions, drop_exactly
+from .command_line import add_options, argument_dataclass, options_from_args, to_arguments
+from .declare import (
+    check_choice,
+    check_options,
+    copy_fields,
+    documented,
+    option,
+    option_fields,
+    refuse_unused,
+    set_choices,
+)
 from .kinds import (
     DROP,
     DTYPES,
@@ -24,17 +33,26 @@ from .kinds import (
     MODEL_OR_ADAPTER_HELP,
     PATH,
     Kind,
-    checked,
-    many,
-    whole,
+    check_value,
+    integer,
+    tuple_of,
 )
-from .quantities import listed, plural, spell_bytes, spell_count, spell_share
-from .shared import AnswerOptions, CalibrationOptions, ChoiceOptions, CutOptions, Options, ScreenOptions, TuningOptions
+from .quantities import format_bytes, format_count, format_percent, join_words, pluralize
+from .shared import (
+    CalibrationOptions,
+    CutOptions,
+    DisplayOptions,
+    Options,
+    ResultOptions,
+    SelectionOptions,
+    TuningOptions,
+)
 
 __all__ = [
-    "AMOUNTS", "BUDGETS", "COUNTED_BY", "DEFAULT_DROP", "DROP", "DTYPES", "LAYERS", "MODEL", "MODEL_HELP", "MODEL_OR_ADAPTER_HELP",
-    "PATH", "AmountOptions", "AnswerOptions", "CalibrationOptions", "ChoiceOptions", "CutOptions", "Kind", "Options",
-    "ScreenOptions", "TuningOptions", "add", "arguments", "bind", "check", "checked", "declared", "documented", "find",
-    "gather", "just", "listed", "many", "option", "plural", "refuse_unused", "spell_bytes", "spell_count", "spell_share", "take", "whole",
-    "words_of",
+    "AMOUNTS", "BUDGETS", "DEFAULT_DROP", "DROP", "DTYPES", "LAYERS", "MODEL", "MODEL_HELP", "MODEL_OR_ADAPTER_HELP",
+    "PATH", "TARGET_SETTINGS", "AmountOptions", "CalibrationOptions", "CutOptions", "DisplayOptions", "Kind", "Options",
+    "ResultOptions", "SelectionOptions", "TuningOptions", "add_options", "argument_dataclass", "check_choice",
+    "check_options", "check_value", "copy_fields", "documented", "drop_exactly", "format_bytes", "format_count",
+    "format_percent", "integer", "join_words", "option", "option_fields", "options_from_args", "pluralize",
+    "refuse_unused", "set_choices", "to_arguments", "tuple_of"
 ]  # fmt: skip

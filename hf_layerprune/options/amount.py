@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from ..errors import CutError
 from .declare import option, refuse_unused
-from .kinds import DROP, DTYPES, whole
-from .quantities import BYTES, COUNT, NATS, RATIO, SHARE, listed, number
+from .kinds import DROP, DTYPES, integer
+from .quantities import BYTES, COUNT, NATS, RATIO, SHARE, join_words, number_between
 
 DEFAULT_DROP = 0.25
 TARGETS = ("target_params", "target_size", "target_memory", "target_speedup")
@@ -15,7 +15,7 @@ BUDGETS = ("max_perplexity_ratio", "max_kl", "min_top1_agreement")
 # Only one of these may be given.
 AMOUNTS = ("drop", *TARGETS, *BUDGETS)
 # The options that decide how a target is counted.
-COUNTED_BY = {
+TARGET_SETTINGS = {
     "target_size": ("target_dtype",),
     "target_memory": ("context", "batch", "target_dtype"),
     "target_speedup": ("context", "batch"),
@@ -51,7 +51,7 @@ class AmountOptions:
         None,
         "Drop just enough layers to speed up decoding by this factor, such as 1.3, estimated from the time that the layers "
         "and the head take on this machine",
-        number(1, 1000, "a factor above 1, such as 1.3", "X"),
+        number_between(1, 1000, "a factor above 1, such as 1.3", "X"),
     )
     max_perplexity_ratio: float | None = option(
         None,
@@ -75,24 +75,24 @@ class AmountOptions:
         None,
         "Number of tokens per sequence in the cache, for target_memory and target_speedup; by default 4096 for memory and "
         "512 for speed, or fewer if the model's context is shorter",
-        whole(1, 10**8),
+        integer(1, 10**8),
     )
-    batch: int = option(1, "Number of sequences in the cache, for target_memory and target_speedup", whole(1, 10**6))
+    batch: int = option(1, "Number of sequences in the cache, for target_memory and target_speedup", integer(1, 10**6))
     target_dtype: str = option(
         "auto", "Data type of the weights and the cache for target_size and target_memory; auto means the base's",
         choices=DTYPES,
     )  # fmt: skip
 
-    def settle(self) -> None:
+    def check_combination(self) -> None:
         """Refuse more than one amount, and set the default if there is none.
 
         Raises:
             CutError: More than one is given.
         """
-        said = [name for name in AMOUNTS if getattr(self, name) is not None]
-        if len(said) > 1:
-            raise CutError(f"{listed(said)} each say how many layers to drop; use only one of them")
-        if not said and getattr(self, "drop_layers", None) is None:
+        amounts = [name for name in AMOUNTS if getattr(self, name) is not None]
+        if len(amounts) > 1:
+            raise CutError(f"{join_words(amounts)} each say how many layers to drop; use only one of them")
+        if not amounts and getattr(self, "drop_layers", None) is None:
             self.drop = DEFAULT_DROP
 
     def refuse_unused(self) -> None:
@@ -102,7 +102,7 @@ class AmountOptions:
             CutError: One of these options is set.
         """
         for name in ("context", "batch", "target_dtype"):
-            targets = [target for target, names in COUNTED_BY.items() if name in names]
+            targets = [target for target, names in TARGET_SETTINGS.items() if name in names]
             if self.target not in targets:
                 refuse_unused(self, (name,), f"without {' or '.join(targets)}")
 
@@ -117,6 +117,6 @@ class AmountOptions:
         return next((name for name in BUDGETS if getattr(self, name) is not None), None)
 
 
-def just(count: int) -> dict[str, int | None]:
-    """The fields of `AmountOptions` that drop a number of layers, for `take` and `replace`."""
+def drop_exactly(count: int) -> dict[str, int | None]:
+    """The fields of `AmountOptions` that drop a number of layers, for `copy_fields` and `replace`."""
     return dict.fromkeys(AMOUNTS) | {"drop": count}

@@ -11,12 +11,12 @@ from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from ..errors import CutError
-from .kinds import FLAG, TEXT, Kind, checked, quoted
-from .quantities import listed
+from .kinds import FLAG, TEXT, Kind, check_value, quoted
+from .quantities import join_words
 
 T = TypeVar("T")
 
-# The allowed names, by table; registries set theirs with `bind`.
+# The allowed names, by table; registries set theirs with `set_choices`.
 _TABLES: dict[str, Collection[str]] = {}
 
 
@@ -28,7 +28,7 @@ class Option:
         default (`Any`): The default; `dataclasses.MISSING` for a required option.
         help (`str`): One sentence without a full stop, and without its choices.
         kind (`Kind`): What values are accepted.
-        choices (`Collection[str]` or `str`): The allowed names, or the name of a table that is set with [`bind`].
+        choices (`Collection[str]` or `str`): The allowed names, or the name of a table that is set with [`set_choices`].
         flag (`str`, *optional*): The name on the command line, if it differs from the field's.
         positional (`bool`): Whether it is a positional argument on the command line.
         revision_of (`str`, *optional*): The option that names the model, if this one is a revision of it.
@@ -61,8 +61,8 @@ class Option:
         if value is None and self.default is None:
             return None
         if self.names and self.kind is TEXT:
-            return find(name, value, self.names)
-        return checked(name, value, self.kind)
+            return check_choice(name, value, self.names)
+        return check_value(name, value, self.kind)
 
 
 class _Help(str):
@@ -73,18 +73,18 @@ class _Help(str):
 
 def option(default: Any, help: str, kind: Kind | None = None, **more: Any) -> Any:
     """Declare a field of a dataclass as an option; see [`Option`]. PEFT and transformers read its `help`."""
-    known = Option(default, help, kind or (FLAG if isinstance(default, bool) else TEXT), **more)
-    text = _Help(f"{known.text}.")
-    text.option = known
+    declaration = Option(default, help, kind or (FLAG if isinstance(default, bool) else TEXT), **more)
+    text = _Help(f"{declaration.text}.")
+    text.option = declaration
     return dataclasses.field(default=default, metadata={"help": text})
 
 
-def bind(table: str, names: Collection[str]) -> None:
+def set_choices(table: str, names: Collection[str]) -> None:
     """Set the allowed names of a table. The collection is not copied, so entries that are added later count too."""
     _TABLES[table] = names
 
 
-def find(what: str, name: Any, names: Collection[str]) -> str:
+def check_choice(what: str, name: Any, names: Collection[str]) -> str:
     """Look up a name.
 
     Raises:
@@ -97,27 +97,27 @@ def find(what: str, name: Any, names: Collection[str]) -> str:
     raise CutError(f"{what} {quoted(name)} is unknown{hint} {', '.join(names)}")
 
 
-def declared(cls: Any) -> dict[str, Option]:
+def option_fields(cls: Any) -> dict[str, Option]:
     """The options among the fields of a dataclass, by name."""
     helps = {f.name: f.metadata.get("help") for f in dataclasses.fields(cls)}
     return {name: text.option for name, text in helps.items() if isinstance(text, _Help)}
 
 
-def check(values: Any) -> None:
-    """Validate and normalise all options of a dataclass, then call its method `settle`, which checks them together.
+def check_options(values: Any) -> None:
+    """Validate and normalise all options of a dataclass, then call its method `check_combination`, which checks them together.
 
     Raises:
         CutError: One of them is not accepted.
     """
-    options = declared(values)
-    for name, known in options.items():
-        setattr(values, name, known.check(name, getattr(values, name)))
-    for name, known in options.items():
-        model = getattr(values, known.revision_of, None) if known.revision_of else None
+    options = option_fields(values)
+    for name, declaration in options.items():
+        setattr(values, name, declaration.check(name, getattr(values, name)))
+    for name, declaration in options.items():
+        model = getattr(values, declaration.revision_of, None) if declaration.revision_of else None
         if model and os.path.exists(os.path.expanduser(model)):
             refuse_unused(values, (name,), f"on {model}, which is a local path")
-    if settle := getattr(values, "settle", None):
-        settle()
+    if check_combination := getattr(values, "check_combination", None):
+        check_combination()
 
 
 def refuse_unused(values: Any, names: Iterable[str], why: str) -> None:
@@ -128,22 +128,22 @@ def refuse_unused(values: Any, names: Iterable[str], why: str) -> None:
     Raises:
         CutError: One of them is set.
     """
-    known, said = declared(values), []
+    options, changed = option_fields(values), []
     fields = {field.name: field for field in dataclasses.fields(values)}
     for name in names:
         if name not in fields:
             continue
-        default, factory = fields[name].default, fields[name].default_factory
-        usual = factory() if factory is not dataclasses.MISSING else default
-        usual = known[name].check(name, usual) if name in known else usual
-        if getattr(values, name) not in (None, usual):
-            said.append(known[name].flag or name if name in known else name)
-    if said:
-        has, it = ("have", "them") if len(said) > 1 else ("has", "it")
-        raise CutError(f"{listed(said)} {has} no effect {why}; leave {it} out")
+        factory = fields[name].default_factory
+        default = factory() if factory is not dataclasses.MISSING else fields[name].default
+        default = options[name].check(name, default) if name in options else default
+        if getattr(values, name) not in (None, default):
+            changed.append(options[name].flag or name if name in options else name)
+    if changed:
+        has, it = ("have", "them") if len(changed) > 1 else ("has", "it")
+        raise CutError(f"{join_words(changed)} {has} no effect {why}; leave {it} out")
 
 
-def take(cls: type[T], values: Any, **changes: Any) -> T:
+def copy_fields(cls: type[T], values: Any, **changes: Any) -> T:
     """Make a dataclass from the fields of another one that it shares, with some changes."""
     names = {f.name for f in dataclasses.fields(values)} & {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     return cls(**{name: getattr(values, name) for name in names} | changes)
@@ -151,9 +151,9 @@ def take(cls: type[T], values: Any, **changes: Any) -> T:
 
 def documented(cls: type[T]) -> type[T]:
     """Add the fields of a dataclass that have a help to its docstring, as its `Args`."""
-    lines, known = [], declared(cls)
+    lines, options = [], option_fields(cls)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        text = f"{known[field.name].text}." if field.name in known else field.metadata.get("help")
+        text = f"{options[field.name].text}." if field.name in options else field.metadata.get("help")
         if text and isinstance(field.type, str):  # the types of PEFT's own fields are not text
             default = "" if field.default is dataclasses.MISSING else f", defaults to `{field.default!r}`"
             lines.append(f"    {field.name} (`{field.type}`{default}): {text}")

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CutError
-from ..layer_ranges import MOST_LAYERS, parse_layers
+from ..layer_ranges import MAX_LAYERS, parse_layers
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 MODEL_HELP = "A Hub id, a model folder, or a .gguf file"
 MODEL_OR_ADAPTER_HELP = "A Hub id, a model folder, a .gguf file, or an adapter"
-_MOST_CHARACTERS = 4096
+_MAX_CHARACTERS = 4096
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,19 @@ class Kind:
             return self.check(text)
 
 
-def whole(least: int = 1, most: int = 1_000_000, metavar: str = "N") -> Kind:
-    """A whole number from `least` to `most`."""
+def integer(minimum: int = 1, maximum: int = 1_000_000, metavar: str = "N") -> Kind:
+    """A whole number from `minimum` to `maximum`."""
 
     def check(value: Any) -> int:
-        number = index_of(value)
-        if number is None or not least <= number <= most:
-            raise ValueError(f"must be a whole number from {least} to {most}")
+        number = as_integer(value)
+        if number is None or not minimum <= number <= maximum:
+            raise ValueError(f"must be a whole number from {minimum} to {maximum}")
         return number
 
     return Kind(int, check, metavar)
 
 
-def many(kind: Kind, check: Callable[[Any], Any] | None = None, separator: str | None = None) -> Kind:
+def tuple_of(kind: Kind, check: Callable[[Any], Any] | None = None, separator: str | None = None) -> Kind:
     """Several values of a kind, as a tuple: from a repeated option, or with a `separator` from a single argument."""
 
     def check_each(values: Any) -> tuple[Any, ...]:
@@ -78,8 +78,8 @@ def many(kind: Kind, check: Callable[[Any], Any] | None = None, separator: str |
 
 
 def _check_text(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip() or "\0" in value or len(value) > _MOST_CHARACTERS:
-        raise ValueError(f"must be a string of 1 to {_MOST_CHARACTERS} characters")
+    if not isinstance(value, str) or not value.strip() or "\0" in value or len(value) > _MAX_CHARACTERS:
+        raise ValueError(f"must be a string of 1 to {_MAX_CHARACTERS} characters")
     return value
 
 
@@ -96,8 +96,8 @@ def _check_flag(value: Any) -> bool:
 
 
 def _check_drop(value: Any) -> float | int:
-    number = index_of(value)
-    if number is not None and 0 < number <= MOST_LAYERS:
+    number = as_integer(value)
+    if number is not None and 0 < number <= MAX_LAYERS:
         return number
     if isinstance(value, float) and 0 < value < 1:
         return value
@@ -107,9 +107,9 @@ def _check_drop(value: Any) -> float | int:
 def _check_layers(value: Any) -> list[int]:
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
         raise ValueError("must be a list of layer indices such as [6, 7]")
-    numbers = [index_of(i) for i in value]
-    if any(i is None or not 0 <= i < MOST_LAYERS for i in numbers):
-        raise ValueError(f"must be a list of layer indices, whole numbers from 0 to {MOST_LAYERS - 1}")
+    numbers = [as_integer(i) for i in value]
+    if any(i is None or not 0 <= i < MAX_LAYERS for i in numbers):
+        raise ValueError(f"must be a list of layer indices, whole numbers from 0 to {MAX_LAYERS - 1}")
     return sorted(i for i in numbers if i is not None)
 
 
@@ -117,15 +117,15 @@ def _check_tune_layers(value: Any) -> int | str | list[int]:
     try:
         if value == "cut":
             return "cut"
-        number = index_of(value)
+        number = as_integer(value)
         if number is None and isinstance(value, str):
             return int(value) if value.isdecimal() else parse_layers(value)
-        return _check_layers(value) if number is None else whole(0, MOST_LAYERS).check(number)
+        return _check_layers(value) if number is None else integer(0, MAX_LAYERS).check(number)
     except ValueError:
         raise ValueError("must be a number of last layers, 'cut', or a list of base indices") from None
 
 
-def index_of(value: Any) -> int | None:
+def as_integer(value: Any) -> int | None:
     """A whole number of any type, such as numpy's; `None` for anything else, `True` and `3.0` included."""
     if isinstance(value, bool):
         return None
@@ -144,7 +144,7 @@ LAYERS = Kind(parse_layers, _check_layers, "L")
 TUNE_LAYERS = Kind(str, _check_tune_layers, "T")
 
 
-def checked(name: str, value: Any, kind: Kind) -> Any:
+def check_value(name: str, value: Any, kind: Kind) -> Any:
     """Validate and normalise the value of an option.
 
     Raises:

@@ -8,17 +8,17 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from .kinds import Kind, index_of
+from .kinds import Kind, as_integer
 
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
-_MOST = 10**18
+_MAX = 10**18
 _QUANTITY = re.compile(r"(\d{1,20}(?:\.\d{1,20})?) ?([A-Za-z]*)", re.ASCII)
 
 
-def _read(text: str, units: Mapping[str, int]) -> int | None:
+def _parse(text: str, units: Mapping[str, int]) -> int | None:
     match = _QUANTITY.fullmatch(text.strip())
     unit = units.get(match[2].upper()) if match else None
     return math.floor(Fraction(match[1]) * unit) if match and unit else None
@@ -26,8 +26,8 @@ def _read(text: str, units: Mapping[str, int]) -> int | None:
 
 def _kind(units: Mapping[str, int], wanted: str, metavar: str) -> Kind:
     def check(value: Any) -> int:
-        number = _read(value, units) if isinstance(value, str) else index_of(value)
-        if number is None or not 1 <= number <= _MOST:
+        number = _parse(value, units) if isinstance(value, str) else as_integer(value)
+        if number is None or not 1 <= number <= _MAX:
             raise ValueError(f"must be {wanted}")
         return number
 
@@ -38,48 +38,48 @@ COUNT = _kind(_COUNTS, "a number of parameters such as 6.3B or 135M", "P")
 BYTES = _kind(_BYTES | {"": 1}, "a number of bytes such as 12GB (12 * 1000^3) or 8GiB (8 * 1024^3)", "BYTES")
 
 
-def number(least: float, most: float, wanted: str, metavar: str) -> Kind:
+def number_between(minimum: float, maximum: float, wanted: str, metavar: str) -> Kind:
     """A number between two bounds, both exclusive."""
 
     def check(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not least < value < most:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not minimum < value < maximum:
             raise ValueError(f"must be {wanted}")
         return float(value)
 
     return Kind(float, check, metavar)
 
 
-RATIO = number(1, 1000, "a ratio above 1, such as 1.1", "R")
-NATS = number(0, 1000, "a number of nats above 0, such as 0.2", "NATS")
-SHARE = number(0, 1, "a share between 0 and 1, such as 0.8", "SHARE")
+RATIO = number_between(1, 1000, "a ratio above 1, such as 1.1", "R")
+NATS = number_between(0, 1000, "a number of nats above 0, such as 0.2", "NATS")
+SHARE = number_between(0, 1, "a share between 0 and 1, such as 0.8", "SHARE")
 
 
-def spell_count(count: float) -> str:
+def format_count(count: float) -> str:
     """Format a number of parameters: `6.3B`."""
-    return _spell(count, {unit: size for unit, size in _COUNTS.items() if size > 1})
+    return _format_with_unit(count, {unit: size for unit, size in _COUNTS.items() if size > 1})
 
 
-def spell_bytes(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Format a number of bytes: `12.6 GB`."""
-    return _spell(size, {" TB": 10**12, " GB": 10**9, " MB": 10**6, " kB": 10**3}, " B")
+    return _format_with_unit(size, {" TB": 10**12, " GB": 10**9, " MB": 10**6, " kB": 10**3}, " B")
 
 
-def spell_share(share: float, digits: int = 0) -> str:
+def format_percent(share: float, digits: int = 0) -> str:
     """Format a share: `25 %`."""
     return f"{100 * share:.{digits}f} %"
 
 
-def plural(count: int, noun: str) -> str:
+def pluralize(count: int, noun: str) -> str:
     """A count and its noun, in the plural if needed: `1 layer`, `1,024 rows`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def listed(words: Sequence[str]) -> str:
+def join_words(words: Sequence[str]) -> str:
     """Words as a sentence lists them: `a`, `a and b`, `a, b and c`."""
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
-def _spell(value: float, units: Mapping[str, int], plain: str = "") -> str:
+def _format_with_unit(value: float, units: Mapping[str, int], plain: str = "") -> str:
     for unit, size in sorted(units.items(), key=lambda one: -one[1]):
         if abs(value) >= size:
             return f"{value / size:.4g}{unit}"

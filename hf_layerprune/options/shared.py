@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import CutError
-from ..layer_ranges import MOST_LAYERS
+from ..layer_ranges import MAX_LAYERS
 from .amount import AmountOptions
-from .declare import check, option
-from .kinds import FLAG, LAYERS, TUNE_LAYERS, whole
+from .declare import check_options, option
+from .kinds import FLAG, LAYERS, TUNE_LAYERS, integer
 
 
 @dataclass(kw_only=True)
@@ -17,11 +17,11 @@ class Options:
     """Options that are validated when an instance is created."""
 
     def __post_init__(self) -> None:
-        check(self)
+        check_options(self)
 
 
 @dataclass(kw_only=True)
-class ScreenOptions(Options):
+class DisplayOptions(Options):
     """What a command shows. Every command has these options, before or after its name."""
 
     quiet: bool = option(False, "Show only errors and the result")
@@ -29,7 +29,7 @@ class ScreenOptions(Options):
 
 
 @dataclass(kw_only=True)
-class AnswerOptions(ScreenOptions):
+class ResultOptions(DisplayOptions):
     """What a command with a result shows."""
 
     json: bool = option(False, "Print the result as one JSON object")
@@ -45,13 +45,13 @@ class CalibrationOptions(Options):
         "(rows.jsonl:column); or a folder or Hub id of a data set (id:split:column). For a model that reads images, a "
         "column image or images next to the text is used as well",
     )
-    calibration_samples: int = option(128, "Number of calibration rows", whole(1))
-    calibration_length: int = option(512, "Number of tokens in each calibration row", whole(2))
-    seed: int = option(42, "Random seed for the choice of layers, rows and text", whole(0, 2**63 - 1, "SEED"))
+    calibration_samples: int = option(128, "Number of calibration rows", integer(1))
+    calibration_length: int = option(512, "Number of tokens in each calibration row", integer(2))
+    seed: int = option(42, "Random seed for the choice of layers, rows and text", integer(0, 2**63 - 1, "SEED"))
 
 
 @dataclass(kw_only=True)
-class ChoiceOptions(AmountOptions, Options):
+class SelectionOptions(AmountOptions, Options):
     """How many layers are dropped, and which may be."""
 
     variant: str = option(
@@ -61,11 +61,11 @@ class ChoiceOptions(AmountOptions, Options):
     )
     protect_first: int | None = option(
         None, "Number of initial layers to protect from dropping; the default depends on the criterion",
-        whole(0, MOST_LAYERS),
+        integer(0, MAX_LAYERS)
     )  # fmt: skip
     protect_last: int | None = option(
         None, "Number of final layers to protect from dropping; the default depends on the criterion",
-        whole(0, MOST_LAYERS),
+        integer(0, MAX_LAYERS)
     )  # fmt: skip
     contiguous: bool = option(False, "Drop a single block of adjacent layers")
     repair: str | None = option(
@@ -74,7 +74,7 @@ class ChoiceOptions(AmountOptions, Options):
 
 
 @dataclass(kw_only=True)
-class CutOptions(CalibrationOptions, ChoiceOptions):
+class CutOptions(CalibrationOptions, SelectionOptions):
     """Which layers are dropped, and how the model is repaired before training."""
 
     drop_layers: Sequence[int] | None = option(
@@ -91,11 +91,11 @@ class CutOptions(CalibrationOptions, ChoiceOptions):
     steps: int = option(
         1,
         "Number of rounds in which the layers are chosen; each round scores the layers that the previous one left",
-        whole(1, 10_000),
+        integer(1, 10_000),
     )
 
-    def settle(self) -> None:
-        super().settle()
+    def check_combination(self) -> None:
+        super().check_combination()
         self.criterion = self.criterion or self.default_criterion
         if self.drop_layers is None and self.contiguous and self.steps > 1:
             raise CutError(

@@ -6,7 +6,18 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 
 from ..errors import CutError
-from ..options import MODEL, MODEL_HELP, MODEL_OR_ADAPTER_HELP, PATH, Kind, Options, documented, many, option, whole
+from ..options import (
+    MODEL,
+    MODEL_HELP,
+    MODEL_OR_ADAPTER_HELP,
+    PATH,
+    Kind,
+    Options,
+    documented,
+    integer,
+    option,
+    tuple_of,
+)
 from ..records.names import check_repository
 from ..records.requirements import RequireOptions
 
@@ -54,7 +65,7 @@ class PushRequest(RequireOptions):
     private: bool = option(False, "Create a private repository; refuse to push to a public one")
     adapter_only: bool = option(False, "Push only the adapter, from MODEL or MODEL/adapter")
     include: tuple[str, ...] = option(
-        (), "Publish this file of MODEL too, or although it was changed; can be repeated", many(_NAME)
+        (), "Publish this file of MODEL too, or although it was changed; can be repeated", tuple_of(_NAME)
     )
     revision: str | None = option(None, "Push to this branch, created if missing, or to refs/pr/N")
     create_pr: bool = option(False, "Open a pull request instead of committing")
@@ -104,5 +115,5 @@ class ChatRequest(Options):
         "exists",
         MODEL,
     )
-    port: int | None = option(None, "Port to serve on, or the next free one; by default 7860", whole(1, 65_535))
+    port: int | None = option(None, "Port to serve on, or the next free one; by default 7860", integer(1, 65_535))
     host: str | None = option(None, "Address to listen on, or 0.0.0.0 for all addresses; by default 127.0.0.1")

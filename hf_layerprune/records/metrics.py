@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import CheckpointError, boundary
 from ..files.copy import write_text
 from ..files.json_file import check_schema, load_schema, read_object
-from ..options import listed
+from ..options import join_words
 from .figures.results import CONDITIONS
 from .fingerprints import Identity, identity, identity_of
 from .lineage import Lineage
@@ -129,7 +129,7 @@ class Metrics:
         if self.weights != model.weights:
             return f"was measured on other weights ({self.weights[:12]}, and the model's are {model.weights[:12]})"
         if changed := self.changed_since(model):
-            return f"is outdated: {listed(changed)} of the model changed since it was measured"
+            return f"is outdated: {join_words(changed)} of the model changed since it was measured"
         known = {model.weights} | (lineage.known_weights() if lineage else set())
         if foreign := sorted(set(self.models) - known):
             names = ", ".join(f"{self.models[weights]['name']} ({weights[:12]})" for weights in foreign)

@@ -17,7 +17,7 @@ from torch import nn
 from .. import families
 from ..errors import CutError, LayerPruneError
 from ..families.multimodal import path_to_text
-from ..layer_ranges import blocks
+from ..layer_ranges import find_blocks
 from ..runtime.walk import Batch, LayerWalk
 from ..screen import progress_bar
 from .registry import find_repair
@@ -111,7 +111,7 @@ def fit_repair(
     dense = model.model if isinstance(model, LayerWalk) else model
     check_repair(dense.config, drop_layers, len(calibration), method)
     walk = model if isinstance(model, LayerWalk) else LayerWalk(model)
-    fitter: Fitter = find_repair(method).load().fitter(walk, blocks(drop_layers), method)
+    fitter: Fitter = find_repair(method).load().fitter(walk, find_blocks(drop_layers), method)
     with torch.no_grad():
         fitter.run(calibration)
     return Repair(method, fitter.tensors, fitter.records)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 
-from ..options import find
+from ..options import check_choice
 
 
 @dataclass(frozen=True)
@@ -57,4 +57,4 @@ def find_repair(name: str) -> RepairMethod:
     Raises:
         CutError: The repair does not exist.
     """
-    return REPAIRS[find("repair", name, REPAIRS)]
+    return REPAIRS[check_choice("repair", name, REPAIRS)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError
 from ..families.fields import COUNT_FIELDS
 from ..files.json_file import check_schema, read_object
-from ..layer_ranges import MOST_LAYERS
+from ..layer_ranges import MAX_LAYERS
 
 if TYPE_CHECKING:
     from jsonschema.protocols import Validator
@@ -26,14 +26,14 @@ def _validator() -> Validator:
     from jsonschema import Draft202012Validator
 
     # `maximum` and the like apply to numbers only, so a field that an architecture gives as a list or null passes.
-    count = {"type": ["integer", "null"], "minimum": 1, "maximum": MOST_LAYERS}
+    count = {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_LAYERS}
     names = {"type": ["array", "null"], "items": {"type": "string"}}
     fields: dict[str, Any] = {
         **dict.fromkeys(COUNT_FIELDS, count),
         **{name: {"anyOf": [{"$ref": "#/$defs/config"}, {"not": {"type": "object"}}]} for name in _SECTIONS},
         "model_type": {"type": "string", "maxLength": 200},
         "architectures": names | {"maxItems": 100},
-        "layer_types": {"maxItems": MOST_LAYERS},
+        "layer_types": {"maxItems": MAX_LAYERS},
         "vocab_size": {"minimum": 1, "maximum": 100_000_000},
         "hidden_size": {"minimum": 1, "maximum": 10_000_000},
         "num_labels": {"maximum": 1_000_000},
@@ -47,14 +47,14 @@ def _validator() -> Validator:
         "layer_drop": {
             "type": ["object", "null"],
             "properties": {
-                "drop_layers": {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": MOST_LAYERS},
-                "num_base_layers": {"type": "integer", "minimum": 1, "maximum": MOST_LAYERS},
+                "drop_layers": {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": MAX_LAYERS},
+                "num_base_layers": {"type": "integer", "minimum": 1, "maximum": MAX_LAYERS},
             },
             "required": ["drop_layers", "num_base_layers"],
         },
     }
     patterns = {
-        "layers?$|^depth$": {"maximum": MOST_LAYERS},
+        "layers?$|^depth$": {"maximum": MAX_LAYERS},
         "^(num|n)_": {"maximum": 10_000_000},
         "(size|dim|length|embeddings|positions)$": {"maximum": _MOST_TOKENS},
     }

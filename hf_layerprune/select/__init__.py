@@ -16,7 +16,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from ..errors import CutError
-from ..options import CutOptions, just, take
+from ..options import CutOptions, copy_fields, drop_exactly
 from .registry import ALL, CRITERIA, find_criterion
 from .scores import Scores
 from .sets import drop_count, free_layers
@@ -63,7 +63,7 @@ def select_layers(
         assert target is not None, "it is passed"
 
         def pick(count: int) -> list[int]:
-            return select_layers(num_layers, take(CutOptions, choice, **just(count)), protected)
+            return select_layers(num_layers, copy_fields(CutOptions, choice, **drop_exactly(count)), protected)
 
         return pick(target.choose(num_layers, free, pick))
     order = criterion.load().order(num_layers, count, choice.seed, choice.variant)

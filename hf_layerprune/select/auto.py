@@ -17,14 +17,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..calibration.rows import CalibrationSet
-from ..layer_ranges import format_layers, name_layers
+from ..layer_ranges import describe_layers, format_layers
 from ..repair.registry import find_repair
 from ..runtime.walk import LayerWalk
 from .scores import Choice
 from .search import BLOCK, GREEDY, Search
 
 if TYPE_CHECKING:
-    from ..options import ChoiceOptions
+    from ..options import SelectionOptions
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ _SHORT_LIST = 3
 
 
 def choose(
-    walk: LayerWalk, calibration: CalibrationSet, count: int, free: Collection[int], choice: ChoiceOptions
+    walk: LayerWalk, calibration: CalibrationSet, count: int, free: Collection[int], choice: SelectionOptions
 ) -> Choice:
     """Choose `count` of the `free` layers; a quarter of the calibration rows is held out to evaluate the short list.
 
@@ -68,7 +68,7 @@ def choose(
     best, *others = judged
     state = f"cut and {choice.repair} repair" if choice.repair else "cut"
     why = (
-        f"{name_layers(best.drop)} ({best.found_by}): after the {state}, KL to the dense model is {best.outcome.kl:.3g} nats on "
+        f"{describe_layers(best.drop)} ({best.found_by}): after the {state}, KL to the dense model is {best.outcome.kl:.3g} nats on "
         f"{rows} held-out rows"
     ) + "".join(f"; {format_layers(one.drop)} ({one.found_by}) has {one.outcome.kl:.3g}" for one in others)
     return Choice(list(best.drop), "auto", why, details=details)

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..calibration.rows import CalibrationSet, held_out_rows
 from ..errors import CutError
-from ..layer_ranges import format_layers, name_layers
-from ..options import plural
+from ..layer_ranges import describe_layers, format_layers
+from ..options import pluralize
 from ..runtime.walk import LayerWalk
 from .scores import Choice
 from .search import BLOCK, GREEDY, HELD_OUT, Candidate, Search
 
 if TYPE_CHECKING:
-    from ..options import ChoiceOptions, CutOptions
+    from ..options import CutOptions, SelectionOptions
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ Pick = Callable[[CalibrationSet, int], tuple[int, ...]]
 Figures = Mapping[str, float]  # see `Outcome.quality`
 
 
-def check_rows(choice: ChoiceOptions, rows: int) -> None:
+def check_rows(choice: SelectionOptions, rows: int) -> None:
     """Refuse a budget for which there are too few calibration rows.
 
     Raises:
@@ -58,7 +58,7 @@ def _spelled(figures: Figures, budget: str) -> str:
     return f"{figure:.3g} ± {error:.2g}"
 
 
-def _said(choice: ChoiceOptions) -> str:
+def _said(choice: SelectionOptions) -> str:
     return f"{choice.budget}={getattr(choice, str(choice.budget)):g}"
 
 
@@ -101,10 +101,10 @@ def choose(
             if count == 1:
                 raise
             # No set of that size may be dropped, can be repaired, and has a KL.
-            logger.info("%s: %s", plural(count, "layer"), error)
+            logger.info("%s: %s", pluralize(count, "layer"), error)
             return False
         figures = candidate.outcome.quality(search.dense)
-        logger.info("without %s: %s", name_layers(candidate.drop), _spelled(figures, budget))
+        logger.info("without %s: %s", describe_layers(candidate.drop), _spelled(figures, budget))
         left = room(figures, budget, limit)
         if count not in judged or left > room(judged[count][1], budget, limit):
             judged[count] = candidate, figures
@@ -124,7 +124,7 @@ def choose(
         raise _too_strict(choice, *judged[1], rows)
     candidate, figures = judged[low]
     why = (
-        f"{name_layers(candidate.drop)} ({candidate.found_by}): the deepest cut found within {_said(choice)}, at "
+        f"{describe_layers(candidate.drop)} ({candidate.found_by}): the deepest cut found within {_said(choice)}, at "
         f"{_spelled(figures, budget)} on {rows} held-out rows"
         + (f" after the {choice.repair} repair" if choice.repair else "")
     )
@@ -162,7 +162,7 @@ def _point(candidate: Candidate, figures: Figures) -> dict[str, Any]:
     }
 
 
-def _too_strict(choice: ChoiceOptions, candidate: Candidate, figures: Figures, rows: int) -> CutError:
+def _too_strict(choice: SelectionOptions, candidate: Candidate, figures: Figures, rows: int) -> CutError:
     said, budget = _said(choice), str(choice.budget)
     limit: float = getattr(choice, budget)
     figure, error = _limited(figures, budget)

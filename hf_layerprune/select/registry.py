@@ -7,11 +7,11 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from ..options import bind, find
+from ..options import check_choice, set_choices
 from ..repair.registry import REPAIRS
 
 if TYPE_CHECKING:
-    from ..options import ChoiceOptions
+    from ..options import SelectionOptions
 
 ORIGINAL, PAPER = "original", "paper"
 VARIANTS = (ORIGINAL, PAPER)
@@ -70,7 +70,7 @@ class Criterion:
         """Whether it scores each block, instead of adding up the ranks or scores of the layers in it."""
         return self.blocks_only or (contiguous and self.kind == "trial")
 
-    def protection(self, choice: ChoiceOptions) -> tuple[int, int]:
+    def protection(self, choice: SelectionOptions) -> tuple[int, int]:
         """How many layers at the start and at the end must stay: as requested, or as in the source."""
         own = self.protect if choice.variant == ORIGINAL else (0, 0)
         first, last = choice.protect_first, choice.protect_last
@@ -126,9 +126,9 @@ def find_criterion(name: str | None) -> Criterion:
     Raises:
         CutError: The criterion does not exist.
     """
-    return CRITERIA[find("criterion", name, CRITERIA)]
+    return CRITERIA[check_choice("criterion", name, CRITERIA)]
 
 
-bind("criterion", CRITERIA)
-bind("variant", VARIANTS)
-bind("repair", REPAIRS)
+set_choices("criterion", CRITERIA)
+set_choices("variant", VARIANTS)
+set_choices("repair", REPAIRS)

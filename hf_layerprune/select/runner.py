@@ -16,8 +16,8 @@ import torch
 from ..calibration.rows import CalibrationSet, check_vocabulary
 from ..errors import CutError, UnsupportedModelError
 from ..families.layout import find_decoder_layers
-from ..layer_ranges import name_layers
-from ..options import CutOptions, find, just, take
+from ..layer_ranges import describe_layers
+from ..options import CutOptions, check_choice, copy_fields, drop_exactly
 from ..runtime.walk import LayerWalk
 from . import budget
 from .passes import Observer, run_pass
@@ -69,7 +69,7 @@ def score_layers(
         CheckpointError: The calibration set belongs to another model, or a score is not finite.
         UnsupportedModelError: The model's layers can't be run one at a time, or it has no scores at all.
     """
-    find("variant", variant, VARIANTS)
+    check_choice("variant", variant, VARIANTS)
     wanted = [find_criterion(name) for name in dict.fromkeys(criteria)]
     if any(criterion.kind == "choice" for criterion in wanted):
         raise CutError("criterion 'auto' gives no scores; use choose_layers")
@@ -178,7 +178,7 @@ def choose_layers(
         model = _walk(model)
 
     def of(count: int, text: CalibrationSet | None = calibration) -> Choice:
-        return choose_layers(model, text, take(CutOptions, choice, **just(count)), protected=protected)
+        return choose_layers(model, text, copy_fields(CutOptions, choice, **drop_exactly(count)), protected=protected)
 
     if choice.target is not None:
         dense, device = (model.model, model.device) if isinstance(model, LayerWalk) else (model, None)
@@ -222,7 +222,7 @@ def _in_rounds(
         kind = "block" if len(shares) == 1 else "blocks"
     computed = f" as {CRITERIA['random'].source} computed it" if criterion.variant(choice.variant) == PAPER else ""
     how = f", in {len(shares)} rounds" if len(shares) > 1 else ""
-    why = f"{name_layers(gone)}: the {kind} with the lowest {criterion.name}{computed}{how}"
+    why = f"{describe_layers(gone)}: the {kind} with the lowest {criterion.name}{computed}{how}"
     return Choice(gone, criterion.name, why, looked_at)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from ..errors import CheckpointError
-from ..layer_ranges import blocks, format_layers, name_layers
+from ..layer_ranges import describe_layers, find_blocks, format_layers
 from .registry import CRITERIA
 from .sets import block_sums, lowest_block, lowest_layers
 
@@ -73,7 +73,7 @@ class Scores:
         for block, score in (*of_layers, *self.blocks.items()):
             if score is not None and not math.isfinite(score):
                 raise CheckpointError(
-                    f"{self.criterion} gives {name_layers(block)} the score {score}: weights outside the layers are damaged, or "
+                    f"{self.criterion} gives {describe_layers(block)} the score {score}: weights outside the layers are damaged, or "
                     f"the model overflows its data type; use an intact copy, or {WIDER}"
                 )
 
@@ -100,7 +100,7 @@ class Scores:
         if self.blocks:
             record["blocks"] = [
                 {"start": block[0], "length": len(block), "score": score}
-                | ({} if len(blocks(block)) == 1 else {"layers": list(block)})
+                | ({} if len(find_blocks(block)) == 1 else {"layers": list(block)})
                 for block, score in sorted(self.blocks.items(), key=lambda item: (len(item[0]), item[0]))
             ]
         return record

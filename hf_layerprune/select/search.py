@@ -25,8 +25,8 @@ from torch import nn
 from ..calibration.rows import CalibrationSet, check_vocabulary
 from ..errors import CutError
 from ..families import UNREPAIRABLE, check_stage, text_config
-from ..layer_ranges import blocks, format_layers
-from ..options import plural
+from ..layer_ranges import find_blocks, format_layers
+from ..options import pluralize
 from ..repair.fit import Repair, fit_repair
 from ..repair.registry import find_repair
 from ..repair.writers import swapped
@@ -39,7 +39,7 @@ from .sets import lowest_block, neighbours
 from .trials import Outcome, Trial, try_out
 
 if TYPE_CHECKING:
-    from ..options import ChoiceOptions
+    from ..options import SelectionOptions
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Search:
         walk (`LayerWalk`): The dense model.
         calibration (`CalibrationSet`): The text; a quarter of its rows is held out for judging.
         free (`Collection[int]`): The layers that may be dropped.
-        choice (`ChoiceOptions`): Whether the layers must be contiguous, and which repair will follow.
+        choice (`SelectionOptions`): Whether the layers must be contiguous, and which repair will follow.
         found (`Sequence[int]`): The first steps of the nested sets, if an earlier search has found them.
 
     Raises:
@@ -84,7 +84,7 @@ class Search:
         walk: LayerWalk,
         calibration: CalibrationSet,
         free: Collection[int],
-        choice: ChoiceOptions,
+        choice: SelectionOptions,
         found: Sequence[int] = (),
     ) -> None:
         if choice.repair:
@@ -180,9 +180,9 @@ class Search:
         """
         if not scores and self._lost:
             raise CutError(NOT_COMPARABLE)
-        if not scores and self._in_front and any(end - start >= count for start, end in blocks(self.free)):
+        if not scores and self._in_front and any(end - start >= count for start, end in find_blocks(self.free)):
             raise CutError(
-                f"no block of {plural(count, 'layer')} can be repaired: no layer in front of one has an output projection that "
+                f"no block of {pluralize(count, 'layer')} can be repaired: no layer in front of one has an output projection that "
                 f"repair={self.repair!r} could change; {UNREPAIRABLE}"
             )
         return tuple(lowest_block(scores, count, self.free))
@@ -231,7 +231,7 @@ class Search:
     @property
     def most(self) -> int:
         """The most layers that may be dropped."""
-        longest = max((end - start for start, end in blocks(self.free)), default=0)
+        longest = max((end - start for start, end in find_blocks(self.free)), default=0)
         return min(longest if self.contiguous else len(self.free), self.walk.num_layers - 1)
 
     # --- internals ---------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ class Search:
             left = [i for i in left if i in (min(gone) - 1, max(gone) + 1)]
         if not left or len(gone) + 1 >= self.walk.num_layers:
             raise CutError(
-                f"no more than {plural(len(gone), 'layer')} may be dropped from this model; drop fewer, or protect fewer"
+                f"no more than {pluralize(len(gone), 'layer')} may be dropped from this model; drop fewer, or protect fewer"
             )
         tried = self._tried([tuple(sorted((*gone, i))) for i in left], _STEP_ROWS)
         if not tried:
@@ -273,7 +273,7 @@ class Search:
 
     def _tried(self, sets: Iterable[tuple[int, ...]], rows: int) -> dict[tuple[int, ...], Outcome]:
         """Outcomes on a few rows, with maps, of the sets that can be repaired."""
-        runs = {drop: [tuple(range(*run)) for run in blocks(drop)] for drop in sets}
+        runs = {drop: [tuple(range(*run)) for run in find_blocks(drop)] for drop in sets}
         if self._in_front:
             self._fit({block for each in runs.values() for block in each})
         trials: dict[tuple[int, ...], Trial] = {}

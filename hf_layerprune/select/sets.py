@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 
 from ..errors import CutError
-from ..layer_ranges import name_layers
-from ..options import DROP, checked, plural
+from ..layer_ranges import describe_layers
+from ..options import DROP, check_value, pluralize
 
 
 def drop_count(drop: float | int | None, num_layers: int) -> int:
@@ -19,7 +19,7 @@ def drop_count(drop: float | int | None, num_layers: int) -> int:
     Raises:
         CutError: The setting is out of range, or would drop no layer or all of them.
     """
-    drop = checked("drop", drop, DROP)
+    drop = check_value("drop", drop, DROP)
     if isinstance(drop, int):
         if drop >= num_layers:
             raise CutError(f"drop={drop} would drop all {num_layers} layers of the model; at least one must stay")
@@ -38,7 +38,9 @@ def check_lengths(lengths: Collection[int], num_layers: int) -> None:
     """
     for length in lengths:
         if not 0 < length < num_layers:
-            raise CutError(f"can't score blocks of {plural(length, 'layer')}; use lengths from 1 to {num_layers - 1}")
+            raise CutError(
+                f"can't score blocks of {pluralize(length, 'layer')}; use lengths from 1 to {num_layers - 1}"
+            )
 
 
 def free_layers(
@@ -51,7 +53,7 @@ def free_layers(
     """
     free = {i for i in range(protect_first, num_layers - protect_last) if i not in protected}
     if count > len(free):
-        needed = f", and the architecture needs {name_layers(sorted(protected))}" if protected else ""
+        needed = f", and the architecture needs {describe_layers(sorted(protected))}" if protected else ""
         raise CutError(
             f"can't drop {count} of {num_layers} layers: only {len(free)} may be dropped "
             f"(protect_first={protect_first}, protect_last={protect_last}{needed}); drop fewer layers, or protect fewer"
@@ -73,7 +75,7 @@ def lowest_layers(scores: Sequence[float | None], count: int, free: Collection[i
     ranked = sorted((score, i) for i, score in enumerate(scores) if score is not None and i in free)
     if len(ranked) < count:
         raise CutError(
-            f"can't drop {plural(count, 'layer')}: only {len(ranked)} of the layers that may be dropped have a score; drop fewer"
+            f"can't drop {pluralize(count, 'layer')}: only {len(ranked)} of the layers that may be dropped have a score; drop fewer"
         )
     return sorted(i for _, i in ranked[:count])
 
@@ -89,7 +91,7 @@ def lowest_block(scores: Mapping[tuple[int, ...], float], count: int, free: Coll
     )
     if not ranked:
         raise CutError(
-            f"no block of {plural(count, 'layer')} may be dropped; drop fewer layers, or protect fewer (those that may be "
+            f"no block of {pluralize(count, 'layer')} may be dropped; drop fewer layers, or protect fewer (those that may be "
             f"dropped are {sorted(free)})"
         )
     return list(ranked[0][1])

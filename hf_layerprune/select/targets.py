@@ -13,14 +13,14 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CutError
-from ..layer_ranges import name_layers
-from ..options import plural, spell_bytes, spell_count
+from ..layer_ranges import describe_layers
+from ..options import format_bytes, format_count, pluralize
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ..options import ChoiceOptions
+    from ..options import SelectionOptions
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Target:
     @classmethod
     def of(
         cls,
-        choice: ChoiceOptions,
+        choice: SelectionOptions,
         config: PreTrainedConfig,
         base: str | None = None,
         *,
@@ -77,12 +77,12 @@ class Target:
         how: dict[str, Any] = {"context": choice.context, "batch": choice.batch}
         limit = getattr(choice, option)
         if option == "target_params":
-            return cls(option, limit, sizes.parameters, sizes.of_layers("params"), spell_count)
+            return cls(option, limit, sizes.parameters, sizes.of_layers("params"), format_count)
         if option == "target_size":
-            return cls(option, limit, sizes.file_bytes, sizes.of_layers("size"), spell_bytes)
+            return cls(option, limit, sizes.file_bytes, sizes.of_layers("size"), format_bytes)
         if option == "target_memory":
             each = sizes.of_layers("memory", **how)
-            return cls(option, limit, lambda drop: sizes.memory_bytes(drop, **how), each, spell_bytes)
+            return cls(option, limit, lambda drop: sizes.memory_bytes(drop, **how), each, format_bytes)
         if model is None:
             raise CutError("target_speedup times the layers of the model, and there is none here; pass the model")
         from .decode_times import time_decoding
@@ -126,7 +126,7 @@ class Target:
         while count > 1 and self.left(picked(count)) + sizes[-1] <= self.limit and self.met_by(picked(count - 1)):
             count -= 1
         drop = picked(count)
-        logger.info("%s: %s without %s", self, self.spell(self.left(drop)), name_layers(drop))
+        logger.info("%s: %s without %s", self, self.spell(self.left(drop)), describe_layers(drop))
         return count
 
     def record(self, drop: Sequence[int]) -> dict[str, Any]:
@@ -141,7 +141,7 @@ class Target:
     def _out_of_reach(self, drop: Sequence[int], protects: bool) -> CutError:
         """The error that even the deepest cut does not meet it."""
         left = self.left(sorted(drop))
-        which = f"all {len(drop)} of the layers that may go" if protects else plural(len(drop), "layer")
+        which = f"all {len(drop)} of the layers that may go" if protects else pluralize(len(drop), "layer")
         way_out = " or protect fewer layers" if protects else ""
         if self.option == "target_speedup":
             return CutError(

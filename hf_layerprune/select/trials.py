@@ -20,7 +20,7 @@ from torch import nn
 
 from ..calibration.rows import CalibrationSet
 from ..errors import CheckpointError
-from ..options import plural
+from ..options import pluralize
 from ..runtime.divergence import Reference, diverge
 from ..runtime.memory import free_bytes
 from ..runtime.walk import Batch, LayerWalk
@@ -107,7 +107,7 @@ def try_out(walk: LayerWalk, calibration: CalibrationSet, trials: Sequence[Trial
     parts = [given[start : start + step] for start in range(0, len(given), step)]
     means: list[torch.Tensor] = []
     runs = walk.num_layers * len(parts)
-    with progress_bar(total=runs, desc=f"evaluating {plural(len(trials), 'cut')}", unit="layer") as bar:
+    with progress_bar(total=runs, desc=f"evaluating {pluralize(len(trials), 'cut')}", unit="layer") as bar:
         for part in parts:
             batches = [walk.begin(*rows_of) for rows_of in part]
             states = _advance(walk, batches, tracks, bar)

@@ -19,7 +19,16 @@ from ..errors import CutError
 from ..files.copy import check_file_target, write_text
 from ..heal.frontier import Expected, Frontier
 from ..layer_ranges import parse_layers
-from ..options import COUNTED_BY, CutOptions, declared, refuse_unused, spell_count, spell_share, take, words_of
+from ..options import (
+    TARGET_SETTINGS,
+    CutOptions,
+    copy_fields,
+    format_count,
+    format_percent,
+    option_fields,
+    refuse_unused,
+    to_arguments,
+)
 from ..records.curve import quality_of
 from ..records.figures.numbers import number
 from ..runtime.loading import load_config
@@ -101,7 +110,7 @@ def _amount(request: AdviseRequest, otherwise: float) -> dict[str, Any]:
     amount = request.target or request.budget
     if amount is None:
         return {"drop": otherwise}
-    plain, names = declared(AdviseRequest), (amount, *COUNTED_BY.get(amount, ()))
+    plain, names = option_fields(AdviseRequest), (amount, *TARGET_SETTINGS.get(amount, ()))
     return {name: value for name in names if (value := getattr(request, name)) != plain[name].default}
 
 
@@ -190,7 +199,7 @@ def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
     else:
         chosen = {"drop_layers": parse_layers(point["layers"])} if point else amount
         cut = PruneRequest(request.base, "pruned", revision=request.revision, **repair, **chosen)
-        command = ("hf-layerprune", "prune", request.base, "pruned", *words_of(cut))
+        command = ("hf-layerprune", "prune", request.base, "pruned", *to_arguments(cut))
         settings = {}
     record["settings"] = settings
     text = _told(request, frontier, expected, n, record)
@@ -252,7 +261,7 @@ def _count(request: AdviseRequest, config: Any, expected: dict[int, Expected]) -
 def _for_target(request: AdviseRequest, config: Any) -> int:
     from ..select.targets import Target
 
-    target = Target.of(take(CutOptions, request), config, request.base, revision=request.revision)
+    target = Target.of(copy_fields(CutOptions, request), config, request.base, revision=request.revision)
     assert target is not None, "there is a target"
     n = families.layer_count(config)
     free = free_layers(n, 1, 0, 0, families.protected_layers(config))
@@ -263,7 +272,7 @@ def _passes(settings: dict[str, Any]) -> str:
     """How often the text is trained on, and on what first."""
     if "features" not in settings:
         return "each once"
-    return f"in {settings['num_train_epochs']} epochs, with the first {spell_share(settings['features'])} of the steps on hidden states"
+    return f"in {settings['num_train_epochs']} epochs, with the first {format_percent(settings['features'])} of the steps on hidden states"
 
 
 def _told(request: AdviseRequest, frontier: Frontier, expected: dict[int, Expected], n: int, record: Any) -> str:
@@ -277,7 +286,7 @@ def _told(request: AdviseRequest, frontier: Frontier, expected: dict[int, Expect
     here = expected[count]
     if tokens:
         lines.append(
-            f"\n{minutes} is enough to heal on about {spell_count(float(f'{tokens:.2g}'))} tokens of text "
+            f"\n{minutes} is enough to heal on about {format_count(float(f'{tokens:.2g}'))} tokens of text "
             f"({number(record['tokens_per_second'])} tokens a second), {_passes(record['settings'])}."
         )
     else:

@@ -25,16 +25,8 @@ from ..calibration.documents import check_source
 from ..errors import CheckpointError, CutError, LayerPruneError
 from ..files.copy import write_text
 from ..files.folders import check_target
-from ..layer_ranges import name_layers, parse_layers
-from ..options import (
-    DEFAULT_DROP,
-    AmountOptions,
-    listed,
-    plural,
-    spell_bytes,
-    spell_count,
-    spell_share,
-)
+from ..layer_ranges import describe_layers, parse_layers
+from ..options import DEFAULT_DROP, AmountOptions, format_bytes, format_count, format_percent, join_words, pluralize
 from ..records.curve import quality_of
 from ..records.fingerprints import fingerprint
 from ..runtime.loading import is_hub_id, load_config
@@ -93,7 +85,7 @@ class Curve:
             marks = {"chosen": self.chosen, "knee": self.knee}
             here = ", ".join(word for word, count in marks.items() if count == point["dropped"])
             kls = [f"{point[name]['kl']:.3g}" if name in point else "-" for name in ("cut", "repaired")]
-            quality = [f"x{best['perplexity_ratio']:.3g}", spell_share(best["top1_agreement"])]
+            quality = [f"x{best['perplexity_ratio']:.3g}", format_percent(best["top1_agreement"])]
             layers = point["layers"] + (f"  <- {here}" if here else "")
             rows.append([str(point["dropped"]), *_sizes(point), f"{point['speedup']:.2f}x", *kls, *quality, layers])
         widths = [max(len(row[k]) for row in rows) for k in range(len(heads) - 1)]
@@ -107,7 +99,7 @@ class Curve:
 
 
 def _sizes(entry: dict[str, Any]) -> list[str]:
-    return [spell_count(entry["parameters"]), spell_bytes(entry["bytes"])]
+    return [format_count(entry["parameters"]), format_bytes(entry["bytes"])]
 
 
 def quality_curve(base: str, output: str | os.PathLike[str] | None = None, **options: Any) -> Curve:
@@ -192,7 +184,7 @@ def _last_point(request: RankRequest, num_layers: int, most: int) -> int:
     up_to = request.curve_up_to or min(num_layers // 2, most)
     if request.drop not in (None, DEFAULT_DROP) and (count := drop_count(request.drop, num_layers)) > up_to:
         raise CutError(
-            f"drop={request.drop} is not on the curve, which ends at {plural(up_to, 'layer')}; use curve_up_to={count}, or "
+            f"drop={request.drop} is not on the curve, which ends at {pluralize(up_to, 'layer')}; use curve_up_to={count}, or "
             "leave drop out"
         )
     return up_to
@@ -218,14 +210,14 @@ def _continue(request: RankRequest, record: dict[str, Any], free: set[int], up_t
         raise _on_other_rows(request)
     search = _search(request, record, walk, calibration, free)
     left = up_to - len(record["points"])
-    search.announce(f"a curve up to {plural(up_to, 'layer')}", left, left, left)
+    search.announce(f"a curve up to {pluralize(up_to, 'layer')}", left, left, left)
     for count in range(len(record["points"]) + 1, up_to + 1):
         try:
             point = search.point(count)
         except CutError as error:
             if count == 1:
                 raise
-            logger.warning("the curve ends at %s: %s", plural(count - 1, "layer"), error)
+            logger.warning("the curve ends at %s: %s", pluralize(count - 1, "layer"), error)
             break
         drop = parse_layers(point["layers"])
         point |= {
@@ -236,7 +228,7 @@ def _continue(request: RankRequest, record: dict[str, Any], free: set[int], up_t
         record["points"].append(point)
         record["steps"] = search.steps
         kl = quality_of(point)["kl"]
-        logger.info("%d of %d: without %s, KL is %.3g", point["dropped"], up_to, name_layers(drop), kl)
+        logger.info("%d of %d: without %s, KL is %.3g", point["dropped"], up_to, describe_layers(drop), kl)
         if request.output is not None:
             _write(request.output.expanduser(), record)
 
@@ -285,9 +277,9 @@ def _earlier(folder: Path, identity: dict[str, Any], force: bool) -> dict[str, A
     record = read_curve(folder / FILE)
     if other := [name for name, value in identity.items() if record["identity"].get(name) != value]:
         raise CheckpointError(
-            f"{folder} holds a curve with another {listed(other)}; choose another folder, or start again with --force"
+            f"{folder} holds a curve with another {join_words(other)}; choose another folder, or start again with --force"
         )
-    logger.info("continuing %s, which has %s", folder / FILE, plural(len(record["points"]), "point"))
+    logger.info("continuing %s, which has %s", folder / FILE, pluralize(len(record["points"]), "point"))
     return record
 
 
@@ -314,7 +306,7 @@ def point_of(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dict[st
     if count is None:
         way_out = "allow more loss" if request.budget else "ask for less, or extend the curve with rank --curve-up-to"
         raise CutError(
-            f"no point of {folder}, which drops up to {plural(len(curve.points), 'layer')}, meets the request; {way_out}"
+            f"no point of {folder}, which drops up to {pluralize(len(curve.points), 'layer')}, meets the request; {way_out}"
         )
     point = curve.points[count - 1]
     repair = request.repair or (record["repair"] if "repaired" in point else None)
@@ -382,7 +374,7 @@ def _draw(curve: Curve, folder: Path) -> None:
         point = curve.points[curve.chosen - 1]
         best = quality_of(point)
         remark = (
-            f"{point['dropped']} of {curve.record['num_layers']} layers dropped: {spell_count(point['parameters'])} parameters,\n"
+            f"{point['dropped']} of {curve.record['num_layers']} layers dropped: {format_count(point['parameters'])} parameters,\n"
             f"{point['speedup']:.2f} times as fast, perplexity \N{MULTIPLICATION SIGN} {best['perplexity_ratio']:.2f}"
         )
     try:

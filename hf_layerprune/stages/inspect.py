@@ -13,8 +13,8 @@ from ..cut.sizes import Sizes
 from ..errors import CutError, LayerPruneError, cause_of
 from ..families.engines import WAY_OUT, counted, misread
 from ..families.layout import count_by_layer, count_parameters, find_decoder_layers, ties_head
-from ..layer_ranges import name_layers
-from ..options import CutOptions, plural, spell_bytes, spell_share
+from ..layer_ranges import describe_layers
+from ..options import CutOptions, format_bytes, format_percent, pluralize
 from ..runtime.loading import load_config, resolve_base
 from ..runtime.model_class import auto_class_of, model_without_weights
 from ..select import select_layers
@@ -172,23 +172,23 @@ def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
     lines = [
         f"{name}: {anatomy.architecture} ({anatomy.model_type})",
         f"  decoder layers   {n:>15}   {anatomy.layers_path}, {each}",
-        f"  in the layers    {sum(anatomy.layers):>15,}   {spell_share(sum(anatomy.layers) / anatomy.total, 1)}",
-        f"  embeddings       {anatomy.embeddings:>15,}   {spell_share(anatomy.embeddings / anatomy.total, 1)}",
+        f"  in the layers    {sum(anatomy.layers):>15,}   {format_percent(sum(anatomy.layers) / anatomy.total, 1)}",
+        f"  embeddings       {anatomy.embeddings:>15,}   {format_percent(anatomy.embeddings / anatomy.total, 1)}",
         f"  output head      {head:>15}",
         f"  other            {anatomy.other:>15,}",
         f"  parameters       {anatomy.total:>15,}",
     ]
     size = memory = ""
     if anatomy.file_bytes:
-        whole, size = map(spell_bytes, anatomy.file_bytes)
+        whole, size = map(format_bytes, anatomy.file_bytes)
         lines.append(f"  weight files     {whole:>15}")
         size = f"; {size} of weight files"
     if anatomy.memory_bytes:
-        whole, memory = map(spell_bytes, anatomy.memory_bytes)
+        whole, memory = map(format_bytes, anatomy.memory_bytes)
         lines[-1] += f"   {whole} in memory with a key-value cache of {anatomy.context:,} tokens"
         memory = f", {memory} in memory"
     if anatomy.dropped_before:
-        lines.append(f"  it is a cut model, without {name_layers(anatomy.dropped_before)} of its base")
+        lines.append(f"  it is a cut model, without {describe_layers(anatomy.dropped_before)} of its base")
     if anatomy.counted:
         lines.append(f"  {anatomy.counted}; {WAY_OUT}")
     lines += [f"  layer {i} must stay: {reason}" for i, reason in sorted(anatomy.protected.items())]
@@ -200,17 +200,17 @@ def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
     left = anatomy.left
     if left is None:
         return "\n".join([*lines, f"No cut is shown: {anatomy.no_cut}"])
-    layers = plural(len(anatomy.dropped), "layer")
-    effect = f"A cut of {spell_share(drop)} drops {layers} and" if isinstance(drop, float) else f"A cut of {layers}"
+    layers = pluralize(len(anatomy.dropped), "layer")
+    effect = f"A cut of {format_percent(drop)} drops {layers} and" if isinstance(drop, float) else f"A cut of {layers}"
     lines.append(
-        f"{effect} leaves {n - len(anatomy.dropped)} of {n}: {left:,} parameters, {spell_share(left / anatomy.total, 1)} of the "
+        f"{effect} leaves {n - len(anatomy.dropped)} of {n}: {left:,} parameters, {format_percent(left / anatomy.total, 1)} of the "
         f"base{size}{memory}."
     )
     if anatomy.tied:
         untied = left + anatomy.embeddings
         lines.append(
             "The output head stays tied by default. With tune_lm_head=True, it becomes a matrix of its own: "
-            f"{untied:,} parameters in all, {spell_share(untied / anatomy.total, 1)} of the base"
+            f"{untied:,} parameters in all, {format_percent(untied / anatomy.total, 1)} of the base"
             + (", more than the base itself." if untied > anatomy.total else ".")
         )
     return "\n".join(lines)

@@ -20,8 +20,8 @@ from ..families.engines import WAY_OUT, misread
 from ..files.copy import check_file_target, write_text
 from ..files.folders import check_target, new_folder
 from ..files.gguf_header import read_header
-from ..layer_ranges import name_layers
-from ..options import AMOUNTS, COUNTED_BY, refuse_unused, spell_bytes, take
+from ..layer_ranges import describe_layers
+from ..options import AMOUNTS, TARGET_SETTINGS, copy_fields, format_bytes, refuse_unused
 from ..records.fingerprints import passing_weights_hash
 from ..records.lineage import Lineage, stage
 from ..records.names import is_gguf_name, public
@@ -53,7 +53,7 @@ class Pruned:
     def __str__(self) -> str:
         kind = "adapter that drops" if self.form == "adapter" else "dropped"
         left = self.layers - len(self.dropped)
-        return f"{kind} {name_layers(self.dropped)} of {self.layers}: {left} left, in {self.output}"
+        return f"{kind} {describe_layers(self.dropped)} of {self.layers}: {left} left, in {self.output}"
 
 
 def settings_of(request: PruneRequest, dropped: Sequence[int]) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def settings_of(request: PruneRequest, dropped: Sequence[int]) -> dict[str, Any]
     if request.drop_layers is None:
         first, last = find_criterion(request.criterion).protection(request)
         amount = next(name for name in AMOUNTS if getattr(request, name) is not None)
-        names = (amount, *COUNTED_BY.get(amount, ()), "criterion", "variant", "seed", "steps", "contiguous")
+        names = (amount, *TARGET_SETTINGS.get(amount, ()), "criterion", "variant", "seed", "steps", "contiguous")
         settings |= {name: getattr(request, name) for name in names} | {"protect_first": first, "protect_last": last}
     if request.repair is not None:
         settings["repair"] = request.repair
@@ -174,7 +174,7 @@ def _check_size(folder: Path, limit: int, count: int) -> None:
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if size > limit:
         raise CutError(
-            f"the weight files take {spell_bytes(size)}, {spell_bytes(size - limit)} more than target_size allows: some tensors "
+            f"the weight files take {format_bytes(size)}, {format_bytes(size - limit)} more than target_size allows: some tensors "
             f"stay in float32, or the headers are larger than the base's; use drop={count + 1} or more instead"
         )
 
@@ -256,7 +256,7 @@ def _gguf_target(request: PruneRequest, base: Path, num_layers: int) -> Target |
         return plan_gguf_cut(header, list(drop)).target_bytes if drop else base.stat().st_size
 
     each = [left(()) - left((i,)) for i in range(num_layers)]
-    return Target("target_size", limit, left, each, spell_bytes)
+    return Target("target_size", limit, left, each, format_bytes)
 
 
 def _dtype(request: PruneRequest) -> str:
@@ -268,7 +268,7 @@ def _dtype(request: PruneRequest) -> str:
 def _config(request: PruneRequest, dropped: list[int] | None) -> LayerDropConfig:
     from ..adapter.config import LayerDropConfig
 
-    return take(
+    return copy_fields(
         LayerDropConfig,
         request,
         base_model_name_or_path=request.base,

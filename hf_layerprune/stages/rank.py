@@ -18,8 +18,8 @@ from ..calibration.documents import check_source
 from ..errors import CheckpointError, CutError, LayerPruneError, UnsupportedModelError
 from ..files.copy import write_text
 from ..files.folders import check_target, new_folder
-from ..layer_ranges import format_layers, name_layers
-from ..options import AMOUNTS, CutOptions, take
+from ..layer_ranges import describe_layers, format_layers
+from ..options import AMOUNTS, CutOptions, copy_fields
 from ..records.lineage import peak_rss, versions
 from ..runtime.loading import load_base, load_config
 from ..select import CRITERIA, drop_count, find_criterion
@@ -87,7 +87,7 @@ class Ranking:
         for layers, names in protected.items():
             if layers:
                 options = "--protect-first, --protect-last"
-                lines.append(f"{', '.join(names)}: {name_layers(layers)} may not be dropped ({options})")
+                lines.append(f"{', '.join(names)}: {describe_layers(layers)} may not be dropped ({options})")
         for name, found in self.scores.items():
             # Angular distance has scores of blocks of every length.
             lengths = {len(block) for block in found.blocks}
@@ -165,7 +165,7 @@ def rank(request: RankRequest) -> Ranking:
     why: dict[str, str] = {}
     found = {name: score.record() for name, score in scores.items()}
     if "auto" in free:
-        by_auto = take(CutOptions, request, criterion="auto")
+        by_auto = copy_fields(CutOptions, request, criterion="auto")
         choice = choose_layers(model, calibration, by_auto, protected=protected, target=target)
         drops["auto"], why["auto"], found["auto"] = choice.drop_layers, choice.why, choice.record()
     record = {

@@ -19,20 +19,20 @@ from ..options import (
     PATH,
     AmountOptions,
     CalibrationOptions,
-    ChoiceOptions,
     CutOptions,
     Kind,
     Options,
+    SelectionOptions,
     TuningOptions,
-    declared,
+    check_choice,
     documented,
-    find,
-    listed,
+    integer,
+    join_words,
     option,
+    option_fields,
     refuse_unused,
-    whole,
 )
-from ..options.quantities import NATS, RATIO, SHARE, number
+from ..options.quantities import NATS, RATIO, SHARE, number_between
 from ..select.registry import CRITERIA, find_criterion
 
 TEXT_OPTIONS = ("calibration", "calibration_samples", "calibration_length")
@@ -40,7 +40,7 @@ TEXT_OPTIONS = ("calibration", "calibration_samples", "calibration_length")
 
 def _of_curve(name: str) -> Any:
     """A calibration option whose default depends on `from_curve`; see `PruneRequest.with_calibration`."""
-    known = declared(CalibrationOptions)[name]
+    known = option_fields(CalibrationOptions)[name]
     return option(None, f"{known.help}; by default {known.default}, or as for the curve with from_curve", known.kind)
 
 
@@ -118,7 +118,8 @@ class PruneRequest(TuningOptions, CutOptions):
     def with_calibration(self, measured: Mapping[str, Any] | None = None) -> PruneRequest:
         """With the calibration options that are not given as a curve was `measured`, or at their defaults."""
         options = {
-            name: (measured or {}).get(name, known.default) for name, known in declared(CalibrationOptions).items()
+            name: (measured or {}).get(name, known.default)
+            for name, known in option_fields(CalibrationOptions).items()
         }
         return replace(self, **{name: value for name, value in options.items() if getattr(self, name) is None})
 
@@ -140,7 +141,7 @@ class WalkOptions(Options):
 
 @documented
 @dataclass
-class RankRequest(WalkOptions, CalibrationOptions, ChoiceOptions):
+class RankRequest(WalkOptions, CalibrationOptions, SelectionOptions):
     """What to rank, and how."""
 
     base: str = option(MISSING, MODEL_HELP, MODEL)
@@ -161,7 +162,7 @@ class RankRequest(WalkOptions, CalibrationOptions, ChoiceOptions):
         "quality with and without repair. With the same OUTPUT, an interrupted curve resumes",
     )
     curve_up_to: int | None = option(
-        None, "Maximum number of layers to drop on the curve; by default half of them", whole(1, 10_000)
+        None, "Maximum number of layers to drop on the curve; by default half of them", integer(1, 10_000)
     )
     force: bool = option(False, "Replace the ranking or the curve in OUTPUT")
 
@@ -171,19 +172,22 @@ class RankRequest(WalkOptions, CalibrationOptions, ChoiceOptions):
     ) -> RankRequest:
         """The request that a call in Python makes, with its keyword arguments as options."""
         for name in options:
-            find("option", name, [known for known in declared(cls) if known not in ("base", "output", "curve")])
+            check_choice(
+                "option", name, [known for known in option_fields(cls) if known not in ("base", "output", "curve")]
+            )
         return cls(base, output=None if output is None else Path(output), curve=curve, **options)
 
-    def settle(self) -> None:
+    def check_combination(self) -> None:
         """Refuse what only a curve, or only a ranking, uses."""
-        super().settle()
+        super().check_combination()
         if self.curve:
             unused = ("criteria", "variant", "target_dtype", "lengths")
             refuse_unused(self, unused, "on a curve, whose cuts are searched for")
         else:
             refuse_unused(self, ("curve_up_to",), "without curve")
             self.refuse_unused()
-            criteria, why = [find_criterion(name) for name in self.criteria], f"with criterion {listed(self.criteria)}"
+            criteria = [find_criterion(name) for name in self.criteria]
+            why = f"with criterion {join_words(self.criteria)}"
             if not any(criterion.tries_blocks(True) for criterion in criteria):
                 refuse_unused(self, ("lengths",), why)
             if not any(criterion.needs == "text" for criterion in criteria):
@@ -213,7 +217,7 @@ class AdviseRequest(WalkOptions, AmountOptions):
     minutes: float = option(
         60,
         "Minutes available on this machine for repair and training; ignored for models with 5 billion parameters or more",
-        number(0, 1e6, "a number of minutes above 0 and below 1,000,000", "MIN"),
+        number_between(0, 1e6, "a number of minutes above 0 and below 1,000,000", "MIN"),
     )
     from_curve: Path | None = option(
         None,
@@ -236,10 +240,10 @@ class AdviseRequest(WalkOptions, AmountOptions):
     min_top1_agreement: float | None = option(None, "Not available here: it was not measured after healing", SHARE)
     force: bool = option(False, "Replace OUTPUT if it exists")
 
-    def settle(self) -> None:
+    def check_combination(self) -> None:
         """Leave the number of layers open unless an option sets it."""
         said = any(getattr(self, name) is not None for name in AMOUNTS)
-        super().settle()
+        super().check_combination()
         if not said:
             self.drop = None
         self.refuse_unused()

@@ -33,7 +33,7 @@ from results import NOT_RUN, Results, describe, lines_of, markdown, mistakes_tex
 from hf_layerprune.errors import CutError, LayerPruneError, explain, wants_traceback
 from hf_layerprune.files.copy import write_text
 from hf_layerprune.files.folders import lock_folder
-from hf_layerprune.options import plural
+from hf_layerprune.options import pluralize
 
 logger = logging.getLogger("hf_layerprune.reproduce_paper")
 OUTPUT = Path("reproduce_paper_output")
@@ -199,7 +199,7 @@ def _run(args: argparse.Namespace, rows: dict[str, Row], plans: dict[str, Plan],
     failed = {}
     results = Results.read(args.output / "results.json")
     left = {name: plan for name, plan in plans.items() if not results.has(rows[name], plan)}
-    logger.info("%s: %d done, %d left", plural(len(rows), "row"), len(rows) - len(left), len(left))
+    logger.info("%s: %d done, %d left", pluralize(len(rows), "row"), len(rows) - len(left), len(left))
     if left:
         from stages import Runner
 
@@ -253,7 +253,7 @@ def _list(rows: dict[str, Row], plans: dict[str, Plan], results: Results, output
         cells = f"{name:{width}}", f"{status:10}", told, verdict, mistakes and f"[{mistakes}]"
         lines.append("  ".join(filter(None, cells)))
     note = "mistakes of the paper's code that concern a row are in brackets"
-    return "\n".join([*lines, "", f"{plural(len(rows), 'row')}; {note}"])
+    return "\n".join([*lines, "", f"{pluralize(len(rows), 'row')}; {note}"])
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK, metadata_load
 from transformers.utils.hub import cached_file
 
 COLUMNS = 16  # the most cells in a row of the layer map, to stay readable on a phone
-MOST_LAYERS = 1_000
+MAX_LAYERS = 1_000
 NO_CARD = "This model has no card yet: `hf-layerprune card MODEL` writes it."
 LEFT_OUT = "The card of this model is not shown here: it is too large, or a link out of the model's folder."
 MOST_SHOWN = 4 << 20  # of a card with its pictures, which every visitor loads
@@ -97,7 +97,7 @@ class Records:
         if not cuts:
             return None
         total = cuts[0]["layers"]["base"]
-        if not 0 < total <= MOST_LAYERS:
+        if not 0 < total <= MAX_LAYERS:
             raise ValueError(f"a model has no {total} layers")
         left = list(range(total))
         for cut in cuts:  # each cut counts the layers that were left before it

@@ -23,7 +23,7 @@ from ...families.fields import Cut
 from ...files.copy import LocalFile, check_space, new_file
 from ...files.folders import clear_up, lock_folder, unlock_folder
 from ...files.gguf_header import GGUFHeader, Tensor, block_count_of, padded, read_header, write_header
-from ...options import spell_bytes
+from ...options import format_bytes
 from ...screen import progress_bar
 from .layers import GGUFCut, rewrite_metadata
 from .names import renamed
@@ -132,7 +132,7 @@ def cut_gguf(
         plan = plan_gguf_cut(source, drop_layers)
         total, name = plan.target_bytes, target.name
         kept, of = len(plan.cut.keep), plan.cut.num_layers
-        logger.info("%s: keeping %d of %d layers; copying %s", source, kept, of, spell_bytes(total))
+        logger.info("%s: keeping %d of %d layers; copying %s", source, kept, of, format_bytes(total))
         with ExitStack() as stack, new_file(target, force=force, apart_from=source) as partial:
             clear_up(target, force)
             check_space(target, total, shutil.disk_usage(target.parent).free)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...options import plural
+from ...options import pluralize
 from ...records.curve import quality_of
 from ...records.figures import numbers
 from .style import FAINT, INK, ROLE_COLOURS, ROLE_MARKERS, draw, grid
@@ -69,7 +69,7 @@ def curve(
                 annotation_clip=False,
             )  # fmt: skip
         if chosen is not None and chosen in heights:
-            _mark_chosen(axes, (chosen, heights[chosen]), remark or f"chosen: {plural(chosen, 'layer')}")
+            _mark_chosen(axes, (chosen, heights[chosen]), remark or f"chosen: {pluralize(chosen, 'layer')}")
         last = max(point["dropped"] for point in points)
         axes.set_xticks(range(0, last + 1, 1 if last <= 16 else 2 if last <= 32 else 5))
         axes.set_xlim(-0.3, last + 0.4)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from markupsafe import Markup
 
-from ...options import listed
+from ...options import join_words
 from ...records.figures import numbers
 from ...records.figures.results import Cell, Results, Row
 from ...records.history import History
@@ -61,7 +61,7 @@ def _accuracy(rows: list[Row], own: str) -> Iterator[Markup]:
             )
     if same:
         yield Markup(
-            f"On {listed(same)}, no difference is distinguishable from noise with this number of questions; there may "
+            f"On {join_words(same)}, no difference is distinguishable from noise with this number of questions; there may "
             "still be a difference."
         )
 

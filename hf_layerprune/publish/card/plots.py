@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...options import plural
+from ...options import pluralize
 from ...records.curve import curve_of
 from ...records.figures.results import Results, Row
 from ...records.history import History
@@ -114,7 +114,7 @@ def tradeoff(results: Results, speed: Row, path: Path, digest: str | None = None
                 error = times * (paired.get("stderr") or 0) / value
             axes.errorbar(
                 times, 100 * mean, xerr=error, yerr=100 * (stderr or 0),
-                label=f"{column.role}, {plural(column.layers, 'layer')}", **_mark(column.role),
+                label=f"{column.role}, {pluralize(column.layers, 'layer')}", **_mark(column.role)
             )  # fmt: skip
         axes.set_xlabel("decode throughput, as a multiple of the dense model's")
         axes.set_ylabel("mean accuracy in %")

@@ -23,7 +23,7 @@ import jinja2
 from markupsafe import Markup
 
 from ...layer_ranges import format_layers
-from ...options import plural
+from ...options import pluralize
 from ...records.curve import curve_of
 from ...records.figures import numbers
 from ...records.figures.results import COST, QUALITY, Results, measured_with, results_of, run_words
@@ -212,7 +212,7 @@ def _timed(results: Results) -> str:
         return ""
     records = [cell.record for row in results.rows if row.run for cell in row.cells.values()]
     threads = {record["settings"].get("threads") for record in records if record.get("device") == "cpu"}
-    on = [plural(max(threads), "thread")] if len(threads) == 1 and None not in threads else []
+    on = [pluralize(max(threads), "thread")] if len(threads) == 1 and None not in threads else []
     return ", ".join([run_words(results.usual_run), *on])
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ...layer_ranges import name_layers
-from ...options import plural
+from ...layer_ranges import describe_layers
+from ...options import pluralize
 from ...records.figures import numbers
 from ...records.figures.results import ResultColumn, Results, Row, run_words
 from ...records.history import QUANTIZE, Stage
@@ -141,7 +141,7 @@ def stage_line(stage: Stage) -> Markup:
     chosen = entry.get("selection", {})
     line = f"**{prose(stage.name)}**"
     if stage.name == "prune":
-        line += f": {name_layers(settings.get('drop_layers') or ())} dropped"
+        line += f": {describe_layers(settings.get('drop_layers') or ())} dropped"
         if chosen.get("why"):
             why = str(chosen["why"])
             line += f" ({prose(why.partition(': ')[2] if why.startswith(('layer ', 'layers ')) else why)})"
@@ -152,7 +152,7 @@ def stage_line(stage: Stage) -> Markup:
     elif settings.get("method"):
         line += f": {code(settings['method'])}"
     if stage.changed:
-        line += f"; {plural(len(stage.changed), 'tensor')} changed"
+        line += f"; {pluralize(len(stage.changed), 'tensor')} changed"
     facts = []
     if "seconds" in chosen:
         facts.append(f"{numbers.seconds(chosen['seconds'])} to choose the layers")

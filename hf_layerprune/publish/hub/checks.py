@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import CheckpointError, LayerPruneError
 from ...files.json_file import read_object
-from ...options import plural
+from ...options import pluralize
 from ...records.figures import numbers
 from ...records.fingerprints import (
     ADAPTER_CONFIG,
@@ -95,7 +95,7 @@ def _weights(contents: Contents, request: PushRequest) -> Outcome:
     size = numbers.size(sum(contents.files[name] for name in contents.weights))
     yield (
         OK,
-        f"{size} in {plural(len(contents.weights), 'file')}, as the stage {last.get('stage')} wrote them ({own[:12]})",
+        f"{size} in {pluralize(len(contents.weights), 'file')}, as the stage {last.get('stage')} wrote them ({own[:12]})",
     )
 
 
@@ -208,7 +208,7 @@ def _secrets(contents: Contents, request: PushRequest) -> Outcome:
         what = f"contains what looks like a secret ({leak.what}); remove it, and revoke it if it is real"
         yield REFUSAL, f"{leak.file} line {leak.line} {what}"
     if not secrets:
-        yield OK, f"no secrets in {plural(len(contents.files), 'file')}"
+        yield OK, f"no secrets in {pluralize(len(contents.files), 'file')}"
     for leak in leaks.find_paths(contents.folder, contents.files):
         yield WARNING, f"{leak.file} line {leak.line} reveals {leak.what}"
 

@@ -68,7 +68,7 @@ class PushRefusedError(PushError):
         self.refusals = refusals
 
 
-def plan(request: PushRequest) -> Plan:
+def plan_push(request: PushRequest) -> Plan:
     """Prepare and check a push, without contacting the Hub or changing the folder.
 
     Raises:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ...errors import shown
+from ...errors import sanitize
 from ...records.lineage import FILE_NAME as LINEAGE
 
 BASE = "base"  # the part that a line about the base names
@@ -102,7 +102,7 @@ class Verified:
 
     def say(self, good: bool | None, what: str, text: str) -> None:
         """Add a finding."""
-        self.lines.append(Line(good, what, shown(text)))
+        self.lines.append(Line(good, what, sanitize(text)))
 
     def say_all(self, what: str, texts: list[str], otherwise: str) -> None:
         """Add the problems as findings, at most `_MAX_LINES`; without problems, add one good finding."""

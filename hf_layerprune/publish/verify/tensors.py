@@ -11,7 +11,7 @@ from ...cut.header import FLOATS
 from ...errors import CheckpointError, boundary
 from ...files.json_file import read_object
 from ...files.shards import INDEX, MAX_INDEX, shard_names
-from ...options import plural
+from ...options import pluralize
 from ...records.fingerprints import ADAPTER_WEIGHTS, CONFIG
 from ...records.history import QUANTIZE, History
 from ...records.lineage import FILE_NAME as LINEAGE
@@ -135,7 +135,7 @@ def check_tensors(
         _check_notes(files, expected, outcome)
     for stages in sorted({*recorded.values()}):
         names = [name for name, by in recorded.items() if by == stages]
-        which = f"{plural(len(names), 'tensor')}, such as {names[0]}" if len(names) > 1 else names[0]
+        which = f"{pluralize(len(names), 'tensor')}, such as {names[0]}" if len(names) > 1 else names[0]
         text = f"{LINEAGE} says that {stages} changed {which}; the new values can't be derived again"
         outcome.say(None, "recorded", text)
 
@@ -147,7 +147,7 @@ def _check_notes(files: Mapping[str, WeightFile], expected: Expected, outcome: V
     texts = [f"what the weight files note on {name} is not {whose}" for name in sorted(here.keys() | there.keys())
              if here.get(name) != there.get(name)]  # fmt: skip
     if here or texts:
-        outcome.say_all("tensors", texts, f"{plural(len(here), 'note')} in the weight files: {whose}")
+        outcome.say_all("tensors", texts, f"{pluralize(len(here), 'note')} in the weight files: {whose}")
 
 
 def _owner(name: str, owners: set[str]) -> str | None:

@@ -21,8 +21,8 @@ from ...errors import CheckpointError, LayerPruneError
 from ...families import MARKER
 from ...files.json_file import read_object
 from ...files.shards import INDEX
-from ...layer_ranges import name_layers
-from ...options import plural
+from ...layer_ranges import describe_layers
+from ...options import pluralize
 from ...records.declared import CARD
 from ...records.fingerprints import (
     ADAPTER_CONFIG,
@@ -99,7 +99,7 @@ def _tell(history: History, outcome: Verified) -> None:
     done = ", ".join(stage.name for stage in history.stages)
     if history.dtype is not None:
         done += f", converted to {history.dtype}"
-    dropped = name_layers(history.dropped) if history.dropped else "no layers"
+    dropped = describe_layers(history.dropped) if history.dropped else "no layers"
     outcome.say(
         True, "lineage",
         f"{history.base_id}: {dropped} of {history.num_base_layers} dropped, {len(history.kept)} left ({done})",
@@ -139,7 +139,7 @@ def _check_records(place: Place, history: History, outcome: Verified) -> None:
         for name in sorted(recorded.keys() | here.keys())
         if recorded.get(name) != here.get(name)
     ]
-    outcome.say_all("files", texts, f"besides the weights, {plural(len(here), 'file')} as {stage} wrote them")
+    outcome.say_all("files", texts, f"besides the weights, {pluralize(len(here), 'file')} as {stage} wrote them")
 
 
 def _check_metrics(place: Place, lineage: Lineage, outcome: Verified) -> None:
