@@ -140,7 +140,7 @@ def main(
         ids = [[0] * row_args.self_length] * row_args.self_rows
         rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
     config = load_config(named, revision=revision)
-    preflight.rehearse(training_args, model_args, config, rows, data.test, processor)
+    preflight.dry_run_training(training_args, model_args, config, rows, data.test, processor)
 
     student = student or prune(model_args, cut_args, training_args)
     method = student.method(training_args.method)

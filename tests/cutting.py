@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_layerprune.cut.base import Base
-from hf_layerprune.cut.disk import fill, plan_cut
+from hf_layerprune.cut.disk import execute_plan, plan_cut
 from hf_layerprune.cut.plan import CheckpointPlan
 from hf_layerprune.files.folders import check_target, new_folder
 
@@ -21,4 +21,4 @@ def cut_checkpoint(
 
 def write_checkpoint(plan: CheckpointPlan, target: Path, *, force: bool = False, link: bool = False) -> None:
     with new_folder(target, force=force, apart_from=plan.source) as folder:
-        fill(plan, folder, link=link, name=target.name)
+        execute_plan(plan, folder, link=link, name=target.name)

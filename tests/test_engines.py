@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune.cli import main
-from hf_layerprune.cut.gguf.modelfile import modelfile_of
+from hf_layerprune.cut.gguf.modelfile import make_modelfile
 from hf_layerprune.families import make_cut
 from hf_layerprune.families.engines import COUNTED, misread
 from hf_layerprune.layer_ranges import parse_layers
@@ -106,7 +106,7 @@ def test_a_modelfile_names_no_token_that_would_break_it(tmp_path, end):
         number("tokenizer.ggml.eom_token_id", 99),
     )
     make_gguf(tmp_path / "a b.gguf", more=add)
-    assert parse_modelfile(modelfile_of(tmp_path / "a b.gguf")) == [("FROM", "./a b.gguf"), ("stop", "<end>")]
+    assert parse_modelfile(make_modelfile(tmp_path / "a b.gguf")) == [("FROM", "./a b.gguf"), ("stop", "<end>")]
 
 
 def test_a_file_without_a_chat_gets_no_modelfile(tmp_path):

@@ -20,13 +20,13 @@ from transformers.integrations import deepspeed
 from trl import ModelConfig
 
 from hf_layerprune import drop_layers
-from hf_layerprune.cut.memory import rehearse_config
+from hf_layerprune.cut.memory import dry_run_cut_of_config
 from hf_layerprune.errors import CutError, LayerPruneError, explain
 from hf_layerprune.families import cut_config, make_cut
 from hf_layerprune.heal import preflight
 from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.methods import parse_method
-from hf_layerprune.heal.preflight import rehearse
+from hf_layerprune.heal.preflight import dry_run_training
 from hf_layerprune.heal.student import Student, adapter_config, load_student
 from hf_layerprune.measure.requests import EvalRequest
 from hf_layerprune.runtime.loading import load_config
@@ -294,13 +294,13 @@ def test_a_whole_model_is_merged_and_evaluated_under_zero3(
 def test_rehearsals_have_whole_models_under_zero3(folder: Path, zero3: _ZeRO3) -> None:
     config = load_config(folder / "base")
     cut = make_cut(config, [3, 4])
-    rehearse_config(config, cut_config(config, cut), cut)
+    dry_run_cut_of_config(config, cut_config(config, cut), cut)
 
 
 def test_the_rehearsal_of_a_training_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
     args = HealConfig(output_dir=str(tmp_path / "heal"), use_cpu=True, report_to="none")
     config = load_config(folder / "base")
-    rehearse(args, ModelConfig(), config, rows(), rows(4), word_tokenizer())
+    dry_run_training(args, ModelConfig(), config, rows(), rows(4), word_tokenizer())
     assert GradientState().active_dataloader is None
     assert not (tmp_path / "heal").exists()
 

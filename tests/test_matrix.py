@@ -257,7 +257,7 @@ class TestTheProofCanFail:
     def test_forgotten_layer_index(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from hf_layerprune.cut import memory as cut
 
-        monkeypatch.setattr(cut, "rehearse", lambda *args: (0, []))
+        monkeypatch.setattr(cut, "dry_run_cut", lambda *args: (0, []))
         with pytest.raises((ProofError, IndexError)):
             prove_cut(tiny_model("llama"), (2, 3, 5))
 

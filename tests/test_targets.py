@@ -132,9 +132,9 @@ def test_as_few_layers_as_meet_it(model_type: str, option: str, bases: dict[str,
 def test_layers_of_unequal_size_are_counted_as_they_are(bases: dict[str, Path]) -> None:
     """Fewer layers go where the criterion drops large ones."""
     config = load_config(bases["qwen2_moe"])
-    sizes = Sizes(config, str(bases["qwen2_moe"])).of_layers("params")
+    sizes = Sizes(config, str(bases["qwen2_moe"])).per_layer("params")
     assert len(set(sizes)) == 2
-    choice = CutOptions(target_params=int(sum(Sizes(config).of_layers("params")) * 0.7), criterion="reverse_order")
+    choice = CutOptions(target_params=int(sum(Sizes(config).per_layer("params")) * 0.7), criterion="reverse_order")
     target = Target.of(choice, config, str(bases["qwen2_moe"]))
     assert target is not None
     order = sorted(range(LAYERS), key=sizes.__getitem__)

@@ -20,8 +20,8 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from .. import versions
-from ..cut.lazy import SAVED
-from ..cut.memory import LayerCut, check_plain, drop_layers
+from ..cut.lazy import DROPPED_PARAMETERS
+from ..cut.memory import LayerCut, check_plain_model, drop_layers
 from ..errors import CutError, LayerPruneError
 from ..families.layout import find_decoder_layers, find_output_head, ties_head
 from ..options import check_options
@@ -67,7 +67,7 @@ class LayerDropModel(BaseTuner):
     def __init__(self, model: Any, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         adapters = getattr(model, "peft_config", {})
         if isinstance(model, PeftModel) or adapter_name in adapters:
-            check_plain(model)  # an adapter of the same name would keep what this one doesn't tune
+            check_plain_model(model)  # an adapter of the same name would keep what this one doesn't tune
         if getattr(model, "_hf_peft_config_loaded", False) and not adapters:
             model._hf_peft_config_loaded = False  # as it was, for get_peft_model
             raise CutError(
@@ -149,7 +149,7 @@ class LayerDropModel(BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: Any) -> None:
         """Cut, unless this very cut was made before: by another adapter, or in the checkpoint."""
-        saved = getattr(model, SAVED, None)
+        saved = getattr(model, DROPPED_PARAMETERS, None)
         if not is_made(peft_config, model.config):
             before = model.num_parameters()
             how = {"keep_dropped": peft_config.keep_dropped, "check": peft_config.check_cut}
@@ -186,7 +186,7 @@ class LayerDropModel(BaseTuner):
         config.is_saved = False  # from here on, its weights are in this model, and another adapter of it is a new one
         asked.drop_layers, asked.num_base_layers = config.drop_layers, config.num_base_layers
         if (cut := getattr(model, CUT, None)) is not None:
-            cut.aside().requires_grad_(False)
+            cut.inactive_modules().requires_grad_(False)
         prepared = model.__dict__.pop(PREPARED, None)
         if prepared is not None and prepared.repair is not None:
             put(prepared.repair, model, find_decoder_layers(model).path, cut_of(config), adapter_name)
@@ -251,12 +251,12 @@ class LayerDropModel(BaseTuner):
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         if (cut := getattr(self.model, CUT, None)) is not None:
-            cut.aside()._apply(fn, recurse)
+            cut.inactive_modules()._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> Self:
         if (cut := getattr(self.model, CUT, None)) is not None:
-            cut.aside().train(mode)
+            cut.inactive_modules().train(mode)
         return super().train(mode)
 
     @contextmanager
@@ -296,7 +296,7 @@ class LayerDropModel(BaseTuner):
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)  # type: ignore[func-returns-value]
         if hasattr(model, TIED) and ties_head(model):  # what was merged, if anything, is not what untied it
             tie_again(model)
-        for name in (CUT, TIED, SAVED):
+        for name in (CUT, TIED, DROPPED_PARAMETERS):
             if hasattr(model, name):
                 delattr(model, name)
         model.name_or_path = None  # another model than its base, which PEFT would record as an adapter's

@@ -10,8 +10,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 
 from .. import families
 from ..calibration.documents import check_source
-from ..cut.lazy import SAVED, load_pruned
-from ..cut.memory import LayerCut, check_plain
+from ..cut.lazy import DROPPED_PARAMETERS, load_pruned
+from ..cut.memory import LayerCut, check_plain_model
 from ..errors import CheckpointError, LayerPruneError, boundary
 from ..families.layout import find_decoder_layers
 from ..runtime.loading import UNPACKED, WHERE, as_path, is_hub_id, load_base, resolve_base
@@ -55,7 +55,7 @@ def prune_with(
     if not isinstance(config, LayerDropConfig):
         raise LayerPruneError(f"a LayerDropConfig is needed, not a {type(config).__name__}")
     if model is not None:
-        check_plain(model)
+        check_plain_model(model)
     asked, config = config, copy.copy(config)
     config.renew()
     if model is None:
@@ -120,7 +120,7 @@ def _load(
     if prepared is None and needs_dense(config):
         prepared = look_at_dense(config, kwargs)
     model = load_pruned(base, still_to_drop, **kwargs)
-    if hasattr(model, SAVED):
+    if hasattr(model, DROPPED_PARAMETERS):
         setattr(model, CUT, LayerCut(cut_of(config), [], []))
     if prepared is not None:
         setattr(model, PREPARED, prepared)

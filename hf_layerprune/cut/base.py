@@ -94,7 +94,7 @@ class Base:
         self.fetch([name for name, _ in found] + [name for name in (INDEX,) if name in self.sizes])
         return found
 
-    def weights(self) -> str:
+    def weights_file(self) -> str:
         """The name of the weight file, or of the index that lists several; raises as `find_weights` does."""
         chosen = read_json(self.folder / CONFIG).get("transformers_weights")
         return find_weights([name for name in self.sizes if "/" not in name], self.name, chosen)
@@ -134,7 +134,7 @@ def read_weights(base: Base, kept: Callable[[Collection[str]], Collection[str]] 
     Raises:
         CheckpointError: There are no safetensors weights, more than one set, or they are damaged or incomplete.
     """
-    names, index = _files_of(base)
+    names, index = _list_weight_files(base)
     if index is not None and kept:
         names = sorted({index["weight_map"][name] for name in kept(index["weight_map"])})
     if base.repo:
@@ -142,7 +142,7 @@ def read_weights(base: Base, kept: Callable[[Collection[str]], Collection[str]] 
             files, size = pluralize(len(missing), "weight file"), format_bytes(sum(missing))
             logger.info("%s: downloading %s with tensors to keep (%s)", base.name, files, size)
         base.fetch(names)
-    return _checked(base, {name: read_header(base.folder / name) for name in names}, index)
+    return _checked_weights(base, {name: read_header(base.folder / name) for name in names}, index)
 
 
 def read_headers(base: Base) -> Weights:
@@ -153,11 +153,11 @@ def read_headers(base: Base) -> Weights:
     """
     if base.repo is None or base.repo.offline:
         return read_weights(base)
-    names, index = _files_of(base)
-    return _checked(base, {name: _remote_header(base, base.repo, name) for name in names}, index)
+    names, index = _list_weight_files(base)
+    return _checked_weights(base, {name: _remote_header(base, base.repo, name) for name in names}, index)
 
 
-def _checked(base: Base, headers: dict[str, Header], index: dict[str, Any] | None) -> Weights:
+def _checked_weights(base: Base, headers: dict[str, Header], index: dict[str, Any] | None) -> Weights:
     """Check that the index fits the files that were opened."""
     if index is not None:
         mapped = {name: file for name, file in index["weight_map"].items() if file in headers}
@@ -165,9 +165,9 @@ def _checked(base: Base, headers: dict[str, Header], index: dict[str, Any] | Non
     return Weights(headers, index)
 
 
-def _files_of(base: Base) -> tuple[list[str], dict[str, Any] | None]:
+def _list_weight_files(base: Base) -> tuple[list[str], dict[str, Any] | None]:
     """The names of the weight files, and the index that lists them if there is one."""
-    name = base.weights()
+    name = base.weights_file()
     if not name.endswith(".json"):
         return [name], None
     index = read_json(base.get(name))

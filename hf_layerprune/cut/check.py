@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 _TOKENS = 8
 # Kernels round differently depending on the alignment of their operands. Relative to the largest logit:
 _TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.005}
-_TOLERANCE_ELSEWHERE = 1e-5
-_told: set[str] = set()
+_DEFAULT_TOLERANCE = 1e-5
+_warned_types: set[str] = set()
 
 
 class WrongCutError(LayerPruneError):
@@ -59,11 +59,11 @@ def bypassed_logits(model: PreTrainedModel, layers: Sequence[int]) -> torch.Tens
             raise CannotCheckError("the dense model's weights are sharded across processes")
     try:
         with trial(), _bypassed(model, layers):
-            logits = few_logits(model)
+            logits = probe_logits(model)
     except TrialError as error:
         raise CannotCheckError(f"the dense model does not run on tokens alone ({error})") from error
-    both = unmasked(logits, logits)
-    if both is None or not both[0].any():  # a wrong cut would have the same
+    compared = unmasked(logits, logits)
+    if compared is None or not compared[0].any():  # a wrong cut would have the same
         raise CannotCheckError(
             "the dense model's logits without these layers are all zero or not finite: it overflows "
             f"{str(logits.dtype).removeprefix('torch.')}, or its weights are damaged"
@@ -71,7 +71,7 @@ def bypassed_logits(model: PreTrainedModel, layers: Sequence[int]) -> torch.Tens
     return logits
 
 
-def few_logits(model: PreTrainedModel) -> torch.Tensor:
+def probe_logits(model: PreTrainedModel) -> torch.Tensor:
     """Logits of a few fixed tokens, `[1, seq, vocab]`, in evaluation mode and without a cache or gradients."""
     with evaluating(model):
         return model(input_ids=probe_ids(model, _TOKENS), use_cache=False).logits
@@ -85,17 +85,19 @@ def check_logits(pruned: PreTrainedModel, expected: torch.Tensor) -> None:
     """
     try:
         with trial():
-            logits = few_logits(pruned)
+            logits = probe_logits(pruned)
     except TrialError as error:
         raise WrongCutError(_mismatch(pruned.config, f"the pruned model does not run ({error})")) from error
     expected = expected.to(logits.device)
     if logits.shape != expected.shape:
         raise WrongCutError(_mismatch(pruned.config, f"logits are {tuple(logits.shape)}, not {tuple(expected.shape)}"))
-    if (both := unmasked(logits, expected)) is None:
+    if (compared := unmasked(logits, expected)) is None:
         raise WrongCutError(_mismatch(pruned.config, "other logits are masked or infinite"))
-    off, scale = (both[0] - both[1]).abs().max().item(), both[1].abs().max().item()
-    if off > _TOLERANCE.get(logits.dtype, _TOLERANCE_ELSEWHERE) * max(scale, 1e-6):
-        raise WrongCutError(_mismatch(pruned.config, f"logits differ by {off:.3g} where the largest is {scale:.3g}"))
+    difference, scale = (compared[0] - compared[1]).abs().max().item(), compared[1].abs().max().item()
+    if difference > _TOLERANCE.get(logits.dtype, _DEFAULT_TOLERANCE) * max(scale, 1e-6):
+        raise WrongCutError(
+            _mismatch(pruned.config, f"logits differ by {difference:.3g} where the largest is {scale:.3g}")
+        )
 
 
 def check_cut(dense: PreTrainedModel, pruned: PreTrainedModel) -> None:
@@ -121,10 +123,10 @@ def check_cut(dense: PreTrainedModel, pruned: PreTrainedModel) -> None:
 def warn_if_unproven(config: PreTrainedConfig) -> None:
     """Warn, once for each model type, if a cut is not proven with the installed version of transformers."""
     model_type = families.text_config(config).model_type
-    version, proven = str(installed("transformers")), proven_versions(*_types(config))
-    if version in proven or model_type in _told:
+    version, proven = str(installed("transformers")), proven_versions(*_model_types(config))
+    if version in proven or model_type in _warned_types:
         return
-    _told.add(model_type)
+    _warned_types.add(model_type)
     logger.warning(
         "a cut of model type %s is not proven with transformers %s (proven with %s); compare it with its base: "
         "`hf-layerprune prune --check`, or hf_layerprune.cut.check.check_cut",
@@ -134,13 +136,13 @@ def warn_if_unproven(config: PreTrainedConfig) -> None:
     )
 
 
-def _types(config: PreTrainedConfig) -> list[str]:
+def _model_types(config: PreTrainedConfig) -> list[str]:
     return [part.model_type for part in path_to_text(config)]
 
 
 def _mismatch(config: PreTrainedConfig, what: str) -> str:
     part = families.text_config(config)
-    proven = proven_versions(*_types(config))
+    proven = proven_versions(*_model_types(config))
     return (
         f"this cut of a {part.model_type} model is wrong with transformers {installed('transformers')}: {what}, against "
         f"the dense model with its dropped layers bypassed; nothing was kept. Cuts of this type are proven with "
@@ -152,22 +154,22 @@ def _mismatch(config: PreTrainedConfig, what: str) -> str:
 def _bypassed(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[None]:
     """Let layers run, but return their input."""
 
-    def hand_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def return_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         if not isinstance(output, tuple | list):
             return hidden
         # Some layers pass on more than hidden states: any per-token tensor with the same position in inputs and outputs.
-        given = args or (hidden,)
-        carried = 1
-        while carried < min(len(given), len(output)) and _is_handed_on(given[carried], output[carried], hidden):
-            carried += 1
-        return (*given[:carried], *output[carried:])
+        inputs = args or (hidden,)
+        count = 1
+        while count < min(len(inputs), len(output)) and _is_passed_through(inputs[count], output[count], hidden):
+            count += 1
+        return (*inputs[:count], *output[count:])
 
     stack = find_decoder_layers(model).layers
-    with hooked(*[stack[i].register_forward_hook(hand_on, with_kwargs=True) for i in layers]):
+    with hooked(*[stack[i].register_forward_hook(return_input, with_kwargs=True) for i in layers]):
         yield
 
 
-def _is_handed_on(taken: Any, returned: Any, hidden: torch.Tensor) -> bool:
-    tensors = isinstance(taken, torch.Tensor) and isinstance(returned, torch.Tensor)
-    return tensors and taken.shape == returned.shape and taken.shape[:-1] == hidden.shape[:-1]
+def _is_passed_through(value: Any, returned: Any, hidden: torch.Tensor) -> bool:
+    tensors = isinstance(value, torch.Tensor) and isinstance(returned, torch.Tensor)
+    return tensors and value.shape == returned.shape and value.shape[:-1] == hidden.shape[:-1]

@@ -43,7 +43,7 @@ def check_tensors(name: str, config: PreTrainedConfig, shapes: Mapping[str, Coll
         del part.quantization_config
     state = {key: torch.empty(tuple(shape), device="meta") for key, shape in shapes.items()}
     try:
-        with _silence():
+        with _silence_loader():
             loaded: Any = model_class.from_pretrained(
                 None,
                 config=part,
@@ -67,11 +67,11 @@ def check_tensors(name: str, config: PreTrainedConfig, shapes: Mapping[str, Coll
     if packed:  # packed weights have other names and shapes
         inside = find_decoder_layers(model).path + "."
         names = [inside + key.removeprefix(prefix) if key.startswith(prefix) else key for key in shapes]
-        _check(name, _missing_though_packed(info["missing_keys"], names, model))
+        _check_report(name, _exclude_packed(info["missing_keys"], names, model))
         return
     # If only the text part of a larger model is built, the weights of the other parts are not used.
     within = "" if type(part) is type(config) else find_decoder_layers(model).path + "."
-    _check(name, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"], within)
+    _check_report(name, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"], within)
 
 
 def _check_names(
@@ -80,22 +80,22 @@ def _check_names(
     """Compare names with those of an empty model, where the model names its layers as the checkpoint does."""
     import torch
 
-    with _silence(), torch.device("meta"):
+    with _silence_loader(), torch.device("meta"):
         model = model_class(copy.deepcopy(config))
     if find_decoder_layers(model).path + "." != prefix:
         return
     missing = [key for key in model.state_dict() if key not in names and key not in model.all_tied_weights_keys]
-    _check(name, _missing_though_packed(missing, names, model))
+    _check_report(name, _exclude_packed(missing, names, model))
 
 
-def _check(
+def _check_report(
     name: str, missing: Collection[str], unexpected: Collection[str] = (), mismatched: Any = (), within: str = ""
 ) -> None:
     info = {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched}
     check_complete(name, info, within=within, remark="names in the pruned model")
 
 
-def _missing_though_packed(missing: Collection[str], names: Collection[str], model: PreTrainedModel) -> list[str]:
+def _exclude_packed(missing: Collection[str], names: Collection[str], model: PreTrainedModel) -> list[str]:
     """Of the weights that the loader misses in a quantised checkpoint, those that are not just stored in packed form.
 
     A module with any tensor in the checkpoint counts as packed. Of the other modules, a weight in a decoder layer is
@@ -117,7 +117,7 @@ def _missing_though_packed(missing: Collection[str], names: Collection[str], mod
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def _silence_loader() -> Iterator[None]:
     """Silence the loader's reports and progress bars."""
     from transformers.utils import logging
 

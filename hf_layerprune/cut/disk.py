@@ -25,7 +25,7 @@ from ..screen import progress_bar
 from .base import Base, read_json, read_weights
 from .complete import check_tensors
 from .plan import CheckpointPlan, ShardPlan, new_names, plan_weights
-from .settings import config_fields, quantiser_files, to_bytes
+from .settings import config_fields, encode_json, rewrite_quantiser_files
 
 logger = logging.getLogger(__name__)
 
@@ -44,21 +44,21 @@ def plan_cut(source: Path | Base, drop_layers: Sequence[int]) -> CheckpointPlan:
     base = source if isinstance(source, Base) else Base.open(source)
     folder = base.folder
     try:
-        base.weights()  # refused before anything else is downloaded
+        base.weights_file()  # refused before anything else is downloaded
         config_file = read_json(folder / CONFIG)
         config = load_config(folder)
         cut = families.make_cut(config, drop_layers)
         new_config = families.cut_config(config, cut)
-        files = {CONFIG: to_bytes(config_fields(config_file, new_config, cut.num_layers))}
+        files = {CONFIG: encode_json(config_fields(config_file, new_config, cut.num_layers))}
         companions = base.companions()
-        files |= quantiser_files(folder, cut, families.text_config(config) is not config)
+        files |= rewrite_quantiser_files(folder, cut, families.text_config(config) is not config)
         # Of a folder, all files are checked: a loader may find a tensor in a file that the index does not name for it.
         weights = read_weights(base, (lambda names: new_names(names, config, cut)[0]) if base.repo else None)
         planned = plan_weights(weights, config, cut)
         shapes = {name: tensor.shape for name, tensor in planned.tensors.items()}
         check_tensors(base.name, new_config, shapes, planned.layer_prefix)
         if planned.index is not None:
-            files[INDEX] = to_bytes(planned.index)
+            files[INDEX] = encode_json(planned.index)
     except OSError as error:
         raise CheckpointError(f"could not read {folder}: {error.strerror or error}") from error
     return CheckpointPlan(
@@ -72,7 +72,7 @@ def plan_cut(source: Path | Base, drop_layers: Sequence[int]) -> CheckpointPlan:
     )
 
 
-def fill(plan: CheckpointPlan, folder: Path, *, link: bool = False, name: str | None = None) -> None:
+def execute_plan(plan: CheckpointPlan, folder: Path, *, link: bool = False, name: str | None = None) -> None:
     """Write a planned checkpoint to an empty folder that does not have its final name yet; `name` is for messages.
 
     Raises:

@@ -30,7 +30,7 @@ from ..runtime.loading import check_complete, check_config_of, is_hub_id, resolv
 from ..runtime.model_class import model_class_of
 from .base import Base, read_weights
 from .check import warn_if_unproven
-from .memory import kept_slices, rehearse
+from .memory import dry_run_cut, kept_slices
 from .plan import new_names
 
 if TYPE_CHECKING:
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Attribute of a model that was loaded pruned: the number of parameters in its dropped layers.
-SAVED = "_layer_drop_saved"
+DROPPED_PARAMETERS = "_layer_drop_saved"
 
 _HUB = ("cache_dir", "local_files_only", "revision", "token")
-_OURS = (
+_UNSUPPORTED = (
     "state_dict", "key_mapping", "gguf_file", "output_loading_info", "adapter_kwargs", "trust_remote_code", "code_revision",
     "variant", "disable_mmap", "force_download", "proxies",
 )  # fmt: skip
@@ -72,13 +72,15 @@ def load_pruned(
         UnsupportedModelError: The architecture is not proven to survive a cut.
     """
     kwargs = dict(from_pretrained_kwargs)
-    if ours := [name for name in _OURS if kwargs.get(name)]:
-        raise CheckpointError(f"{ours[0]} can't be passed when {base} is loaded cut; load it whole, then prune it")
+    if unsupported := [name for name in _UNSUPPORTED if kwargs.get(name)]:
+        raise CheckpointError(
+            f"{unsupported[0]} can't be passed when {base} is loaded cut; load it whole, then prune it"
+        )
     # Only safetensors are read, and weights of another shape are always refused.
-    for name in (*_OURS, "use_safetensors", "ignore_mismatched_sizes"):
+    for name in (*_UNSUPPORTED, "use_safetensors", "ignore_mismatched_sizes"):
         kwargs.pop(name, None)
     hub = {name: kwargs.pop(name, None) for name in _HUB}
-    source, hub = _find(base, {name: value for name, value in hub.items() if value is not None})
+    source, hub = _locate_base(base, {name: value for name, value in hub.items() if value is not None})
 
     whole, kwargs = _load_config(source, hub, kwargs)
     model_class, config = _model_class(source, whole)
@@ -92,7 +94,7 @@ def load_pruned(
         if (settings := kwargs.get("quantization_config")) is not None:
             kwargs["quantization_config"] = families.cut_quantization(settings, config, cut)
         # Makes the checks of a cut in memory, before any weight is read.
-        saved, _ = rehearse(model_class, config, pruned, cut)
+        saved, _ = dry_run_cut(model_class, config, pruned, cut)
         warn_if_unproven(config)
 
     with ExitStack() as stack:
@@ -114,7 +116,7 @@ def load_pruned(
     model.name_or_path = model.config.name_or_path = source.name
     model.config._commit_hash = source.repo.commit if source.repo else None
     if saved is not None:
-        setattr(model, SAVED, saved)
+        setattr(model, DROPPED_PARAMETERS, saved)
         logger.info("loaded %s without %s of %d", base, describe_layers(cut.drop), n)
     # Without a name, `from_pretrained` has loaded no generation settings.
     if kwargs.get("generation_config") is None and model.can_generate() and hasattr(model, "adjust_generation_fn"):
@@ -127,7 +129,7 @@ def load_pruned(
 # --- the base's files -----------------------------------------------------------------------------------
 
 
-def _find(base: str | Path, hub: dict[str, Any]) -> tuple[Base, dict[str, Any]]:
+def _locate_base(base: str | Path, hub: dict[str, Any]) -> tuple[Base, dict[str, Any]]:
     """The files of a base, and the arguments with which `from_pretrained` finds the same ones."""
     name, gguf_file = resolve_base(base)
     if gguf_file is not None:

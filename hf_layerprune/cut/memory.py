@@ -43,7 +43,7 @@ _ABSENT = object()
 _POSITIONAL = (
     "idx", "index", "layer_id", "layer_number", "layer_num", "num_layers", "num_hidden_layers", "n_layers", "seed",
 )  # fmt: skip
-_OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"}
+_MODULE_INTERNALS = vars(nn.Module()).keys() - {"training"}
 
 
 @dataclass
@@ -120,14 +120,14 @@ class LayerCut:
                     "another cut; undo that first, or load the model again"
                 )
 
-    def aside(self) -> nn.ModuleList:
+    def inactive_modules(self) -> nn.ModuleList:
         """What is not in the model: what was dropped, if it was kept; while that is restored, what took its place."""
         values = [change.old if self.active else change.new for change in self.changes]
         parameters = nn.ParameterList(value for value in values if isinstance(value, nn.Parameter))
         return nn.ModuleList([*(value for value in values if isinstance(value, nn.Module)), parameters])
 
 
-def check_plain(model: Any) -> None:
+def check_plain_model(model: Any) -> None:
     """Refuse anything but a transformers model without adapters.
 
     Raises:
@@ -169,15 +169,15 @@ def drop_layers(
         UnsupportedModelError: The architecture is not proven. The model is unchanged.
         LayerPruneError: The pruned model gives different logits. The model is unchanged.
     """
-    check_plain(model)
+    check_plain_model(model)
     cut = families.make_cut(model.config, check_value("drop_layers", layers, LAYERS))
     new_config = families.cut_config(model.config, cut)
     stack = find_decoder_layers(model)
     live = dict(model.named_modules(remove_duplicate=False))
-    _, rehearsed = rehearse(type(model), model.config, new_config, cut)
+    _, attribute_changes = dry_run_cut(type(model), model.config, new_config, cut)
     attributes = [
         _Change(live[name], attribute, vars(live[name])[attribute], value)
-        for name, attribute, value in rehearsed
+        for name, attribute, value in attribute_changes
         if name in live and attribute in vars(live[name])
     ]
     parent = model.get_submodule(stack.parent_path) if stack.parent_path else model
@@ -228,17 +228,17 @@ def _swap_configs(model: PreTrainedModel, new_config: PreTrainedConfig) -> list[
             name: after.get(name, _ABSENT)
             for name in before.keys() | after.keys()
             if name not in (families.MARKER, *old_part.sub_configs)
-            and not _same(before.get(name, _ABSENT), after.get(name, _ABSENT))
+            and not _equal_values(before.get(name, _ABSENT), after.get(name, _ABSENT))
         }
         for config in {id(config): config for config in [old_part, *held] if type(config) is type(old_part)}.values():
             for name, value in delta.items():
                 own = vars(config).get(name, _ABSENT)
-                if _same(own, before.get(name, _ABSENT)):
+                if _equal_values(own, before.get(name, _ABSENT)):
                     changes.append(_Change(config, name, own, value))
     return changes
 
 
-def _same(one: Any, other: Any) -> bool:
+def _equal_values(one: Any, other: Any) -> bool:
     """Whether two values of a config are equal; a quantiser's settings are compared as dictionaries."""
     one, other = (value.to_dict() if hasattr(value, "to_dict") else value for value in (one, other))
     return one == other
@@ -278,7 +278,7 @@ def _slice_wide_tensors(model: PreTrainedModel, cut: families.Cut) -> list[_Chan
     return changes
 
 
-def rehearse(
+def dry_run_cut(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, new_config: PreTrainedConfig, cut: families.Cut
 ) -> tuple[int, list[tuple[str, str, Any]]]:
     """Compare empty models of the old and the new config; see the docstring of this module.
@@ -332,12 +332,12 @@ def rehearse(
     return old.num_parameters() - new.num_parameters(), attributes
 
 
-def rehearse_config(config: PreTrainedConfig, new_config: PreTrainedConfig, cut: families.Cut) -> None:
-    """Make the checks of `rehearse`, for the class that a config is loaded as."""
+def dry_run_cut_of_config(config: PreTrainedConfig, new_config: PreTrainedConfig, cut: families.Cut) -> None:
+    """Make the checks of `dry_run_cut`, for the class that a config is loaded as."""
     with boundary("no model can be built from the config"), whole_models():
         model = model_without_weights(config)
         part = families.text_config(new_config) if type(model.config) is not type(config) else new_config
-    rehearse(type(model), model.config, part, cut)
+    dry_run_cut(type(model), model.config, part, cut)
 
 
 def _empty_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -384,7 +384,7 @@ def _check_same_shapes(name: str, before: nn.Module, after: nn.Module) -> None:
 def _differences(before: nn.Module, after: nn.Module) -> list[tuple[str, Any, Any]]:
     """Plain attributes (numbers, strings, collections of these) that differ, with their value in both modules."""
     different: list[tuple[str, Any, Any]] = []
-    for name in sorted((vars(before) | vars(after)).keys() - _OF_EVERY_MODULE):
+    for name in sorted((vars(before) | vars(after)).keys() - _MODULE_INTERNALS):
         value, other = (vars(module).get(name, _ABSENT) for module in (before, after))
         if isinstance(value, tuple) and isinstance(other, list):  # a JSON round trip turns tuples into lists
             other = tuple(other)

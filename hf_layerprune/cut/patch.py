@@ -58,7 +58,7 @@ def patch_layers(
     return sorted(named)
 
 
-def check_unpacked(base: Base, config: PreTrainedConfig) -> None:
+def check_repairable_weights(base: Base, config: PreTrainedConfig) -> None:
     """Refuse a checkpoint in which every weight that a repair could change is quantised. Only headers are read.
 
     Raises:
@@ -88,7 +88,7 @@ def match_layers(
     """
     from transformers.modeling_utils import str_to_torch_dtype
 
-    named = {_stored_as(key, stored, config): value for key, value in values.items()}
+    named = {_checkpoint_name(key, stored, config): value for key, value in values.items()}
     for name, value in named.items():
         if (tensor := stored.get(name)) is None:
             raise CheckpointError(
@@ -104,7 +104,7 @@ def match_layers(
     return named
 
 
-def _stored_as(key: tuple[int, str], stored: Mapping[str, Tensor], config: PreTrainedConfig) -> str:
+def _checkpoint_name(key: tuple[int, str], stored: Mapping[str, Tensor], config: PreTrainedConfig) -> str:
     """How the checkpoint names a parameter of a layer: as the model does, or as transformers names it on disk."""
     index, name = key
     prefix = find_layer_prefix(stored, layer_count(config))

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LISTED = "tensor_names"  # a list of all names, among torchao's notes
-_SHARD = "model-{:05d}-of-{:05d}.safetensors"
+_TENSOR_NAMES_KEY = "tensor_names"  # a list of all names, among torchao's notes
+_SHARD_NAME = "model-{:05d}-of-{:05d}.safetensors"
 
 
 class Span(NamedTuple):
@@ -44,7 +44,7 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class ColumnSpans:
     """A matrix in a source file, of which only some columns are copied: the ranges of each row to keep."""
 
     offset: int
@@ -75,7 +75,7 @@ class ShardPlan:
     version: FileState
     target: str
     header: bytes = field(repr=False)
-    pieces: tuple[Span | Rows, ...] = field(repr=False)
+    pieces: tuple[Span | ColumnSpans, ...] = field(repr=False)
     whole: bool
 
     @property
@@ -130,12 +130,12 @@ class CheckpointPlan(WeightsPlan):
         return self.weight_bytes + sum(map(len, self.files.values())) + sum(size for _, size in self.companions)
 
 
-class _Kept(NamedTuple):
+class _KeptTensor(NamedTuple):
     """A tensor to keep: before the cut, after it (without its offsets), and the bytes to copy."""
 
     old: Tensor
     new: Tensor
-    piece: Span | Rows
+    piece: Span | ColumnSpans
 
 
 def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) -> WeightsPlan:
@@ -148,19 +148,19 @@ def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) 
     wide = families.wide_tensors(config)
     names, prefix = new_names(weights.tensor_names, config, cut)
     # Among the notes, a layer may have another name: that in the model, not that in the checkpoint.
-    noted = [name for header in weights.headers.values() for name in header.metadata or ()]
-    note_prefix = find_layer_prefix(noted, cut.num_layers) if names_layers(noted) else ""
-    kept: dict[str, list[_Kept]] = {}
+    metadata_names = [name for header in weights.headers.values() for name in header.metadata or ()]
+    metadata_prefix = find_layer_prefix(metadata_names, cut.num_layers) if names_layers(metadata_names) else ""
+    kept: dict[str, list[_KeptTensor]] = {}
     for file, header in weights.headers.items():
-        items = [_keep(one, names[one.name], header, wide, cut) for one in header.tensors if one.name in names]
+        items = [_plan_tensor(one, names[one.name], header, wide, cut) for one in header.tensors if one.name in names]
         if items:
             kept[file] = items
     shards = []
     weight_map: dict[str, str] = {}
     for number, (file, items) in enumerate(kept.items(), 1):
-        target = SINGLE if weights.index is None else _SHARD.format(number, len(kept))
+        target = SINGLE if weights.index is None else _SHARD_NAME.format(number, len(kept))
         header = weights.headers[file]
-        shards.append(_shard(file, target, header, items, _notes(header, note_prefix, cut)))
+        shards.append(_plan_shard(file, target, header, items, _cut_metadata(header, metadata_prefix, cut)))
         weight_map |= {item.new.name: target for item in items}
     index = None
     if weights.index is not None:
@@ -233,14 +233,14 @@ def new_names(tensors: Iterable[str], config: PreTrainedConfig, cut: families.Cu
     return names, prefix
 
 
-def _keep(
+def _plan_tensor(
     tensor: Tensor, name: str, header: Header, wide: Sequence[tuple[families.WideTensor, int]], cut: families.Cut
-) -> _Kept:
+) -> _KeptTensor:
     """The bytes of a tensor to keep: all, or the kept layers' slices of a tensor with one slice per layer."""
     start = header.data_start + tensor.start
     one = next((one for one in wide if f".{one[0].suffix.rpartition('.')[0]}." in f".{tensor.name}"), None)
     if one is None:
-        return _Kept(tensor, replace(tensor, name=name), Span(start, tensor.size))
+        return _KeptTensor(tensor, replace(tensor, name=name), Span(start, tensor.size))
     dim, width = one[0].dim, one[1]
     if not f".{tensor.name}".endswith("." + one[0].suffix):
         raise CheckpointError(
@@ -259,16 +259,16 @@ def _keep(
         raise CheckpointError(
             f"tensor {tensor.name!r} of type {tensor.dtype} can't be sliced at byte boundaries; start from another checkpoint"
         )
-    kept = Rows(start, rows, n * length, tuple(merged(Span(i * length, length) for i in cut.keep)))
+    kept = ColumnSpans(start, rows, n * length, tuple(merge_adjacent(Span(i * length, length) for i in cut.keep)))
     new_shape = (*shape[:dim], len(cut.keep) * width, *shape[dim + 1 :])
-    return _Kept(tensor, Tensor(name, tensor.dtype, new_shape, 0, kept.length), kept)
+    return _KeptTensor(tensor, Tensor(name, tensor.dtype, new_shape, 0, kept.length), kept)
 
 
-def _notes(header: Header, prefix: str, cut: families.Cut) -> dict[str, str] | None:
+def _cut_metadata(header: Header, prefix: str, cut: families.Cut) -> dict[str, str] | None:
     """What a file notes on its tensors, as torchao does to unpack them, by their names after the cut."""
     metadata = header.metadata or {}
     for name, text in metadata.items():
-        if name != _LISTED and names_layers(text):
+        if name != _TENSOR_NAMES_KEY and names_layers(text):
             raise CheckpointError(
                 f"the metadata of {header.path.name} may name layers in {name!r}, and it is not known how a cut changes "
                 "that; save the checkpoint without it"
@@ -284,16 +284,18 @@ def _notes(header: Header, prefix: str, cut: families.Cut) -> dict[str, str] | N
             elif (layer := cut.new_index.get(int(index))) is not None:
                 yield name, f"{prefix}{layer}{dot}{rest}"
 
-    notes = {new: metadata[old] for old, new in renamed(metadata)}
-    listed = parse_json(notes.get(_LISTED, "null"), f"{_LISTED} in a safetensors header")
+    cut_metadata = {new: metadata[old] for old, new in renamed(metadata)}
+    listed = parse_json(cut_metadata.get(_TENSOR_NAMES_KEY, "null"), f"{_TENSOR_NAMES_KEY} in a safetensors header")
     if isinstance(listed, list):
-        notes[_LISTED] = json.dumps([new for _, new in renamed(map(str, listed))])
-    return notes
+        cut_metadata[_TENSOR_NAMES_KEY] = json.dumps([new for _, new in renamed(map(str, listed))])
+    return cut_metadata
 
 
-def _shard(file: str, target: str, header: Header, kept: list[_Kept], notes: dict[str, str] | None) -> ShardPlan:
+def _plan_shard(
+    file: str, target: str, header: Header, kept: list[_KeptTensor], metadata: dict[str, str] | None
+) -> ShardPlan:
     whole = len(kept) == len(header.tensors) and all(item.new == item.old for item in kept)
-    if whole and notes == header.metadata:
+    if whole and metadata == header.metadata:
         return ShardPlan(file, header.version, target, b"", (Span(0, header.size),), whole=True)
     # The widest types first, as the safetensors library writes them: every tensor is aligned whatever goes before it.
     ordered = sorted(kept, key=lambda item: -item.old.size / max(1, item.old.elements))
@@ -302,11 +304,11 @@ def _shard(file: str, target: str, header: Header, kept: list[_Kept], notes: dic
     for item in ordered:
         placed.append(replace(item.new, start=position, end=position + item.new.size))
         position += item.new.size
-    pieces = tuple(merged(item.piece for item in ordered))
-    return ShardPlan(file, header.version, target, write_header(placed, notes), pieces, whole=False)
+    pieces = tuple(merge_adjacent(item.piece for item in ordered))
+    return ShardPlan(file, header.version, target, write_header(placed, metadata), pieces, whole=False)
 
 
-def merged(pieces: Iterable[Any]) -> Iterator[Any]:
+def merge_adjacent(pieces: Iterable[Any]) -> Iterator[Any]:
     """Join adjacent spans; other pieces are returned unchanged."""
     last: Any = None
     for piece in pieces:

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Fields about the base's files: where they were loaded from, and which of them hold its code (not copied) and weights.
-_OF_THE_BASE = ("_name_or_path", "auto_map", "transformers_weights")
+_BASE_ONLY_FIELDS = ("_name_or_path", "auto_map", "transformers_weights")
 # Fields that a reload may change.
-_VOLATILE = (*_OF_THE_BASE, "transformers_version")
+_VOLATILE = (*_BASE_ONLY_FIELDS, "transformers_version")
 
 
 def config_fields(source: dict[str, Any], config: PreTrainedConfig, num_layers: int) -> dict[str, Any]:
@@ -35,12 +35,12 @@ def config_fields(source: dict[str, Any], config: PreTrainedConfig, num_layers: 
         CutError: A reload would give a different config.
     """
     fields = json.loads(config.to_json_string(use_diff=True))
-    fields = {name: value for name, value in fields.items() if name not in _OF_THE_BASE}
-    keep_version(source, fields)
+    fields = {name: value for name, value in fields.items() if name not in _BASE_ONLY_FIELDS}
+    copy_transformers_version(source, fields)
     doubtful: list[tuple[dict[str, Any], str, Any]] = []
-    _complete(source, config, fields, num_layers, doubtful)
-    expected = _reloaded(config, fields)
-    wanted = _plain(config)
+    _add_base_fields(source, config, fields, num_layers, doubtful)
+    expected = _fields_after_reload(config, fields)
+    wanted = _comparable_fields(config)
     if expected != wanted:
         names = sorted(name for name in expected.keys() | wanted.keys() if expected.get(name) != wanted.get(name))
         raise CutError(
@@ -49,7 +49,7 @@ def config_fields(source: dict[str, Any], config: PreTrainedConfig, num_layers: 
     for part, name, value in doubtful:
         part[name] = value
         try:
-            same = _reloaded(config, fields) == expected
+            same = _fields_after_reload(config, fields) == expected
         except Exception:  # config classes raise exceptions of any type
             same = False
         if not same:
@@ -58,13 +58,13 @@ def config_fields(source: dict[str, Any], config: PreTrainedConfig, num_layers: 
     return dict(sorted(fields.items()))
 
 
-def keep_version(source: dict[str, Any], fields: dict[str, Any]) -> None:
+def copy_transformers_version(source: dict[str, Any], fields: dict[str, Any]) -> None:
     """Give a config the version in another one: by it, transformers decides how to read the tokenizer beside it."""
     fields.pop("transformers_version", None)
     fields |= {name: value for name, value in source.items() if name == "transformers_version"}
 
 
-def _complete(
+def _add_base_fields(
     source: dict[str, Any],
     config: PreTrainedConfig,
     fields: dict[str, Any],
@@ -81,11 +81,11 @@ def _complete(
             and isinstance(value, dict)
             and isinstance(fields.get(name), dict)
         ):
-            _complete(value, part, fields[name], num_layers, doubtful)
+            _add_base_fields(value, part, fields[name], num_layers, doubtful)
         elif name in fields:
             if isinstance(value, dict) and vars(config).get(name) == fields[name]:
                 fields[name] = vars(config)[name]  # in the base's order; transformers has sorted it
-        elif name in _OF_THE_BASE:
+        elif name in _BASE_ONLY_FIELDS:
             continue
         elif name in whole and name not in _VOLATILE:
             fields[name] = whole[name]
@@ -97,25 +97,25 @@ def _complete(
             doubtful.append((fields, name, value))
 
 
-def _plain(config: PreTrainedConfig) -> dict[str, Any]:
+def _comparable_fields(config: PreTrainedConfig) -> dict[str, Any]:
     fields = json.loads(config.to_json_string(use_diff=False))
     return {name: value for name, value in fields.items() if name not in _VOLATILE}
 
 
-def _reloaded(config: PreTrainedConfig, fields: dict[str, Any]) -> dict[str, Any]:
+def _fields_after_reload(config: PreTrainedConfig, fields: dict[str, Any]) -> dict[str, Any]:
     def number(value: dict[str, Any]) -> Any:
         # JSON has no infinity; transformers writes it this way.
         return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
-    return _plain(type(config).from_dict(json.loads(json.dumps(fields), object_hook=number)))
+    return _comparable_fields(type(config).from_dict(json.loads(json.dumps(fields), object_hook=number)))
 
 
-def to_bytes(fields: dict[str, Any]) -> bytes:
+def encode_json(fields: dict[str, Any]) -> bytes:
     """JSON in the layout that transformers writes, but in the given order: of several patterns, the first one counts."""
     return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def quantiser_files(folder: Path, cut: families.Cut, several_stacks: bool) -> dict[str, bytes]:
+def rewrite_quantiser_files(folder: Path, cut: families.Cut, several_stacks: bool) -> dict[str, bytes]:
     """Rewrite the quantisers' settings files that name layers by index; returns the new content of those that change.
 
     Raises:
@@ -129,5 +129,5 @@ def quantiser_files(folder: Path, cut: families.Cut, several_stacks: bool) -> di
             old = read_json(folder / name)
             new = rewrite_quantization(old, cut, str(folder / name), several_stacks=several_stacks)
             if new != old:
-                changed[name] = to_bytes(new)
+                changed[name] = encode_json(new)
     return changed

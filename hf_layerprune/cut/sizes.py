@@ -72,7 +72,7 @@ class Sizes:
         Raises:
             CutError: These layers can't be dropped from this model.
         """
-        model = self._model(drop)
+        model = self._empty_model(drop)
         return count_parameters(model) + self._head_elements
 
     def file_bytes(self, drop: Sequence[int] = ()) -> int:
@@ -84,15 +84,17 @@ class Sizes:
         """
         if self._weights is None:
             return self.weight_bytes(drop)
-        shards = [file.size for file in (self._plan(drop).shards if drop else self._weights.headers.values())]
-        headers = sum(shards) - sum(tensor.size * kept // max(1, tensor.elements) for tensor, kept in self._kept(drop))
+        shards = [file.size for file in (self._plan_weights(drop).shards if drop else self._weights.headers.values())]
+        headers = sum(shards) - sum(
+            tensor.size * kept // max(1, tensor.elements) for tensor, kept in self._kept_tensors(drop)
+        )
         return headers + self.weight_bytes(drop)
 
     def weight_bytes(self, drop: Sequence[int] = ()) -> int:
         """Bytes of the tensors that are left, without headers."""
         if self._weights is None:
             return self.parameters(drop) * self.dtype.itemsize
-        kept = sum(self._bytes(tensor, elements) for tensor, elements in self._kept(drop))
+        kept = sum(self._kept_bytes(tensor, elements) for tensor, elements in self._kept_tensors(drop))
         return kept + self._head_elements * self.dtype.itemsize
 
     def memory_bytes(self, drop: Sequence[int] = (), *, context: int | None = None, batch: int = 1) -> int:
@@ -103,34 +105,34 @@ class Sizes:
         Raises:
             CutError: The context is too long for the model, or its cache is not known without running it.
         """
-        return self.weight_bytes(drop) + sum(self._cache(drop, self.context(context), batch))
+        return self.weight_bytes(drop) + sum(self._cache_bytes(drop, self.resolve_context(context), batch))
 
-    def of_layers(self, what: str, *, context: int | None = None, batch: int = 1) -> list[float]:
+    def per_layer(self, what: str, *, context: int | None = None, batch: int = 1) -> list[float]:
         """What each layer adds to a size (`"params"`, `"size"` or `"memory"`), without what it shares with others."""
-        layers = count_by_layer(find_decoder_layers(self._model(())).layers)
+        layers = count_by_layer(find_decoder_layers(self._empty_model(())).layers)
         if what == "params":
             return [float(count) for count in layers]
         sizes = [float(count * self.dtype.itemsize) for count in layers]
         if self._weights is not None:
             prefix, sizes = find_layer_prefix(self._weights.tensor_names, self.num_layers), [0.0] * self.num_layers
-            for tensor, _ in self._kept(()):
+            for tensor, _ in self._kept_tensors(()):
                 index = tensor.name.removeprefix(prefix).partition(".")[0]
                 if tensor.name.startswith(prefix) and index.isdecimal() and int(index) < self.num_layers:
-                    sizes[int(index)] += self._bytes(tensor, tensor.elements)
+                    sizes[int(index)] += self._kept_bytes(tensor, tensor.elements)
         if what == "memory":
-            cache: list[float] = [*self._cache((), self.context(context), batch)]
+            cache: list[float] = [*self._cache_bytes((), self.resolve_context(context), batch)]
             if len(cache) != self.num_layers:
                 cache = [sum(cache) / self.num_layers] * self.num_layers
             sizes = [size + more for size, more in zip(sizes, cache, strict=True)]
         return sizes
 
-    def context(self, asked: int | None, default: int = _CONTEXT) -> int:
-        """The number of tokens in the cache: as asked, or the default, unless the model has less room.
+    def resolve_context(self, requested: int | None, default: int = _CONTEXT) -> int:
+        """The number of tokens in the cache: as requested, or the default, unless the model's context is shorter.
 
         Raises:
-            CutError: More is asked for than the model has room for.
+            CutError: More is requested than the model's context.
         """
-        return length_within(self.config, asked, default, "context")
+        return length_within(self.config, requested, default, "context")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -148,17 +150,17 @@ class Sizes:
             return None
         return read_headers(Base.open(base, self._revision))
 
-    def _kept(self, drop: Sequence[int]) -> list[tuple[Tensor, int]]:
+    def _kept_tensors(self, drop: Sequence[int]) -> list[tuple[Tensor, int]]:
         """The tensors that are kept, each with how many of its elements."""
         assert self._weights is not None
         tensors = [tensor for header in self._weights.headers.values() for tensor in header.tensors]
         if not drop:
             return [(tensor, tensor.elements) for tensor in tensors]
-        plan = self._plan(drop)
+        plan = self._plan_weights(drop)
         names = plan.tensor_names
         return [(tensor, plan.tensors[names[tensor.name]].elements) for tensor in tensors if tensor.name in names]
 
-    def _bytes(self, tensor: Tensor, elements: int) -> int:
+    def _kept_bytes(self, tensor: Tensor, elements: int) -> int:
         if self._dtype != "auto" and tensor.dtype in FLOATS:
             return elements * self.dtype.itemsize
         if self._dtype != "auto" and getattr(self.config, "quantization_config", None) is not None:
@@ -168,27 +170,27 @@ class Sizes:
             )
         return tensor.size * elements // max(1, tensor.elements)
 
-    def _plan(self, drop: Sequence[int]) -> WeightsPlan:
+    def _plan_weights(self, drop: Sequence[int]) -> WeightsPlan:
         assert self._weights is not None
         return plan_weights(self._weights, self.config, families.make_cut(self.config, drop))
 
     @cached_property
     def _head_elements(self) -> int:
         """Elements that untying the head adds."""
-        model = self._model(())
+        model = self._empty_model(())
         return count_parameters(model.get_input_embeddings()) if self._untie and ties_head(model) else 0
 
-    def _model(self, drop: Sequence[int]) -> PreTrainedModel:
+    def _empty_model(self, drop: Sequence[int]) -> PreTrainedModel:
         """The model without weights."""
         key = tuple(sorted(drop))
         if key not in self._models:
             config = families.cut_config(self.config, families.make_cut(self.config, key)) if key else self.config
-            self._models = {k: v for k, v in self._models.items() if not k} | {key: _build(config, self.dtype)}
+            self._models = {k: v for k, v in self._models.items() if not k} | {key: _build_empty(config, self.dtype)}
         return self._models[key]
 
-    def _cache(self, drop: Sequence[int], context: int, batch: int) -> list[int]:
+    def _cache_bytes(self, drop: Sequence[int], context: int, batch: int) -> list[int]:
         """Bytes of the cache, by its layers."""
-        model = self._model(drop)
+        model = self._empty_model(drop)
         set_experts: Any = getattr(model, "set_experts_implementation", None)
         try:
             if set_experts is not None:
@@ -206,7 +208,7 @@ class Sizes:
         return [_tensor_bytes(part, set()) for part in (layers if layers is not None else [cache])]
 
 
-def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _build_empty(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -245,7 +245,7 @@ def check_teacher(
 
 
 @whole_models()
-def rehearse(
+def dry_run_training(
     args: HealConfig, model_args: ModelConfig, config: PreTrainedConfig, rows: Dataset, evaluated: Any, processor: Any
 ) -> None:
     """Set up the whole training with a model without weights: its rows, adapter, kernels, optimizer and schedule.
@@ -259,7 +259,7 @@ def rehearse(
 
     from .trainer import HealTrainer
 
-    class Rehearsal(HealTrainer):
+    class DryRunTrainer(HealTrainer):
         output_head: Any = None  # it would be measured
 
         def _move_model_to_device(self, model: Any, device: Any) -> None:
@@ -275,7 +275,7 @@ def rehearse(
             args.output_dir = folder
             model = model_without_weights(config, **kernels)
             data = {"train_dataset": rows, "eval_dataset": evaluated, "processing_class": processor}
-            trainer = Rehearsal(model, args, peft_config=lora, **data)
+            trainer = DryRunTrainer(model, args, peft_config=lora, **data)
             next(iter(trainer.get_train_dataloader()))
             trainer.create_optimizer_and_scheduler(max(args.max_steps, 1000))
             if args.use_liger_kernel:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
-from ..cut.settings import keep_version, to_bytes
+from ..cut.settings import copy_transformers_version, encode_json
 from ..errors import LayerPruneError
 from ..files.copy import copy_inside, write_bytes
 from ..files.folders import new_folder
@@ -166,8 +166,8 @@ def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def copy_beside_weights(before: Path, after: Path) -> None:
     """Copy tokenizer, chat template, generation settings and licence byte for byte, as verification expects them."""
     fields = read_config_file(after / CONFIG)
-    keep_version(read_config_file(before / CONFIG), fields)
-    write_bytes(after / CONFIG, to_bytes(fields))
+    copy_transformers_version(read_config_file(before / CONFIG), fields)
+    write_bytes(after / CONFIG, encode_json(fields))
     (after / GENERATION).unlink(missing_ok=True)  # saving a model writes one even where there was none
     _copy_others(before, after, but=(CONFIG,))
 

@@ -37,7 +37,7 @@ class Target:
         option (`str`): The option that asks for it.
         limit (`float`): The most that may be left, in the unit that `left` counts in.
         left (`Callable[[Sequence[int]], float]`): What a cut leaves, by the layers that it drops.
-        of_layers (`list[float]`): What each layer takes.
+        per_layer (`list[float]`): What each layer takes.
         spell (`Callable[[float], str]`): Formats an amount for messages.
         device (`str`, *optional*): Where the model was timed, if it was.
     """
@@ -45,7 +45,7 @@ class Target:
     option: str
     limit: float
     left: Callable[[Sequence[int]], float]
-    of_layers: list[float]
+    per_layer: list[float]
     spell: Callable[[float], str]
     device: str | None = None
 
@@ -77,17 +77,17 @@ class Target:
         how: dict[str, Any] = {"context": choice.context, "batch": choice.batch}
         limit = getattr(choice, option)
         if option == "target_params":
-            return cls(option, limit, sizes.parameters, sizes.of_layers("params"), format_count)
+            return cls(option, limit, sizes.parameters, sizes.per_layer("params"), format_count)
         if option == "target_size":
-            return cls(option, limit, sizes.file_bytes, sizes.of_layers("size"), format_bytes)
+            return cls(option, limit, sizes.file_bytes, sizes.per_layer("size"), format_bytes)
         if option == "target_memory":
-            each = sizes.of_layers("memory", **how)
+            each = sizes.per_layer("memory", **how)
             return cls(option, limit, lambda drop: sizes.memory_bytes(drop, **how), each, format_bytes)
         if model is None:
             raise CutError("target_speedup times the layers of the model, and there is none here; pass the model")
         from .decode_times import time_decoding
 
-        times = time_decoding(model, sizes.context(choice.context, _SHORT_CONTEXT), choice.batch, device)
+        times = time_decoding(model, sizes.resolve_context(choice.context, _SHORT_CONTEXT), choice.batch, device)
         logger.info("%s", times)
         return cls(
             option, times.total / limit, times.without, times.layers,
@@ -114,7 +114,7 @@ class Target:
                 "stricter target"
             )
         # With fewer than it takes of the largest layers, no set meets it.
-        sizes = sorted((self.of_layers[i] for i in free), reverse=True)
+        sizes = sorted((self.per_layer[i] for i in free), reverse=True)
         count, picked = 1, cache(pick)
         while count < most and self.left(()) - sum(sizes[:count]) > self.limit:
             count += 1

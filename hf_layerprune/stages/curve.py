@@ -200,7 +200,7 @@ def _continue(request: RankRequest, record: dict[str, Any], free: set[int], up_t
     model, device = open_base(request)
     sizes = Sizes(model.config, request.base, revision=request.revision)
     if "decode" not in record:
-        times = time_decoding(model, sizes.context(request.context, 512), request.batch, device)
+        times = time_decoding(model, sizes.resolve_context(request.context, 512), request.batch, device)
         record["decode"] = asdict(times)
         record["dense"] = {"parameters": sizes.parameters(), "bytes": sizes.file_bytes()}
     times = DecodeTimes(**record["decode"])

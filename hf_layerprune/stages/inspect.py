@@ -143,7 +143,7 @@ def inspect_model(request: InspectRequest) -> Anatomy:
             anatomy.file_bytes = [path.stat().st_size, plan_gguf_cut(path, dropped).target_bytes]
         else:
             anatomy.file_bytes = [sizes.file_bytes(drop) for drop in ((), dropped)]
-            anatomy.context = sizes.context(None)
+            anatomy.context = sizes.resolve_context(None)
             anatomy.memory_bytes = [sizes.memory_bytes(drop) for drop in ((), dropped)]
     except LayerPruneError as error:
         # A config without weights, or a model whose cache is not known without running it.

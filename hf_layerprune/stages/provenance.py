@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cut.gguf import gguf_texts
+from ..cut.gguf import gguf_text_metadata
 from ..errors import CheckpointError
 from ..files.hub import Repo
 from ..records.declared import CARD, declared_by, declared_in_gguf
@@ -108,7 +108,7 @@ def _declared(source: Path, repo: Repo | None) -> dict[str, Any]:
         return declared_by(source, card, f"{repo.name}/blob/{repo.commit}")
     if source.is_dir():
         return declared_by(source)
-    return declared_in_gguf(gguf_texts(source))
+    return declared_in_gguf(gguf_text_metadata(source))
 
 
 def _configured(fields: dict[str, Any]) -> dict[str, str]:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from .. import families
 from ..cut.base import Base
-from ..cut.disk import fill, plan_cut
+from ..cut.disk import execute_plan, plan_cut
 from ..cut.gguf import cut_gguf, gguf_layer_count, is_gguf, plan_gguf_cut
-from ..cut.gguf.modelfile import modelfile_of
-from ..cut.patch import check_unpacked, match_layers, patch_layers
+from ..cut.gguf.modelfile import make_modelfile
+from ..cut.patch import check_repairable_weights, match_layers, patch_layers
 from ..errors import CheckpointError, CutError
 from ..families.engines import WAY_OUT, misread
 from ..files.copy import check_file_target, write_text
@@ -130,15 +130,15 @@ def prune_to(request: PruneRequest) -> Pruned:
     config = load_config(source)
     _check_family(request, config)
     if request.repair and not (request.adapter or _needs_a_model(request)):
-        check_unpacked(hub or Base.open(source), config)
+        check_repairable_weights(hub or Base.open(source), config)
     dropped, prepared, target = _choose(request, config)
     cut = families.make_cut(config, dropped)
     if warning := misread(config, cut.keep):
         logger.warning("%s; %s", warning, WAY_OUT)
-    from ..cut.memory import rehearse_config  # imports torch, which cutting a GGUF file does not need
+    from ..cut.memory import dry_run_cut_of_config  # imports torch, which cutting a GGUF file does not need
 
     # Everything that can be refused is refused before a weight is read.
-    rehearse_config(config, families.cut_config(config, cut), cut)
+    dry_run_cut_of_config(config, families.cut_config(config, cut), cut)
     with new_folder(output, force=request.force, apart_from=source) as folder:
         with stage("prune", settings_of(request, list(cut.drop))) as entry:
             if prepared is None and request.repair:
@@ -232,7 +232,7 @@ def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> Pruned:
 
 def _write_modelfile(output: Path) -> None:
     """Write what Ollama needs beside a file that chats; an existing one may have been edited, and stays."""
-    text, path = modelfile_of(output), output.with_suffix(".Modelfile")
+    text, path = make_modelfile(output), output.with_suffix(".Modelfile")
     if text is None:
         return
     if os.path.lexists(path):
@@ -329,7 +329,7 @@ def _files(request: PruneRequest, plan: CheckpointPlan, folder: Path, prepared: 
     if prepared is not None and prepared.repair is not None:
         values = {(plan.cut.new_index[i], name): v for (i, name), v in prepared.repair.tensors.items()}
         match_layers(plan.tensors, plan.config, values, request.output)
-    fill(plan, folder, link=request.link, name=Path(request.output).name)
+    execute_plan(plan, folder, link=request.link, name=Path(request.output).name)
     if expected is not None:  # before any repair
         check_logits(load_base(folder), expected)
     if prepared is not None and prepared.repair is not None:

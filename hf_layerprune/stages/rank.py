@@ -65,7 +65,7 @@ class Ranking:
     on_text: bool = True
 
     @property
-    def of_layers(self) -> list[Scores]:
+    def layer_scores(self) -> list[Scores]:
         """The scores of single layers, but for those that are only an order."""
         return [s for s in self.scores.values() if s.layers is not None and CRITERIA[s.criterion].needs != "count"]
 
@@ -74,7 +74,7 @@ class Ranking:
         lines = _columns([["criterion", "would drop", "by"], *rows])
         for name, reason in self.why.items():
             lines += ["", f"{name}: {reason}"]
-        if shown := self.of_layers:
+        if shown := self.layer_scores:
             table = [["layer", *(s.criterion for s in shown)]]
             for i, scores in enumerate(zip(*(s.layers or () for s in shown), strict=True)):
                 cells = zip(scores, shown, strict=True)
@@ -317,8 +317,8 @@ def draw_ranking(ranking: Ranking, num_layers: int, folder: Path) -> None:
     drops = ranking.drops
     for kind in ("png", "svg"):
         score_plots.choices(drops, num_layers, folder / f"choices.{kind}")
-        if ranking.of_layers:
-            score_plots.layer_scores(ranking.of_layers, drops, folder / f"scores.{kind}")
+        if ranking.layer_scores:
+            score_plots.layer_scores(ranking.layer_scores, drops, folder / f"scores.{kind}")
         for name, score in ranking.scores.items():
             if score.blocks:
                 drop = drops[name]

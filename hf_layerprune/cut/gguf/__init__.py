@@ -26,7 +26,7 @@ from ...files.gguf_header import GGUFHeader, Tensor, block_count_of, padded, rea
 from ...options import format_bytes
 from ...screen import progress_bar
 from .layers import GGUFCut, rewrite_metadata
-from .names import renamed
+from .names import size_label_changes
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def gguf_layer_count(source: str | os.PathLike[str]) -> int:
     return block_count_of(read_header(Path(source)))
 
 
-def gguf_texts(source: str | os.PathLike[str]) -> dict[str, str]:
+def gguf_text_metadata(source: str | os.PathLike[str]) -> dict[str, str]:
     """The text metadata of a GGUF file by key, such as its licence and its chat template.
 
     Raises:
@@ -88,7 +88,7 @@ def plan_gguf_cut(source: str | os.PathLike[str] | GGUFHeader, drop_layers: Sequ
     """
     header = source if isinstance(source, GGUFHeader) else read_header(Path(source))
     cut, changes = rewrite_metadata(header, drop_layers)
-    layer_of = _sort_tensors(cut)
+    layer_of = _map_tensors_to_layers(cut)
     new_index = cut.layers.new_index
     kept: list[Tensor] = []
     for tensor in header.tensors:
@@ -96,7 +96,7 @@ def plan_gguf_cut(source: str | os.PathLike[str] | GGUFHeader, drop_layers: Sequ
         if layer is None or layer in new_index:
             name = tensor.name if layer is None else f"blk.{new_index[layer]}.{tensor.name.split('.', 2)[2]}"
             kept.append(replace(tensor, name=name))
-    changes |= renamed(header, cut.architecture, kept)
+    changes |= size_label_changes(header, cut.architecture, kept)
     entries = [entry.packed(changes.get(key)) for key, entry in header.keys.items()]
     return GGUFCutPlan(
         cut=cut.layers,
@@ -150,7 +150,7 @@ def cut_gguf(
     return plan
 
 
-def _sort_tensors(cut: GGUFCut) -> dict[str, int]:
+def _map_tensors_to_layers(cut: GGUFCut) -> dict[str, int]:
     """Map the name of each layer's tensors to the layer, and check that no layer is missing."""
     header, counted = cut.header, f"{cut.architecture}.block_count"
     layer_of: dict[str, int] = {}

@@ -29,7 +29,7 @@ from ...layer_ranges import format_layers
 if TYPE_CHECKING:
     from ...files.gguf_header import Entry, GGUFHeader
 
-_NOT_ABOUT_LAYERS = ("general.", "tokenizer.", "split.", "quantize.", "diffusion.")
+_OTHER_PREFIXES = ("general.", "tokenizer.", "split.", "quantize.", "diffusion.")
 _LAYER_WORDS = re.compile(r"layer|block|blk|every|interval|period|pattern|depth|stage|stack|loop|_step")
 
 
@@ -103,10 +103,10 @@ def _check_architecture(cut: GGUFCut) -> None:
     if entry is not None and not entry.is_array:
         period = whole_number(cut.header, entry)
     # An array of flags describes the layers too, but readers older than the array go by the fixed period.
-    _check_turns(cut, period, f"every {cut.architecture} model")
+    _check_alternation(cut, period, f"every {cut.architecture} model")
 
 
-def _check_turns(cut: GGUFCut, period: int, source: str) -> None:
+def _check_alternation(cut: GGUFCut, period: int, source: str) -> None:
     """Refuse a cut after which other layers would end a group of `period`, and so be of the other kind."""
     if not period:
         return
@@ -130,19 +130,19 @@ def _new_values(cut: GGUFCut, entry: Entry) -> list[Any] | None:
     """The new values of an entry, or `None` to copy it unchanged."""
     header, key = cut.header, entry.key
     if key in PER_LAYER_UNPREFIXED:
-        return _per_layer(cut, entry) if entry.is_array else None
+        return _kept_values(cut, entry) if entry.is_array else None
     if key.startswith("general.tensor_extra."):
         header.fail(f"{key} lists tensors by name, and rewriting it is not supported")
-    if key.startswith(_NOT_ABOUT_LAYERS):
+    if key.startswith(_OTHER_PREFIXES):
         return None
     suffix = key.removeprefix(f"{cut.architecture}.")
     if suffix == key:
-        _unknown(cut, entry)
+        _check_unknown_key(cut, entry)
         return None
     if suffix == "block_count":
         return [len(cut.kept)]
     if suffix in PER_LAYER and entry.is_array:
-        before, after = entry.values, _per_layer(cut, entry)
+        before, after = entry.values, _kept_values(cut, entry)
         if suffix in FIRST_SIZES_ALL and before[0] != after[0]:
             header.fail(
                 f"{key} is {before[0]} in the first layer, and readers size the whole model by it; after this cut the "
@@ -152,20 +152,20 @@ def _new_values(cut: GGUFCut, entry: Entry) -> list[Any] | None:
             header.fail(f"{key} tells two kinds of layers apart, and only one would be left; keep a layer of each")
         return after
     if suffix in PERIODS:
-        _check_turns(cut, whole_number(header, entry), key)
+        _check_alternation(cut, whole_number(header, entry), key)
     elif suffix == "leading_dense_block_count":
         return [bisect_left(cut.kept, whole_number(header, entry))]
     elif suffix == "nextn_predict_layers":
         return [len(cut.kept) - cut.kept_main]
     elif suffix in SCALARS or suffix in PER_LAYER:
         if entry.is_array:
-            _unknown(cut, entry)
+            _check_unknown_key(cut, entry)
     elif suffix not in ARRAYS:
-        _unknown(cut, entry)
+        _check_unknown_key(cut, entry)
     return None
 
 
-def _per_layer(cut: GGUFCut, entry: Entry) -> list[Any]:
+def _kept_values(cut: GGUFCut, entry: Entry) -> list[Any]:
     """The values of the kept layers."""
     if not entry.is_numeric or entry.count not in (cut.block_count, cut.main_count):
         cut.header.fail(
@@ -176,7 +176,7 @@ def _per_layer(cut: GGUFCut, entry: Entry) -> list[Any]:
     return [entry.values[layer] for layer in kept]
 
 
-def _unknown(cut: GGUFCut, entry: Entry) -> None:
+def _check_unknown_key(cut: GGUFCut, entry: Entry) -> None:
     if entry.is_array:
         suspect = entry.count in (cut.block_count, cut.main_count)
     else:

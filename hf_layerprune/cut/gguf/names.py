@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from ...files.gguf_header import GGUFHeader, Tensor
 
 
-def renamed(header: GGUFHeader, architecture: str, kept: Sequence[Tensor]) -> dict[str, str]:
+def size_label_changes(header: GGUFHeader, architecture: str, kept: Sequence[Tensor]) -> dict[str, str]:
     """The metadata texts that name the model's size, after the cut, by key.
 
     No key is added to the file. A name without the old size in it gets the new one at its end.
@@ -17,8 +17,8 @@ def renamed(header: GGUFHeader, architecture: str, kept: Sequence[Tensor]) -> di
     texts = {key: header.keys[key].text for key in ("general.size_label", "general.name") if key in header.keys}
     entry = header.keys.get(f"{architecture}.expert_count")
     experts = entry.values[0] if entry is not None and entry.is_integer else 0
-    new = _label(kept, experts)
-    old = texts.get("general.size_label") or _label(header.tensors, experts)
+    new = _size_label(kept, experts)
+    old = texts.get("general.size_label") or _size_label(header.tensors, experts)
     changes = {}
     if texts.get("general.size_label"):
         changes["general.size_label"] = new
@@ -28,7 +28,7 @@ def renamed(header: GGUFHeader, architecture: str, kept: Sequence[Tensor]) -> di
     return changes
 
 
-def _label(tensors: Sequence[Tensor], experts: int) -> str:
+def _size_label(tensors: Sequence[Tensor], experts: int) -> str:
     from gguf.utility import size_label  # importing gguf is slow
 
     sizes = {tensor.name: math.prod(tensor.dimensions) for tensor in tensors}

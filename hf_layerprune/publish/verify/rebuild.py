@@ -17,7 +17,7 @@ from packaging.version import InvalidVersion, Version
 
 from ... import families
 from ...cut.base import Base as Checkpoint
-from ...cut.disk import fill, plan_cut
+from ...cut.disk import execute_plan, plan_cut
 from ...cut.header import read_header
 from ...cut.plan import CheckpointPlan
 from ...errors import CheckpointError, boundary
@@ -192,7 +192,7 @@ def _copied(history: History, base: Base, folder: Path) -> Expected:
             parts = (part for offset, length in shard.spans() for part in source.chunks(offset, length))
             weights[shard.target] = WeightFile.of(shard.header, parts)
     if history.quantized and is_repeatable_method(history.quantized.settings["quantization_config"]):
-        fill(plan, folder)
+        execute_plan(plan, folder)
     else:
         (folder / CONFIG).write_bytes(plan.files[CONFIG])
     return replace(Expected.of(folder, weights, others), lacked=tuple(name for name in companions if name not in had))
