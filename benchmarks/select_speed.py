@@ -72,7 +72,7 @@ def shortened_perplexity(model: Any, rows: torch.Tensor, args: argparse.Namespac
 
 
 def our_perplexity(model: Any, rows: torch.Tensor, args: argparse.Namespace) -> list[float]:
-    return score_layers(model, CalibrationSet.of(rows, "rows"), ["perplexity"])["perplexity"].layers
+    return score_layers(model, CalibrationSet.from_ids(rows, "rows"), ["perplexity"])["perplexity"].layers
 
 
 def naive_greedy(model: Any, rows: torch.Tensor, args: argparse.Namespace) -> list[float]:
@@ -90,7 +90,7 @@ def naive_greedy(model: Any, rows: torch.Tensor, args: argparse.Namespace) -> li
 
 
 def our_greedy(model: Any, rows: torch.Tensor, args: argparse.Namespace) -> list[float]:
-    calibration = CalibrationSet.of(rows, "rows")
+    calibration = CalibrationSet.from_ids(rows, "rows")
     return choose_layers(model, calibration, CutOptions(drop=_STEPS, criterion="perplexity", steps=_STEPS)).drop_layers
 
 
@@ -108,7 +108,9 @@ def pruneme_distance(model: Any, rows: torch.Tensor, args: argparse.Namespace) -
 
 
 def our_distance(model: Any, rows: torch.Tensor, args: argparse.Namespace) -> list[float]:
-    blocks = score_layers(model, CalibrationSet.of(rows, "rows"), ["angular_distance"])["angular_distance"].blocks
+    blocks = score_layers(model, CalibrationSet.from_ids(rows, "rows"), ["angular_distance"])[
+        "angular_distance"
+    ].blocks
     return [score for block, score in sorted(blocks.items()) if len(block) == LENGTH_OF_BLOCK]
 
 
@@ -125,7 +127,7 @@ def naive_taylor(model: Any, rows: torch.Tensor, args: argparse.Namespace) -> li
 
 
 def our_taylor(model: Any, rows: torch.Tensor, args: argparse.Namespace) -> list[float]:
-    return score_layers(model, CalibrationSet.of(rows, "rows"), ["taylor"])["taylor"].layers
+    return score_layers(model, CalibrationSet.from_ids(rows, "rows"), ["taylor"])["taylor"].layers
 
 
 WAYS: dict[str, dict[str, Callable[..., list[float]]]] = {
@@ -234,7 +236,7 @@ def stream_child(args: argparse.Namespace) -> None:
                 parameter.data.view(-1)[::1024].sum()  # reads every page
         else:
             rows = torch.randint(3, 30_000, (args.rows, args.length), generator=torch.Generator().manual_seed(0))
-            score_layers(LayerWalk(model), CalibrationSet.of(rows, "random"), criteria.split(","))
+            score_layers(LayerWalk(model), CalibrationSet.from_ids(rows, "random"), criteria.split(","))
             config = model.config
             layer = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
             states = rows.numel() * config.hidden_size * 2 * (config.num_hidden_layers + 2)

@@ -40,7 +40,7 @@ def take(folder: Path) -> Path:
         CheckpointError: The records are incomplete, don't belong to the weights, or name the base by a path.
     """
     read_card(folder)
-    lineage = Lineage.of(folder)
+    lineage = Lineage.load(folder)
     if is_local(lineage.base):
         raise CheckpointError(
             f"{folder} names its base by a path; run hf-layerprune card {folder} --base-model ORG/NAME"
@@ -60,7 +60,7 @@ def outdated(folder: Path) -> list[str]:
     Raises:
         CheckpointError: The records don't follow their schemas, or the card was edited inside a generated section.
     """
-    lineage, metrics = Lineage.required(folder), Metrics.of(folder)
+    lineage, metrics = Lineage.load_required(folder), Metrics.load(folder)
     with tempfile.TemporaryDirectory() as place:
         again = Path(shutil.copytree(folder, Path(place, folder.name)))
         lineage.write(again)

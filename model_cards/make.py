@@ -151,7 +151,7 @@ def build(model: Model, base: Path, work: Path, data: Path, budget: Budget) -> N
 
 def dropped_by(folder: Path) -> list[int]:
     """The base's layers that a model of one cut has no longer."""
-    layers: list[int] = Lineage.required(folder).entries[0]["settings"]["drop_layers"]
+    layers: list[int] = Lineage.load_required(folder).entries[0]["settings"]["drop_layers"]
     return layers
 
 
@@ -200,7 +200,7 @@ def measure(model: Model, base: Path, work: Path, data: Path, texts: list[Path],
     """Measure what is not yet in a model's records: accuracy and perplexity, and speed."""
     folder = work / model.name
     history = [word for name in model.beside for word in ("--history", work / name)]
-    kinds = {result["kind"] for result in metrics.results} if (metrics := Metrics.of(folder)) else set()
+    kinds = {result["kind"] for result in metrics.results} if (metrics := Metrics.load(folder)) else set()
     if "accuracy" not in kinds:
         run(
             "eval", folder, *history, "--base", base, "--answers", work / "answers", "--tasks", TASKS,

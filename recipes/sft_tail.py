@@ -122,7 +122,7 @@ def main(
     from hf_layerprune.heal.sources import Sources
     from hf_layerprune.heal.student import adapter_config, load_student
     from hf_layerprune.heal.trainer import HealTrainer
-    from hf_layerprune.records.names import public
+    from hf_layerprune.records.names import strip_local_path
     from hf_layerprune.runtime.loading import load_config, load_processor, load_tokenizer
     from hf_layerprune.runtime.memory import free_memory
 
@@ -168,7 +168,7 @@ def main(
         settings = settings_of(training_args, model_args, script_args, dataset_args)
         settings |= row_settings(row_args, written=data.train is None)
         if training_args.teacher != student.base:
-            settings["teacher"] = public(str(training_args.teacher))
+            settings["teacher"] = strip_local_path(str(training_args.teacher))
         run = RunSettings(settings, describe_rows(trainer.numbered_datasets, data.parts, row_args.rewrite_answers))
         folder = output / "model"
         entry = None if os.path.lexists(folder) else train(trainer, run)

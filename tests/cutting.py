@@ -20,5 +20,5 @@ def cut_checkpoint(
 
 
 def write_checkpoint(plan: CheckpointPlan, target: Path, *, force: bool = False, link: bool = False) -> None:
-    with new_folder(target, force=force, apart_from=plan.source) as folder:
+    with new_folder(target, force=force, source=plan.source) as folder:
         execute_plan(plan, folder, link=link, name=target.name)

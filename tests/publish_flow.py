@@ -109,7 +109,7 @@ def _tamper(hub: HubServer, place: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-5] ^= 4
     path.write_bytes(data)
-    lineage = Lineage.of(folder)
+    lineage = Lineage.load(folder)
     lineage.entries[-1]["weights"] = weights_hash(fingerprint(folder))
     lineage.write(folder)
     HfApi().upload_folder(repo_id="org/model", folder_path=folder)
@@ -261,7 +261,7 @@ def the_libraries_push(hub: HubServer, place: Path, out: dict[str, Any]) -> None
     from transformers import AutoModelForCausalLM
 
     import hf_layerprune  # noqa: F401  (tells PEFT of the method)
-    from hf_layerprune.records.declared import front_matter
+    from hf_layerprune.records.declared import split_front_matter
 
     cli("push", place / "model", "org/libs")
     before = files(hub, "org/libs")["README.md"].decode()
@@ -269,8 +269,8 @@ def the_libraries_push(hub: HubServer, place: Path, out: dict[str, Any]) -> None
     model.push_to_hub("org/libs")
     after = files(hub, "org/libs")["README.md"].decode()
     out["model"] = [
-        front_matter(before)[0] == front_matter(after)[0],
-        front_matter(before)[1] == front_matter(after)[1],
+        split_front_matter(before)[0] == split_front_matter(after)[0],
+        split_front_matter(before)[1] == split_front_matter(after)[1],
     ]
     out["verified"] = cli("verify", "org/libs")
 
@@ -285,8 +285,8 @@ def the_libraries_push(hub: HubServer, place: Path, out: dict[str, Any]) -> None
     loaded.push_to_hub("org/small")
     after = files(hub, "org/small")["README.md"].decode()
     out["peft"] = [
-        front_matter(before)[0] == front_matter(after)[0],
-        front_matter(before)[1] == front_matter(after)[1],
+        split_front_matter(before)[0] == split_front_matter(after)[0],
+        split_front_matter(before)[1] == split_front_matter(after)[1],
     ]
 
 
@@ -332,7 +332,7 @@ def bases_that_mislead(hub: HubServer, place: Path, out: dict[str, Any]) -> None
         cli("prune", "org/dense", place / name, "--drop-layers", "2,5", "--revision", revision)
         out[name] = cli("verify", place / name)
 
-    lineage = Lineage.of(place / "proposed")
+    lineage = Lineage.load(place / "proposed")
     lineage.base["commit"] = "refs/pr/1"
     lineage.write(place / "proposed")
     out["proposed by name"] = cli("verify", place / "proposed")
@@ -340,7 +340,7 @@ def bases_that_mislead(hub: HubServer, place: Path, out: dict[str, Any]) -> None
     def adapter(name: str, told: dict[str, Any], base: dict[str, Any] | None = None) -> None:
         folder = shutil.copytree(place / "small", place / name)
         edit_json("adapter_config.json", **told)(folder)
-        lineage = Lineage.of(folder)
+        lineage = Lineage.load(folder)
         lineage.base |= base or {}
         lineage.write(folder)
         forge(folder)

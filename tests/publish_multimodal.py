@@ -15,9 +15,9 @@ from tests.publish_child import cli, files
 
 def run_card(folder: Path) -> tuple[str, bool]:
     """The task that a card names, and whether its code example prints something."""
-    from hf_layerprune.records.declared import front_matter
+    from hf_layerprune.records.declared import split_front_matter
 
-    fields, body = front_matter((folder / "README.md").read_text())
+    fields, body = split_front_matter((folder / "README.md").read_text())
     code = re.sub('"path/to/[^"]+"', repr(str(folder)), body.partition("```python\n")[2].partition("```")[0])
     said = io.StringIO()
     with contextlib.redirect_stdout(said):

@@ -118,12 +118,12 @@ def example_card() -> Card:
     """The card whose text is `EXPECTED`."""
     lineage = lineage_of()
     lineage.published = {"repo_id": "someone/SmolLM2-135M-Instruct-23L"}
-    return Card.of(lineage, metrics_of(lineage))
+    return Card.from_records(lineage, metrics_of(lineage))
 
 
 def measure_by_hand(folder: Path) -> None:
     """Write a `metrics.json` with made-up numbers of a folder with a lineage, and of its base."""
-    lineage = Lineage.of(folder)
+    lineage = Lineage.load(folder)
     own, base = weights_hash(fingerprint(folder)), weights_hash(lineage.base["files"])
     layers = lineage.entries[-1]["layers"]
     metrics = Metrics(own)

@@ -38,7 +38,7 @@ def prove_repair(dense: Any, proven_cuts: dict[str, tuple[int, ...]]) -> list[st
 def repair_rows(method: str) -> CalibrationSet:
     """Rows to fit a repair to. For `borrow`, they must be many: a layer's own neurons explain a few tokens completely."""
     length = 120 if method == "borrow" else 16
-    return CalibrationSet.of(tiny_input(seed=2, batch=5, length=length), "random tokens")
+    return CalibrationSet.from_ids(tiny_input(seed=2, batch=5, length=length), "random tokens")
 
 
 def _prove_method(dense: Any, method: str, middle: tuple[int, ...], rows: CalibrationSet) -> LayerPruneError | None:

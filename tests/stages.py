@@ -53,7 +53,7 @@ def prove_rank(dense: Any, proven_cuts: dict[str, tuple[int, ...]]) -> None:
     _states_are_those_of_the_model(walk, dense, ids)
     middle = proven_cuts["middle"]
     tried = [(), *((i,) for i in range(walk.num_layers)), *proven_cuts.values()]
-    text = CalibrationSet.of(ids, "random tokens")
+    text = CalibrationSet.from_ids(ids, "random tokens")
     whole = logits(dense, ids)
     for drop, outcome in zip(tried, try_out(walk, text, [Trial(drop) for drop in tried]), strict=True):
         with identities(dense, drop):

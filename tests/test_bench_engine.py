@@ -19,7 +19,7 @@ from hf_layerprune.measure.engines.llama_cpp import LlamaCpp
 from hf_layerprune.measure.report import report
 from hf_layerprune.publish.card.render import Card
 from hf_layerprune.records.figures import numbers
-from hf_layerprune.records.figures.results import results_of
+from hf_layerprune.records.figures.results import build_results
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.records.metrics import Metrics
 
@@ -80,7 +80,7 @@ def test_both_are_timed_in_turns_beside_what_theory_allows(llama_bench, files, c
     gguf = ["--gguf", str(files["cut"]), "--gguf", str(files["base"])]
     assert bench(files["folder"], files["base"], *gguf) == 0
     said = capsys.readouterr().out
-    metrics = Metrics.of(files["folder"])
+    metrics = Metrics.load(files["folder"])
     rows = [one for one in metrics.results if one["kind"] == "speed"]
     assert len(rows) == 8  # two models, two lengths, reading and writing
     assert {one["settings"]["engine"] for one in rows} == {"llama.cpp"}
@@ -95,13 +95,13 @@ def test_both_are_timed_in_turns_beside_what_theory_allows(llama_bench, files, c
     if llama_bench == "a stand-in":
         assert {round(one["share"], 3) for one in metrics.comparisons} == {2}
     assert "llama.cpp all F32, batch size 1, 16 prompt tokens, 4 new tokens" in said
-    card = Card.of(Lineage.of(files["folder"]), metrics).body()
+    card = Card.from_records(Lineage.load(files["folder"]), metrics).body()
     assert "decode throughput, tokens/s, in llama.cpp all F32" in card
 
 
 def test_files_alone_are_timed_as_well(llama_bench, files, tmp_path, capsys):
     assert bench(files["cut"], files["base"], "--output", str(tmp_path / "speed.json")) == 0
-    assert len(Metrics.read(tmp_path / "speed.json").results) == 8
+    assert len(Metrics.load_file(tmp_path / "speed.json").results) == 8
 
 
 def of_kind(path: Path, kind: bytes) -> Path:
@@ -153,7 +153,7 @@ def bench_in_vllm(folders: dict[str, Path]) -> int:
 def test_vllm_times_folders_in_turns(tmp_path, capsys):
     folders = write_folders(tmp_path, LlamaConfig(vocab_size=259, intermediate_size=128, **VLLM_TAKES))
     assert bench_in_vllm(folders) == 0, capsys.readouterr().err
-    metrics = Metrics.of(folders["cut"])
+    metrics = Metrics.load(folders["cut"])
     rows = [one for one in metrics.results if one["kind"] == "speed"]
     assert {one["metric"] for one in rows} == {
         "prefill_tokens_per_second", "decode_tokens_per_second", "time_to_first_token",
@@ -163,7 +163,10 @@ def test_vllm_times_folders_in_turns(tmp_path, capsys):
     assert {one["settings"]["threads"] for one in rows} == {torch.get_num_threads()}
     assert {one["dtype"] for one in rows} == {"bfloat16"}
     assert all(one["samples"] == 3 and one["value"] > 0 for one in rows)
-    assert "decode throughput, tokens/s, in vllm bfloat16" in Card.of(Lineage.of(folders["cut"]), metrics).body()
+    assert (
+        "decode throughput, tokens/s, in vllm bfloat16"
+        in Card.from_records(Lineage.load(folders["cut"]), metrics).body()
+    )
 
 
 @needs_vllm
@@ -220,16 +223,16 @@ def test_the_ratio_that_is_shown_is_that_of_runs_in_turn():
         same = {"kind": "speed", "metric": "decode_tokens_per_second", "settings": {"batch": 1}, "date": "2026-11-26"}
         metrics.add(results=[same | {"weights": weights, "value": speed, "spread": [speed, speed], "versions": {}}])
     metrics.add(comparisons=[same | {"weights": own, "base": dense, "difference": 20.0, "share": 1.3}])
-    results = results_of(metrics)
+    results = build_results(metrics)
     (row,) = results.table(("speed",), every=True)
-    assert row.cells[own].change == numbers.ratio(1.3)
-    assert numbers.ratio(1.3) in report(metrics, ("speed",))
+    assert row.cells[own].change == numbers.format_ratio(1.3)
+    assert numbers.format_ratio(1.3) in report(metrics, ("speed",))
     metrics.comparisons.clear()  # as after a later `bench` of the pruned model alone
     for weights, size in ((own, 6e9), (dense, 8e9)):
         of_memory = {"kind": "memory", "metric": "peak_rss_bytes", "value": size, "spread": [size, size]}
         metrics.add(results=[same | of_memory | {"weights": weights, "versions": {}}])
-    rows = results_of(metrics).table(("speed", "memory"), every=True)
-    assert {row.key[0]: row.cells[own].change for row in rows} == {"speed": "", "memory": numbers.ratio(0.75)}
+    rows = build_results(metrics).table(("speed", "memory"), every=True)
+    assert {row.key[0]: row.cells[own].change for row in rows} == {"speed": "", "memory": numbers.format_ratio(0.75)}
 
 
 def test_an_answer_that_is_none_is_an_error(tmp_path, monkeypatch):

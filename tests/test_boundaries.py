@@ -27,7 +27,7 @@ from hf_layerprune.files.json_file import read_object
 from hf_layerprune.files.text_file import read_text, read_yaml
 from hf_layerprune.measure.answers import answers_file, find_answers, keep_answers
 from hf_layerprune.measure.harness import Score, TaskRun
-from hf_layerprune.records.declared import declared_by, front_matter
+from hf_layerprune.records.declared import declared_fields, split_front_matter
 from hf_layerprune.runtime.loading import _check_saved, as_path, load_base, load_config
 
 from .measure_models import byte_tokenizer, write_gguf, write_model
@@ -346,13 +346,13 @@ def test_yaml_that_grows_when_it_is_read_is_refused(tmp_path: Path) -> None:
         read_yaml(path)
     (tmp_path / "README.md").write_text(f"---\n{text}\n---\n")
     with pytest.raises(CheckpointError, match="more than 1,000,000 values"):
-        front_matter((tmp_path / "README.md").read_text())
-    assert declared_by(tmp_path) == {}
+        split_front_matter((tmp_path / "README.md").read_text())
+    assert declared_fields(tmp_path) == {}
 
 
 def test_a_card_with_a_tag_that_fails_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"the YAML block of README\.md can't be read"):
-        front_matter("---\nlicense: !!bool perhaps\n---\n")
+        split_front_matter("---\nlicense: !!bool perhaps\n---\n")
 
 
 def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:

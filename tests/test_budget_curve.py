@@ -41,7 +41,9 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def text() -> CalibrationSet:
-    return CalibrationSet.of(torch.randint(3, VOCAB, (16, 16), generator=torch.Generator().manual_seed(3)), "random")
+    return CalibrationSet.from_ids(
+        torch.randint(3, VOCAB, (16, 16), generator=torch.Generator().manual_seed(3)), "random"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def kl_of(cut: Any, dense: Any, ids: torch.Tensor) -> torch.Tensor:
 def test_nested_sets_are_the_greedy_ones(model: Any, text: CalibrationSet) -> None:
     walk = LayerWalk(model)
     search = Search(walk, text, range(8), CutOptions(criterion="auto"))
-    rows = CalibrationSet.of(search._trying.input_ids[:2], "tried")
+    rows = CalibrationSet.from_ids(search._trying.input_ids[:2], "tried")
     gone: list[int] = []
     for count in range(1, 5):
         sets = {i: Trial(tuple(sorted([*gone, i]))) for i in range(8) if i not in gone}
@@ -164,17 +166,17 @@ def test_other_budgets(name: str, model: Any, text: CalibrationSet) -> None:
 def test_a_prune_writes_what_was_judged(base: Path, notes: str, tmp_path: Path) -> None:
     words = ["--max-kl", "0.25", "--repair", "refit", "--calibration", notes]
     assert main(["prune", str(base), str(tmp_path / "cut"), *words, *WORDS]) == 0
-    lineage = Lineage.of(tmp_path / "cut")
+    lineage = Lineage.load(tmp_path / "cut")
     assert lineage is not None
     (entry,) = lineage.entries
     assert entry["settings"]["max_kl"] == 0.25
     assert entry["settings"]["criterion"] == "auto"
     assert entry["selection"]["why"].count("±") == 2
-    card = Card.of(lineage).body()
+    card = Card.from_records(lineage).body()
     count = len(entry["settings"]["drop_layers"])
     assert "## How deep to cut" in card
     assert f"| **{count}** |" in card
-    assert "curve" in Card.of(lineage).pictures
+    assert "curve" in Card.from_records(lineage).pictures
     # What the card tells people to run makes the same model.
     command = shlex.split(read_history(lineage).commands()[0].replace("\\\n", " "))
     local = {"notes.txt": notes}  # paths are not published
@@ -183,7 +185,7 @@ def test_a_prune_writes_what_was_judged(base: Path, notes: str, tmp_path: Path) 
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("cut", "again"))
     assert first == second
     entry["selection"]["curve"][0]["repaired"]["kl"] = "<b>"
-    assert "## How deep to cut" not in Card.of(lineage).body()
+    assert "## How deep to cut" not in Card.from_records(lineage).body()
 
 
 def test_an_adapter_takes_a_budget(text: CalibrationSet, notes: str, base: Path) -> None:
@@ -289,7 +291,7 @@ def test_what_a_curve_says_is_what_prune_makes(
     assert f"--from-curve {tmp_path / 'curve'} --drop {curve['chosen']}\n" in out
     prune = ["prune", str(base), str(tmp_path / "cut"), "--from-curve", str(tmp_path / "curve"), "--max-kl", "0.3"]
     assert main(prune) == 0
-    lineage = Lineage.of(tmp_path / "cut")
+    lineage = Lineage.load(tmp_path / "cut")
     assert lineage is not None
     (entry,) = lineage.entries
     assert entry["calibration"] == curve["calibration"]  # the curve's text, unless options say otherwise
@@ -297,7 +299,7 @@ def test_what_a_curve_says_is_what_prune_makes(
     assert entry["settings"]["repair"] == "refit"
     size = sum(path.stat().st_size for path in (tmp_path / "cut").glob("*.safetensors"))
     assert size == chosen["bytes"]
-    assert "## How deep to cut" in Card.of(lineage).body()
+    assert "## How deep to cut" in Card.from_records(lineage).body()
     # The next command if nothing was chosen and there is no knee: for the deepest cut, or the shallowest for a budget.
     options = [*words[1:4], *words[6:], *WORDS, "--context", "16"]
     for more, said, drop in (
@@ -400,5 +402,5 @@ def test_few_tokens_for_the_maps_that_sets_are_compared_by(
 ) -> None:
     ids = torch.randint(3, VOCAB, (rows, 16), generator=torch.Generator().manual_seed(3))
     choice = CutOptions(drop=2, criterion="auto", repair=repair)
-    Search(LayerWalk(model), CalibrationSet.of(ids, "random"), range(1, 8), choice)
+    Search(LayerWalk(model), CalibrationSet.from_ids(ids, "random"), range(1, 8), choice)
     assert ("calibration_samples=" in caplog.text) == warns

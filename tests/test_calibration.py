@@ -99,7 +99,7 @@ def test_chats(tokenizer: Any, tmp_path: Path) -> None:
 
 @given(st.integers(2, 40), st.integers(1, 9), st.floats(0.01, 0.99))
 def test_split_and_batches(rows: int, size: int, held_out: float) -> None:
-    found = CalibrationSet.of(torch.arange(rows * 3).view(rows, 3), "numbers")
+    found = CalibrationSet.from_ids(torch.arange(rows * 3).view(rows, 3), "numbers")
     rest, held = found.split(held_out)
     assert torch.equal(torch.cat([rest.input_ids, held.input_ids]), found.input_ids)
     assert len(rest) >= 1
@@ -111,11 +111,11 @@ def test_split_and_batches(rows: int, size: int, held_out: float) -> None:
 
 def test_fingerprint_is_of_tokens_and_shape() -> None:
     ids = torch.arange(12)
-    one, two = CalibrationSet.of(ids.view(3, 4), "a"), CalibrationSet.of(ids.view(4, 3), "a")
+    one, two = CalibrationSet.from_ids(ids.view(3, 4), "a"), CalibrationSet.from_ids(ids.view(4, 3), "a")
     assert one.fingerprint != two.fingerprint
-    assert one.fingerprint == CalibrationSet.of(ids.view(3, 4).to(torch.int32), "b").fingerprint
+    assert one.fingerprint == CalibrationSet.from_ids(ids.view(3, 4).to(torch.int32), "b").fingerprint
     with pytest.raises(CutError, match="one calibration row"):
-        CalibrationSet.of(ids[None], "a").split(0.5)
+        CalibrationSet.from_ids(ids[None], "a").split(0.5)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_tokens_of_another_model(tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("zebra " * 100)
     with pytest.raises(CheckpointError, match="vocabulary ends at 127"):
         load_calibration(str(tmp_path / "a.txt"), tokenizer, samples=1, length=20, model=tiny_model("llama"))
-    check_vocabulary(CalibrationSet.of(torch.full((1, 4), 127), "last"), tiny_model("llama"))
+    check_vocabulary(CalibrationSet.from_ids(torch.full((1, 4), 127), "last"), tiny_model("llama"))
 
 
 # --- text that the model writes itself ------------------------------------------------------------------
@@ -271,5 +271,5 @@ def test_a_file_larger_than_memory_is_refused_before_it_is_read(tmp_path: Path, 
 
 @pytest.mark.parametrize("source", ["/home/alice/rows.jsonl:text", "org/rows:train:text", "self"])
 def test_the_record_reveals_no_path(source: str) -> None:
-    record = CalibrationSet.of(torch.zeros(2, 4, dtype=torch.long), source).record()
+    record = CalibrationSet.from_ids(torch.zeros(2, 4, dtype=torch.long), source).record()
     assert record["source"] == source.removeprefix("/home/alice/")

@@ -227,7 +227,7 @@ def test_repaired_and_verified(base: Path, tmp_path: Path) -> None:
     out, adapter = tmp_path / "out", tmp_path / "adapter"
     how = ["--drop", "2", "--criterion", "block_influence", "--repair", "linear", *text]
     assert main(["prune", str(base), str(out), *how]) == 0
-    entry = (Lineage.of(out) or Lineage({})).entries[-1]
+    entry = (Lineage.load(out) or Lineage({})).entries[-1]
     assert entry["calibration"]["images"] is True
     assert entry["repair"]["cuts"][0]["tokens"] > 0
     assert main(["verify", str(out), "--accept-trained"]) == 0

@@ -18,7 +18,7 @@ from hf_layerprune.cli import main
 from hf_layerprune.publish.card import regions
 from hf_layerprune.publish.card.writing import declare, write_card
 from hf_layerprune.publish.requests import CardRequest
-from hf_layerprune.records.declared import declared_by, front_matter
+from hf_layerprune.records.declared import declared_fields, split_front_matter
 from hf_layerprune.records.history import read_history
 from hf_layerprune.records.lineage import Lineage
 
@@ -51,14 +51,14 @@ def test_card_of_a_pruned_model(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (base / "README.md").write_text("---\nlicense: mit\nlanguage: [en, no]\n---\n# Base\n")
     (base / "LICENSE").write_text("Do as you like.\n")
     assert main(["prune", str(base), str(out), "--drop", "2"]) == 0
-    lineage = Lineage.of(out)
+    lineage = Lineage.load(out)
     assert (lineage.base["license"], lineage.base["language"]) == ("mit", ["en", "no"])
     assert (out / "LICENSE").read_text() == "Do as you like.\n"
     assert not (out / "README.md").exists()
 
     assert main(["card", str(out)]) == 0
     assert "wrote assets/layers.png, README.md" in capsys.readouterr().out
-    fields, body = front_matter((out / "README.md").read_text())
+    fields, body = split_front_matter((out / "README.md").read_text())
     assert (fields["license"], fields["language"]) == ("mit", ["en", "no"])
     assert "without layers 6-7: 6 of 8 decoder layers remain" in body
     assert str(tmp_path) not in (out / "README.md").read_text()
@@ -91,7 +91,7 @@ def test_what_only_the_user_knows(tmp_path: Path, words: list[str], fields: dict
     folder = make(tmp_path, id="/data/model.gguf", commit=None, license=None)
     (folder / "metrics.json").unlink()
     assert main(["card", str(folder), *words]) == 0
-    assert fields.items() <= Lineage.of(folder).base.items()
+    assert fields.items() <= Lineage.load(folder).base.items()
 
 
 def test_a_name_until_it_is_on_the_hub(tmp_path: Path) -> None:
@@ -166,11 +166,11 @@ def test_what_people_write_stays(tmp_path: Path) -> None:
     text = text.replace("end results -->\n", "end results -->\n\n## What I think\n\nIt *sings*.\n")
     text += "\nLast words.\n"
     card.write_text(text)
-    lineage = Lineage.of(folder)
+    lineage = Lineage.load(folder)
     lineage.entries[0]["settings"]["seed"] = 7
     lineage.write(folder)
     assert write_card(folder, weights=False)[-1] == "README.md"
-    fields, body = front_matter(card.read_text())
+    fields, body = split_front_matter(card.read_text())
     assert fields["widget"] == [{"text": "Hello"}]
     assert fields["tags"] == ["layer-pruning", "depth-pruning", "hf_layerprune", "conversational", "mine"]
     parts = regions.parse(body)
@@ -181,7 +181,7 @@ def test_what_people_write_stays(tmp_path: Path) -> None:
     assert "seed: 7" in body
     assert write_card(folder, weights=False) == []
     for words in ("no", "[en, no]"):  # false to a reader of YAML 1.1
-        assert front_matter(f"---\nlanguage: {words}\n---\n")[0]["language"] in ("no", ["en", "no"])
+        assert split_front_matter(f"---\nlanguage: {words}\n---\n")[0]["language"] in ("no", ["en", "no"])
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_what_people_write_stays(tmp_path: Path) -> None:
 )
 def test_a_base_chats_if_it_has_a_default_template(template: Any, chats: bool, tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    assert declared_by(tmp_path) == ({"chat": True} if chats else {})
+    assert declared_fields(tmp_path) == ({"chat": True} if chats else {})
 
 
 def test_what_people_write_inside_is_not_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,7 +266,7 @@ def test_fields_of_others_stay_as_they_are(tmp_path: Path) -> None:
         "\ufeff---\r\nmine: {a: [1, {b: null}]}\r\nnothing:\r\n---\r\n# Mine\r\n".encode()
     )
     write_card(folder, weights=False)
-    fields, body = front_matter((folder / "README.md").read_text())
+    fields, body = split_front_matter((folder / "README.md").read_text())
     assert (fields["mine"], fields["nothing"]) == ({"a": [1, {"b": None}]}, None)
     assert body.endswith("# Mine\n")
 
@@ -320,7 +320,7 @@ def test_another_licence_leaves_nothing_of_the_one_before(tmp_path: Path, caplog
         write_card(folder, weights=False)
     (said,) = [message for message in caplog.messages if "licence" in message]  # never silently, and once
     assert said.startswith(f"{path} named the licence other, which is now apache-2.0")
-    fields = front_matter(path.read_text())[0]
+    fields = split_front_matter(path.read_text())[0]
     assert fields["license"] == "apache-2.0"
     assert not fields.keys() & {"license_name", "license_link"}
     assert fields.get("datasets") != ["a/b"]
@@ -332,8 +332,8 @@ def test_a_card_of_somebody_else_is_kept_below(tmp_path: Path) -> None:
     write_card(folder, weights=False)
     text = (folder / "README.md").read_text()
     assert text.endswith("<!-- hf-layerprune:end citation -->\n\n# My own card\n\nWords.\n")
-    assert front_matter(text)[0]["license"] == "apache-2.0"
-    assert front_matter(text)[0]["thumbnail"] == "x.png"
+    assert split_front_matter(text)[0]["license"] == "apache-2.0"
+    assert split_front_matter(text)[0]["thumbnail"] == "x.png"
 
 
 def test_a_template_that_nobody_filled_in_goes(tmp_path: Path) -> None:
@@ -417,7 +417,7 @@ def test_results_of_whole_benchmarks(tmp_path: Path) -> None:
     measure_all_of_piqa(folder)
     assert ".eval_results/piqa.yaml" in write_card(folder, weights=False)
     (folder / ".eval_results" / "mine.yaml").write_text("- dataset: {id: a/b, task_id: c}\n  value: 1\n")
-    metrics_of(Lineage.of(folder)).write(folder)  # of 200 questions again
+    metrics_of(Lineage.load(folder)).write(folder)  # of 200 questions again
     assert ".eval_results/piqa.yaml" in write_card(folder, weights=False)
     assert [path.name for path in (folder / ".eval_results").iterdir()] == ["mine.yaml"]
 
@@ -447,5 +447,5 @@ def test_a_base_that_gets_a_name_has_it_in_the_commands(tmp_path: Path) -> None:
     lineage.entries[-1]["command"] = f"accelerate launch recipes/sft_tail.py --model_name_or_path '{path}' --drop 0.25"
     lineage.write(tmp_path)
     declare(CardRequest(tmp_path, base_model="org/base"))
-    (command,) = read_history(Lineage.required(tmp_path)).commands()
+    (command,) = read_history(Lineage.load_required(tmp_path)).commands()
     assert "--model_name_or_path 'small model.gguf'" in command

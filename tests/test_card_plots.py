@@ -10,7 +10,7 @@ import pytest
 
 from hf_layerprune.publish.card import style
 from hf_layerprune.publish.card.plots import layer_map, pictures, scores
-from hf_layerprune.records.figures.results import results_of
+from hf_layerprune.records.figures.results import build_results
 from hf_layerprune.records.history import read_history
 
 from .publish_records import ROLES, lineage_of, metrics_of
@@ -48,7 +48,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
     told = {"unit": "1 - cosine", "layers": [0.1 * i for i in range(29)] + [None]}
     lineage.entries[0]["selection"] = {"criterion": "block_influence", "why": "the lowest", "scores": told}
     found: dict[str, list[Path]] = {}
-    for name, draw in pictures(read_history(lineage), results_of(metrics_of(lineage))).items():
+    for name, draw in pictures(read_history(lineage), build_results(metrics_of(lineage))).items():
         found[name] = [folder / f"{name}.{kind}" for kind in ("svg", "png")]
         for path in found[name]:
             draw(path)
@@ -111,7 +111,7 @@ def test_records_that_do_not_suffice_give_no_picture() -> None:
     lineage.entries[0]["selection"] = {"criterion": "x", "scores": {"layers": [1.0]}}  # of another model
     assert set(pictures(read_history(lineage), None)) == {"layers"}
     alone = metrics_of(lineage, ("cut",))
-    assert set(pictures(read_history(lineage), results_of(alone))) == {"layers"}
+    assert set(pictures(read_history(lineage), build_results(alone))) == {"layers"}
 
 
 def test_nothing_half_drawn(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from hf_layerprune.layer_ranges import describe_layers
 from hf_layerprune.publish.card import metadata, regions, render, tables
 from hf_layerprune.publish.card.render import Card
-from hf_layerprune.records.declared import front_matter
+from hf_layerprune.records.declared import split_front_matter
 from hf_layerprune.records.figures.metric_names import METRICS, Metric
 from hf_layerprune.records.figures.numbers import MINUS, TIMES
 from hf_layerprune.records.history import Stage, read_history
@@ -32,11 +32,11 @@ SECTIONS = ["summary", "results", "speed", "use", "recipe", "training", "limits"
 def html(card: str) -> str:
     """The card as a page shows it."""
     markdown = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
-    return markdown.render(front_matter(card)[1])
+    return markdown.render(split_front_matter(card)[1])
 
 
 def sections(card: str) -> list[str]:
-    return [part.region for part in regions.parse(front_matter(card)[1]) if part.region]
+    return [part.region for part in regions.parse(split_front_matter(card)[1]) if part.region]
 
 
 def test_a_whole_card() -> None:
@@ -71,7 +71,7 @@ def test_the_hub_client_reads_the_yaml() -> None:
 @pytest.mark.parametrize("roles", [("dense", "cut"), ("dense", "cut", "repaired"), ("cut",)])
 def test_only_what_was_measured(roles: tuple[str, ...]) -> None:
     lineage = lineage_of(roles)
-    text = Card.of(lineage, metrics_of(lineage, roles)).render()
+    text = Card.from_records(lineage, metrics_of(lineage, roles)).render()
     (head,) = {line for line in text.splitlines() if line.startswith("| ") and "chance | n |" in line}
     shown = [cell.strip().removesuffix("<br><sub>this\u00a0model</sub>") for cell in head.strip("|").split("|")]
     assert shown == ["", *roles, "chance", "n"]
@@ -84,7 +84,7 @@ def test_only_what_was_measured(roles: tuple[str, ...]) -> None:
 
 
 def test_a_card_without_numbers_says_so() -> None:
-    text = Card.of(lineage_of(("dense", "cut"))).render()
+    text = Card.from_records(lineage_of(("dense", "cut"))).render()
     assert sections(text) == [name for name in SECTIONS if name not in ("results", "speed", "training")]
     assert "This model has not been measured" in text
     assert "metrics.json" not in text
@@ -96,12 +96,12 @@ def test_rewritten_answers_are_told_beside_the_data() -> None:
     lineage = lineage_of()
     data = next(entry["data"] for entry in lineage.entries if entry.get("data"))
     data[0]["answers"] = "rewritten by the dense model"
-    assert f"{data[0]['name']}`, answers rewritten by the dense model `" in Card.of(lineage).render()
+    assert f"{data[0]['name']}`, answers rewritten by the dense model `" in Card.from_records(lineage).render()
 
 
 def test_speed_that_was_not_measured_has_no_section() -> None:
     lineage = lineage_of()
-    text = Card.of(lineage, metrics_of(lineage, cost=False)).render()
+    text = Card.from_records(lineage, metrics_of(lineage, cost=False)).render()
     assert "speed" not in sections(text)
     assert "tradeoff" not in text
 
@@ -119,12 +119,12 @@ def test_each_speed_says_of_which_run_it_is() -> None:
 def test_the_harness_is_named_only_where_it_measured() -> None:
     lineage = lineage_of()
     metrics = metrics_of(lineage)
-    assert "with lm-eval 0.4.13" in Card.of(lineage, metrics).render()
+    assert "with lm-eval 0.4.13" in Card.from_records(lineage, metrics).render()
     tasks = [one for one in metrics.results if one["kind"] == "accuracy"]
     metrics.results = [one for one in metrics.results if one["kind"] != "accuracy"]
-    assert "lm-eval" not in Card.of(lineage, metrics).render()
+    assert "lm-eval" not in Card.from_records(lineage, metrics).render()
     metrics.results += [one | {"kind": "text", "metric": "word_perplexity", "value": 20.0} for one in tasks]
-    assert "with lm-eval 0.4.13" in Card.of(lineage, metrics).render()
+    assert "with lm-eval 0.4.13" in Card.from_records(lineage, metrics).render()
 
 
 def test_nats_beside_a_perplexity_are_told_below() -> None:
@@ -132,7 +132,7 @@ def test_nats_beside_a_perplexity_are_told_below() -> None:
     metrics = metrics_of(lineage)
     nats = [one | {"metric": "nll", "value": 3.5} for one in metrics.results if one["metric"] == "perplexity"]
     metrics.add(results=nats)
-    main, _, every = Card.of(lineage, metrics).render().partition("## Quality")[2].partition("<details>")
+    main, _, every = Card.from_records(lineage, metrics).render().partition("## Quality")[2].partition("<details>")
     assert "<sub>cross-entropy, nats per token</sub>" not in main
     assert "<sub>cross-entropy, nats per token</sub>" in every
 
@@ -143,11 +143,11 @@ def test_a_new_metric_needs_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = metrics_of(lineage)
     new = [one for one in metrics.results if one["metric"] == "perplexity"]
     metrics.add(results=[one | {"metric": "energy_used", "kind": "memory", "value": 0.25} for one in new])
-    assert "| **WikiText-2** ↑<br><sub>energy used</sub> | 0.250 " in Card.of(lineage, metrics).render().replace(
-        NBSP, " "
-    )
+    assert "| **WikiText-2** ↑<br><sub>energy used</sub> | 0.250 " in Card.from_records(
+        lineage, metrics
+    ).render().replace(NBSP, " ")
     monkeypatch.setitem(METRICS, "energy_used", Metric("energy per token, of the limit", "share"))
-    text = Card.of(lineage, metrics).render().replace(NBSP, " ")
+    text = Card.from_records(lineage, metrics).render().replace(NBSP, " ")
     assert "| **WikiText-2** ↓<br><sub>energy per token, of the limit</sub> | 25.0 " in text
     assert "name: energy per token, of the limit" in text
 
@@ -166,7 +166,7 @@ def test_the_adapter_form() -> None:
     lineage = lineage_of(("dense", "cut"))
     lineage.entries[0]["settings"]["form"] = "adapter"
     lineage.published = {"repo_id": "someone/small"}
-    card = Card.of(lineage)
+    card = Card.from_records(lineage)
     text = card.render()
     assert 'AutoPeftModelForCausalLM.from_pretrained("someone/small", dtype="auto")' in text
     assert f'AutoTokenizer.from_pretrained("{BASE}")' in text
@@ -176,13 +176,13 @@ def test_the_adapter_form() -> None:
 
 def test_a_base_on_somebodys_disk_is_named_by_its_last_part() -> None:
     lineage = lineage_of(("dense", "cut"), id="/home/alice/secret project/SmolLM2.gguf", commit=None)
-    text = Card.of(lineage).render()
+    text = Card.from_records(lineage).render()
     assert "alice" not in text
     assert "SmolLM2-23L" in text
     assert "unpacked from a GGUF file to bfloat16" in text
     assert "base_model" not in text
     lineage.base["hub_id"] = BASE
-    assert Card.of(lineage).metadata["base_model"] == BASE
+    assert Card.from_records(lineage).metadata["base_model"] == BASE
 
 
 def test_the_commands_fit_together() -> None:
@@ -215,7 +215,7 @@ def test_the_commands_fit_together() -> None:
 
 def test_the_base_is_named_as_it_was_read() -> None:
     def provenance(**base: Any) -> str:
-        text = Card.of(lineage_of(("dense", "cut", "repaired"), **base)).render()
+        text = Card.from_records(lineage_of(("dense", "cut", "repaired"), **base)).render()
         return text.partition("## Verify it")[2].partition("## Licence")[0]
 
     assert f"The base is `{BASE}` at commit `7e27bd9f9532`;" in provenance()
@@ -228,7 +228,7 @@ def test_the_base_is_named_as_it_was_read() -> None:
 def test_limits_come_from_the_numbers() -> None:
     lineage = lineage_of(("dense", "cut"))
     metrics = metrics_of(lineage, ("dense", "cut"))
-    limits = Card.of(lineage, metrics).render().partition("## Limits")[2].partition("##")[0]
+    limits = Card.from_records(lineage, metrics).render().partition("## Limits")[2].partition("##")[0]
     assert (
         "**PIQA**: length-normalised accuracy fell by 15.0 ± 3.1 points, to 52.0 %, indistinguishable from chance (50.0 %)"
         in limits
@@ -238,7 +238,7 @@ def test_limits_come_from_the_numbers() -> None:
     for record in metrics.results:
         if record["metric"] == "perplexity" and record["weights"] == "b" * 64:
             record["value"] = 2.8e8
-    text = Card.of(lineage, metrics).render()
+    text = Card.from_records(lineage, metrics).render()
     assert f"2.8 {TIMES} 10⁸" in text
     assert "hardly predicts text any more" in text
 
@@ -246,20 +246,20 @@ def test_limits_come_from_the_numbers() -> None:
 def test_whole_benchmarks_of_the_hub_become_eval_results() -> None:
     lineage = lineage_of(("dense", "cut"))
     metrics = metrics_of(lineage, ("dense", "cut"))
-    assert metadata.eval_files(Card.of(lineage, metrics).results) == {}  # of 200 questions each
+    assert metadata.eval_files(Card.from_records(lineage, metrics).results) == {}  # of 200 questions each
     for record in [*metrics.results, *metrics.comparisons]:
         if record.get("task") == "piqa":
             record["settings"] = {}
             record |= {"dataset": "ybisk/piqa"} if "value" in record else {}
         elif record.get("task") == "arc_easy" and "value" in record:
             record |= {"settings": {}, "dataset": "5" * 64}  # a file
-    files = metadata.eval_files(Card.of(lineage, metrics).results)
+    files = metadata.eval_files(Card.from_records(lineage, metrics).results)
     assert list(files) == [".eval_results/piqa.yaml"]
     from huggingface_hub import parse_eval_result_entries
 
     (entry,) = parse_eval_result_entries(yaml.safe_load(files[".eval_results/piqa.yaml"]))
     assert (entry.dataset_id, entry.task_id, entry.value, entry.date) == ("ybisk/piqa", "piqa", 52.0, "2026-11-24")
-    index = Card.of(lineage, metrics).metadata["model-index"]
+    index = Card.from_records(lineage, metrics).metadata["model-index"]
     assert {"ybisk/piqa", "arc_easy"} <= {one["dataset"]["type"] for one in index[0]["results"]}
 
 
@@ -270,7 +270,12 @@ def test_a_packed_base_is_no_measure_of_size() -> None:
         metrics = metrics_of(lineage, ("dense", "cut"))
         metrics.models[metrics.weights]["name"] = "SmolLM2-23L"
         next(model for model in metrics.models.values() if model["role"] == "dense")["name"] = name
-        return Card.of(lineage, metrics).render().partition("## Speed, memory and size")[2].partition("\n## ")[0]
+        return (
+            Card.from_records(lineage, metrics)
+            .render()
+            .partition("## Speed, memory and size")[2]
+            .partition("\n## ")[0]
+        )
 
     def row(text: str) -> str:
         return next(line for line in text.splitlines() if line.startswith("| size on disk"))
@@ -286,7 +291,7 @@ def test_a_difference_without_a_pair_has_no_error() -> None:
     lineage = lineage_of(("dense", "cut"))
     metrics = metrics_of(lineage, ("dense", "cut"))
     metrics.comparisons = []
-    assert f"**52.0\u00a0±\u00a03.5**<br><sub>{MINUS}15.0</sub>" in Card.of(lineage, metrics).render()
+    assert f"**52.0\u00a0±\u00a03.5**<br><sub>{MINUS}15.0</sub>" in Card.from_records(lineage, metrics).render()
 
 
 # Hostile values.
@@ -304,7 +309,7 @@ NASTY = [
 def check_harmless(card: str, repo_id: str | None) -> None:
     """What holds of every card, whoever has chosen the names in it."""
     card.encode()
-    fields, body = front_matter(card)
+    fields, body = split_front_matter(card)
     allowed = {"language", "license", "license_name", "license_link", "library_name", "pipeline_tag", "base_model",
                "base_model_relation", "datasets", "tags", "model-index"}  # fmt: skip
     assert set(fields) <= allowed
@@ -346,7 +351,7 @@ def test_each_hostile_value_everywhere(value: str) -> None:
     metrics = metrics_of(lineage)
     told = {key: nasty(entry) for key, entry in lineage.base.items() if key not in ("license", "files", "commit")}
     told |= {"license": "apache-2.0", "files": lineage.base["files"]}
-    card = Card.of(
+    card = Card.from_records(
         Lineage(told, nasty(lineage.entries), {"repo_id": value}),
         Metrics(metrics.weights, metrics.models, nasty(metrics.results)),
     )
@@ -362,7 +367,7 @@ def test_records_are_not_changed_by_rendering() -> None:
     lineage = lineage_of()
     metrics = metrics_of(lineage)
     before = deepcopy((lineage, metrics))
-    Card.of(lineage, metrics).render()
+    Card.from_records(lineage, metrics).render()
     assert (lineage, metrics) == before
 
 
@@ -371,7 +376,7 @@ def test_roles_have_one_order() -> None:
     metrics = metrics_of(lineage)
     metrics.results.reverse()
     metrics.models = dict(reversed(metrics.models.items()))
-    assert [column.role for column in Card.of(lineage, metrics).results.columns] == list(ROLES)
+    assert [column.role for column in Card.from_records(lineage, metrics).results.columns] == list(ROLES)
 
 
 def test_choosing_and_repairing_have_times_of_their_own() -> None:
@@ -380,7 +385,7 @@ def test_choosing_and_repairing_have_times_of_their_own() -> None:
     prune["selection"] = {"criterion": "auto", "why": "layers 2: best", "seconds": 384.5}
     prune |= {"seconds": 15.8}
     prune["repair"]["seconds"] = 125.0
-    text = Card.of(lineage).render()
+    text = Card.from_records(lineage).render()
     assert "6 min 24 s to choose the layers, 15.8 s to cut" in text
     assert re.search(r"\*\*repair.*<sub>2 min 05 s</sub>", text)
 

@@ -104,7 +104,7 @@ def test_a_folder_has_its_models_name(tmp_path: Path) -> None:
     folder.mkdir()
     assert about.Records.of(str(folder)).name == "model"
     found = records(folder)
-    assert found.name == Card.of(lineage_of()).name == "SmolLM2-135M-Instruct-23L"
+    assert found.name == Card.from_records(lineage_of()).name == "SmolLM2-135M-Instruct-23L"
     found.lineage["published"] = {"name": "Small"}
     assert found.name == "Small"
     found.lineage["published"]["repo_id"] = "me/Pushed"

@@ -145,7 +145,7 @@ def test_the_warning_reaches_who_prunes_inspects_and_reads_the_card(tmp_path, ca
     assert main(["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--drop-layers", "2-4"]) == 0
     assert "in vLLM, llama.cpp and ONNX Runtime, every 2 layers of a gpt_oss count as a group" in caplog.text
     told = "and layer 5, now 2, would run as the other kind"
-    assert told in Card.of(Lineage.of(tmp_path / "cut")).body()
+    assert told in Card.from_records(Lineage.load(tmp_path / "cut")).body()
     assert main(["inspect", str(tmp_path / "cut")]) == 0
     assert (
         "count as a group, whatever layer_types says, and layer 2 would run as the other kind"
@@ -156,7 +156,7 @@ def test_the_warning_reaches_who_prunes_inspects_and_reads_the_card(tmp_path, ca
     caplog.clear()
     assert main(["prune", str(tmp_path / "base"), str(tmp_path / "whole"), "--drop-layers", "2-3"]) == 0
     assert "count as a group" not in caplog.text
-    assert "other kind" not in Card.of(Lineage.of(tmp_path / "whole")).body()
+    assert "other kind" not in Card.from_records(Lineage.load(tmp_path / "whole")).body()
     # A second cut that brings the layers back into step is told as it is.
     assert main(["prune", str(tmp_path / "cut"), str(tmp_path / "again"), "--drop-layers", "2"]) == 0
-    assert "other kind" not in Card.of(Lineage.of(tmp_path / "again")).body()
+    assert "other kind" not in Card.from_records(Lineage.load(tmp_path / "again")).body()

@@ -108,7 +108,7 @@ def test_they_prune_and_are_recorded(tmp_path: Path, caplog: pytest.LogCaptureFi
     said = caplog.messages
     assert said[0].startswith("the dense model writes ")
     assert "fitting the repair doubling to the calibration rows" in said
-    (entry,) = Lineage.of(tmp_path / "out").entries
+    (entry,) = Lineage.load(tmp_path / "out").entries
     assert entry["settings"]["drop_layers"] == [2, 5]
     assert (entry["settings"]["criterion"], entry["settings"]["repair"]) == ("spread", "doubling")
     from transformers import AutoModelForCausalLM
@@ -127,7 +127,7 @@ def test_the_card_shows_them() -> None:
     lineage.entries[1]["settings"]["method"] = "first2"
     sample = next(record for record in metrics.results if record["kind"] == "text")
     metrics.add(results=[sample | {"metric": "surprise"}])
-    text = Card.of(lineage, metrics).render()
+    text = Card.from_records(lineage, metrics).render()
     for name in (
         "spread",
         "doubling",

@@ -71,7 +71,7 @@ def close_to(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 @pytest.fixture(scope="module")
 def text() -> CalibrationSet:
-    return CalibrationSet.of(tiny_input(seed=1, batch=60, length=32), "random")
+    return CalibrationSet.from_ids(tiny_input(seed=1, batch=60, length=32), "random")
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,7 @@ def test_models_on_the_hub(tmp_path: Path) -> None:
         )
         commit = server.repos["org/m"].at("v2").id
     assert done.returncode == 0, done.stderr[-3000:]
-    assert Lineage.of(run / "model").base["commit"] == commit
+    assert Lineage.load(run / "model").base["commit"] == commit
     assert f"--base org/m --base-revision {commit}" in done.stderr
     assert (run / "model" / "metrics.json").is_file()
     found, refused = done.stdout.splitlines()[:2]

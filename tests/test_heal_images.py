@@ -113,7 +113,7 @@ def test_the_recipe_trains_on_images(
     trained = ("language_model.model.layers.4.", "language_model.model.layers.5.", "language_model.model.norm.")
     assert all(name.startswith(trained) for name in changed), changed
     assert all(any(name.startswith(part) for name in changed) for part in trained), changed
-    entry = (Lineage.of(model) or Lineage({})).entries[-1]
+    entry = (Lineage.load(model) or Lineage({})).entries[-1]
     assert entry["data"][0] == {"name": "rows.jsonl", "rows": 6, "images": True}
     assert (model / "README.md").is_file()
     question = AutoProcessor.from_pretrained(model)(images=noise(1), text="<image> w5", return_tensors="pt")

@@ -111,7 +111,7 @@ def test_adapter_and_model_are_the_same_healed_model(base: Path, healed: tuple[P
 
 def test_history_says_what_was_done(healed: tuple[Path, str]) -> None:
     output, _ = healed
-    entries = Lineage.of(output / "model").entries
+    entries = Lineage.load(output / "model").entries
     assert [entry["stage"] for entry in entries] == ["prune", "heal"]
     entry = entries[1]
     before, after = (load_file(output / name / "model.safetensors") for name in ("pruned", "model"))
@@ -217,7 +217,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_been(
     mine, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (output, healed[0]))
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
-    entries = [Lineage.of(folder / "model").entries[-1] for folder in (output, healed[0])]
+    entries = [Lineage.load(folder / "model").entries[-1] for folder in (output, healed[0])]
     assert ["seconds" in entry for entry in entries] == [False, True]  # those before the kill are not known
 
 
@@ -232,10 +232,10 @@ def test_killed_in_the_evaluation_and_resumed(
         with pytest.raises(ZeroDivisionError):
             run(recipe, arguments)
     model = tmp_path / "run" / "model"
-    entries, resumed = Lineage.of(model).entries, [*arguments, "--resume_from_checkpoint", "true"]
+    entries, resumed = Lineage.load(model).entries, [*arguments, "--resume_from_checkpoint", "true"]
     run(recipe, resumed)
     assert f"{model} is complete, so it is not trained again" in caplog.text
-    assert Lineage.of(model).entries == entries
+    assert Lineage.load(model).entries == entries
     assert "asked" in (model / "metrics.json").read_text()
     assert (model / "README.md").is_file()
     with pytest.raises(CheckpointError, match="model exists already"):
@@ -281,14 +281,14 @@ def test_killed_before_its_adapter_has_a_name(
     mine, theirs = (load_file(tmp_path / one / "adapter" / "adapter_model.safetensors") for one in ("run", "whole"))
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
-    entries = [(Lineage.of(tmp_path / one / "adapter") or Lineage({})).entries for one in ("run", "whole")]
+    entries = [(Lineage.load(tmp_path / one / "adapter") or Lineage({})).entries for one in ("run", "whole")]
     assert [[entry["settings"] for entry in one] for one in entries[:1]] == [[e["settings"] for e in entries[1]]]
 
 
 def test_the_history_names_settings_that_a_resumed_run_changed(
     recipe: ModuleType, base: Path, healed: tuple[Path, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert "resumed" not in Lineage.of(healed[0] / "model").entries[-1]
+    assert "resumed" not in Lineage.load(healed[0] / "model").entries[-1]
     settings = {"learning_rate": 0.02, "save_steps": 6, "save_strategy": "steps", "resume_from_checkpoint": "true"}
     for name in ("pruned", "checkpoint-4"):
         shutil.copytree(healed[0] / name, tmp_path / "run" / name)
@@ -297,7 +297,7 @@ def test_the_history_names_settings_that_a_resumed_run_changed(
     for name in ("model", "adapter"):
         shutil.rmtree(tmp_path / "run" / name)
     run(recipe, words(base, tmp_path / "run", max_steps=7, **settings))
-    entry = Lineage.of(tmp_path / "run" / "model").entries[-1]
+    entry = Lineage.load(tmp_path / "run" / "model").entries[-1]
     before = [one["settings_before"] | {"after_step": one["after_step"]} for one in entry["resumed"]]
     assert [one.pop("data")[0]["rows"] for one in before] == [32, 24]  # those that the steps reach
     assert before == [{"learning_rate": 0.01, "max_steps": -1, "after_step": 4}, {"max_steps": 6, "after_step": 6}]
@@ -340,7 +340,7 @@ def test_a_model_that_is_pruned_already(
     place = arguments.index("--drop_layers")
     run(recipe, arguments[:place] + arguments[place + 2 :])
     assert not (tmp_path / "run" / "pruned").exists()
-    entry = Lineage.of(tmp_path / "run" / "model").entries[-1]
+    entry = Lineage.load(tmp_path / "run" / "model").entries[-1]
     assert entry["settings"]["method"] == "behind2"
     assert {name.split(".")[2] for name in entry["changed_tensors"] if ".layers." in name} == {"1", "2", "3", "4", "5"}
 
@@ -354,7 +354,7 @@ def test_a_model_that_is_healed_again_is_no_adapter_of_the_base(
     arguments = words(healed[0] / "model", tmp_path / "run", **settings)
     place = arguments.index("--drop_layers")
     run(recipe, arguments[:place] + arguments[place + 2 :])
-    assert [entry["stage"] for entry in Lineage.of(tmp_path / "run" / "model").entries] == ["prune", "heal", "heal"]
+    assert [entry["stage"] for entry in Lineage.load(tmp_path / "run" / "model").entries] == ["prune", "heal", "heal"]
     assert not (tmp_path / "run" / "adapter").exists()
     before, after = (load_file(f / "model" / "model.safetensors") for f in (healed[0], tmp_path / "run"))
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
@@ -369,7 +369,7 @@ def test_settings_of_lora_are_used_and_recorded(recipe: ModuleType, base: Path, 
     run(recipe, words(base, tmp_path / "run", method="lora", max_steps=3, loss="ce", **lora))
     adapter = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert (adapter["use_dora"], adapter["use_rslora"], adapter["modules_to_save"]) == (True, True, ["lm_head"])
-    entry = Lineage.of(tmp_path / "run" / "model").entries[-1]
+    entry = Lineage.load(tmp_path / "run" / "model").entries[-1]
     assert (entry["settings"]["lora_r"], entry["settings"]["use_dora"]) == (4, True)
     assert "lm_head.weight" in entry["changed_tensors"]
 
@@ -383,7 +383,7 @@ def test_methods_that_are_no_tail(recipe: ModuleType, base: Path, tmp_path: Path
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", **EAGER)
     assert model.config.num_hidden_layers == 6
     assert not getattr(model, "is_quantized", False)
-    changed = Lineage.of(tmp_path / "run" / "model").entries[-1]["changed_tensors"]
+    changed = Lineage.load(tmp_path / "run" / "model").entries[-1]["changed_tensors"]
     assert ("model.embed_tokens.weight" in changed) == (method == "full")
     assert "model.layers.0.self_attn.q_proj.weight" in changed
     assert (tmp_path / "run" / "adapter").exists() == (method != "full")
@@ -410,7 +410,7 @@ def test_the_evaluation_has_the_memory_to_itself(
 def test_rows_that_the_dense_model_writes(recipe: ModuleType, base: Path, tmp_path: Path) -> None:
     settings = {"dataset_name": "self", "self_rows": 8, "self_length": 12, "loss": "kd", "max_steps": 2}
     run(recipe, words(base, tmp_path / "run", **settings))
-    entry = Lineage.of(tmp_path / "run" / "model").entries[-1]
+    entry = Lineage.load(tmp_path / "run" / "model").entries[-1]
     record = entry["data"][0]
     assert (record["name"], record["rows"], record["tokens"]) == ("self", 8, 96)
     assert (entry["settings"]["self_rows"], entry["settings"]["attn_implementation"]) == (8, "eager")
@@ -421,7 +421,7 @@ def test_repaired_first(recipe: ModuleType, base: Path, tmp_path: Path) -> None:
     settings = {"repair": "linear", "calibration_samples": 8, "calibration_length": 16, "max_steps": 2}
     settings |= {"method": "last2", "features": 0}
     run(recipe, words(base, tmp_path / "run", **settings))
-    prune, heal = Lineage.of(tmp_path / "run" / "model").entries
+    prune, heal = Lineage.load(tmp_path / "run" / "model").entries
     assert prune["repair"]["changed_tensors"] == ["model.layers.2.mlp.down_proj.weight"]
     assert "model.layers.2.mlp.down_proj.weight" not in heal["changed_tensors"]
     ids = torch.randint(3, 100, (1, 9))

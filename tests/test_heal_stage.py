@@ -105,8 +105,8 @@ def test_the_adapter_has_the_records_of_its_model(
     assert outcome.consistent, outcome.lines
     told = {name for stages in outcome.recorded for name in stages.split(" and ")}
     assert told == ({"repair", "heal"} if repair else {"heal"})
-    assert read_history(Lineage.required(tmp_path / "adapter")).form == "adapter"
-    assert read_history(Lineage.required(tmp_path / "healed")).form == "model"
+    assert read_history(Lineage.load_required(tmp_path / "adapter")).form == "adapter"
+    assert read_history(Lineage.load_required(tmp_path / "healed")).form == "model"
 
 
 def test_a_base_with_names_and_masks_of_an_old_transformers(tmp_path: Path) -> None:

@@ -138,9 +138,9 @@ def test_processes_that_write_at_once_lose_nothing(cut: Path) -> None:
     for worker in workers:
         worker.join(120)
     assert [worker.exitcode for worker in workers] == [0] * 6
-    tasks = {one["task"] for one in Metrics.of(cut).results}
+    tasks = {one["task"] for one in Metrics.load(cut).results}
     assert {f"task{number}" for number in range(6)} <= tasks
-    assert all(Lineage.of(cut).base[f"note{number}"] == number for number in range(6))
+    assert all(Lineage.load(cut).base[f"note{number}"] == number for number in range(6))
     assert not list(cut.glob(".*.lock"))
 
 
@@ -150,7 +150,7 @@ def test_stores_that_are_open_at_once_keep_each_others_numbers(cut: Path) -> Non
     for store, task in ((one, "first"), (other, "second"), (one, "third")):
         weights = identity(cut).weights
         store.add(results=[{"weights": weights, "kind": "accuracy", "task": task, "metric": "acc", "value": 0.5}])
-    assert {"piqa", "first", "second", "third"} <= {record["task"] for record in Metrics.of(cut).results}
+    assert {"piqa", "first", "second", "third"} <= {record["task"] for record in Metrics.load(cut).results}
 
 
 def test_a_lock_that_is_held(cut: Path) -> None:

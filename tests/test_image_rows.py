@@ -49,7 +49,7 @@ def made(model_type: str, count: int) -> tuple[Any, CalibrationSet, list[Rows]]:
     longest = max(ids.shape[1] for ids, _ in rows)
     padded = torch.cat([F.pad(ids, (0, longest - ids.shape[1])) for ids, _ in rows])
     lengths = [ids.shape[1] for ids, _ in rows]
-    return model, CalibrationSet.of(padded, "noise", media=[media for _, media in rows], lengths=lengths), rows
+    return model, CalibrationSet.from_ids(padded, "noise", media=[media for _, media in rows], lengths=lengths), rows
 
 
 def naive(model: Any, row: Rows) -> torch.Tensor:

@@ -124,9 +124,9 @@ def _rounded(value: Any) -> Any:
 def test_rows_without_one_type(rows: list[dict[str, Any]], message: str) -> None:
     types = RowTypes()
     for number, row in enumerate(rows[:-1], 1):
-        types.see(row, f"row {number}")
+        types.add_row(row, f"row {number}")
     with pytest.raises(CheckpointError, match=message):
-        types.see(rows[-1], f"row {len(rows)}")
+        types.add_row(rows[-1], f"row {len(rows)}")
 
 
 def test_whole_numbers_are_exact(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_dense_and_pruned_side_by_side(base: Path, cut: Path, monkeypatch: pytes
         assert "peak_cuda_bytes" not in loaded
     ours = found.weights
     (dense,) = set(found.models) - {ours}
-    assert Metrics.of(cut) == found
+    assert Metrics.load(cut) == found
     for weights, folder in ((ours, cut), (dense, base)):
         assert find(found, weights, "bytes_on_disk")["value"] == (folder / "model.safetensors").stat().st_size
         assert find(found, weights, "parameters")["value"] == load_model(folder).num_parameters()

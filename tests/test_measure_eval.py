@@ -103,7 +103,7 @@ def test_beside_the_dense_model(base: Path, cut: Path, tasks: Path) -> None:
     assert compared["test"] == "paired_t"
     assert find(found, dense, "kl", "words") is None
     # The file says the same, and every number says how it came about.
-    assert Metrics.of(cut) == found
+    assert Metrics.load(cut) == found
     for record in found.results:
         assert {"value", "samples", "dataset", "dtype", "device", "date", "versions", "seconds"} <= record.keys()
         assert record["versions"]["lm-eval"]
@@ -168,7 +168,7 @@ def test_a_gguf_file(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert sorted(tmp_path.iterdir()) == [path]
     assert main(["prune", str(path), str(tmp_path / "cut"), "--drop-layers", "1"]) == 0
     assert main(["eval", str(tmp_path / "cut"), "--base", str(path), *words]) == 0
-    found = Metrics.of(tmp_path / "cut")
+    found = Metrics.load(tmp_path / "cut")
     dense = weights_hash(fingerprint(path))
     assert found.models[dense] | {"parameters": 0} == {
         "role": "dense", "name": "tiny.gguf", "layers": 4, "parameters": 0, "identity": {},

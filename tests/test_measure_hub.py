@@ -106,7 +106,7 @@ def test_six_of_the_papers_tasks_and_wikitext2(
     assert answers[0] == {}
     assert "no-such-branch" in answers[1]["error"]
     assert "org/none" in answers[2]["error"]
-    found = Metrics.read(folder / "cut.json")
+    found = Metrics.load_file(folder / "cut.json")
     # The hashes are those of the files, though nobody looked at them there.
     assert found.weights == weights_hash(fingerprint(repos["org/cut"]))
     assert weights_hash(fingerprint(repos["org/base"])) in found.models
@@ -127,7 +127,7 @@ def test_six_of_the_papers_tasks_and_wikitext2(
 def test_an_adapter_on_the_hub(repos: dict[str, Path], measured: tuple[list[dict[str, Any]], Path]) -> None:
     answers, folder = measured
     assert answers[3:] == [{}, {}]
-    found = Metrics.read(folder / "adapter.json")
+    found = Metrics.load_file(folder / "adapter.json")
     assert found.weights == weights_hash(fingerprint(repos["org/adapter"]))
     assert found.models[found.weights]["layers"] == 6
     assert found.models[found.weights]["role"] == "cut"

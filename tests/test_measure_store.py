@@ -22,14 +22,14 @@ from .measure_models import measure, write_model
 
 def test_numbers_are_added_and_replaced(cut: Path, tasks: Path) -> None:
     measure(cut, tasks, tasks=("asked",), texts=())
-    first = Metrics.of(cut).results
+    first = Metrics.load(cut).results
     measure(cut, tasks, tasks=("begun",), texts=())
-    assert Metrics.of(cut).results[:2] == first
-    assert len(Metrics.of(cut).results) == 4
+    assert Metrics.load(cut).results[:2] == first
+    assert len(Metrics.load(cut).results) == 4
     measure(cut, tasks, tasks=("asked", "begun"), texts=())
-    assert len(Metrics.of(cut).results) == 4
+    assert len(Metrics.load(cut).results) == 4
     measure(cut, tasks, tasks=("asked",), texts=(), limit=5)
-    assert len(Metrics.of(cut).results) == 6  # fewer questions are another number
+    assert len(Metrics.load(cut).results) == 6  # fewer questions are another number
 
 
 def test_numbers_of_other_weights_are_refused(cut: Path, tasks: Path) -> None:
@@ -43,7 +43,7 @@ def test_numbers_of_other_weights_are_refused(cut: Path, tasks: Path) -> None:
         measure(cut, tasks, tasks=("begun",), texts=())
     assert (cut / "metrics.json").read_bytes() == before
     found = measure(cut, tasks, tasks=("begun",), texts=(), force=True)
-    assert {one["task"] for one in Metrics.of(cut).results} == {"begun"}
+    assert {one["task"] for one in Metrics.load(cut).results} == {"begun"}
     assert found.weights == weights_hash(fingerprint(cut))
 
 
@@ -54,7 +54,7 @@ def test_a_damaged_file_is_replaced_if_forced(cut: Path, tasks: Path, content: s
         measure(cut, tasks, tasks=("begun",), texts=())
     assert (cut / "metrics.json").read_text() == content
     measure(cut, tasks, tasks=("asked", "begun"), texts=(), force=True)
-    assert {one["task"] for one in Metrics.of(cut).results} == {"asked", "begun"}
+    assert {one["task"] for one in Metrics.load(cut).results} == {"asked", "begun"}
 
 
 def test_a_card_is_suggested_for_the_numbers_that_it_shows(
@@ -100,12 +100,12 @@ def test_numbers_of_earlier_stages_are_taken_over(base: Path, cut: Path, tasks: 
     model.save_pretrained(healed)
     with stage("heal", {}) as entry:
         pass
-    Lineage.of(healed).record(healed, entry)
+    Lineage.load(healed).record(healed, entry)
     found = measure(healed, tasks, tasks=("asked",), texts=(), history=(cut,))
     assert sorted(one["role"] for one in found.models.values()) == ["cut", "dense", "healed"]
     assert len([one for one in found.results if one["metric"] == "acc"]) == 3
     assert {one["weights"] for one in found.comparisons} == {weights_hash(fingerprint(cut))}
-    found.check_belongs(healed, Lineage.of(healed))
+    found.check_belongs(healed, Lineage.load(healed))
     stranger = write_model(tmp_path / "stranger", seed=3)
     measure(stranger, tasks, tasks=("asked",), texts=())
     with pytest.raises(CheckpointError, match=r"is not an earlier stage of healed"):
@@ -125,7 +125,7 @@ def test_a_cut_stands_beside_its_repair(base: Path, tasks: Path, tmp_path: Path,
     measure(plain, tasks, base=str(base), tasks=("asked",), texts=())
     found = measure(repaired, tasks, base=str(base), tasks=("asked",), texts=(), history=(plain,))
     assert sorted(one["role"] for one in found.models.values()) == ["cut", "dense", "repaired"]
-    found.check_belongs(repaired, Lineage.of(repaired))
+    found.check_belongs(repaired, Lineage.load(repaired))
 
 
 @pytest.mark.parametrize(
@@ -138,6 +138,6 @@ def test_a_cut_stands_beside_its_repair(base: Path, tasks: Path, tmp_path: Path,
     ],
 )
 def test_roles(cut: Path, entry: dict[str, Any], role: str) -> None:
-    lineage = Lineage.of(cut)
+    lineage = Lineage.load(cut)
     lineage.record(cut, entry)
     assert identify(cut).role == role

@@ -68,7 +68,7 @@ def check(shelf: Path, folders: list[Path]) -> None:
     """Folders of cards are what today's code writes from records of what `make` makes today."""
     assert {folder.name: command.outdated(folder) for folder in folders} == {folder.name: [] for folder in folders}
     for model in (model for model in make.MODELS if shelf / model.name in folders):
-        entries = Lineage.of(shelf / model.name).entries
+        entries = Lineage.load(shelf / model.name).entries
         assert [entry["stage"] for entry in entries] == ["prune", "heal"][: 2 if model.taken == "model" else 1]
         assert entries[0]["settings"] | {"drop_layers": []} == asked(model)
         if model.same_layers:
@@ -159,7 +159,7 @@ def test_the_readme_has_the_numbers_of_the_cards() -> None:
 
 def readme_cells(model: make.Model | None) -> list[str]:
     """Layers, perplexity, KL, agreement and mean accuracy, of a model or of the dense one, as the README writes them."""
-    metrics = Metrics.of(command.HERE / (model or make.HEALED).name)
+    metrics = Metrics.load(command.HERE / (model or make.HEALED).name)
     weights = metrics.weights if model else next(w for w, one in metrics.models.items() if one["role"] == "dense")
     found = [result for result in metrics.results if result["weights"] == weights]
     text = {result["metric"]: result["value"] for result in found if result.get("task") == Path(make.TEXT).stem}
@@ -185,7 +185,7 @@ def test_drift_is_seen_and_mended(
     (shelf / "assets" / "layers.png").unlink()
     assert run(monkeypatch, "--check") == 1
     assert "SmolLM2-small: outdated: assets/layers.png" in capsys.readouterr().out
-    metrics = Metrics.of(shelf)
+    metrics = Metrics.load(shelf)
     metrics.results[-1]["value"] += 1
     metrics.write(shelf)
     before = (shelf / "README.md").read_text()
@@ -215,7 +215,7 @@ def test_what_is_taken_over_is_complete_and_public(shelf: Path, tmp_path: Path) 
     taken = command.take(folder)
     assert sorted(path.name for path in taken.iterdir()) == ["lineage.json", "metrics.json"]
     assert str(tmp_path) not in (taken / "lineage.json").read_text()
-    assert Lineage.of(taken).base["hub_id"] == "org/base"
+    assert Lineage.load(taken).base["hub_id"] == "org/base"
 
 
 def test_the_models_are_made_one_after_the_other(

@@ -23,7 +23,7 @@ from hf_layerprune.publish.hub.push import plan_push
 from hf_layerprune.publish.hub.upload import PushError, Upload, Uploaded
 from hf_layerprune.publish.requests import CardRequest, PushRequest, VerifyRequest
 from hf_layerprune.publish.verify.places import Base
-from hf_layerprune.records.licences import TABLE, LicenceFound
+from hf_layerprune.records.licences import TABLE, DeclaredLicence
 
 from .folders import snapshot
 from .publish_records import measure_by_hand
@@ -169,7 +169,9 @@ def test_licences_that_allow(folder: Path) -> None:
 
 def test_every_licence_of_the_table() -> None:
     for key, row in TABLE.items():
-        found = LicenceFound.of({"license": key} if key.count("-") < 2 else {"license": "other", "license_name": key})
+        found = DeclaredLicence.from_base(
+            {"license": key} if key.count("-") < 2 else {"license": "other", "license_name": key}
+        )
         assert found.row is row
         assert found.known
         assert row.title
@@ -181,10 +183,13 @@ def test_every_licence_of_the_table() -> None:
             assert any(f"“{row.prefix}”" in duty for duty in row.duties)
         if row.non_commercial:
             assert any("No commercial use" in duty for duty in row.duties)
-    assert LicenceFound.of({"license": "other", "license_name": "Tongyi Qianwen LICENSE AGREEMENT"}).row is not None
-    assert LicenceFound.of({"license": "Apache 2.0"}) == LicenceFound.of({"license": "apache-2.0"})
-    assert LicenceFound.of({"license": "apache-2.0"}).row is TABLE["apache-2.0"]
-    assert LicenceFound.of({"license_name": "deepseek"}).row is TABLE["deepseek"]
+    assert (
+        DeclaredLicence.from_base({"license": "other", "license_name": "Tongyi Qianwen LICENSE AGREEMENT"}).row
+        is not None
+    )
+    assert DeclaredLicence.from_base({"license": "Apache 2.0"}) == DeclaredLicence.from_base({"license": "apache-2.0"})
+    assert DeclaredLicence.from_base({"license": "apache-2.0"}).row is TABLE["apache-2.0"]
+    assert DeclaredLicence.from_base({"license_name": "deepseek"}).row is TABLE["deepseek"]
 
 
 SECRETS = {

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hf_layerprune.records.declared import front_matter
+from hf_layerprune.records.declared import split_front_matter
 
 from .publish_child import run_child
 from .publish_faults import CASES, Case
@@ -29,7 +29,7 @@ def test_one_commit_has_everything(found: Found) -> None:
     assert {"README.md", "lineage.json", "metrics.json", "config.json", "tokenizer.json", "LICENSE"} <= {*out["names"]}
     assert {"assets/layers.png", "assets/accuracy.png", "model.safetensors.index.json"} <= {*out["names"]}
     assert out["parent"] == "initial commit"
-    fields, body = front_matter(out["card"])
+    fields, body = split_front_matter(out["card"])
     assert (fields["base_model"], fields["license"], fields["language"]) == ("org/base", "mit", ["en"])
     assert 'model = "org/model"' in body
     assert "hf-layerprune verify org/model" in body
@@ -167,7 +167,7 @@ def test_private(found: Found) -> None:
 def test_what_people_write_on_the_page_stays(found: Found) -> None:
     out = found["two_authors"]
     assert out["unchanged"][0] == 0
-    fields, body = front_matter(out["kept"])
+    fields, body = split_front_matter(out["kept"])
     assert "Try it on poems." in body
     assert fields["widget"] == [{"text": "Hi"}]
     assert fields["tags"][-1] == "poems"
@@ -190,7 +190,7 @@ def test_what_people_write_inside_is_not_lost(found: Found) -> None:
 def test_a_card_that_was_there_before(found: Found) -> None:
     out = found["their_own_card"]
     assert out["org/mine"][0] == out["org/plain"][0] == 0
-    fields, body = front_matter(out["org/mine card"])
+    fields, body = split_front_matter(out["org/mine card"])
     assert fields["thumbnail"] == "x.png"
     assert body.endswith("# Mine\n\nWords.\n")
     assert "More Information Needed" not in out["org/plain card"]

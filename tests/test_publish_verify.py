@@ -66,12 +66,12 @@ def edit(
     change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
     if record is not None:
-        Lineage.of(folder).record(folder, {"stage": "heal", "settings": {}} | record)
+        Lineage.load(folder).record(folder, {"stage": "heal", "settings": {}} | record)
 
 
 def claim(folder: Path) -> None:
     """Make a folder's lineage say that its weights are those of its last stage."""
-    lineage = Lineage.of(folder)
+    lineage = Lineage.load(folder)
     lineage.entries[-1]["weights"] = weights_hash(fingerprint(folder))
     lineage.write(folder)
 
@@ -174,7 +174,7 @@ def test_a_head_that_came_apart_from_the_embeddings(tmp_path: Path) -> None:
     edit(tmp_path / "cut", untie)
     claim(tmp_path / "cut")
     assert "tensors: lm_head.weight is not a tensor of the base" in said(verify(tmp_path / "cut"), False)
-    lineage, config = Lineage.of(tmp_path / "cut"), tmp_path / "cut" / "config.json"
+    lineage, config = Lineage.load(tmp_path / "cut"), tmp_path / "cut" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}))
     names = ["lm_head.weight", "model.norm.weight"]
     lineage.record(tmp_path / "cut", {"stage": "heal", "settings": {}, "changed_tensors": names})
@@ -230,7 +230,7 @@ def test_an_adapter(place: Path, tmp_path: Path) -> None:
     claim(tmp_path / "small")
     found = verify(tmp_path / "small", accept_trained=True)
     assert not found.good  # nobody says that it was trained
-    lineage = Lineage.of(tmp_path / "small")
+    lineage = Lineage.load(tmp_path / "small")
     names = [name.removeprefix("base_model.model.") for name in tensors]
     lineage.record(tmp_path / "small", {"stage": "heal", "settings": {}, "changed_tensors": names})
     found = verify(tmp_path / "small", accept_trained=True)
@@ -286,7 +286,7 @@ def test_an_adapter_on_a_pruned_model_of_another_base(place: Path, cut: Path, tm
     evil = Path(shutil.copytree(place / "single", tmp_path / "evil"))
     flip(evil, Q3)
     assert main(["prune", str(evil), str(cut), "--drop-layers", "2,5", "--force"]) == 0
-    first = Lineage.of(cut).entries[0]
+    first = Lineage.load(cut).entries[0]
 
     def follow(data: dict[str, Any]) -> None:
         data["entries"][0] = first
@@ -298,7 +298,7 @@ def test_an_adapter_on_a_pruned_model_of_another_base(place: Path, cut: Path, tm
 
 
 def test_a_base_that_has_moved(place: Path, cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lineage = Lineage.of(cut)
+    lineage = Lineage.load(cut)
     lineage.base["id"] = str(tmp_path / "gone")
     lineage.write(cut)
     found = verify(cut)
@@ -327,13 +327,13 @@ def test_a_base_that_was_cut_from_an_incomplete_copy(place: Path, tmp_path: Path
     (tmp_path / "cut" / "merges.txt").write_text("{}")
     assert "merges.txt is not a file that the cut leaves" in said(verify(tmp_path / "cut", base=str(complete)), False)
     (tmp_path / "cut" / "merges.txt").unlink()
-    lineage = Lineage.of(tmp_path / "cut")
+    lineage = Lineage.load(tmp_path / "cut")
     del lineage.base["companions"]  # as recorded before
     lineage.write(tmp_path / "cut")
     assert "merges.txt is missing" in said(verify(tmp_path / "cut", base=str(complete)), False)
     (copy / "notes.bak").symlink_to(tmp_path / "nowhere")  # an adapter takes nothing but the weights
     assert main(["prune", str(copy), str(tmp_path / "adapter"), "--drop-layers", "2", "--adapter"]) == 0
-    assert "companions" not in Lineage.of(tmp_path / "adapter").base
+    assert "companions" not in Lineage.load(tmp_path / "adapter").base
 
 
 # No.
@@ -494,7 +494,7 @@ def test_what_was_unpacked_from_gguf(tmp_path: Path) -> None:
     assert not verify(tmp_path / "cut").good
     settings = tmp_path / "cut" / "generation_config.json"
     settings.write_text(re.sub(r'("transformers_version": )"[^"]+"', r'\1"4.0"', settings.read_text()))
-    lineage = Lineage.of(tmp_path / "cut")
+    lineage = Lineage.load(tmp_path / "cut")
     lineage.entries[-1]["files"]["generation_config.json"] = sha256_of(settings)
     lineage.write(tmp_path / "cut")
     found = verify(tmp_path / "cut")
@@ -547,7 +547,7 @@ def test_records_without_a_model_are_only_that(
         assert found.verdict.startswith(f"NOT CHECKED: the base of {card} was not found")
 
     def broken(change: Callable[[dict[str, Any]], None]) -> str:
-        lineage = Lineage.of(tmp_path / "model")
+        lineage = Lineage.load(tmp_path / "model")
         change(lineage.entries[-1])
         lineage.write(card)
         found = verify(card)

@@ -230,7 +230,7 @@ def test_criteria_without_scores_are_left_out(
 
 def test_packed_weights_leave_the_criteria_that_need_none() -> None:
     model, ids = tiny_model("llama"), torch.arange(40).view(4, 10)
-    rows = CalibrationSet.of(ids, "rows")
+    rows = CalibrationSet.from_ids(ids, "rows")
     weight: Any = model.model.layers[1].mlp.up_proj.weight
     packed = model.model.layers[1].mlp.up_proj
     packed.register_parameter("packed", torch.nn.Parameter(weight.data.to(torch.uint8), requires_grad=False))
@@ -289,7 +289,7 @@ def test_prune_by_a_criterion(base: Path, text: Path, tmp_path: Path) -> None:
     for form, more in (("plain", []), ("repaired", ["--repair", "linear"]), ("adapter", ["--adapter"]), ("half", ["--dtype", "float16"])):  # fmt: skip
         out = tmp_path / form
         assert main(["prune", str(base), str(out), "--criterion", "auto", *words, *more]) == 0
-        (entry,) = Lineage.of(out).entries
+        (entry,) = Lineage.load(out).entries
         assert entry["settings"]["criterion"] == "auto"
         assert entry["selection"]["why"].startswith("layers ")
         assert entry["selection"]["repair"] == ("linear" if form == "repaired" else None)
@@ -307,7 +307,7 @@ def test_prune_by_a_criterion(base: Path, text: Path, tmp_path: Path) -> None:
 def test_the_lineage_has_the_scores(base: Path, text: Path, tmp_path: Path) -> None:
     words = ["--calibration", str(text), *FEW, "--drop", "2", "--criterion", "block_influence"]
     assert main(["prune", str(base), str(tmp_path / "cut"), *words]) == 0
-    (entry,) = Lineage.of(tmp_path / "cut").entries
+    (entry,) = Lineage.load(tmp_path / "cut").entries
     scores = entry["selection"]["scores"]["layers"]
     assert len(scores) == LAYERS
     assert sorted(range(LAYERS), key=scores.__getitem__)[:2] == sorted(

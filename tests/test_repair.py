@@ -29,7 +29,7 @@ DROP = [3, 4, 6]
 
 
 def calibration(model, samples=12, length=32):
-    return CalibrationSet.of(tiny_input(seed=1, batch=samples, length=length), "random")
+    return CalibrationSet.from_ids(tiny_input(seed=1, batch=samples, length=length), "random")
 
 
 @torch.no_grad()

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hf_layerprune import CutError, LayerPruneError
 from hf_layerprune.cli import main
 from hf_layerprune.records.figures.metric_names import METRICS, SHARE
-from hf_layerprune.records.figures.results import results_of
+from hf_layerprune.records.figures.results import build_results
 from hf_layerprune.records.metrics import Metrics
-from hf_layerprune.records.requirements import Bound, RequireOptions, check_measurable, judge, parse_bounds
+from hf_layerprune.records.requirements import Bound, RequireOptions, check_bounds, check_measurable, parse_bounds
 
 from .measure_models import find, write_model, write_tasks
 
@@ -50,7 +50,7 @@ def numbers() -> Metrics:
 @given(st.lists(st.builds(Bound, NAMES, SIGNS, LIMITS), min_size=1, max_size=5))
 def test_what_is_written_is_read(bounds: list[Bound]) -> None:
     assert list(parse_bounds(",".join(map(str, bounds)))) == bounds
-    assert list(parse_bounds(" , ".join(f"{one.name} {one.sign} {one.limit!r}" for one in bounds))) == bounds
+    assert list(parse_bounds(" , ".join(f"{one.name} {one.operator} {one.limit!r}" for one in bounds))) == bounds
 
 
 @given(st.text(st.sampled_from("kla_:<>=,.0159e-+ nif\x1b"), max_size=30) | st.text(max_size=20))
@@ -111,7 +111,7 @@ def test_malformed(text: Any, message: str) -> None:
     ],
 )
 def test_what_a_bound_is_held_against(text: str, met: bool, said: str) -> None:
-    (outcome,) = judge(parse_bounds(text), numbers())
+    (outcome,) = check_bounds(parse_bounds(text), numbers())
     assert outcome.met is met
     assert outcome.text.startswith(text)
     assert outcome.text.endswith(said)
@@ -141,7 +141,7 @@ def test_a_file_whose_requirements_mean_nothing(tmp_path: Path) -> None:
     metrics = numbers()
     metrics.bounds = parse_bounds("perplexity<=25")
     metrics.write(tmp_path)
-    assert Metrics.of(tmp_path) == metrics
+    assert Metrics.load(tmp_path) == metrics
     data = json.loads((tmp_path / "metrics.json").read_text())
     assert data["requirements"] == [
         {
@@ -153,7 +153,7 @@ def test_a_file_whose_requirements_mean_nothing(tmp_path: Path) -> None:
     data["requirements"][0]["require"] = "perplexity"
     (tmp_path / "metrics.json").write_text(json.dumps(data))
     with pytest.raises(LayerPruneError, match="has invalid requirements: must be bounds"):
-        Metrics.of(tmp_path)
+        Metrics.load(tmp_path)
 
 
 def test_shares_are_the_metrics_of_that_unit() -> None:
@@ -186,13 +186,14 @@ def test_eval_stops_at_a_miss(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     recorded = json.loads((cut / "metrics.json").read_text())["requirements"]
     assert [one["met"] for one in recorded] == [False, False, True]
     assert (
-        recorded[2]["measured"][0]["value"] == find(Metrics.of(cut), Metrics.of(cut).weights, "kl", "words")["value"]
+        recorded[2]["measured"][0]["value"]
+        == find(Metrics.load(cut), Metrics.load(cut).weights, "kl", "words")["value"]
     )
     # Later numbers are held against the same bounds, and others replace them.
     assert main(words) == 0
-    assert len(Metrics.of(cut).bounds) == 3
+    assert len(Metrics.load(cut).bounds) == 3
     assert main([*words, "--require", "kl<=1000"]) == 0
-    assert Metrics.of(cut).bounds == parse_bounds("kl<=1000")
+    assert Metrics.load(cut).bounds == parse_bounds("kl<=1000")
     assert main([*words, "--require", "none"]) == 0
     assert "requirements" not in json.loads((cut / "metrics.json").read_text())
 
@@ -215,10 +216,10 @@ def test_what_was_measured_otherwise_is_not_compared(other: dict[str, Any]) -> N
     metrics.add(results=[piqa(OWN), piqa(DENSE)])
     pair = piqa(OWN) | {"base": DENSE, "difference": 0.1, "share": 1.2}
     metrics.add(comparisons=[{name: pair[name] for name in pair if name not in ("value", "versions", *CONDITIONS)}])
-    assert judge(parse_bounds("piqa:acc_ratio>=1"), metrics)[0].met
+    assert check_bounds(parse_bounds("piqa:acc_ratio>=1"), metrics)[0].met
     metrics.add(results=[piqa(OWN, **other)])
-    assert not judge(parse_bounds("piqa:acc_ratio>=1"), metrics)[0].measured
-    rows = [row for row in results_of(metrics).rows if row.key[1:] == ("piqa", "acc")]
+    assert not check_bounds(parse_bounds("piqa:acc_ratio>=1"), metrics)[0].measured
+    rows = [row for row in build_results(metrics).rows if row.key[1:] == ("piqa", "acc")]
     assert [set(row.cells) for row in rows] == [{DENSE}, {OWN}]
     assert not rows[1].cells[OWN].change
     assert str(next(iter(other.values())))[:8] in rows[1].task
@@ -227,10 +228,10 @@ def test_what_was_measured_otherwise_is_not_compared(other: dict[str, Any]) -> N
 def test_each_in_its_own_type_is_compared_if_both_were_measured_together() -> None:
     metrics = numbers()
     metrics.add(results=[piqa(OWN, dtype="float16"), piqa(DENSE, dtype="bfloat16")])
-    assert not [row for row in results_of(metrics).rows if row.key[1:] == ("piqa", "acc") and len(row.cells) == 2]
+    assert not [row for row in build_results(metrics).rows if row.key[1:] == ("piqa", "acc") and len(row.cells) == 2]
     pair = {name: piqa(OWN)[name] for name in ("weights", "kind", "task", "metric", "settings", "date")}
     metrics.add(comparisons=[pair | {"base": DENSE, "difference": 0.1}])
-    (row,) = (row for row in results_of(metrics).rows if row.key[1:] == ("piqa", "acc"))
+    (row,) = (row for row in build_results(metrics).rows if row.key[1:] == ("piqa", "acc"))
     assert row.cells[OWN].change
 
 

@@ -32,7 +32,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(scope="module")
 def text() -> CalibrationSet:
     ids = torch.randint(3, VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(3))
-    return CalibrationSet.of(ids, "random")
+    return CalibrationSet.from_ids(ids, "random")
 
 
 def layers_of(model: Any) -> Any:
@@ -163,7 +163,7 @@ def test_taylor_in_parts(model: Any, text: CalibrationSet, rows: int, monkeypatc
     monkeypatch.setattr(taylor, "_WEIGHT_ROWS", 7)
     ids = text.input_ids[:rows]
     for variant in ("original", "paper"):
-        found = score_layers(model, CalibrationSet.of(ids, "random"), ["taylor"], variant=variant)["taylor"]
+        found = score_layers(model, CalibrationSet.from_ids(ids, "random"), ["taylor"], variant=variant)["taylor"]
         assert found.layers == pytest.approx(naive_taylor(variant)(model, ids), rel=1e-5)
 
 

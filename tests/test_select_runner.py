@@ -40,7 +40,9 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def text() -> CalibrationSet:
-    return CalibrationSet.of(torch.randint(3, VOCAB, (8, 16), generator=torch.Generator().manual_seed(3)), "random")
+    return CalibrationSet.from_ids(
+        torch.randint(3, VOCAB, (8, 16), generator=torch.Generator().manual_seed(3)), "random"
+    )
 
 
 @torch.no_grad()
@@ -245,7 +247,7 @@ def test_auto_finds_the_layers_that_do_nothing(text: CalibrationSet) -> None:
 
 
 def test_auto_needs_rows_and_layers(model: Any, text: CalibrationSet) -> None:
-    few = CalibrationSet.of(text.input_ids[:3], "few")
+    few = CalibrationSet.from_ids(text.input_ids[:3], "few")
     with pytest.raises(CutError, match="raise calibration_samples"):
         choose_layers(model, few, CutOptions(criterion="auto"))
     with pytest.raises(CutError, match="no block of 4 layers"):
@@ -281,7 +283,7 @@ def test_no_text(model: Any) -> None:
 
 
 def test_tokens_of_another_model(model: Any) -> None:
-    other = CalibrationSet.of(torch.full((4, 8), VOCAB), "other")
+    other = CalibrationSet.from_ids(torch.full((4, 8), VOCAB), "other")
     for criterion in ("block_influence", "taylor", "perplexity", "auto"):
         with pytest.raises(CheckpointError, match="use the tokenizer of this model"):
             choose_layers(model, other, CutOptions(criterion=criterion))
@@ -446,7 +448,7 @@ def test_experts_and_norms_have_no_repairability(text: CalibrationSet) -> None:
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "olmo2", "glm4"])
 def test_auto_finds_what_is_repaired_through_a_norm(model_type: str) -> None:
-    model, text = tiny_model(model_type), CalibrationSet.of(tiny_input(batch=32, length=32), "random")
+    model, text = tiny_model(model_type), CalibrationSet.from_ids(tiny_input(batch=32, length=32), "random")
     choices = [
         choose_layers(model, text, CutOptions(drop=2, contiguous=True, repair=repair, criterion="auto"))
         for repair in ("borrow", None)

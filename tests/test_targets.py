@@ -151,7 +151,7 @@ def test_prune_writes_what_was_predicted(bases: dict[str, Path], tmp_path: Path)
     base = bases["llama"]
     limit = int(0.75 * on_disk(base))
     assert main(["prune", str(base), str(tmp_path / "cut"), "--target-size", str(limit)]) == 0
-    (entry,) = Lineage.of(tmp_path / "cut").entries  # type: ignore[union-attr]
+    (entry,) = Lineage.load(tmp_path / "cut").entries  # type: ignore[union-attr]
     record = entry["selection"]["target"]
     assert record == {
         "option": "target_size",
@@ -329,7 +329,7 @@ def test_a_gguf_file_that_stays_one(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_smollm2_at_a_target(smollm2_folder: Path, tmp_path: Path) -> None:
     """The embeddings stay whole, so a quarter less is more than a quarter of the layers."""
     assert main(["prune", str(smollm2_folder), str(tmp_path / "cut"), "--target-size", "200MB"]) == 0
-    (entry,) = Lineage.of(tmp_path / "cut").entries  # type: ignore[union-attr]
+    (entry,) = Lineage.load(tmp_path / "cut").entries  # type: ignore[union-attr]
     assert entry["selection"]["target"]["left"] == on_disk(tmp_path / "cut") <= 200_000_000
     assert entry["layers"] == {"base": 30, "left": 20}
     sizes = Sizes(load_config(smollm2_folder), str(smollm2_folder))

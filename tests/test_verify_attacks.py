@@ -47,7 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(place / "cut", place / "healed")
     train(place / "healed")
     entry = {"stage": "heal", "settings": {"method": "tail"}, "changed_tensors": [NORM]}
-    Lineage.of(place / "healed").record(place / "healed", entry)
+    Lineage.load(place / "healed").record(place / "healed", entry)
     return place
 
 
@@ -70,7 +70,7 @@ def train(folder: Path, name: str = NORM) -> None:
 
 def forge(folder: Path) -> None:
     """Make the records agree with whatever was done to the folder."""
-    lineage = Lineage.of(folder)
+    lineage = Lineage.load(folder)
     lineage.entries[-1] |= {"weights": weights_hash(fingerprint(folder)), "files": behaviour_hashes(folder)}
     lineage.write(folder)
 
@@ -220,7 +220,7 @@ PLANTED: dict[str, Callable[[Path], object]] = {
 def lengthen(folder: Path) -> None:
     """Make the config and the records say that the base had one layer more, which is left."""
     edit_json("config.json", layer_drop={"drop_layers": [2, 5], "num_base_layers": 9})(folder)
-    lineage = Lineage.of(folder)
+    lineage = Lineage.load(folder)
     lineage.entries[0]["layers"] |= {"base": 9, "left": 7}
     lineage.write(folder)
 
@@ -388,7 +388,7 @@ def test_an_adapter_that_is_put_on_another_base(
     for folder in (place / "base", evil):
         save_file(TENSOR, folder / "x.safetensors")
     try:
-        lineage = Lineage.of(adapter)
+        lineage = Lineage.load(adapter)
         lineage.base["files"] = {"x.safetensors": fingerprint(evil)["x.safetensors"]}
         lineage.write(adapter)
         forge(adapter)
@@ -403,7 +403,7 @@ def test_an_adapter_without_what_was_trained(adapter: Path, capsys: pytest.Captu
     tensors = load_file(path)
     tensors[name] = tensors[name] + 1
     save_file(tensors, path, metadata={"format": "pt"})
-    Lineage.of(adapter).record(adapter, {"stage": "heal", "settings": {}, "changed_tensors": [NORM]})
+    Lineage.load(adapter).record(adapter, {"stage": "heal", "settings": {}, "changed_tensors": [NORM]})
     assert says(adapter, capsys, "--accept-trained")[0] == 0
     del tensors[name]
     save_file(tensors, path, metadata={"format": "pt"})
@@ -424,7 +424,7 @@ def invent(**fields: Any) -> dict[str, Any]:
 def test_a_stage_that_was_invented(cut: Path, entry: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     """Well forged, it can't be told from a true one: so it is never a yes unless the user takes the records' word."""
     train(cut)
-    Lineage.of(cut).record(cut, entry)
+    Lineage.load(cut).record(cut, entry)
     code, said = says(cut, capsys)
     assert code == 1
     assert "YES" not in said
@@ -437,7 +437,7 @@ def store(folder: Path, **tensors: torch.Tensor | None) -> None:
     path, names = folder / "model.safetensors", {name.replace("__", "."): one for name, one in tensors.items()}
     changed = {name: one for name, one in (load_file(path) | names).items() if one is not None}
     save_file(changed, path, metadata={"format": "pt"})
-    Lineage.of(folder).record(folder, invent(changed_tensors=list(names)))
+    Lineage.load(folder).record(folder, invent(changed_tensors=list(names)))
 
 
 @pytest.mark.parametrize(("tensors", "message"), [
@@ -475,7 +475,7 @@ def test_an_untied_head_that_is_not_there(
     assert main(["prune", str(base), str(cut), "--drop-layers", "2"]) == 0
     assert says(cut, capsys)[0] == 0
     edit_json("config.json", tie_word_embeddings=False)(cut)
-    Lineage.of(cut).record(cut, invent(changed_tensors=claimed))
+    Lineage.load(cut).record(cut, invent(changed_tensors=claimed))
     code, said = says(cut, capsys, "--accept-trained")
     assert (code, "lm_head.weight is missing" in said) == (1, True), said
 
@@ -485,7 +485,7 @@ def test_a_quantising_that_changed_nothing(cut: Path, method: str, capsys: pytes
     told = {"quant_method": method}
     edit_json("config.json", quantization_config=told)(cut)
     settings = {"quantization_config": told, "dtype": "float32"}
-    Lineage.of(cut).record(cut, invent(stage="quantize", settings=settings))
+    Lineage.load(cut).record(cut, invent(stage="quantize", settings=settings))
     code, said = says(cut, capsys, "--accept-trained")
     assert code == 1
     assert "none was changed by the quantising that lineage.json names" in said
@@ -495,7 +495,7 @@ def test_a_base_inside_the_model(place: Path, cut: Path, capsys: pytest.CaptureF
     base = Path(shutil.copytree(place / "base", cut / ".cache" / "SmolLM2-135M"))
     train(base)
     train(cut)
-    lineage = Lineage.of(cut)
+    lineage = Lineage.load(cut)
     lineage.base |= {"id": str(base), "files": fingerprint(base)}
     lineage.write(cut)
     forge(cut)
@@ -507,7 +507,7 @@ def test_a_base_inside_the_model(place: Path, cut: Path, capsys: pytest.CaptureF
 
 def test_files_that_the_base_is_said_to_have_lacked(cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gone = ("chat_template.jinja", "generation_config.json")
-    lineage = Lineage.of(cut)
+    lineage = Lineage.load(cut)
     lineage.base["companions"] = [name for name in lineage.base["companions"] if name not in gone]
     lineage.write(cut)
     for name in gone:
@@ -529,7 +529,7 @@ def test_an_adapter_whose_weights_peft_does_not_find(adapter: Path, capsys: pyte
 
 def test_a_stage_that_does_not_follow(cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(cut)
-    lineage = Lineage.of(cut)
+    lineage = Lineage.load(cut)
     lineage.record(cut, invent())
     lineage.entries[-1]["input_weights"] = "0" * 64
     lineage.write(cut)
@@ -599,7 +599,7 @@ def test_a_kept_tensor_that_is_missing(tmp_path: Path, both: bool, capsys: pytes
     for folder in (tmp_path / "cut", base)[: 1 + both]:
         path = folder / "model.safetensors"
         save_file({name: t for name, t in load_file(path).items() if name != gone}, path, metadata={"format": "pt"})
-    lineage = Lineage.of(tmp_path / "cut")
+    lineage = Lineage.load(tmp_path / "cut")
     lineage.base["files"] = fingerprint(base)
     lineage.write(tmp_path / "cut")
     forge(tmp_path / "cut")

@@ -80,7 +80,7 @@ def said(found: Verified, good: bool | None = None) -> str:
 
 def claim(folder: Path) -> None:
     """What somebody does who wants to be believed: the records are made to fit the files."""
-    lineage = Lineage.of(folder)
+    lineage = Lineage.load(folder)
     lineage.entries.pop()
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
     entry = {"stage": "quantize", "settings": {"quantization_config": settings, "dtype": "bfloat16"}}
@@ -107,7 +107,7 @@ def test_a_cut_that_was_quantised_is_repeated_to_the_last_bit(place, tmp_path, n
     )
     assert "15 are the base's, to the last bit" in said(found, True)  # embeddings, head and norms
     assert f"are what {name.partition(',')[0]} " in said(found, True)
-    assert f"quantised: `{name}`" in Card.of(Lineage.of(tmp_path / "q")).body()
+    assert f"quantised: `{name}`" in Card.from_records(Lineage.load(tmp_path / "q")).body()
     assert main(["verify", str(tmp_path / "q")]) == 0
 
 
@@ -159,7 +159,7 @@ def test_what_the_weight_files_of_a_quantised_base_note_counts(place, tmp_path):
     assert "model.layers.6." not in notes["tensor_names"]
     notes[DOWN] = notes[DOWN].replace("[1, 48]", "[1, 24]")
     save_file(load_file(path), path, metadata=notes)
-    lineage = Lineage.of(cut)
+    lineage = Lineage.load(cut)
     lineage.entries[-1]["weights"] = weights_hash(fingerprint(cut))
     lineage.write(cut)
     assert f"note on {DOWN} is not what the base's note" in said(check(cut), False)
@@ -234,7 +234,7 @@ def test_what_was_repaired_before_is_only_as_recorded(place, tmp_path):
     base_on_hub(hub, tmp_path, "base")
     assert main(["prune", str(base), str(tmp_path / "cut"), "--drop-layers", "2,5", *words]) == 0
     record_quantized(tmp_path / "cut", quantise(tmp_path / "cut", tmp_path / "q"))
-    changed = Lineage.of(tmp_path / "cut").entries[-1]["repair"]["changed_tensors"]
+    changed = Lineage.load(tmp_path / "cut").entries[-1]["repair"]["changed_tensors"]
     found = check(tmp_path / "q")
     assert found.verdict.startswith("IN PART"), said(found)
     assert found.recorded == {"repair": len(changed)}
@@ -245,7 +245,7 @@ def test_what_was_repaired_before_is_only_as_recorded(place, tmp_path):
     path = tmp_path / "q" / "model.safetensors"
     tensors = load_file(path)
     save_file(tensors | {other: tensors[other] ^ 1}, path, metadata={"format": "pt"})
-    lineage = Lineage.of(tmp_path / "q")
+    lineage = Lineage.load(tmp_path / "q")
     lineage.entries[-1]["weights"] = weights_hash(fingerprint(tmp_path / "q"))
     lineage.write(tmp_path / "q")
     assert f"{other} differs from" in said(check(tmp_path / "q", accept_trained=True), False)
@@ -282,7 +282,7 @@ def test_a_method_that_takes_data_is_only_as_recorded(place, tmp_path, settings,
     found = check(tmp_path / "gptq")
     assert found.verdict.startswith("IN PART"), said(found)
     assert found.recorded == {"quantize": 2}
-    card = Card.of(Lineage.of(tmp_path / "gptq")).body()
+    card = Card.from_records(Lineage.load(tmp_path / "gptq")).body()
     assert f"quantised: `{words}`" in card
     assert "None" not in card
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
@@ -360,7 +360,7 @@ def test_a_cut_of_a_quantised_base(place, tmp_path, capsys):
     assert "can be repaired by" not in told
     assert main(["prune", str(base), str(cut), "--drop-layers", "2"]) == 0
     assert "0 notes" not in said(check(cut))
-    card = Card.of(Lineage.of(cut)).body()
+    card = Card.from_records(Lineage.load(cut)).body()
     assert "a quantised transformers checkpoint, like its base (`bitsandbytes, nf4`)" in card
     assert "pip install transformers accelerate 'bitsandbytes>=0.50'" in card
 

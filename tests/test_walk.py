@@ -113,7 +113,7 @@ for mode in ("mapped", "copied"):
     if mode == "copied":
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
-    scores = score_layers(LayerWalk(model), CalibrationSet.of(ids, "random"), names)
+    scores = score_layers(LayerWalk(model), CalibrationSet.from_ids(ids, "random"), names)
     done.set()
     watcher.join()
     found[mode] = max(peaks) - before, [score for name in names for score in scores[name].layers]

@@ -178,7 +178,7 @@ def score(criteria: tuple[str, ...], setting: Setting, device: str) -> dict[str,
     start = time.perf_counter()
     walk = LayerWalk(load_base(dense, dtype="auto"), device=device)
     loaded = time.perf_counter() - start
-    score_layers(walk, CalibrationSet.of(rows, "random"), criteria)
+    score_layers(walk, CalibrationSet.from_ids(rows, "random"), criteria)
     if device != "cpu":
         torch.accelerator.synchronize()
     return {"seconds": time.perf_counter() - start, "load_seconds": loaded, "tokens": rows.numel()}

@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 from ..errors import CheckpointError, LayerPruneError, boundary
-from ..files.data_sets import SUFFIXES, json_files, read_json_files
+from ..files.data_sets import SUFFIXES, find_json_files, read_json_files
 from ..files.json_file import JSON_TYPES
 from ..files.json_rows import read_rows
 from ..files.text_file import MAX_TEXT, read_text
@@ -162,7 +162,7 @@ def _data_set(source: str, seed: int) -> Iterator[Document]:
         if name.lower().endswith(".parquet"):
             file = str(Path(name).expanduser())
             rows = load_dataset("parquet", data_files=file, trust_remote_code=False, **streamed)
-        elif files := json_files(name, name=config or None):
+        elif files := find_json_files(name, name=config or None):
             splits = read_json_files(files, streaming=True)
             if split not in splits:
                 raise CheckpointError(f"data set {name} has no split {split!r}; it has {', '.join(splits)}")

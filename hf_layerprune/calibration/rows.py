@@ -25,7 +25,7 @@ import torch
 from ..errors import CheckpointError, CutError, boundary
 from ..families.multimodal import placeholders
 from ..options import pluralize
-from ..records.names import public
+from ..records.names import strip_local_path
 from ..runtime.loading import chats
 from ..runtime.windows import check_context, special_prefix, windows_of
 from .documents import Document, documents_of
@@ -67,7 +67,7 @@ class CalibrationSet:
     lengths: tuple[int, ...] = ()
 
     @classmethod
-    def of(
+    def from_ids(
         cls,
         input_ids: torch.Tensor,
         source: str,
@@ -120,12 +120,12 @@ class CalibrationSet:
 
     def _part(self, start: int, end: int) -> CalibrationSet:
         media, lengths = self.media[start:end], self.lengths[start:end]
-        return CalibrationSet.of(self.input_ids[start:end], self.source, self.seed, media, lengths)
+        return CalibrationSet.from_ids(self.input_ids[start:end], self.source, self.seed, media, lengths)
 
     def record(self) -> dict[str, Any]:
         """The entry for `lineage.json`."""
         samples, length = self.input_ids.shape
-        shape: dict[str, Any] = {"source": public(self.source), "samples": samples, "length": length}
+        shape: dict[str, Any] = {"source": strip_local_path(self.source), "samples": samples, "length": length}
         images = {"images": True, "tokens": self.tokens} if self.media else {}
         return shape | images | {"seed": self.seed, "fingerprint": self.fingerprint}
 
@@ -176,7 +176,7 @@ def load_calibration(
         from .self_text import write_text_with
 
         logger.info("the dense model writes %s of %d tokens to calibrate on", pluralize(samples, "row"), length)
-        return CalibrationSet.of(write_text_with(model, tokenizer, samples, length, seed), source, seed)
+        return CalibrationSet.from_ids(write_text_with(model, tokenizer, samples, length, seed), source, seed)
     if tokenizer is None:
         raise CutError(f"calibration={source!r} needs the model's tokenizer")
     documents = documents_of(source, seed)
@@ -187,9 +187,11 @@ def load_calibration(
         rows = image_rows(documents, source, samples, length, model, processor)
         lengths = [ids.shape[1] for ids, _ in rows]
         padded = torch.cat([torch.nn.functional.pad(ids, (0, length - ids.shape[1])) for ids, _ in rows])
-        calibration = CalibrationSet.of(padded, source, seed, [media for _, media in rows], lengths)
+        calibration = CalibrationSet.from_ids(padded, source, seed, [media for _, media in rows], lengths)
     else:
-        calibration = CalibrationSet.of(_windows(documents, tokenizer, source, samples, length, seed), source, seed)
+        calibration = CalibrationSet.from_ids(
+            _windows(documents, tokenizer, source, samples, length, seed), source, seed
+        )
     check_vocabulary(calibration, model)
     return calibration
 

@@ -62,11 +62,11 @@ def run(request: Request) -> Result:
 
 
 def _report(plan: Plan) -> list[str]:
-    from ..records.figures.numbers import size
+    from ..records.figures.numbers import format_size
 
     files = plan.contents.files
-    lines = [f"{size(count):>10}  {name}" for name, count in files.items()]
-    lines.append(f"{size(sum(files.values())):>10}  in {len(files)} files")
+    lines = [f"{format_size(count):>10}  {name}" for name, count in files.items()]
+    lines.append(f"{format_size(sum(files.values())):>10}  in {len(files)} files")
     lines += [f"  left out  {name}: {reason}" for name, reason in plan.contents.left_out.items()]
     lines += ["", *(f"{check.level:>10}  {check.name}: {check.text}" for check in plan.checks)]
     return lines

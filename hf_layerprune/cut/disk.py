@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .. import families
 from ..errors import CheckpointError
-from ..files.copy import FileState, LocalFile, check_space, copy_inside
+from ..files.copy import FileState, LocalFile, check_space, copy_model_file
 from ..files.shards import INDEX
 from ..options import format_bytes, pluralize
 from ..records.fingerprints import CONFIG
@@ -93,7 +93,7 @@ def execute_plan(plan: CheckpointPlan, folder: Path, *, link: bool = False, name
                 bar.update(count)
         for companion, size in plan.companions:
             (folder / companion).parent.mkdir(exist_ok=True)
-            copy_inside(plan.source / companion, plan.source, folder / companion)
+            copy_model_file(plan.source / companion, plan.source, folder / companion)
             bar.update(size)
         for file, content in plan.files.items():
             with (folder / file).open("xb") as output:
@@ -110,7 +110,7 @@ def _write_shard(plan: CheckpointPlan, shard: ShardPlan, folder: Path, linked: b
         if linked:
             # Link to the file itself: in the Hub client's cache, `path` is a symbolic link.
             os.link(os.path.realpath(path), folder / shard.target)
-            source.check_unchanged(FileState.of(folder / shard.target))
+            source.check_unchanged(FileState.of_file(folder / shard.target))
             return
         with (folder / shard.target).open("xb") as output:
             output.write(shard.header)

@@ -26,7 +26,7 @@ class FileState(NamedTuple):
     mtime_ns: int
 
     @classmethod
-    def of(cls, file: int | Path) -> FileState:
+    def of_file(cls, file: int | Path) -> FileState:
         """The state of a file, given by path or descriptor; of a link, its own."""
         status = os.stat(file, follow_symlinks=isinstance(file, int))
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
@@ -49,7 +49,7 @@ class LocalFile:
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise CheckpointError(f"could not read {path}: {error.strerror or error}") from error
-        self.version = FileState.of(self._file.fileno())
+        self.version = FileState.of_file(self._file.fileno())
         self.size = self.version.size
 
     def __enter__(self) -> LocalFile:
@@ -64,7 +64,7 @@ class LocalFile:
         Raises:
             CheckpointError: The file has changed.
         """
-        if FileState.of(self._file.fileno()) != (version or self.version):
+        if FileState.of_file(self._file.fileno()) != (version or self.version):
             raise CheckpointError(
                 f"{self.path} changed while it was being read; make sure that nothing else writes to it"
             )
@@ -104,13 +104,13 @@ class LocalFile:
             CheckpointError: This file has become shorter.
             OSError: Writing failed.
         """
-        asked = output.tell()
+        flushed = output.tell()
         for part in self.chunks(offset, length):
             output.write(part)
             yield len(part)
-            if (end := output.tell()) - asked >= WRITEBACK and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(output.fileno(), asked, end - asked, os.POSIX_FADV_DONTNEED)
-                asked = end
+            if (end := output.tell()) - flushed >= WRITEBACK and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(output.fileno(), flushed, end - flushed, os.POSIX_FADV_DONTNEED)
+                flushed = end
 
 
 def check_inside(path: Path, folder: Path) -> None:
@@ -127,7 +127,7 @@ def check_inside(path: Path, folder: Path) -> None:
         raise CheckpointError(f"{path} is a link out of {folder}, and would be copied; put the file itself there")
 
 
-def copy_inside(path: Path, folder: Path, target: Path) -> None:
+def copy_model_file(path: Path, folder: Path, target: Path) -> None:
     """Copy a file of a model folder, in place of any that is there, unless it is or becomes a link out of the folder.
 
     Raises:
@@ -136,7 +136,7 @@ def copy_inside(path: Path, folder: Path, target: Path) -> None:
     """
     with LocalFile(path) as source:
         check_inside(path, folder)
-        source.check_unchanged(FileState.of(Path(os.path.realpath(path))))
+        source.check_unchanged(FileState.of_file(Path(os.path.realpath(path))))
         target.unlink(missing_ok=True)  # not written through, since it may be a link
         with target.open("xb") as output:
             for _ in source.copy_into(output, 0, source.size):
@@ -156,7 +156,7 @@ def check_space(target: Path, needed: int, free: int) -> None:
         )
 
 
-def write_failed(target: Path, error: Exception) -> CheckpointError:
+def write_error(target: Path, error: Exception) -> CheckpointError:
     """The error to raise for a failed write; that of safetensors is not an `OSError`, even when the disk is full."""
     why = (isinstance(error, OSError) and error.strerror) or error
     return CheckpointError(f"could not write {target}: {why}; free some space, or write elsewhere")
@@ -172,7 +172,7 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def check_apart(target: Path, source: Path) -> None:
+def check_no_overlap(target: Path, source: Path) -> None:
     """Check that what is written is neither the file or folder that is read, nor inside it or around it.
 
     Raises:
@@ -188,16 +188,14 @@ def check_apart(target: Path, source: Path) -> None:
             raise CheckpointError(f"{path}, which is only read, is inside {target}; write elsewhere")
 
 
-def check_file_target(
-    target: Path, *, force: bool, inside: Path | None = None, apart_from: Path | None = None
-) -> None:
+def check_file_target(target: Path, *, force: bool, inside: Path | None = None, source: Path | None = None) -> None:
     """Check that a file can be written without affecting any other file.
 
     Args:
         target (`Path`): The file to write.
         force (`bool`): Whether it may replace an existing file.
         inside (`Path`, *optional*): A folder that must contain the target, also after links are resolved.
-        apart_from (`Path`, *optional*): A file that is only read, or a folder of such files.
+        source (`Path`, *optional*): A file that is only read, or a folder of such files.
 
     Raises:
         CheckpointError: The target is a link, a folder, a device or one of the files that are only read; it is outside
@@ -207,8 +205,8 @@ def check_file_target(
         raise CheckpointError(f"the folder {target.parent} does not exist; create it first")
     if inside is not None and not Path(os.path.realpath(target.parent)).is_relative_to(os.path.realpath(inside)):
         raise CheckpointError(f"{target} leads out of {inside}, and nothing is written outside it; remove the link")
-    if apart_from is not None and apart_from.exists():
-        check_apart(target, apart_from)
+    if source is not None and source.exists():
+        check_no_overlap(target, source)
     if target.is_symlink() or (target.exists() and not target.is_file()):
         raise CheckpointError(f"{target} is a link, a folder or a device; specify another file")
     if target.exists() and not force:
@@ -217,7 +215,7 @@ def check_file_target(
 
 @contextmanager
 def new_file(
-    target: Path, *, force: bool = False, inside: Path | None = None, apart_from: Path | None = None
+    target: Path, *, force: bool = False, inside: Path | None = None, source: Path | None = None
 ) -> Iterator[Path]:
     """Write a file under a temporary name next to the target, and rename it when the block succeeds.
 
@@ -227,7 +225,7 @@ def new_file(
     Raises:
         CheckpointError: The target can't be written or replaced, or writing fails. The temporary file is removed.
     """
-    check_file_target(target, force=force, inside=inside, apart_from=apart_from)
+    check_file_target(target, force=force, inside=inside, source=source)
     # A random name, so that no existing link or file is written to.
     partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     try:
@@ -239,7 +237,7 @@ def new_file(
         os.replace(partial, target)
         sync_folder(target.parent)
     except OSError as error:
-        raise write_failed(target, error) from error
+        raise write_error(target, error) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -24,7 +24,7 @@ SUFFIXES = (".json", ".jsonl", ".ndjson")
 _VERSION = "1"  # part of the cache key; to be changed when the same bytes are read differently
 
 
-def json_files(path: str, **where: Any) -> dict[str, list[Path]] | None:
+def find_json_files(path: str, **where: Any) -> dict[str, list[Path]] | None:
     """The local files that `datasets` would give to pyarrow's reader of JSON.
 
     Args:
@@ -80,38 +80,38 @@ def read_json_files(
         )
     types = RowTypes()  # one for all splits, so that they can be joined
     for paths in named.values():
-        for where, row in _placed_rows(paths):
-            types.see(row, where)
-    return DatasetDict({split: _stored(split, paths, types) for split, paths in named.items()})
+        for where, row in _located_rows(paths):
+            types.add_row(row, where)
+    return DatasetDict({split: _to_dataset(split, paths, types) for split, paths in named.items()})
 
 
-def _stored(split: str, paths: tuple[str, ...], types: RowTypes) -> Dataset:
+def _to_dataset(split: str, paths: tuple[str, ...], types: RowTypes) -> Dataset:
     from datasets import Dataset, NamedSplit
 
     if not types.columns:
         raise CheckpointError(f"{', '.join(paths)} has only empty rows; specify a file with data")
-    known = hashlib.sha256(f"{_VERSION} {split} {types.features()}".encode())
+    digest = hashlib.sha256(f"{_VERSION} {split} {types.features()}".encode())
     for path in paths:
         with Path(path).open("rb") as file:
-            known.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return Dataset.from_generator(
         _rows,
         features=types.features(),
-        gen_kwargs={"paths": paths, "as_json": types.mixed()},
+        gen_kwargs={"paths": paths, "as_json": types.json_columns()},
         split=NamedSplit(split),
-        fingerprint=known.hexdigest()[:32],
+        fingerprint=digest.hexdigest()[:32],
     )
 
 
 def _rows(paths: tuple[str, ...], as_json: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
-    for _, row in _placed_rows(paths):
+    for _, row in _located_rows(paths):
         for name in as_json:
             if row.get(name) is not None:
                 row[name] = json.dumps(row[name])
         yield row
 
 
-def _placed_rows(paths: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _located_rows(paths: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
     where = ""
     for path in paths:
         for where, row in read_rows(Path(path)):

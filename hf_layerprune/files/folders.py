@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import CheckpointError, LayerPruneError
-from .copy import check_apart, sync_folder, write_failed
+from .copy import check_no_overlap, sync_folder, write_error
 from .json_file import read_object
 
 # What transformers, PEFT, TRL and this package write into a model folder. Only a folder that holds nothing else may be
@@ -35,12 +35,12 @@ _MODEL_FILES = re.compile(
 )
 # Files next to the model that only folders written by this package hold: the card and its pictures and results.
 _OUR_FILES = re.compile(r"README\.md|assets/[\w.-]+\.(png|svg)|\.eval_results/[\w.-]+\.yaml|[\w.-]+/README\.md")
-_MODEL_SIGNS = {"config.json", "adapter_config.json"}
+_MODEL_MARKERS = {"config.json", "adapter_config.json"}
 
 
 @contextmanager
 def new_folder(
-    target: Path, *, force: bool | None = None, apart_from: Path | None = None, replaces: re.Pattern[str] | None = None
+    target: Path, *, force: bool | None = None, source: Path | None = None, replaces: re.Pattern[str] | None = None
 ) -> Iterator[Path]:
     """Create a folder under a temporary name next to the target, and rename it when the block succeeds.
 
@@ -51,7 +51,7 @@ def new_folder(
         target (`Path`): The folder to create.
         force (`bool`, *optional*): Replace an existing model folder. It stays until the new one is complete and on
             disk. `None` where the user has no such option.
-        apart_from (`Path`, *optional*): A file or folder that must not be written to.
+        source (`Path`, *optional*): A file or folder that must not be written to.
         replaces (`re.Pattern`, *optional*): For folders other than model folders, a pattern of the files that they may
             hold; a folder with other files is not replaced.
 
@@ -64,15 +64,15 @@ def new_folder(
     from safetensors import SafetensorError
 
     try:
-        target = check_target(target.expanduser(), apart_from, force, replaces)
+        target = check_target(target.expanduser(), source, force, replaces)
         target.parent.mkdir(parents=True, exist_ok=True)
-        clear_up(target, force)
+        clean_up_leftovers(target, force)
         folder = _sibling(target, "partial")
         folder.mkdir()
         lock = lock_folder(folder)
         try:
             yield folder
-            _publish(folder, target, force, replaces)
+            _move_into_place(folder, target, force, replaces)
         except LayerPruneError as error:  # name the target, not what stands in for it
             error.args = (str(error).replace(str(folder), str(target)),)
             raise
@@ -80,7 +80,7 @@ def new_folder(
             shutil.rmtree(folder, ignore_errors=True)
             unlock_folder(lock)
     except (OSError, SafetensorError) as error:
-        raise write_failed(target, error) from error
+        raise write_error(target, error) from error
 
 
 def check_target(
@@ -88,7 +88,7 @@ def check_target(
 ) -> Path:
     """Check that a folder can be created without affecting any other file. Links in the folders above it are resolved.
 
-    See [`new_folder`] for the arguments; `source` is what it calls `apart_from`.
+    See [`new_folder`] for the arguments.
 
     Raises:
         CheckpointError: The target is or overlaps with the source, exists, is not a folder, or holds a file that does
@@ -100,13 +100,13 @@ def check_target(
         raise CheckpointError(f"{named} is a symbolic link, and nothing is written through links; choose a new folder")
     target = Path(os.path.realpath(target.parent)) / target.name
     if source is not None and source.exists():
-        check_apart(target, source)
+        check_no_overlap(target, source)
     if os.path.lexists(target):
         if not target.is_dir():
             raise CheckpointError(f"{named} is a file; specify a folder to create")
         if next(os.scandir(target), None) is not None:
             if not force:
-                raise CheckpointError(f"{named} exists and is not empty; {_way_out(force)}")
+                raise CheckpointError(f"{named} exists and is not empty; {_replace_hint(force)}")
             _check_replaceable(named, target, replaces)
     else:
         parent = next(filter(os.path.lexists, target.parents))
@@ -117,7 +117,7 @@ def check_target(
     return target
 
 
-def _way_out(force: bool | None) -> str:
+def _replace_hint(force: bool | None) -> str:
     return (
         "choose another folder" if force is None else "replace it with --force (force=True), or choose another folder"
     )
@@ -125,21 +125,21 @@ def _way_out(force: bool | None) -> str:
 
 def _check_replaceable(named: Path, folder: Path, replaces: re.Pattern[str] | None) -> None:
     """Check that a folder is of the kind to be written and holds no other files."""
-    if replaces is None and not any((folder / name).is_file() for name in _MODEL_SIGNS):
+    if replaces is None and not any((folder / name).is_file() for name in _MODEL_MARKERS):
         raise CheckpointError(
             f"{named} is not a model folder, so it is not replaced; remove it yourself, or choose another folder"
         )
-    known = [replaces or _MODEL_FILES, *([_OUR_FILES] if replaces is None and _is_ours(folder) else [])]
+    allowed = [replaces or _MODEL_FILES, *([_OUR_FILES] if replaces is None and _is_ours(folder) else [])]
     foreign: list[str] = []
     for root, folders, names in os.walk(folder):
         # Links to folders are listed as folders, and are the user's.
         foreign += [name for name in folders if Path(root, name).is_symlink()]
         paths = [Path(root, name).relative_to(folder).as_posix() for name in names]
-        foreign += [path for path in paths if not any(pattern.fullmatch(path) for pattern in known)]
+        foreign += [path for path in paths if not any(pattern.fullmatch(path) for pattern in allowed)]
     if foreign:
-        shown = ", ".join(sorted(foreign)[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        examples = ", ".join(sorted(foreign)[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise CheckpointError(
-            f"{named} is not replaced, since it holds files that may be yours: {shown}; move them away, or choose another "
+            f"{named} is not replaced, since it holds files that may be yours: {examples}; move them away, or choose another "
             "folder"
         )
 
@@ -148,7 +148,7 @@ def _is_ours(folder: Path) -> bool:
     """Whether this package wrote a folder: it has a lineage, or its config lists the dropped layers."""
     if (folder / "lineage.json").is_file():
         return True
-    for name in _MODEL_SIGNS:
+    for name in _MODEL_MARKERS:
         with suppress(CheckpointError):
             fields = read_object(folder / name, non_finite=True)
             if "layer_drop" in fields or fields.get("peft_type") == "LAYER_DROP":
@@ -160,21 +160,21 @@ def _sibling(target: Path, kind: str) -> Path:
     return target.with_name(f".{target.name}.{kind}-{secrets.token_hex(4)}")
 
 
-def clear_up(target: Path, force: bool | None) -> None:
+def clean_up_leftovers(target: Path, force: bool | None) -> None:
     """Remove what killed runs left of a folder or file, and restore a folder that was being replaced.
 
     Raises:
         CheckpointError: The target was restored, and may not be replaced, or is being written.
     """
-    left = re.compile(rf"\.{re.escape(target.name)}\.(old|partial)-[0-9a-f]{{8}}")
+    leftover = re.compile(rf"\.{re.escape(target.name)}\.(old|partial)-[0-9a-f]{{8}}")
     for path in sorted(target.parent.iterdir()):
-        found = left.fullmatch(path.name)
+        found = leftover.fullmatch(path.name)
         if not found or path.is_symlink() or not (path.is_dir() or path.is_file()):
             continue
         if found[1] == "old" and not os.path.lexists(target):
             path.rename(target)
             if not force:
-                raise CheckpointError(f"{target} was restored after a killed run; {_way_out(force)}")
+                raise CheckpointError(f"{target} was restored after a killed run; {_replace_hint(force)}")
             continue
         try:
             lock = lock_folder(path)
@@ -184,7 +184,7 @@ def clear_up(target: Path, force: bool | None) -> None:
         unlock_folder(lock)
 
 
-def _publish(folder: Path, target: Path, force: bool | None, replaces: re.Pattern[str] | None) -> None:
+def _move_into_place(folder: Path, target: Path, force: bool | None, replaces: re.Pattern[str] | None) -> None:
     """Flush a folder to disk and rename it to the target.
 
     Where the target exists, this takes two renames; if the process is killed between them, the next run restores the
@@ -208,7 +208,7 @@ def _publish(folder: Path, target: Path, force: bool | None, replaces: re.Patter
         if error.errno not in in_the_way or not target.is_dir():
             raise
         if not force:
-            raise CheckpointError(f"{target} was created in the meantime; {_way_out(force)}") from None
+            raise CheckpointError(f"{target} was created in the meantime; {_replace_hint(force)}") from None
         check_target(target, None, force, replaces)  # its content may have changed in the meantime
         old = _sibling(target, "old")
         os.rename(target, old)

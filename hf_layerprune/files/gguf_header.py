@@ -33,7 +33,7 @@ _STRING, _ARRAY = 8, 9
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 
-def padded(size: int, alignment: int) -> int:
+def align(size: int, alignment: int) -> int:
     """A size, rounded up to a multiple of the alignment."""
     return -(-size // alignment) * alignment
 
@@ -71,15 +71,15 @@ class Entry:
             return ()
         return struct.unpack(f"<{self.count}{_NUMBERS[self.kind]}", self.raw)
 
-    def packed(self, values: Sequence[Any] | str | None = None) -> bytes:
+    def pack(self, values: Sequence[Any] | str | None = None) -> bytes:
         """The entry as stored in a file, with other numbers or another text if any are given."""
         raw, count = self.raw, self.count
         if isinstance(values, str):
-            raw = _packed_text(values)
+            raw = _pack_text(values)
         elif values is not None:
             raw, count = struct.pack(f"<{len(values)}{_NUMBERS[self.kind]}", *values), len(values)
         types = struct.pack("<IIQ", _ARRAY, self.kind, count) if self.is_array else struct.pack("<I", self.kind)
-        return _packed_text(self.key) + types + raw
+        return _pack_text(self.key) + types + raw
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,10 @@ class GGUFHeader:
 
     def fail(self, what: str) -> NoReturn:
         """Raise a `CheckpointError` that says what is wrong with the file and how to fix it."""
-        raise _refused(self.path, what)
+        raise _header_error(self.path, what)
 
 
-def _refused(path: Path, what: str) -> CheckpointError:
+def _header_error(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{path}: {what if len(what) <= 1000 else what[:1000] + '...'}")
 
 
@@ -118,7 +118,7 @@ class _Reader:
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file, self._size, self.position, self._strings = file, size, 0, 0
 
-    def take(self, length: int) -> bytes:
+    def read(self, length: int) -> bytes:
         if length > min(self._size, MAX_HEADER) - self.position:
             raise ValueError(
                 f"its header claims {length} bytes from byte {self.position}, but the file has {self._size}, and a header "
@@ -127,12 +127,12 @@ class _Reader:
         self.position += length
         return self._file.read(length)
 
-    def number(self, form: str) -> int:
-        return struct.unpack(f"<{form}", self.take(struct.calcsize(form)))[0]
+    def number(self, format: str) -> int:
+        return struct.unpack(f"<{format}", self.read(struct.calcsize(format)))[0]
 
     def text(self) -> bytes:
-        length = self.take(8)
-        return length + self.take(int.from_bytes(length, "little"))
+        length = self.read(8)
+        return length + self.read(int.from_bytes(length, "little"))
 
     def name(self) -> str:
         return self.text()[8:].decode()
@@ -144,7 +144,7 @@ class _Reader:
         if is_array := kind == _ARRAY:
             kind, count = self.number("I"), self.number("Q")
         if kind != _STRING:  # an array of arrays has no format and raises a KeyError
-            return Entry(key, kind, is_array, count, self.take(count * struct.calcsize(_NUMBERS[kind])))
+            return Entry(key, kind, is_array, count, self.read(count * struct.calcsize(_NUMBERS[kind])))
         # Bounds the time: without it, a huge file of zeros would be read as billions of empty strings.
         self._strings += count * is_array
         if self._strings > MAX_STRINGS:
@@ -174,18 +174,18 @@ def read_header(path: Path) -> GGUFHeader:
     with LocalFile(path) as source:
         start, size = source.read(0, min(_FIXED.size, source.size)), source.size
     if start[:4] != b"GGUF":
-        raise _refused(path, "this is not a GGUF file: it does not start with 'GGUF'")
+        raise _header_error(path, "this is not a GGUF file: it does not start with 'GGUF'")
     if len(start) < _FIXED.size:
-        raise _refused(path, f"the file ends at byte {size}; it is truncated, so download it again")
+        raise _header_error(path, f"the file ends at byte {size}; it is truncated, so download it again")
     _, version, tensor_count, key_count = _FIXED.unpack(start)
     if version not in (2, 3):  # such as that of a big-endian file
-        raise _refused(path, f"GGUF version {version} is not supported; convert the model again to get version 3")
+        raise _header_error(path, f"GGUF version {version} is not supported; convert the model again to get version 3")
     try:
         if tensor_count > MAX_TENSORS or key_count > MAX_KEYS:
             raise ValueError(f"it claims {tensor_count} tensors and {key_count} metadata keys")
         with path.open("rb") as file:
             reader = _Reader(file, size)
-            reader.take(_FIXED.size)
+            reader.read(_FIXED.size)
             entries = [reader.entry() for _ in range(key_count)]
             tensors = tuple(reader.tensor() for _ in range(tensor_count))
         keys = {entry.key: entry for entry in entries}
@@ -193,18 +193,18 @@ def read_header(path: Path) -> GGUFHeader:
         alignment = 32 if setting is None else struct.unpack("<I", setting.raw)[0]
         if alignment not in _ALIGNMENTS:
             raise ValueError(f"general.alignment is {alignment}")
-        data_start = padded(reader.position, alignment)
+        data_start = align(reader.position, alignment)
         if len(keys) < key_count or len({tensor.name for tensor in tensors}) < tensor_count:
             raise ValueError("it has a key or a tensor twice")
         end = 0
         for tensor in tensors:
             if tensor.offset != end:  # llama.cpp does not read such a file either
                 raise ValueError(f"tensor {tensor.name!r} does not follow the one before it")
-            end += padded(tensor.size, alignment)
+            end += align(tensor.size, alignment)
         if tensors and data_start + tensors[-1].offset + tensors[-1].size > size:
             raise ValueError(f"its tensors extend beyond byte {size}, where the file ends")
     except (ValueError, KeyError, struct.error, OSError) as error:
-        raise _refused(
+        raise _header_error(
             path, f"it can't be read ({error}); it is truncated or damaged, so download it again"
         ) from error
     return GGUFHeader(path, keys, tensors, alignment, data_start)
@@ -220,9 +220,9 @@ def architecture_of(header: GGUFHeader) -> str:
     if kind is not None and kind.text != "model":
         header.fail(f"this is not a model: general.type is {kind.text!r}; specify the model's own GGUF file")
     split = header.keys.get("split.count")
-    if split is not None and whole_number(header, split) > 1:
+    if split is not None and integer_value(header, split) > 1:
         header.fail(
-            f"this is one of {whole_number(header, split)} parts of a split model; join them first with "
+            f"this is one of {integer_value(header, split)} parts of a split model; join them first with "
             "`llama-gguf-split --merge FIRST_PART OUTPUT`"
         )
     entry = header.keys.get("general.architecture")
@@ -241,13 +241,13 @@ def block_count_of(header: GGUFHeader) -> int:
     entry = header.keys.get(key)
     if entry is None:
         header.fail(f"{key} is missing, so the layers cannot be counted")
-    count = whole_number(header, entry)
+    count = integer_value(header, entry)
     if not 0 < count <= MAX_LAYERS:
         header.fail(f"{key} is {count}, and only 1..{MAX_LAYERS} are supported; the file is damaged")
     return count
 
 
-def whole_number(header: GGUFHeader, entry: Entry) -> int:
+def integer_value(header: GGUFHeader, entry: Entry) -> int:
     """The value of an entry, which must be a single whole number that is not negative."""
     if not entry.is_integer:
         header.fail(f"{entry.key} should be one whole number; the file is damaged or of an unknown kind")
@@ -263,12 +263,12 @@ def write_header(entries: Sequence[bytes], tensors: Sequence[Tensor], alignment:
     for tensor in tensors:
         rank = len(tensor.dimensions)
         where = struct.pack(f"<I{rank}QIQ", rank, *tensor.dimensions, tensor.kind, offset)
-        parts += [_packed_text(tensor.name), where]
-        offset += padded(tensor.size, alignment)
+        parts += [_pack_text(tensor.name), where]
+        offset += align(tensor.size, alignment)
     header = b"".join(parts)
-    return header.ljust(padded(len(header), alignment), b"\0")
+    return header.ljust(align(len(header), alignment), b"\0")
 
 
-def _packed_text(text: str) -> bytes:
+def _pack_text(text: str) -> bytes:
     data = text.encode()
     return struct.pack("<Q", len(data)) + data

@@ -26,7 +26,7 @@ from ..versions import transport_error
 logger = logging.getLogger(__name__)
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_AT_ONCE = 4
+_MAX_WORKERS = 4
 
 
 class UnreachableError(CheckpointError):
@@ -46,10 +46,10 @@ def hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
     except LayerPruneError:
         raise
     except Exception as error:
-        raise _told(error, repo, revision) from error
+        raise _translate_error(error, repo, revision) from error
 
 
-def _told(error: Exception, repo: str, revision: str | None) -> CheckpointError:
+def _translate_error(error: Exception, repo: str, revision: str | None) -> CheckpointError:
     from huggingface_hub import errors
 
     cause = cause_of(error)
@@ -68,8 +68,8 @@ def _told(error: Exception, repo: str, revision: str | None) -> CheckpointError:
         return kind(f"can't read {repo}: {cause}; try again later")
     unreachable = (errors.LocalEntryNotFoundError, errors.RevisionResolutionError, errors.OfflineModeIsEnabled)
     if isinstance(error, (*unreachable, transport_error())):
-        behind = cause_of(error.__cause__) if isinstance(error.__cause__, Exception) else cause
-        return UnreachableError(f"can't reach the Hub for {repo} ({behind}); check the connection")
+        reason = cause_of(error.__cause__) if isinstance(error.__cause__, Exception) else cause
+        return UnreachableError(f"can't reach the Hub for {repo} ({reason}); check the connection")
     if isinstance(error, OSError) and not isinstance(error, errors.FileMetadataError):  # no space or no permission
         return CheckpointError(f"can't store {repo} in the cache ({cause}); free space there, or set HF_HOME")
     return CheckpointError(
@@ -77,20 +77,20 @@ def _told(error: Exception, repo: str, revision: str | None) -> CheckpointError:
     )
 
 
-def resolve_commit(repo: str, **where: Any) -> str | None:
+def resolve_commit(repo: str, **kwargs: Any) -> str | None:
     """The commit that a revision on the Hub points to; `None` for a folder, or where loading it will say what is wrong.
 
     Args:
         repo (`str`): A Hub id, or a folder.
-        where: `revision`, `token`, `cache_dir` and `local_files_only`, as the Hub client takes them.
+        kwargs: `revision`, `token`, `cache_dir` and `local_files_only`, as the Hub client takes them.
     """
     from huggingface_hub import HfApi, constants
 
     if os.path.exists(repo):
         return None
-    where["local_files_only"] = where.get("local_files_only") or constants.HF_HUB_OFFLINE
+    kwargs["local_files_only"] = kwargs.get("local_files_only") or constants.HF_HUB_OFFLINE
     with suppress(Exception):
-        return HfApi().resolve_revision(repo, **where).resolved
+        return HfApi().resolve_revision(repo, **kwargs).resolved
     return None
 
 
@@ -198,14 +198,14 @@ class Repo:
 
         self._check_listed(name)
         file = self.files[name]
-        arrived = not isinstance(try_to_load_from_cache(self.name, name, self.cache_dir, self.commit), str)
+        downloaded = not isinstance(try_to_load_from_cache(self.name, name, self.cache_dir, self.commit), str)
         with hub_errors(self.name, self.commit):
-            where: dict[str, Any] = {"token": self.token, "cache_dir": self.cache_dir}
-            where["local_files_only"] = bool(self.offline)
-            path = Path(hf_hub_download(self.name, name, revision=self.commit, **where))
+            kwargs: dict[str, Any] = {"token": self.token, "cache_dir": self.cache_dir}
+            kwargs["local_files_only"] = bool(self.offline)
+            path = Path(hf_hub_download(self.name, name, revision=self.commit, **kwargs))
         if path.stat().st_size != file.size:
             raise CheckpointError(f"{path} is incomplete; delete it from the cache to download it again")
-        if arrived and not self.offline:
+        if downloaded and not self.offline:
             self._check(path, name, file)
         return path
 
@@ -239,7 +239,7 @@ class Repo:
         names = list(dict.fromkeys(names))
         for name in names:  # before anything is downloaded
             self._check_listed(name)
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        with ThreadPoolExecutor(_MAX_WORKERS) as pool:
             return dict(zip(names, pool.map(self.get, names), strict=True))
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
@@ -270,14 +270,14 @@ def _cached(repo: str, revision: str | None, cache_dir: str | None) -> tuple[str
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        place = snapshot_download(repo, revision=revision, cache_dir=cache_dir, local_files_only=True)
+        snapshot = snapshot_download(repo, revision=revision, cache_dir=cache_dir, local_files_only=True)
     except LocalEntryNotFoundError:
         return None
-    folder = Path(place)
+    folder = Path(snapshot)
     files: dict[str, HubFile] = {}
-    for one in sorted(folder.rglob("*")):
-        if one.is_file():
-            blob = one.resolve().name  # the cache names a blob by its hash
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            blob = path.resolve().name  # the cache names a blob by its hash
             sha256 = blob if _SHA256.fullmatch(blob) else None
-            files[one.relative_to(folder).as_posix()] = HubFile(one.stat().st_size, sha256, blob)
+            files[path.relative_to(folder).as_posix()] = HubFile(path.stat().st_size, sha256, blob)
     return folder.name, files

@@ -64,20 +64,22 @@ def parse_json(data: bytes | str, name: str, *, max_depth: int = MAX_DEPTH, non_
 
 @cache
 def _decoder(non_finite: bool) -> json.JSONDecoder:
-    def constant(word: str) -> float:
+    def parse_constant(word: str) -> float:
         if not non_finite:
             raise ValueError(f"{word} is not a JSON number")
         return float(word)
 
-    def number(text: str) -> float:
+    def parse_float(text: str) -> float:
         if not math.isfinite(value := float(text)):
             raise ValueError(f"{text[:40]} is larger than any float")
         return value
 
-    return json.JSONDecoder(object_pairs_hook=_unique, parse_constant=constant, parse_float=number)
+    return json.JSONDecoder(
+        object_pairs_hook=_reject_duplicate_keys, parse_constant=parse_constant, parse_float=parse_float
+    )
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]

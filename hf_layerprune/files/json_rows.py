@@ -9,11 +9,11 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .json_file import MAX_DEPTH, parse_json
-from .text_file import opened
+from .text_file import open_bounded
 
 MAX_ROW = 32 * 1024 * 1024
 MAX_LIST = 2 * 1024**3
-_BEGINNING = 1 << 20
+_SNIFFED_BYTES = 1 << 20
 
 
 def read_rows(path: Path, max_bytes: int | None = None) -> Iterator[tuple[str, Any]]:
@@ -30,10 +30,10 @@ def read_rows(path: Path, max_bytes: int | None = None) -> Iterator[tuple[str, A
         CheckpointError: The file can't be read or is too large; or a line is larger than 32 MiB; or it is not strict
             JSON, as `read_object` defines it.
     """
-    with opened(path, max_bytes) as file:
+    with open_bounded(path, max_bytes) as file:
         start = 3 if file.read(3) == codecs.BOM_UTF8 else 0
         file.seek(start)
-        is_list = file.read(_BEGINNING).lstrip()[:1] == b"["
+        is_list = file.read(_SNIFFED_BYTES).lstrip()[:1] == b"["
         file.seek(start)
         if is_list:
             if path.stat().st_size > MAX_LIST:

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from datasets import Features
 
 MAX_COLUMNS = 1000
-_WIDEST = 2**63  # of Arrow's whole numbers
-_EXACT = 2**53  # as a float
+_MAX_INT = 2**63  # of Arrow's whole numbers
+_MAX_EXACT_INT = 2**53  # as a float
 
 
 class RowTypes:
@@ -25,7 +25,7 @@ class RowTypes:
     def __init__(self) -> None:
         self.columns: dict[str, _Type] = {}
 
-    def see(self, row: dict[str, Any], where: str) -> None:
+    def add_row(self, row: dict[str, Any], where: str) -> None:
         """Take a row into account; `where` names it in errors.
 
         Raises:
@@ -46,7 +46,7 @@ class RowTypes:
                     f"{where}: {name} is {now}, but {then} in the rows before; a column needs one type"
                 )
             _check_numbers(value, f"{where}: {name}")
-            column.see(value)
+            column.add_value(value)
 
     def features(self) -> Features:
         """The types, for `datasets`."""
@@ -54,7 +54,7 @@ class RowTypes:
 
         return Features({name: Json() if one.is_mixed() else one.feature() for name, one in self.columns.items()})
 
-    def mixed(self) -> tuple[str, ...]:
+    def json_columns(self) -> tuple[str, ...]:
         """The names of the columns that are stored as JSON."""
         return tuple(name for name, column in self.columns.items() if column.is_mixed())
 
@@ -70,14 +70,14 @@ class _Type:
         self.large = False  # a whole number that no float holds was seen
         self.inside: dict[str, _Type] = {}  # of an object, by key; of a list, under ""
 
-    def see(self, value: Any) -> None:
+    def add_value(self, value: Any) -> None:
         if value is None or self.differs:
             return
         kind = type(value)
         if self.kind is None:
             self.kind = kind
             self.inside = {key: _Type() for key in value} if kind is dict else {"": _Type()} if kind is list else {}
-        self.large |= kind is int and abs(value) > _EXACT
+        self.large |= kind is int and abs(value) > _MAX_EXACT_INT
         if kind is not self.kind:
             self.differs = {kind, self.kind} != {int, float}
             self.kind = float
@@ -89,10 +89,10 @@ class _Type:
             self.inside = {}
         elif kind is dict:
             for key, part in value.items():
-                self.inside[key].see(part)
+                self.inside[key].add_value(part)
         elif kind is list:
             for part in value:
-                self.inside[""].see(part)
+                self.inside[""].add_value(part)
 
     def is_mixed(self) -> bool:
         return self.differs or any(part.is_mixed() for part in self.inside.values())
@@ -109,7 +109,7 @@ class _Type:
 
 
 def _check_numbers(value: Any, where: str) -> None:
-    if type(value) is int and not -_WIDEST <= value < _WIDEST:
+    if type(value) is int and not -_MAX_INT <= value < _MAX_INT:
         raise CheckpointError(f"{where} has a number of more than 64 bits; write it as text")
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _check_numbers(part, where)

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..errors import CheckpointError
 
 
-def shipped(name: str) -> Path:
+def bundled_folder(name: str) -> Path:
     """Find a folder that comes with the package: in an installed package inside it, in a checkout beside it.
 
     Raises:

@@ -17,7 +17,7 @@ MAX_VALUES = 1_000_000
 
 
 @contextmanager
-def opened(path: Path, max_bytes: int | None) -> Iterator[BinaryIO]:
+def open_bounded(path: Path, max_bytes: int | None) -> Iterator[BinaryIO]:
     """Open a regular file of bounded size.
 
     Raises:
@@ -38,8 +38,8 @@ def opened(path: Path, max_bytes: int | None) -> Iterator[BinaryIO]:
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
-    """Read a regular file of bounded size; raises as `opened` does."""
-    with opened(path, max_bytes) as file:
+    """Read a regular file of bounded size; raises as `open_bounded` does."""
+    with open_bounded(path, max_bytes) as file:
         return file.read(max_bytes)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..calibration.documents import IMAGE_COLUMNS, refuse_postscript
 from ..errors import CheckpointError, CutError, boundary
-from ..files.data_sets import SUFFIXES, json_files, read_json_files
+from ..files.data_sets import SUFFIXES, find_json_files, read_json_files
 from ..runtime.loading import chats
 from ..screen import progress_bar
 from .row_checks import check_text
@@ -76,7 +76,7 @@ def load_rows(name: str, *, config: str | None = None, streaming: bool = False) 
                 if not streaming
                 else IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in splits.items()})
             )
-        if files := json_files(str(path), name=config):
+        if files := find_json_files(str(path), name=config):
             return read_json_files(files, streaming=streaming)
         if kind in FILES:
             rows = {"train": str(path)}
@@ -115,7 +115,7 @@ def load_mixture(mixture: DatasetMixtureConfig, seed: int = 42) -> DatasetDict:
 
 def _without_json(part: DatasetConfig) -> DatasetConfig:
     """A part of a mixture; if it is of local JSON files, with the same rows in Arrow's format."""
-    files = json_files(part.path, name=part.name, data_dir=part.data_dir, data_files=part.data_files)
+    files = find_json_files(part.path, name=part.name, data_dir=part.data_dir, data_files=part.data_files)
     if files is None:
         return part
     splits = read_json_files(files)

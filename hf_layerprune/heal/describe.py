@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import sanitize
 from ..options import option_fields
-from ..records.names import public
+from ..records.names import strip_local_path
 from .data import has_images
 from .options import HealOptions, RowOptions
 from .store import hash_rows
@@ -72,7 +72,7 @@ def settings_of(args: HealConfig, *others: Any) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     value = getattr(value, "value", value)
-    return public(value) if isinstance(value, str) else json.loads(json.dumps(value, default=str))
+    return strip_local_path(value) if isinstance(value, str) else json.loads(json.dumps(value, default=str))
 
 
 def row_settings(rows: RowOptions, written: bool) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def describe_command(script: Path, words: Sequence[str]) -> str:
     def named(word: str) -> str:
         path = Path(word).resolve()
         inside = recipes.name == "recipes" and path.is_relative_to(recipes) and os.path.isfile(path)
-        return path.relative_to(recipes.parent).as_posix() if inside else public(word)
+        return path.relative_to(recipes.parent).as_posix() if inside else strip_local_path(word)
 
     told = [",".join(map(named, word.split(","))) for word in (*options[0], *kept)]
     return sanitize(shlex.join(["accelerate", "launch", f"recipes/{script.name}", *told]))

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from ..cut.settings import copy_transformers_version, encode_json
 from ..errors import LayerPruneError
-from ..files.copy import copy_inside, write_bytes
+from ..files.copy import copy_model_file, write_bytes
 from ..files.folders import new_folder
 from ..options import pluralize
 from ..records.fingerprints import ADAPTER_CONFIG, CONFIG, GENERATION, fingerprint, holds_weights, model_files
@@ -53,7 +53,7 @@ def write_healed(
     with ExitStack() as folders:  # folders get their names in reverse order: the model, then its adapter
         merged, part = _merged(student, lineage, trained, adapter, folders)
         merged.name_or_path = merged.config.name_or_path = str(student.folder)
-        folder = folders.enter_context(new_folder(output, apart_from=student.folder))
+        folder = folders.enter_context(new_folder(output, source=student.folder))
         merged.save_pretrained(folder)
         copy_beside_weights(student.folder, folder)
         entry["changed_tensors"] = changed_tensors(student.folder, folder)
@@ -73,14 +73,14 @@ def write_adapter(student: Student, trained: Path, output: Path, adapter: Path) 
     """Write the adapter of a model that [`write_healed`] wrote, if that was killed before the adapter had its name."""
     if not adapter.exists():
         with ExitStack() as folders:
-            lineage, healed = _lineage(student), Lineage.of(output)
+            lineage, healed = _lineage(student), Lineage.load(output)
             _, part = _merged(student, lineage, trained, adapter, folders)
             _record_adapter(part, lineage, healed.entries[-1] if healed else {})
 
 
 def _lineage(student: Student) -> Lineage:
     base = {"id": str(student.folder), "commit": None, "files": fingerprint(student.folder)}
-    return Lineage.of(student.folder) or Lineage(base)
+    return Lineage.load(student.folder) or Lineage(base)
 
 
 def _record_adapter(folder: Path | None, lineage: Lineage, entry: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ def _merged(
             student.base,
         )
     elif adapter is not None:
-        folder = folders.enter_context(new_folder(adapter, apart_from=student.folder))
+        folder = folders.enter_context(new_folder(adapter, source=student.folder))
         if tail:
             _describe_repair(adapted.peft_config["default"], lineage)
         adapted.save_pretrained(folder)
@@ -176,5 +176,5 @@ def _copy_others(before: Path, after: Path, but: Collection[str]) -> None:
     for name, path in model_files(before).items():
         if name not in but and not (holds_weights(name) or name.endswith(".index.json")):
             (after / name).parent.mkdir(exist_ok=True)
-            copy_inside(path, before, after / name)
+            copy_model_file(path, before, after / name)
     copy_licence(before, after)

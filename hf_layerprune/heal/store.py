@@ -23,9 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import CheckpointError
-from ..files.copy import check_space, write_failed
+from ..files.copy import check_space, write_error
 from ..files.folders import lock_folder, unlock_folder
-from ..records.figures.numbers import size
+from ..records.figures.numbers import format_size
 from ..runtime.memory import free_memory, halved
 from ..screen import progress_bar
 
@@ -182,7 +182,7 @@ class StateCache:
             save_file(states, partial)
             os.replace(partial, path)
         except (OSError, SafetensorError) as error:
-            raise write_failed(path, error) from error
+            raise write_error(path, error) from error
         finally:
             partial.unlink(missing_ok=True)
 
@@ -199,7 +199,9 @@ def make_room(caches: Sequence[StateCache]) -> None:
         around.mkdir(parents=True, exist_ok=True)
         if needed:
             free = shutil.disk_usage(around).free
-            logger.info("%s will take up %s for hidden states; %s is free", around, size(needed), size(free))
+            logger.info(
+                "%s will take up %s for hidden states; %s is free", around, format_size(needed), format_size(free)
+            )
             check_space(around, needed, free)
         else:
             logger.info("%s already has the hidden states of all rows", around)
@@ -207,7 +209,7 @@ def make_room(caches: Sequence[StateCache]) -> None:
             cache.folder.mkdir(exist_ok=True)
             cache.hold()
     except OSError as error:
-        raise write_failed(around, error) from error
+        raise write_error(around, error) from error
 
 
 def hash_rows(dataset: Dataset) -> str:

@@ -74,7 +74,7 @@ class Student:
             raise CheckpointError(
                 f"{name} was not pruned by hf-layerprune; prune it first: hf-layerprune prune {name} OUTPUT"
             )
-        lineage = Lineage.of(folder) or Lineage({})
+        lineage = Lineage.load(folder) or Lineage({})
         entries = lineage.entries
         repaired = tuple(name for e in entries for name in (e.get("repair") or {}).get("changed_tensors") or ())
         stages = [entry["stage"] for entry in entries]
@@ -104,7 +104,7 @@ class Student:
         Raises:
             CheckpointError: It holds something else.
         """
-        before, after = (Lineage.of(one) or Lineage({}) for one in (self.folder, folder))
+        before, after = (Lineage.load(one) or Lineage({}) for one in (self.folder, folder))
         *earlier, last = after.entries or [{}]
         if last.get("stage") != "heal" or earlier != before.entries:
             raise CheckpointError(f"{folder} is not from this run; choose another --output_dir, or remove it")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import LayerPruneError
 from ..families import layer_count
-from ..records.figures.metric_names import BYTES, SECONDS, metric_named
+from ..records.figures.metric_names import BYTES, SECONDS, get_metric
 from ..runtime.devices import pick_device
 from .paired import PairedDifference, compare_pairs, require_statistics
 from .requests import BenchRequest, EvalRequest
@@ -64,7 +64,7 @@ class Measurement:
         self, weights: str, kind: str, metric: str, value: float, settings: dict[str, Any], **more: Any
     ) -> dict[str, Any]:
         """A number, measured with some settings on the weights of a hash, as a record of `metrics.json`."""
-        known = metric_named(metric, kind)
+        known = get_metric(metric, kind)
         return {
             "weights": weights,
             "kind": kind,

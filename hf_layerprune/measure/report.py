@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..records.figures import numbers
-from ..records.figures.metric_names import SHARE, metric_named
-from ..records.figures.results import QUALITY, SIGNIFICANT, Cell, Results, Row, results_of, run_words
+from ..records.figures.metric_names import SHARE, get_metric
+from ..records.figures.results import QUALITY, SIGNIFICANT, Cell, Results, Row, build_results, describe_run
 from ..records.metrics import Metrics
 
 _NOTES = {
@@ -21,7 +21,7 @@ _NOTES = {
 
 def report(metrics: Metrics, kinds: Iterable[str] = QUALITY) -> str:
     """Format a model's numbers of some kinds as a table, with a heading and notes."""
-    results = results_of(metrics)
+    results = build_results(metrics)
     rows = results.table(kinds, every=True) if results else []
     if not rows:
         return "nothing was measured"
@@ -34,7 +34,7 @@ def report(metrics: Metrics, kinds: Iterable[str] = QUALITY) -> str:
     table = [["task", "metric", "n", *(one.role for one in columns), "change", "theory", "of margin", "p"]]
     under: dict[str, list[int]] = {"": []}  # the lines of the table, by the run that they are about
     for row in rows:
-        words = ", ".join(filter(None, [row.engine, run_words(row.run), row.apart]))
+        words = ", ".join(filter(None, [row.engine, describe_run(row.run), row.qualifier]))
         task = f"{row.key[1]} ({words})" if row.key[1] and words else row.key[1]
         under.setdefault("" if task else words, []).append(len(table))
         cells = [_value(row, row.cells.get(one.weights)) for one in columns]
@@ -61,11 +61,11 @@ def _value(row: Row, cell: Cell | None) -> str:
     kind, _, metric = row.key
     text = cell.value
     if "spread" in cell.record:
-        least, most = (numbers.measured(metric, value, kind) for value in cell.record["spread"])
+        least, most = (numbers.format_metric(metric, value, kind) for value in cell.record["spread"])
         if least.split()[1:] == most.split()[1:] == text.split()[1:]:  # the same unit
             least, most = least.split()[0], most.split()[0]
         text += f" [{least} to {most}]" if least != most else ""
-    return f"{text} %" if metric_named(metric, kind).unit == SHARE else text
+    return f"{text} %" if get_metric(metric, kind).unit == SHARE else text
 
 
 def _compared(row: Row, results: Results) -> list[str]:
@@ -77,7 +77,7 @@ def _compared(row: Row, results: Results) -> list[str]:
     significance = "" if p is None else "<1e-4" if p < 1e-4 else f"{p:.2g}"
     return [
         cell.change,
-        "" if theory is None else numbers.ratio(theory),
-        "" if kept is None else f"{numbers.percent(kept)} %",
+        "" if theory is None else numbers.format_ratio(theory),
+        "" if kept is None else f"{numbers.format_percent(kept)} %",
         significance + (" noise" if p is not None and p > SIGNIFICANT else ""),
     ]

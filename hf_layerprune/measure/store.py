@@ -139,7 +139,7 @@ def check_output(path: Path, *models: str | None) -> None:
     check_file_target(path, force=True)
     for model in models:
         if model is not None and path.name != FILE_NAME:
-            check_file_target(path, force=True, apart_from=Path(model).expanduser())
+            check_file_target(path, force=True, source=Path(model).expanduser())
     if path.exists() and path.suffix != ".json":
         raise LayerPruneError(f"{path} exists and is not a .json file; choose another file for the numbers")
 
@@ -150,7 +150,7 @@ def _before(path: Path | None, model: Subject, base: Subject | None, force: bool
         return Metrics(model.weights)
     way_out = "replace them with --force, or write elsewhere with --output FILE"
     try:
-        metrics = Metrics.read(path) or Metrics(model.weights)
+        metrics = Metrics.load_file(path) or Metrics(model.weights)
         if metrics.weights != model.weights:
             raise CheckpointError(
                 f"{path} holds numbers of other weights ({metrics.weights[:12]}; those of {model.name} are "
@@ -183,7 +183,7 @@ def _check_base(model: Subject, base: Subject) -> None:
 
 def _copy_numbers(metrics: Metrics, model: Subject, folder: Path) -> None:
     """Copy the numbers of an earlier stage, and of the models that it was compared with."""
-    earlier = Metrics.of(folder)
+    earlier = Metrics.load(folder)
     if earlier is None:
         raise CheckpointError(f"{folder} has no {FILE_NAME}; measure it with hf-layerprune eval {folder}")
     now_there = identity(folder)

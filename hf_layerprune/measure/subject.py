@@ -154,7 +154,7 @@ def identify(source: str | Path, revision: str | None = None) -> Subject:
     sizes = [file.stat().st_size for name, file in files.items() if holds_weights(name)]
     if not sizes:
         raise CheckpointError(f"{path} has no safetensors weights; save it with save_pretrained")
-    lineage, folder = (Lineage.of(path), path) if path.is_dir() else (None, None)
+    lineage, folder = (Lineage.load(path), path) if path.is_dir() else (None, None)
     return Subject(str(path), path.resolve().name, identity(path), lineage, folder, None, sum(sizes))
 
 
@@ -167,7 +167,7 @@ def _on_hub(repo: str, revision: str | None) -> Subject:
     hashes, folder = hash_hub_files(hub, names)
     model = identity_of(hashes, base_of_adapter(folder) if adapter is not None else None)
     size = sum(hub.files[name].size for name in names if holds_weights(name))
-    return Subject(repo, repo, model, Lineage.of(folder), None, hub.commit, size)
+    return Subject(repo, repo, model, Lineage.load(folder), None, hub.commit, size)
 
 
 def _check_adapter(adapter: PeftConfig, source: str | Path, files: Container[str]) -> None:

@@ -26,13 +26,13 @@ from huggingface_hub.repocard import metadata_load, metadata_save
 
 from ..errors import CheckpointError, CutError
 from ..files.folders import new_folder
-from ..files.shipped import shipped
+from ..files.shipped import bundled_folder
 from ..records.declared import CARD
 from ..records.fingerprints import ADAPTER_CONFIG, CONFIG
 from ..records.lineage import Lineage
 from ..records.locked import locked
 from ..records.names import check_repository, hub_base, last_part
-from ..records.quantized import method_of, package_of
+from ..records.quantized import quantization_method, quantization_package
 from ..runtime.config_file import read_config_file
 from ..runtime.loading import is_hub_id, resolve_base
 from ..versions import __version__
@@ -56,10 +56,10 @@ def build_space(folder: Path, *, model_repo_id: str, model: Path | None = None, 
         CheckpointError: The folder can't be written.
     """
     check_repository(model_repo_id)
-    lineage = Lineage.of(model) if model else None
+    lineage = Lineage.load(model) if model else None
     base_repo_id = hub_base(lineage.base) if lineage else None
-    source = shipped("spaces/chat")
-    with new_folder(folder, apart_from=source) as made:
+    source = bundled_folder("spaces/chat")
+    with new_folder(folder, source=source) as made:
         for path in sorted(source.iterdir()):
             if path.suffix in (".py", ".css", ".txt", ".md"):
                 shutil.copyfile(path, made / path.name)
@@ -114,7 +114,7 @@ def serve(request: ChatRequest) -> str:
             raise CheckpointError(f"{what}; specify others with --host and --port") from error
     # Gradio reads them when it is imported; only there are they where to look for a free port.
     os.environ |= {"GRADIO_SERVER_NAME": host, "GRADIO_SERVER_PORT": str(port)}
-    sys.path.insert(0, str(shipped("spaces/chat")))  # its files import each other as they do on the Hub
+    sys.path.insert(0, str(bundled_folder("spaces/chat")))  # its files import each other as they do on the Hub
     app = importlib.import_module("app")
     try:
         made = app.build(model, base)
@@ -167,7 +167,7 @@ def secret_from(variable: str | None) -> str | None:
 
 def _local_base_of(model: Path) -> str | None:
     """The dense base of a model, if it is on this machine."""
-    lineage = Lineage.of(model) if model.is_dir() else None
+    lineage = Lineage.load(model) if model.is_dir() else None
     base = (lineage.base.get("id") if lineage else None) or ""
     return base if base and Path(base, CONFIG).is_file() else None
 
@@ -181,8 +181,9 @@ def _requirements_of(model: Path | None, adapter: bool) -> list[str]:
     settings = config.get("quantization_config")
     if not isinstance(settings, dict):
         return sees
-    if (package := package_of(settings)) is None:
+    if (package := quantization_package(settings)) is None:
         logger.warning(
-            "the Space may need a package for %s weights; add it to its requirements.txt", method_of(settings)
+            "the Space may need a package for %s weights; add it to its requirements.txt",
+            quantization_method(settings),
         )
     return [*sees, package] if package else sees

@@ -11,7 +11,7 @@ STATES = ("cut", "repaired")
 _FIGURES = ("kl", "perplexity_ratio", "top1_agreement")
 
 
-def curve_of(history: History) -> list[dict[str, Any]]:
+def read_curve(history: History) -> list[dict[str, Any]]:
     """The points of the search for a budget, or of `rank --curve`, in the records; empty if any of them is malformed."""
     for stage in history.stages:
         points = stage.entry.get("selection", {}).get("curve", [])
@@ -20,7 +20,7 @@ def curve_of(history: History) -> list[dict[str, Any]]:
     return []
 
 
-def quality_of(point: dict[str, Any]) -> dict[str, Any]:
+def final_quality(point: dict[str, Any]) -> dict[str, Any]:
     """The quality at a point: after the repair if there is one, otherwise of the plain cut."""
     return point.get("repaired") or point["cut"]
 

@@ -26,7 +26,7 @@ _MAX_TEXT = 300
 _MAX_LANGUAGES = 100
 
 
-def front_matter(text: str, where: str = CARD) -> tuple[dict[str, Any], str]:
+def split_front_matter(text: str, where: str = CARD) -> tuple[dict[str, Any], str]:
     """Split a card into the fields of its YAML block, in their order, and the text after it.
 
     `where` names the card in errors.
@@ -54,7 +54,7 @@ def front_matter(text: str, where: str = CARD) -> tuple[dict[str, Any], str]:
     return fields, card.text.lstrip("\n")
 
 
-def declared_by(folder: Path, card: Path | None = None, repository: str | None = None) -> dict[str, Any]:
+def declared_fields(folder: Path, card: Path | None = None, repository: str | None = None) -> dict[str, Any]:
     """Read what a base declares about itself.
 
     Args:
@@ -67,21 +67,21 @@ def declared_by(folder: Path, card: Path | None = None, repository: str | None =
         `dict[str, Any]`: Those of `license`, `license_name`, `license_link` and `language` that it declares, and
             `chat` if it has a chat template.
     """
-    declared = _of_card(card or folder / CARD) | _chat(folder)
+    declared = _card_fields(card or folder / CARD) | _chat_field(folder)
     link = declared.get("license_link")
     if repository and link and "://" not in link:
         declared["license_link"] = f"https://huggingface.co/{repository}/{link.removeprefix('./')}"
     return declared
 
 
-def declared_in_gguf(keys: Mapping[str, str]) -> dict[str, Any]:
-    """Read what a GGUF file declares in its text metadata; as from `declared_by`, without languages."""
+def declared_gguf_fields(keys: Mapping[str, str]) -> dict[str, Any]:
+    """Read what a GGUF file declares in its text metadata; as from `declared_fields`, without languages."""
     names = {field: f"general.{field.replace('_', '.')}" for field in LICENCE_FIELDS}
     declared: dict[str, Any] = {field: keys[key].strip()[:_MAX_TEXT] for field, key in names.items() if keys.get(key)}
     return declared | ({"chat": True} if "tokenizer.chat_template" in keys else {})
 
 
-def _chat(folder: Path) -> dict[str, Any]:
+def _chat_field(folder: Path) -> dict[str, Any]:
     """Whether a folder has a chat template: a file, or an entry of the tokenizer config, of several the default one."""
     settings, inside = folder / "tokenizer_config.json", None
     if settings.is_file():
@@ -92,11 +92,11 @@ def _chat(folder: Path) -> dict[str, Any]:
     return {"chat": True} if inside or (folder / "chat_template.jinja").is_file() else {}
 
 
-def _of_card(path: Path) -> dict[str, Any]:
+def _card_fields(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        fields, _ = front_matter(read_bytes(path, _MAX_CARD).decode("utf-8-sig", errors="replace"), str(path))
+        fields, _ = split_front_matter(read_bytes(path, _MAX_CARD).decode("utf-8-sig", errors="replace"), str(path))
     except CheckpointError as error:
         logger.warning("%s; the base's licence is not recorded", error)
         return {}

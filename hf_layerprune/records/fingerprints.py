@@ -49,11 +49,11 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 def sha256_of(path: Path) -> str:
     """The sha256 of a file, cached until the file changes."""
     blob = path.resolve()
-    return _hashed(blob, FileState.of(blob))
+    return _cached_hash(blob, FileState.of_file(blob))
 
 
 @lru_cache(maxsize=4096)
-def _hashed(path: Path, state: FileState) -> str:
+def _cached_hash(path: Path, state: FileState) -> str:
     return _read_hash(path)
 
 
@@ -109,10 +109,10 @@ def weights_hash(files: Mapping[str, Mapping[str, Any]]) -> str:
 
     The same weights in other shards have another hash.
     """
-    return _combined({name: entry["sha256"] for name, entry in files.items() if holds_weights(name)})
+    return _combine({name: entry["sha256"] for name, entry in files.items() if holds_weights(name)})
 
 
-def passing_weights_hash(folder: Path) -> str:
+def uncached_weights_hash(folder: Path) -> str:
     """The hash of weights that are about to be changed in place.
 
     It is not cached, since the modification time may be too coarse to show the change.
@@ -121,7 +121,7 @@ def passing_weights_hash(folder: Path) -> str:
     return weights_hash({path.name: {"sha256": _read_hash(path)} for path in paths})
 
 
-def _combined(hashes: Mapping[str, str]) -> str:
+def _combine(hashes: Mapping[str, str]) -> str:
     lines = [f"{name} {sha256}\n" for name, sha256 in sorted(hashes.items())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -246,11 +246,11 @@ def identity_of(hashes: Mapping[str, str], base: str | None = None) -> Identity:
         group = weights if holds_weights(name) else template if is_template else others
         group[name] = sha256
     return Identity(
-        weights=_combined(weights),
+        weights=_combine(weights),
         config=hashes.get(CONFIG),
         generation=hashes.get(GENERATION),
-        tokenizer=_combined(others) if others else None,
-        template=_combined(template) if template else None,
+        tokenizer=_combine(others) if others else None,
+        template=_combine(template) if template else None,
         adapter=hashes.get(ADAPTER_CONFIG),
         base=base,
     )

@@ -19,7 +19,7 @@ QUANTIZE = "quantize"
 _LINE = 80
 OWN_TEXT = "text that the dense model wrote itself"
 # Fields of a repair's record that are not settings.
-_NO_SETTINGS = ("changed_tensors", "input_weights", "seconds")
+_NOT_SETTINGS = ("changed_tensors", "input_weights", "seconds")
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class History:
     @property
     def dtype(self) -> str | None:
         """The dtype to which the weights were converted, or `None` if they kept the base's."""
-        told = [stage.settings.get("dtype") for stage in self.stages if stage.name == "prune"]
-        types = [str(dtype) for dtype in told if dtype not in (None, "auto")]
+        dtypes = [stage.settings.get("dtype") for stage in self.stages if stage.name == "prune"]
+        types = [str(dtype) for dtype in dtypes if dtype not in (None, "auto")]
         return types[-1] if types else "bfloat16" if self.from_gguf else None
 
     @property
@@ -139,16 +139,16 @@ class History:
         commands: list[str] = []
         source = None
         for number, stage in enumerate(self.stages):
-            if told := stage.entry.get("command"):
-                commands.append(_folded(_split(told)))
+            if command := stage.entry.get("command"):
+                commands.append(_wrap_command(_split(command)))
             elif stage.name == "prune" and stage.settings.get("drop_layers"):
-                output = self._taken_up(number) or ("pruned" if source is None else f"{source}-again")
+                output = self._next_input(number) or ("pruned" if source is None else f"{source}-again")
                 if output not in (self.base_id, self.base_on_hub):  # a recipe that starts from the base prunes it
-                    commands.append(_folded(self._prune(stage, source, output)))
+                    commands.append(_wrap_command(self._prune_arguments(stage, source, output)))
                 source = output
         return commands
 
-    def _taken_up(self, number: int) -> str | None:
+    def _next_input(self, number: int) -> str | None:
         """The name that the next command uses for the output of a stage."""
         for stage in self.stages[number + 1 :]:
             words = _split(stage.entry.get("command", ""))
@@ -156,31 +156,31 @@ class History:
                 return words[words.index("--model_name_or_path") + 1]
         return None
 
-    def _prune(self, stage: Stage, source: str | None, output: str) -> list[str]:
+    def _prune_arguments(self, stage: Stage, source: str | None, output: str) -> list[str]:
         settings, base = stage.settings, self.lineage.base
         # Prefer the base on the Hub, which every reader can get; a GGUF file has other weights than that.
         start = self.base_id if self.from_gguf or not self.base_on_hub else self.base_on_hub
-        words = ["hf-layerprune", "prune", source or start, output]
+        arguments = ["hf-layerprune", "prune", source or start, output]
         budget = next((name for name in BUDGETS if settings.get(name) is not None), None)
         if budget is None:
-            words += ["--drop-layers", format_layers(settings["drop_layers"])]
+            arguments += ["--drop-layers", format_layers(settings["drop_layers"])]
         else:  # its repair is fitted to the rows that are not held out
-            words += [f"--{budget.replace('_', '-')}", f"{settings[budget]:g}"]
-            words += ["--criterion", str(settings["criterion"])]
-            words += ["--contiguous"] if settings.get("contiguous") is True else []
+            arguments += [f"--{budget.replace('_', '-')}", f"{settings[budget]:g}"]
+            arguments += ["--criterion", str(settings["criterion"])]
+            arguments += ["--contiguous"] if settings.get("contiguous") is True else []
             for name in ("protect_first", "protect_last"):
-                words += [f"--{name.replace('_', '-')}", str(settings[name])] if settings.get(name) else []
+                arguments += [f"--{name.replace('_', '-')}", str(settings[name])] if settings.get(name) else []
         if settings.get("dtype", "auto") != "auto":
-            words += ["--dtype", str(settings["dtype"])]
+            arguments += ["--dtype", str(settings["dtype"])]
         if settings.get("repair"):
-            words += ["--repair", str(settings["repair"])]
+            arguments += ["--repair", str(settings["repair"])]
         if settings.get("repair") or budget:
-            words += _calibration_words(stage.entry.get("calibration", {}))
+            arguments += _calibration_arguments(stage.entry.get("calibration", {}))
         if settings.get("form") == "adapter":
-            words.append("--adapter")
+            arguments.append("--adapter")
         if source is None and base.get("commit"):
-            words += ["--revision", str(base["commit"])]
-        return words
+            arguments += ["--revision", str(base["commit"])]
+        return arguments
 
 
 def _split(command: str) -> list[str]:
@@ -190,7 +190,7 @@ def _split(command: str) -> list[str]:
         return command.split()
 
 
-def _folded(words: list[str]) -> str:
+def _wrap_command(words: list[str]) -> str:
     """A command; if it is long, each option is on a line of its own."""
     quoted = [shlex.quote(word) for word in words]
     line = " ".join(quoted)
@@ -199,17 +199,17 @@ def _folded(words: list[str]) -> str:
     return " ".join(f"\\\n    {word}" if word.startswith("--") else word for word in quoted)
 
 
-def _calibration_words(record: dict[str, Any]) -> list[str]:
+def _calibration_arguments(record: dict[str, Any]) -> list[str]:
     """The command-line options for a calibration set that differ from the defaults."""
     source = str(record.get("source", "self"))
-    told = {
+    options = {
         "--calibration": (last_part(source) if source.startswith(("/", "~", ".")) else source, "self"),
         "--calibration-samples": (record.get("samples"), 128),
         "--calibration-length": (record.get("length"), 512),
         "--seed": (record.get("seed"), 42),
     }
-    differ = [(flag, str(value)) for flag, (value, usual) in told.items() if value not in (None, usual)]
-    return [word for option in differ for word in option]
+    changed = [(flag, str(value)) for flag, (value, default) in options.items() if value not in (None, default)]
+    return [word for option in changed for word in option]
 
 
 def read_history(lineage: Lineage) -> History:
@@ -248,7 +248,7 @@ def read_history(lineage: Lineage) -> History:
     for number, entry in enumerate(lineage.entries):
         later = [stay for at, stay in cuts if at > number]
         for name, part in _parts(entry):
-            stages.append(Stage(name, part, frozenset(_through(later, part.get("changed_tensors") or []))))
+            stages.append(Stage(name, part, frozenset(_rename_after_cuts(later, part.get("changed_tensors") or []))))
     return History(lineage, n, tuple(kept), tuple(stages))
 
 
@@ -256,7 +256,7 @@ def _parts(entry: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """An entry, followed by its repair, if any, as a separate stage."""
     yield str(entry.get("stage")), entry
     if repair := entry.get("repair"):
-        settings = {name: value for name, value in repair.items() if name not in _NO_SETTINGS}
+        settings = {name: value for name, value in repair.items() if name not in _NOT_SETTINGS}
         yield "repair", {"settings": settings} | {name: repair.get(name) for name in ("changed_tensors", "seconds")}
 
 
@@ -277,7 +277,7 @@ def _calibration(record: dict[str, Any]) -> dict[str, Any]:
     return text
 
 
-def _through(cuts: list[list[int]], names: list[str]) -> Iterator[str]:
+def _rename_after_cuts(cuts: list[list[int]], names: list[str]) -> Iterator[str]:
     """Names of tensors after further cuts, without those of dropped layers."""
     for name in names:
         for stay in cuts:

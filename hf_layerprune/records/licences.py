@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..files.copy import copy_inside
+from ..files.copy import copy_model_file
 
 _FILES = re.compile(
     r"((MODEL|THIRD[_-]?PARTY|ACCEPTABLE)[_-])?(LICEN[CS]ES?|NOTICES?|USE[_-]POLICY|COPYING|COPYRIGHT)([._-].*)?",
@@ -73,7 +73,7 @@ _ALIASES = {
 
 
 @dataclass(frozen=True)
-class LicenceFound:
+class DeclaredLicence:
     """The licence of a base, as it declares it.
 
     Args:
@@ -89,7 +89,7 @@ class LicenceFound:
     row: Licence | None = None
 
     @classmethod
-    def of(cls, base: dict[str, Any]) -> LicenceFound:
+    def from_base(cls, base: dict[str, Any]) -> DeclaredLicence:
         """Look up the licence that `lineage.json` records for the base."""
         declared, name, link = (base.get(key) for key in ("license", "license_name", "license_link"))
         if not declared and name:
@@ -130,7 +130,7 @@ def is_licence_file(name: str) -> bool:
 
 
 def copy_licence(source: Path, folder: Path) -> None:
-    """Copy the licence and its notices from one folder to another that lacks them; raises as `copy_inside` does."""
+    """Copy the licence and its notices from one folder to another that lacks them; raises as `copy_model_file` does."""
     for path in sorted(source.iterdir()):
         if path.is_file() and is_licence_file(path.name) and not (folder / path.name).exists():
-            copy_inside(path, source, folder / path.name)
+            copy_model_file(path, source, folder / path.name)

@@ -46,7 +46,7 @@ class Lineage:
     published: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, folder: Path) -> Lineage | None:
+    def load(cls, folder: Path) -> Lineage | None:
         """Read the history of a folder, or return `None` if it has none.
 
         Raises:
@@ -60,13 +60,13 @@ class Lineage:
         return cls(data["base"], data["entries"], data.get("published", {}))
 
     @classmethod
-    def required(cls, folder: Path, name: str | None = None) -> Lineage:
+    def load_required(cls, folder: Path, name: str | None = None) -> Lineage:
         """Read the history of a folder, which is called `name` in errors.
 
         Raises:
             CheckpointError: It has none, or the file does not follow its schema.
         """
-        lineage = cls.of(folder)
+        lineage = cls.load(folder)
         if lineage is None:
             if name is None and not folder.is_dir():
                 what = "is a file" if folder.exists() else "does not exist"
@@ -92,7 +92,7 @@ class Lineage:
             CheckpointError: The folder has no history, or the history does not follow its schema or can't be written.
         """
         with locked(folder / FILE_NAME):
-            lineage = cls.required(folder)
+            lineage = cls.load_required(folder)
             before = deepcopy(lineage)
             change(lineage)
             if lineage != before:

@@ -21,7 +21,7 @@ from .figures.results import CONDITIONS
 from .fingerprints import Identity, identity, identity_of
 from .lineage import Lineage
 from .locked import locked
-from .requirements import Bound, Outcome, judge, parse_bounds
+from .requirements import Bound, Outcome, check_bounds, parse_bounds
 
 FILE_NAME = "metrics.json"
 SCHEMA_VERSION = 1
@@ -53,19 +53,19 @@ class Metrics:
     @property
     def outcomes(self) -> list[Outcome]:
         """Whether its numbers meet its bounds."""
-        return judge(self.bounds, self)
+        return check_bounds(self.bounds, self)
 
     @classmethod
-    def of(cls, folder: Path) -> Metrics | None:
+    def load(cls, folder: Path) -> Metrics | None:
         """Read the numbers of a folder, or return `None` if it has none.
 
         Raises:
             CheckpointError: The file does not follow the schema.
         """
-        return cls.read(folder / FILE_NAME)
+        return cls.load_file(folder / FILE_NAME)
 
     @classmethod
-    def read(cls, path: Path) -> Metrics | None:
+    def load_file(cls, path: Path) -> Metrics | None:
         """Read a file of numbers, or return `None` if it does not exist.
 
         Raises:
@@ -93,27 +93,29 @@ class Metrics:
             CheckpointError: The old or new content does not follow the schema, or the file can't be written.
         """
         with locked(path):
-            metrics = change(None if overwrite else cls.read(path))
+            metrics = change(None if overwrite else cls.load_file(path))
             metrics._write(path)
         return metrics
 
     def add_model(self, model: Identity, *, role: str, name: str, layers: int, parameters: int) -> None:
         """Add a measured model, with the hashes of the config, tokenizer and other files that it was measured with."""
-        told = {"role": role, "name": name, "layers": layers, "parameters": parameters, "identity": model.parts}
-        self.models[model.weights] = told
+        recorded = {"role": role, "name": name, "layers": layers, "parameters": parameters, "identity": model.parts}
+        self.models[model.weights] = recorded
 
     def changed_since(self, model: Identity) -> list[str]:
         """The parts of a model, such as `config`, that have changed since its numbers were measured, if they were."""
-        told = self.models.get(model.weights)
-        return model.changed_since(told.get("identity")) if told is not None else []
+        recorded = self.models.get(model.weights)
+        return model.changed_since(recorded.get("identity")) if recorded is not None else []
 
     def add(self, *, results: Sequence[dict[str, Any]] = (), comparisons: Sequence[dict[str, Any]] = ()) -> None:
         """Add numbers, replacing earlier ones for the same weights and settings. A difference from the base goes with a
         number that it was taken from, if that is replaced by another number or was measured otherwise.
         """
-        before = {_key(record): _fact(record) for record in self.results}
-        changed = {key for key, fact in ((_key(one), _fact(one)) for one in results) if before.get(key, fact) != fact}
-        self.comparisons = [old for old in self.comparisons if not changed.intersection(_compared(old))]
+        before = {_key(record): _measurement(record) for record in self.results}
+        changed = {
+            key for key, fact in ((_key(one), _measurement(one)) for one in results) if before.get(key, fact) != fact
+        }
+        self.comparisons = [old for old in self.comparisons if not changed.intersection(_compared_keys(old))]
         for name, new in (("results", results), ("comparisons", comparisons)):
             keys = {_key(record) for record in new}
             setattr(self, name, [old for old in getattr(self, name) if _key(old) not in keys] + list(new))
@@ -188,12 +190,12 @@ def _key(record: dict[str, Any]) -> str:
     return json.dumps([record.get(name) for name in _KEY], sort_keys=True)
 
 
-def _fact(record: dict[str, Any]) -> list[Any]:
+def _measurement(record: dict[str, Any]) -> list[Any]:
     """What a number is, and how it was measured."""
     return [record["value"], *(record.get(name) for name in CONDITIONS)]
 
 
-def _compared(record: dict[str, Any]) -> list[str]:
+def _compared_keys(record: dict[str, Any]) -> list[str]:
     """The keys of the two numbers that a comparison is about."""
     return [_key(record | {"weights": record[name], "base": None}) for name in ("weights", "base")]
 

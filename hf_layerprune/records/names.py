@@ -59,7 +59,7 @@ def last_part(path: str) -> str:
     return PurePath(path.replace("\\", "/")).name
 
 
-def public(word: str) -> str:
+def strip_local_path(word: str) -> str:
     """A word without the folders of an absolute path; one below the working folder keeps those from there on."""
     path, here = Path(word), Path.cwd()
     if not path.is_absolute():

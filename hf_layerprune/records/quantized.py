@@ -12,7 +12,7 @@ _PACKAGES = {
 }  # fmt: skip
 
 
-def method_of(settings: Any) -> str:
+def quantization_method(settings: Any) -> str:
     """The method of a `quantization_config`: the name of a package for most, and `"unknown"` if it has none."""
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     return method if isinstance(method, str) and method else "unknown"
@@ -20,24 +20,24 @@ def method_of(settings: Any) -> str:
 
 def is_repeatable_method(settings: Any) -> bool:
     """Whether quantising the same weights with this `quantization_config` again is known to give the same bytes."""
-    return method_of(settings) in _REPEATABLE
+    return quantization_method(settings) in _REPEATABLE
 
 
-def package_of(settings: Any) -> str | None:
+def quantization_package(settings: Any) -> str | None:
     """The package that transformers needs to load a model with this `quantization_config`, if that is known here."""
-    return _PACKAGES.get(method_of(settings))
+    return _PACKAGES.get(quantization_method(settings))
 
 
 def describe_quantization(settings: Any) -> str:
     """A `quantization_config` in a few words: its method and, if it has one, its number type: `bitsandbytes, nf4`."""
-    told = settings if isinstance(settings, dict) else {}
-    kind: Any = told.get("quant_type") or told.get("format")
+    fields = settings if isinstance(settings, dict) else {}
+    kind: Any = fields.get("quant_type") or fields.get("format")
     if isinstance(kind, dict):  # of torchao
         kind = (kind.get("default") or {}).get("_type")
-    if told.get("load_in_4bit"):
-        kind = told.get("bnb_4bit_quant_type")
-    elif told.get("load_in_8bit"):
+    if fields.get("load_in_4bit"):
+        kind = fields.get("bnb_4bit_quant_type")
+    elif fields.get("load_in_8bit"):
         kind = "int8"
-    elif kind is None and isinstance(told.get("bits"), int):
-        kind = f"{told['bits']} bits"
-    return f"{method_of(told)}, {kind}" if isinstance(kind, str) else method_of(told)
+    elif kind is None and isinstance(fields.get("bits"), int):
+        kind = f"{fields['bits']} bits"
+    return f"{quantization_method(fields)}, {kind}" if isinstance(kind, str) else quantization_method(fields)

@@ -1,7 +1,7 @@
 """Requirements: bounds on measured numbers that a model must meet, such as `perplexity_ratio<=1.2,piqa>=0.6`.
 
     bounds = parse_bounds("perplexity_ratio<=1.2,top1_agreement>=0.8")
-    for outcome in judge(bounds, metrics):
+    for outcome in check_bounds(bounds, metrics):
         print(outcome.met, outcome.text)
 
 A bound names a metric of `metrics.json` (every text or workload that it was measured on must meet the bound), a task or a
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 _BOUND = re.compile(r"\s*([^\s<>=,]{1,200})\s*(<=|>=|<|>)\s*(-?[\d.]{1,40}(?:[eE][+-]?\d{1,2})?)\s*")
 _EXAMPLE = "perplexity_ratio<=1.2,top1_agreement>=0.8,piqa>=0.6"
 _RATIO = "_ratio"
-_MOST = 100
+_MAX_BOUNDS = 100
 # A task's main metric is the first of these that it has, as on a card.
-_MAIN = ("acc_norm", "acc", "exact_match", "f1", "perplexity", "word_perplexity")
+_MAIN_METRICS = ("acc_norm", "acc", "exact_match", "f1", "perplexity", "word_perplexity")
 # Timed runs of different sizes are different numbers; of other settings, the newest number counts.
-_RUN = ("batch", "prompt_tokens", "new_tokens")
+_RUN_SETTINGS = ("batch", "prompt_tokens", "new_tokens")
 _OF_TASKS = ("acc_norm", "acc", "exact_match", "f1", "word_perplexity", "byte_perplexity", "bits_per_byte")
 _OF_TEXTS, _FROM_BASE = ("perplexity", "nll"), ("kl", "top1_agreement")
 
@@ -41,11 +41,11 @@ class Bound:
     """A bound on a measured number: a metric, a task, a text or `TASK:METRIC`, each with or without `_ratio`."""
 
     name: str
-    sign: str
+    operator: str
     limit: float
 
     def __str__(self) -> str:
-        return f"{self.name}{self.sign}{repr(self.limit).removesuffix('.0')}"
+        return f"{self.name}{self.operator}{repr(self.limit).removesuffix('.0')}"
 
     @property
     def plain(self) -> str:
@@ -59,7 +59,7 @@ class Bound:
 
     def met_by(self, value: float) -> bool:
         """Whether a number meets it."""
-        return {"<=": le, ">=": ge, "<": lt, ">": gt}[self.sign](value, self.limit)
+        return {"<=": le, ">=": ge, "<": lt, ">": gt}[self.operator](value, self.limit)
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,12 @@ def parse_bounds(text: str) -> tuple[Bound, ...]:
     Raises:
         ValueError: A bound is malformed, or its limit is out of range.
     """
-    return () if text.strip() == "none" else tuple(_parse(part) for part in text.split(",", _MOST))
+    return () if text.strip() == "none" else tuple(_parse(part) for part in text.split(",", _MAX_BOUNDS))
 
 
 def _parse(text: str) -> Bound:
     try:
-        name, sign, word = _BOUND.fullmatch(text).groups()  # type: ignore[union-attr]
+        name, operator, word = _BOUND.fullmatch(text).groups()  # type: ignore[union-attr]
         limit = float(word)
     except (AttributeError, ValueError):
         raise ValueError(
@@ -110,7 +110,7 @@ def _parse(text: str) -> Bound:
     metric = METRICS.get(name.rpartition(":")[2])
     if metric is not None and metric.unit == SHARE and not 0 <= limit <= 1:
         raise ValueError(f"has the limit {word}, but {name} is a share from 0 to 1; write 0.8 for 80 %")
-    return Bound(name, sign, limit)
+    return Bound(name, operator, limit)
 
 
 def _check(value: Any) -> tuple[Bound, ...]:
@@ -136,7 +136,7 @@ class RequireOptions(Options):
     )
 
 
-def judge(bounds: Iterable[Bound], metrics: Metrics) -> list[Outcome]:
+def check_bounds(bounds: Iterable[Bound], metrics: Metrics) -> list[Outcome]:
     """Check each bound against the newest numbers of a model."""
     return [Outcome(bound, tuple(_measured(bound, metrics))) for bound in bounds]
 
@@ -149,11 +149,11 @@ def _measured(bound: Bound, metrics: Metrics) -> list[tuple[str, float]]:
     if not records:
         of_task = [one for one in own if one.get("task") == bound.plain]
         present = {one["metric"] for one in of_task}
-        main = next((name for name in _MAIN if name in present), None)
+        main = next((name for name in _MAIN_METRICS if name in present), None)
         records = [one for one in of_task if one["metric"] == main]
     values: dict[str, float] = {}
     for record in records:
-        run = [f"{name} {record['settings'][name]}" for name in _RUN if name in record.get("settings", {})]
+        run = [f"{name} {record['settings'][name]}" for name in _RUN_SETTINGS if name in record.get("settings", {})]
         where = record["task"] if "task" in record and record["task"] not in (task, bound.plain) else ", ".join(run)
         value = _ratio(record, metrics) if bound.is_ratio else record["value"]
         if value is not None:
@@ -185,7 +185,7 @@ def check_measurable(
         CutError: A name is unknown, or neither this run nor an earlier one measures it.
     """
     measured = {*(_OF_TASKS if tasks else ()), *(_OF_TEXTS if texts else ()), *(_FROM_BASE if texts and base else ())}
-    for outcome in judge(bounds, metrics):
+    for outcome in check_bounds(bounds, metrics):
         bound = outcome.bound
         task, _, metric = bound.plain.rpartition(":")
         here = bound.plain in (*tasks, *texts) or (metric in measured and task in ("", *tasks, *texts))

@@ -53,7 +53,7 @@ def announce(walk: LayerWalk, text: CalibrationSet, what: str, layers: float, he
 @torch.no_grad()
 def forward_seconds(walk: LayerWalk, length: int) -> float:
     """Seconds that the whole model takes to read a token, from the fastest of a few runs of a layer and the head."""
-    text = CalibrationSet.of(torch.arange(8 * length).view(8, length) % 100 + 3, "an estimate")
+    text = CalibrationSet.from_ids(torch.arange(8 * length).view(8, length) % 100 + 3, "an estimate")
     layer, head = map(min, zip(*(_of_a_row(walk, text) for _ in range(3)), strict=True))
     return (walk.num_layers * layer + head) / length
 

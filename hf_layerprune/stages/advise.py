@@ -29,8 +29,8 @@ from ..options import (
     refuse_unused,
     to_arguments,
 )
-from ..records.curve import quality_of
-from ..records.figures.numbers import number
+from ..records.curve import final_quality
+from ..records.figures.numbers import format_number
 from ..runtime.loading import load_config
 from ..runtime.windows import context_of
 from ..select.sets import drop_count, free_layers
@@ -221,7 +221,7 @@ def _expected(frontier: Frontier, curve: list[dict[str, Any]] | None, count: int
     found = frontier.expected(count / n, tokens)
     if not curve or count > len(curve):
         return found
-    best = quality_of(curve[count - 1])
+    best = final_quality(curve[count - 1])
     before = frontier.expected(count / n, 0)
     return replace(
         found,
@@ -287,7 +287,7 @@ def _told(request: AdviseRequest, frontier: Frontier, expected: dict[int, Expect
     if tokens:
         lines.append(
             f"\n{minutes} is enough to heal on about {format_count(float(f'{tokens:.2g}'))} tokens of text "
-            f"({number(record['tokens_per_second'])} tokens a second), {_passes(record['settings'])}."
+            f"({format_number(record['tokens_per_second'])} tokens a second), {_passes(record['settings'])}."
         )
     else:
         lines.append(

@@ -27,7 +27,7 @@ from ..files.copy import write_text
 from ..files.folders import check_target
 from ..layer_ranges import describe_layers, parse_layers
 from ..options import DEFAULT_DROP, AmountOptions, format_bytes, format_count, format_percent, join_words, pluralize
-from ..records.curve import quality_of
+from ..records.curve import final_quality
 from ..records.fingerprints import fingerprint
 from ..runtime.loading import is_hub_id, load_config
 from ..select.registry import find_criterion
@@ -81,7 +81,7 @@ class Curve:
         ]  # fmt: skip
         rows = [heads, ["0", *_sizes(self.record["dense"]), "1x", "0", "0", "x1", "100 %", "dense"]]
         for point in self.points:
-            best = quality_of(point)
+            best = final_quality(point)
             marks = {"chosen": self.chosen, "knee": self.knee}
             here = ", ".join(word for word, count in marks.items() if count == point["dropped"])
             kls = [f"{point[name]['kl']:.3g}" if name in point else "-" for name in ("cut", "repaired")]
@@ -166,7 +166,7 @@ def make_curve(request: RankRequest) -> Curve:
 
 def knee(points: list[dict[str, Any]]) -> int | None:
     """The number of layers after which quality falls off: the point that is farthest below the chord of the curve."""
-    kls = [0.0, *(quality_of(point)["kl"] for point in points)]
+    kls = [0.0, *(final_quality(point)["kl"] for point in points)]
     if len(kls) < 4 or kls[-1] <= 0:
         return None
     last = len(kls) - 1
@@ -227,7 +227,7 @@ def _continue(request: RankRequest, record: dict[str, Any], free: set[int], up_t
         }
         record["points"].append(point)
         record["steps"] = search.steps
-        kl = quality_of(point)["kl"]
+        kl = final_quality(point)["kl"]
         logger.info("%d of %d: without %s, KL is %.3g", point["dropped"], up_to, describe_layers(drop), kl)
         if request.output is not None:
             _write(request.output.expanduser(), record)
@@ -354,7 +354,7 @@ def _is_inside(point: dict[str, Any], name: str, value: float) -> bool:
     """Whether a point meets a target or, with one standard error, a budget."""
     from ..select.budget import room
 
-    best = quality_of(point)
+    best = final_quality(point)
     if name in ("target_params", "target_size"):
         return point["parameters" if name == "target_params" else "bytes"] <= value
     if name == "target_speedup":
@@ -372,7 +372,7 @@ def _draw(curve: Curve, folder: Path) -> None:
     remark = ""
     if curve.chosen is not None:
         point = curve.points[curve.chosen - 1]
-        best = quality_of(point)
+        best = final_quality(point)
         remark = (
             f"{point['dropped']} of {curve.record['num_layers']} layers dropped: {format_count(point['parameters'])} parameters,\n"
             f"{point['speedup']:.2f} times as fast, perplexity \N{MULTIPLICATION SIGN} {best['perplexity_ratio']:.2f}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..cut.gguf import gguf_text_metadata
 from ..errors import CheckpointError
 from ..files.hub import Repo
-from ..records.declared import CARD, declared_by, declared_in_gguf
+from ..records.declared import CARD, declared_fields, declared_gguf_fields
 from ..records.fingerprints import CONFIG, companion_names, fingerprint, holds_weights
 from ..records.licences import copy_licence
 from ..records.lineage import Lineage
@@ -36,7 +36,7 @@ def write_lineage(request: PruneRequest, entry: dict[str, Any], folder: Path, hu
     """
     source = hub.folder if hub else Path(request.base).expanduser()
     repo = hub.repo if hub else None
-    lineage = (Lineage.of(source) if source.is_dir() else None) or Lineage({})
+    lineage = (Lineage.load(source) if source.is_dir() else None) or Lineage({})
     if not lineage.base:
         lineage.base = {
             "id": _recorded_name(request.base),
@@ -105,10 +105,10 @@ def _declared(source: Path, repo: Repo | None) -> dict[str, Any]:
         except CheckpointError as error:
             logger.warning("%s; its licence is not recorded", error)
             card = None
-        return declared_by(source, card, f"{repo.name}/blob/{repo.commit}")
+        return declared_fields(source, card, f"{repo.name}/blob/{repo.commit}")
     if source.is_dir():
-        return declared_by(source)
-    return declared_in_gguf(gguf_text_metadata(source))
+        return declared_fields(source)
+    return declared_gguf_fields(gguf_text_metadata(source))
 
 
 def _configured(fields: dict[str, Any]) -> dict[str, str]:

@@ -22,9 +22,9 @@ from ..files.folders import check_target, new_folder
 from ..files.gguf_header import read_header
 from ..layer_ranges import describe_layers
 from ..options import AMOUNTS, TARGET_SETTINGS, copy_fields, format_bytes, refuse_unused
-from ..records.fingerprints import passing_weights_hash
+from ..records.fingerprints import uncached_weights_hash
 from ..records.lineage import Lineage, stage
-from ..records.names import is_gguf_name, public
+from ..records.names import is_gguf_name, strip_local_path
 from ..runtime.loading import UNPACKED, is_hub_id, load_base, load_config, load_tokenizer, resolve_base
 from ..select import find_criterion, needs_model, select_layers
 from ..select.targets import Target
@@ -78,12 +78,12 @@ def was_made(request: PruneRequest, folder: Path) -> bool:
     if not folder.exists():
         return False
     request = request.with_calibration()
-    lineage = Lineage.of(folder) or Lineage({})
+    lineage = Lineage.load(folder) or Lineage({})
     entry: dict[str, Any] = next((entry for entry in reversed(lineage.entries) if entry["stage"] == "prune"), {})
     recorded, calibration = entry.get("settings", {}), entry.get("calibration", {})
     dropped = recorded.get("drop_layers", []) if request.drop_layers is None else request.drop_layers
     asked = {
-        "source": public(request.calibration),
+        "source": strip_local_path(request.calibration),
         "samples": request.calibration_samples,
         "length": request.calibration_length,
         "seed": request.seed,
@@ -139,7 +139,7 @@ def prune_to(request: PruneRequest) -> Pruned:
 
     # Everything that can be refused is refused before a weight is read.
     dry_run_cut_of_config(config, families.cut_config(config, cut), cut)
-    with new_folder(output, force=request.force, apart_from=source) as folder:
+    with new_folder(output, force=request.force, source=source) as folder:
         with stage("prune", settings_of(request, list(cut.drop))) as entry:
             if prepared is None and request.repair:
                 prepared = _prepare(request, list(cut.drop))
@@ -217,7 +217,7 @@ def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> Pruned:
         )
     unused = ("dtype", "adapter", "repair", "check", "link", "target_dtype")
     refuse_unused(request, unused, "where a GGUF file stays one, since it is cut without being loaded")
-    check_file_target(output, force=request.force, apart_from=base)  # before layers are chosen
+    check_file_target(output, force=request.force, source=base)  # before layers are chosen
     if needs_model(request):
         dropped = _prepare(request, None).drop_layers  # looks at the dequantised model
     elif request.drop_layers is not None:
@@ -301,7 +301,9 @@ def _model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Pr
     cut = drop_layers(model, dropped).cut
     if prepared is not None and prepared.repair is not None:
         model.save_pretrained(folder)
-        prepared.record["repair"]["input_weights"] = passing_weights_hash(folder)  # finds the numbers of the plain cut
+        prepared.record["repair"]["input_weights"] = uncached_weights_hash(
+            folder
+        )  # finds the numbers of the plain cut
         stack = find_decoder_layers(model)
         prepared.repair.apply(list(stack.layers), cut.new_index)
         names = tensor_names(prepared.repair, stack.path, cut)
@@ -333,7 +335,7 @@ def _files(request: PruneRequest, plan: CheckpointPlan, folder: Path, prepared: 
     if expected is not None:  # before any repair
         check_logits(load_base(folder), expected)
     if prepared is not None and prepared.repair is not None:
-        prepared.record["repair"]["input_weights"] = passing_weights_hash(folder)
+        prepared.record["repair"]["input_weights"] = uncached_weights_hash(folder)
         prepared.record["repair"]["changed_tensors"] = patch_layers(folder, plan.config, values, request.output)
 
 

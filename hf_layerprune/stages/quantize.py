@@ -14,7 +14,7 @@ from pathlib import Path
 from ..errors import CheckpointError
 from ..records.fingerprints import CONFIG, fingerprint, weights_hash
 from ..records.lineage import FILE_NAME, Lineage, stage
-from ..records.quantized import is_repeatable_method, method_of
+from ..records.quantized import is_repeatable_method, quantization_method
 from ..runtime.config_file import read_config_file
 
 
@@ -37,7 +37,7 @@ def record_quantized(source: str | Path, folder: str | Path) -> None:
     for place in (before, after):
         if not (place / CONFIG).is_file():
             raise CheckpointError(f"{place} is not a model folder; specify one that has a {CONFIG}")
-    lineage = Lineage.required(before)
+    lineage = Lineage.load_required(before)
     if not lineage.entries or lineage.entries[-1].get("weights") != weights_hash(fingerprint(before)):
         raise CheckpointError(
             f"the weights of {before} are not those that its {FILE_NAME} names; specify the folder that they belong to"
@@ -52,7 +52,7 @@ def record_quantized(source: str | Path, folder: str | Path) -> None:
         raise CheckpointError(f"{before} is quantised already; specify the model from before quantisation")
     from ..heal.stage import changed_tensors, copy_beside_weights
 
-    method = method_of(settings)
+    method = quantization_method(settings)
     details = {"method": method, "quantization_config": settings, "dtype": new.get("dtype")}
     if name := lineage.published.get("repo_id"):
         details["from"] = name

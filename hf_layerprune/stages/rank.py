@@ -188,7 +188,7 @@ def rank(request: RankRequest) -> Ranking:
     }
     ranking = Ranking(scores, drops, why, record, len(criteria) == len(request.criteria))
     if request.output is not None:
-        with new_folder(request.output, force=request.force, apart_from=source, replaces=_OURS) as folder:
+        with new_folder(request.output, force=request.force, source=source, replaces=_OURS) as folder:
             _write(ranking, folder, n)
     return ranking
 

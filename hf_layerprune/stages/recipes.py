@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from ..files.folders import new_folder
-from ..files.shipped import shipped
+from ..files.shipped import bundled_folder
 from .requests import RecipesRequest
 
 
@@ -16,7 +16,7 @@ def copy_recipes(request: RecipesRequest) -> Path:
     Raises:
         CheckpointError: The folder exists or can't be written.
     """
-    source = shipped("recipes")
-    with new_folder(request.output, apart_from=source) as folder:
+    source = bundled_folder("recipes")
+    with new_folder(request.output, source=source) as folder:
         shutil.copytree(source, folder, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
     return request.output.expanduser()

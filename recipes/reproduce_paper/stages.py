@@ -245,7 +245,7 @@ class Runner:
         cut = load_config(pruned).layer_drop
         outcome = {"dropped": list(cut["drop_layers"]), "layers": cut["num_base_layers"]}
         if plan.tune is not None:
-            lineage: Any = Lineage.of(place / "heal" / "model")
+            lineage: Any = Lineage.load(place / "heal" / "model")
             entry = lineage.entries[-1]
             outcome |= {"seconds": entry["seconds"], "trainable": trained_parameters(place / "heal")}
         return outcome

@@ -47,7 +47,7 @@ def trained_parameters(heal: Path) -> int:
     if adapter.is_file():
         with safe_open(adapter, framework="pt") as file:
             return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    lineage: Any = Lineage.of(heal / "model")
+    lineage: Any = Lineage.load(heal / "model")
     changed, total = set(lineage.entries[-1]["changed_tensors"]), 0
     for path in (heal / "model").glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:

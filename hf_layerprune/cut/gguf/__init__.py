@@ -21,8 +21,8 @@ from pathlib import Path
 
 from ...families.fields import Cut
 from ...files.copy import LocalFile, check_space, new_file
-from ...files.folders import clear_up, lock_folder, unlock_folder
-from ...files.gguf_header import GGUFHeader, Tensor, block_count_of, padded, read_header, write_header
+from ...files.folders import clean_up_leftovers, lock_folder, unlock_folder
+from ...files.gguf_header import GGUFHeader, Tensor, align, block_count_of, read_header, write_header
 from ...options import format_bytes
 from ...screen import progress_bar
 from .layers import GGUFCut, rewrite_metadata
@@ -46,7 +46,7 @@ class GGUFCutPlan:
     @property
     def target_bytes(self) -> int:
         """Size of the file to write, in bytes."""
-        return len(self.header) + sum(padded(size, self.alignment) for _, size in self.tensors)
+        return len(self.header) + sum(align(size, self.alignment) for _, size in self.tensors)
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:
@@ -97,7 +97,7 @@ def plan_gguf_cut(source: str | os.PathLike[str] | GGUFHeader, drop_layers: Sequ
             name = tensor.name if layer is None else f"blk.{new_index[layer]}.{tensor.name.split('.', 2)[2]}"
             kept.append(replace(tensor, name=name))
     changes |= size_label_changes(header, cut.architecture, kept)
-    entries = [entry.packed(changes.get(key)) for key, entry in header.keys.items()]
+    entries = [entry.pack(changes.get(key)) for key, entry in header.keys.items()]
     return GGUFCutPlan(
         cut=cut.layers,
         header=write_header(entries, kept, header.alignment),
@@ -133,8 +133,8 @@ def cut_gguf(
         total, name = plan.target_bytes, target.name
         kept, of = len(plan.cut.keep), plan.cut.num_layers
         logger.info("%s: keeping %d of %d layers; copying %s", source, kept, of, format_bytes(total))
-        with ExitStack() as stack, new_file(target, force=force, apart_from=source) as partial:
-            clear_up(target, force)
+        with ExitStack() as stack, new_file(target, force=force, source=source) as partial:
+            clean_up_leftovers(target, force)
             check_space(target, total, shutil.disk_usage(target.parent).free)
             with (
                 partial.open("xb") as output,
@@ -145,7 +145,7 @@ def cut_gguf(
                 for offset, size in plan.tensors:
                     for count in file.copy_into(output, offset, size):
                         bar.update(count)
-                    output.write(bytes(padded(size, plan.alignment) - size))
+                    output.write(bytes(align(size, plan.alignment) - size))
                 file.check_unchanged()
     return plan
 

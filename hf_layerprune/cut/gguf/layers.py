@@ -23,7 +23,7 @@ from ...families.gguf import (
     SCALARS,
     TWO_KINDS,
 )
-from ...files.gguf_header import architecture_of, block_count_of, whole_number
+from ...files.gguf_header import architecture_of, block_count_of, integer_value
 from ...layer_ranges import format_layers
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def rewrite_metadata(header: GGUFHeader, drop_layers: Sequence[int]) -> tuple[GG
     arch = architecture_of(header)
     block_count = block_count_of(header)
     trailing = header.keys.get(f"{arch}.nextn_predict_layers")
-    main_count = block_count - (0 if trailing is None else whole_number(header, trailing))
+    main_count = block_count - (0 if trailing is None else integer_value(header, trailing))
     if not 0 < main_count <= block_count:
         header.fail(f"{arch}.nextn_predict_layers does not fit the {block_count} layers; the file is damaged")
     cut = GGUFCut(header, arch, main_count, cut_without(drop_layers, block_count))
@@ -96,12 +96,12 @@ def _check_architecture(cut: GGUFCut) -> None:
                 f"{cut.kept_main}; drop another number of layers, or cut the safetensors checkpoint instead"
             )
     gate = cut.header.keys.get(f"{cut.architecture}.{rule.only_if}") if rule.only_if else None
-    if not rule.period or (rule.only_if and (gate is None or not whole_number(cut.header, gate))):
+    if not rule.period or (rule.only_if and (gate is None or not integer_value(cut.header, gate))):
         return
     period = rule.period
     entry = cut.header.keys.get(f"{cut.architecture}.{rule.period_key}")
     if entry is not None and not entry.is_array:
-        period = whole_number(cut.header, entry)
+        period = integer_value(cut.header, entry)
     # An array of flags describes the layers too, but readers older than the array go by the fixed period.
     _check_alternation(cut, period, f"every {cut.architecture} model")
 
@@ -152,9 +152,9 @@ def _new_values(cut: GGUFCut, entry: Entry) -> list[Any] | None:
             header.fail(f"{key} tells two kinds of layers apart, and only one would be left; keep a layer of each")
         return after
     if suffix in PERIODS:
-        _check_alternation(cut, whole_number(header, entry), key)
+        _check_alternation(cut, integer_value(header, entry), key)
     elif suffix == "leading_dense_block_count":
-        return [bisect_left(cut.kept, whole_number(header, entry))]
+        return [bisect_left(cut.kept, integer_value(header, entry))]
     elif suffix == "nextn_predict_layers":
         return [len(cut.kept) - cut.kept_main]
     elif suffix in SCALARS or suffix in PER_LAYER:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...options import pluralize
-from ...records.curve import quality_of
+from ...records.curve import final_quality
 from ...records.figures import numbers
 from .style import FAINT, INK, ROLE_COLOURS, ROLE_MARKERS, draw, grid
 
@@ -18,13 +18,13 @@ def table_of(points: Sequence[dict[str, Any]], chosen: int) -> list[list[str]]:
     """The rows of the table, the chosen one in bold."""
     rows = []
     for point in points:
-        best = quality_of(point)
+        best = final_quality(point)
         row = [
             str(point["dropped"]),
             ", ".join(point["layers"].split(",")),
-            numbers.number(best["kl"]),
-            numbers.ratio(best["perplexity_ratio"]),
-            f"{numbers.percent(best['top1_agreement'])} %",
+            numbers.format_number(best["kl"]),
+            numbers.format_ratio(best["perplexity_ratio"]),
+            f"{numbers.format_percent(best['top1_agreement'])} %",
         ]
         rows.append([f"**{cell}**" for cell in row] if point["dropped"] == chosen else row)
     return rows

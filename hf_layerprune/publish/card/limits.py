@@ -84,12 +84,12 @@ def _text(rows: list[Row], own: str, results: Results) -> Iterator[Markup]:
             end = "; at that level it hardly predicts text any more" if after > _BROKEN * before else ""
             on = f" on {prose(row.task)}" if row.task else ""
             yield Markup(
-                f"**Perplexity**{on} rose from {numbers.number(before)} to {numbers.number(after)}, "
-                f"{numbers.ratio(after / before)}{end}."
+                f"**Perplexity**{on} rose from {numbers.format_number(before)} to {numbers.format_number(after)}, "
+                f"{numbers.format_ratio(after / before)}{end}."
             )
         elif metric == "top1_agreement":
             on = f" of {prose(row.task)}" if row.task else ""
-            other = numbers.percent(1 - cell.record["value"])
+            other = numbers.format_percent(1 - cell.record["value"])
             yield Markup(
                 f"**Top-1 agreement**: at {other} % of the tokens{on}, its likeliest next token differs from the dense "
                 "model's."
@@ -102,5 +102,5 @@ def _detection_limit(rows: list[Row]) -> Markup | None:
     errors = [paired["stderr"] for paired in pairs if paired.get("stderr")]
     if not errors:
         return None
-    least = numbers.percent(2 * max(errors))
+    least = numbers.format_percent(2 * max(errors))
     return Markup(f"With this many questions per task, differences below about {least} points can't be detected.")

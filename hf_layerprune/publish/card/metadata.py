@@ -119,9 +119,7 @@ def eval_files(results: Results) -> dict[str, str]:
         task = row.key[1]
         if not _is_benchmark(row, record):
             continue
-        notes = (
-            f"{row.metric}, {record.get('shots', 0)}-shot, {numbers.measured('samples', record['samples'])} questions"
-        )
+        notes = f"{row.metric}, {record.get('shots', 0)}-shot, {numbers.format_metric('samples', record['samples'])} questions"
         entry = EvalResultEntry(
             dataset_id=record["dataset"],
             task_id=task,

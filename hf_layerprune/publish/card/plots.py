@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...options import pluralize
-from ...records.curve import curve_of
+from ...records.curve import read_curve
 from ...records.figures.results import Results, Row
 from ...records.history import History
 from .curve_plot import curve
@@ -146,7 +146,7 @@ def pictures(history: History, results: Results | None = None) -> dict[str, Call
     told = next(filter(None, (_scores_of(stage.entry, history) for stage in history.stages)), None)
     if told is not None:
         drawings["scores"] = partial(scores, told[1], history.dropped, told[0])
-    if points := curve_of(history):
+    if points := read_curve(history):
         drawings["curve"] = partial(curve, points, chosen=len(history.dropped))
     if not results or len(results.columns) < 2:
         return drawings

@@ -1,6 +1,6 @@
 """The model card: a pure function of `lineage.json` and `metrics.json`.
 
-    card = Card.of(Lineage.of(folder), Metrics.of(folder))
+    card = Card.from_records(Lineage.load(folder), Metrics.load(folder))
     text = card.render()
 
 The card contains nothing that is not in these records. Every value that a template prints is escaped (`escape.py`),
@@ -24,15 +24,15 @@ from markupsafe import Markup
 
 from ...layer_ranges import format_layers
 from ...options import pluralize
-from ...records.curve import curve_of
+from ...records.curve import read_curve
 from ...records.figures import numbers
-from ...records.figures.results import COST, QUALITY, Results, measured_with, results_of, run_words
+from ...records.figures.results import COST, QUALITY, Results, build_results, describe_conditions, describe_run
 from ...records.history import History, Stage, read_history
-from ...records.licences import LicenceFound
+from ...records.licences import DeclaredLicence
 from ...records.lineage import Lineage
 from ...records.metrics import Metrics
 from ...records.names import is_hub_name
-from ...records.quantized import describe_quantization, method_of, package_of
+from ...records.quantized import describe_quantization, quantization_method, quantization_package
 from ...records.requirements import Outcome
 from ...repair.registry import REPAIRS, RepairMethod
 from ...select.registry import CRITERIA
@@ -62,12 +62,12 @@ class Card:
     repo_id: str | None
     space: str | None
     history: History
-    licence: LicenceFound
+    licence: DeclaredLicence
     results: Results = field(repr=False)
     outcomes: Sequence[Outcome] = ()
 
     @classmethod
-    def of(cls, lineage: Lineage, metrics: Metrics | None = None) -> Card:
+    def from_records(cls, lineage: Lineage, metrics: Metrics | None = None) -> Card:
         """Build a card from the records.
 
         Raises:
@@ -77,15 +77,15 @@ class Card:
         published = {key: value for key, value in lineage.published.items() if is_hub_name(str(value))}
         repo_id = published.get("repo_id")
         base = history.base_on_hub or re.sub(r"\.gguf$", "", history.base_id, flags=re.IGNORECASE)
-        method = f"-{method_of(how.settings['quantization_config'])}" if (how := history.quantized) else ""
+        method = f"-{quantization_method(how.settings['quantization_config'])}" if (how := history.quantized) else ""
         name = repo_id or published.get("name") or f"{base.rpartition('/')[2]}-{len(history.kept)}L{method}"
         return cls(
             name=name.rpartition("/")[2],
             repo_id=repo_id,
             space=published.get("space"),
             history=history,
-            licence=LicenceFound.of(lineage.base),
-            results=results_of(metrics),
+            licence=DeclaredLicence.from_base(lineage.base),
+            results=build_results(metrics),
             outcomes=metrics.outcomes if metrics else (),
         )
 
@@ -164,14 +164,14 @@ def _context(card: Card) -> dict[str, Any]:
         "quantized": describe_quantization(settings) if quantized else "",
         "quantized_from": card.quantized_from,
         "packed": packed,
-        "quantizer": shlex.quote(package) if (package := package_of(settings)) else "",
+        "quantizer": shlex.quote(package) if (package := quantization_package(settings)) else "",
         "own_verb": "was" if quantized else "is",
-        "curve": table_of(curve_of(history), len(history.dropped)),
+        "curve": table_of(read_curve(history), len(history.dropped)),
         "pictures": card.pictures,
         "dropped": format_layers(history.dropped).replace(",", ", "),
         "done": [stage.name for stage in history.stages],
         "papers": _papers(history),
-        "measured_with": measured_with(results) if results else [],
+        "measured_with": describe_conditions(results) if results else [],
         "no_repeat": NO_REPEAT_NGRAM,
         "model_id": card.repo_id or f"path/to/{card.name}",
     }
@@ -213,7 +213,7 @@ def _timed(results: Results) -> str:
     records = [cell.record for row in results.rows if row.run for cell in row.cells.values()]
     threads = {record["settings"].get("threads") for record in records if record.get("device") == "cpu"}
     on = [pluralize(max(threads), "thread")] if len(threads) == 1 and None not in threads else []
-    return ", ".join([run_words(results.usual_run), *on])
+    return ", ".join([describe_run(results.usual_run), *on])
 
 
 def _versions(history: History) -> str:
@@ -247,7 +247,7 @@ def _environment() -> jinja2.Environment:
         "fenced": escape.fenced,
         "string": escape.string,
         "hub": escape.hub_link,
-        "count": numbers.count,
+        "count": numbers.format_count,
         "settings": _settings,
         "line": tables.stage_line,
         "ours": Markup,  # our own text, which may contain Markdown
@@ -264,6 +264,6 @@ def _environment() -> jinja2.Environment:
 
 
 def _with_error(value: float, stderr: float | None) -> Markup:
-    text = numbers.percent(value)
+    text = numbers.format_percent(value)
     text = numbers.with_error(text, value, stderr, share=True) if stderr else text
     return Markup(text.replace(" ", "\u00a0"))

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from ...layer_ranges import describe_layers
 from ...options import pluralize
 from ...records.figures import numbers
-from ...records.figures.results import ResultColumn, Results, Row, run_words
+from ...records.figures.results import ResultColumn, Results, Row, describe_run
 from ...records.history import QUANTIZE, Stage
 from ...records.quantized import describe_quantization
 from ...records.requirements import Outcome
@@ -61,7 +61,7 @@ def results_table(rows: Sequence[Row], results: Results) -> Markup:
     for row in rows:
         name = f"{prose(row.metric)}{_NBSP}{row.better}"
         if several and row.run:
-            name += f"<br><sub>{run_words(row.run)}</sub>"
+            name += f"<br><sub>{describe_run(row.run)}</sub>"
         if row.task:
             name = f"**{prose(row.task)}**{_NBSP}{row.better}<br><sub>{prose(row.metric)}</sub>"
         samples = f"{row.samples:,}" if row.samples else ""
@@ -85,7 +85,9 @@ def requirements_table(outcomes: Sequence[Outcome]) -> Markup:
     """One row per requirement."""
     rows = []
     for outcome in outcomes:
-        values = [f"{numbers.number(value)}{f' ({where})' if where else ''}" for where, value in outcome.measured]
+        values = [
+            f"{numbers.format_number(value)}{f' ({where})' if where else ''}" for where, value in outcome.measured
+        ]
         verdict = "yes" if outcome.met else Markup("**no**")
         rows.append([code(str(outcome.bound)), ", ".join(values) or "not measured", verdict])
     return table(["required", "measured", "met"], "lll", rows)
@@ -105,7 +107,7 @@ def data_table(stages: Sequence[Stage]) -> Markup:
                     _use(stage),
                     Markup(f"{name} {code(str(pin)[:12])}" if pin else name),
                     f"{one['rows']:,}" if one.get("rows") else "",
-                    numbers.count(one["tokens"]) if one.get("tokens") else "",
+                    numbers.format_count(one["tokens"]) if one.get("tokens") else "",
                     one.get("license") or "",
                 ]
             )
@@ -155,11 +157,11 @@ def stage_line(stage: Stage) -> Markup:
         line += f"; {pluralize(len(stage.changed), 'tensor')} changed"
     facts = []
     if "seconds" in chosen:
-        facts.append(f"{numbers.seconds(chosen['seconds'])} to choose the layers")
+        facts.append(f"{numbers.format_duration(chosen['seconds'])} to choose the layers")
     if entry.get("seconds") is not None:
-        facts.append(numbers.seconds(entry["seconds"]) + " to cut" * bool(facts))
+        facts.append(numbers.format_duration(entry["seconds"]) + " to cut" * bool(facts))
     if "peak_memory_bytes" in entry:
-        facts.append(f"{numbers.size(entry['peak_memory_bytes'])} of memory")
+        facts.append(f"{numbers.format_size(entry['peak_memory_bytes'])} of memory")
     if entry.get("date"):
         facts.append(prose(str(entry["date"])[:10]))
     return Markup(f"{line}. <sub>{', '.join(facts)}</sub>" if facts else line)

@@ -16,7 +16,7 @@ from pathlib import Path
 from ...errors import CheckpointError, boundary
 from ...files import text_file
 from ...files.copy import write_text
-from ...records.declared import CARD, LICENCE_FIELDS, front_matter
+from ...records.declared import CARD, LICENCE_FIELDS, split_front_matter
 from ...records.licences import NOTICE, TABLE, is_licence_file
 from ...records.lineage import Lineage
 from ...records.metrics import Metrics
@@ -49,10 +49,10 @@ def read_card(folder: Path, *, weights: bool = True) -> Card:
         CheckpointError: There are no records, they contradict themselves, or, with `weights`, they belong to others than
             the folder's.
     """
-    lineage, metrics = Lineage.required(folder), Metrics.of(folder)
+    lineage, metrics = Lineage.load_required(folder), Metrics.load(folder)
     if weights and metrics is not None:
         metrics.check_belongs(folder, lineage)
-    return Card.of(lineage, metrics)
+    return Card.from_records(lineage, metrics)
 
 
 def declare(request: CardRequest, published: dict[str, str] | None = None) -> None:
@@ -89,7 +89,7 @@ def declare(request: CardRequest, published: dict[str, str] | None = None) -> No
             lineage.published = {}  # a Space that belongs to another repository
         lineage.base, lineage.published = base, lineage.published | named
 
-    Lineage.required(folder)  # or else no lock file is made
+    Lineage.load_required(folder)  # or else no lock file is made
     Lineage.update(folder, change)
 
 
@@ -111,7 +111,7 @@ def compose(card: Card, old: str | None, *, where: str = CARD, force: bool = Fal
     """
     with boundary(f"{where} can't be made from lineage.json and metrics.json", "they were edited; restore them"):
         generated, ours = card.metadata, regions.parse(card.body())
-    fields, body = ({}, "") if old is None or is_generic(old) else front_matter(old, where)
+    fields, body = ({}, "") if old is None or is_generic(old) else split_front_matter(old, where)
     parts = regions.parse(body, where, strict=not force)
     edited = [str(part.region) for part in parts if part.edited]
     if edited and not force:

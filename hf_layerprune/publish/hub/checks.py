@@ -22,7 +22,7 @@ from ...records.fingerprints import (
     weights_hash,
 )
 from ...records.history import read_history
-from ...records.licences import NOTICE, LicenceFound, is_licence_file
+from ...records.licences import NOTICE, DeclaredLicence, is_licence_file
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.lineage import Lineage
 from ...records.metrics import FILE_NAME as METRICS
@@ -82,7 +82,7 @@ def _weights(contents: Contents, request: PushRequest) -> Outcome:
         used = set(read_weights(Base.open(folder)).headers)
     if stray := sorted(set(contents.weights) - used):
         yield REFUSAL, f"{stray[0]} is a weight file that the model does not use; remove it"
-    lineage = Lineage.required(folder)
+    lineage = Lineage.load_required(folder)
     last, own = lineage.entries[-1], weights_hash(fingerprint(folder))
     if last.get("weights") != own:
         raise CheckpointError(
@@ -92,7 +92,7 @@ def _weights(contents: Contents, request: PushRequest) -> Outcome:
     if not contents.is_adapter and layer_count(load_config(folder)) != len(read_history(lineage).kept):
         raise CheckpointError(f"config.json and {LINEAGE} disagree on the number of layers; one of them was edited")
     yield from _other_files(contents, last, request.include)
-    size = numbers.size(sum(contents.files[name] for name in contents.weights))
+    size = numbers.format_size(sum(contents.files[name] for name in contents.weights))
     yield (
         OK,
         f"{size} in {pluralize(len(contents.weights), 'file')}, as the stage {last.get('stage')} wrote them ({own[:12]})",
@@ -123,12 +123,12 @@ def _other_files(contents: Contents, last: dict[str, Any], named: Collection[str
 
 
 def _metrics(contents: Contents, request: PushRequest) -> Outcome:
-    metrics = Metrics.of(contents.folder)
+    metrics = Metrics.load(contents.folder)
     if metrics is None:
         yield WARNING, f"there is no {METRICS}: the card will say that nothing was measured (hf-layerprune eval)"
         return
     try:
-        metrics.check_belongs(contents.folder, Lineage.required(contents.folder))
+        metrics.check_belongs(contents.folder, Lineage.load_required(contents.folder))
     except CheckpointError as error:
         if stray := next(filter(is_model_file, contents.left_out), None):
             raise CheckpointError(
@@ -140,7 +140,7 @@ def _metrics(contents: Contents, request: PushRequest) -> Outcome:
 
 
 def _requirements(contents: Contents, request: PushRequest) -> Outcome:
-    metrics = Metrics.of(contents.folder)
+    metrics = Metrics.load(contents.folder)
     for outcome in metrics.outcomes if metrics else ():
         if outcome.met:
             yield OK, outcome.text
@@ -151,7 +151,7 @@ def _requirements(contents: Contents, request: PushRequest) -> Outcome:
 
 
 def _base(contents: Contents, request: PushRequest) -> Outcome:
-    base = Lineage.required(contents.folder).base
+    base = Lineage.load_required(contents.folder).base
     if is_local(base):
         text = (
             f"{LINEAGE} names the base by a path on your disk, {base['id']}, which is of no use to others; "
@@ -168,7 +168,7 @@ def _base(contents: Contents, request: PushRequest) -> Outcome:
 
 
 def _licence(contents: Contents, request: PushRequest) -> Outcome:
-    licence = LicenceFound.of(Lineage.required(contents.folder).base)
+    licence = DeclaredLicence.from_base(Lineage.load_required(contents.folder).base)
     row, at = licence.row, f" ({licence.link})" if licence.link else ""
     namespace, _, name = request.repo_id.rpartition("/")
     if not licence.known:

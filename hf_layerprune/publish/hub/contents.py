@@ -67,7 +67,7 @@ def find_model(request: PushRequest) -> Path:
                 "--adapter, or omit the option"
             )
         folder = found[0]
-    Lineage.required(folder)
+    Lineage.load_required(folder)
     return folder
 
 

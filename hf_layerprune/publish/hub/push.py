@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError
 from ...files.copy import write_bytes, write_text
-from ...records.declared import CARD, front_matter
+from ...records.declared import CARD, split_front_matter
 from ...records.fingerprints import hash_files, holds_weights
 from ...records.licences import is_licence_file
 from ...records.metrics import Metrics
@@ -147,7 +147,7 @@ def _staged(request: PushRequest) -> Iterator[tuple[Plan, Path]]:
 def _require(request: PushRequest, staging: Path) -> None:
     """Record what the request requires, in addition to what was recorded before."""
     if request.require:
-        metrics = Metrics.of(staging) or Metrics("")
+        metrics = Metrics.load(staging) or Metrics("")
         check_measurable(request.require, metrics)
         metrics.bounds = tuple(dict.fromkeys([*metrics.bounds, *request.require]))
         metrics.write(staging)
@@ -189,8 +189,8 @@ def _merge_remote_card(request: PushRequest, staging: Path, path: Path | None) -
         remote = read_text(path) or ""
         if is_generic(remote):
             return
-        remote_fields, remote_body = front_matter(remote, where)
-        local_fields, local_body = front_matter(local, str(request.model / CARD))
+        remote_fields, remote_body = split_front_matter(remote, where)
+        local_fields, local_body = split_front_matter(local, str(request.model / CARD))
         theirs, mine = (regions.theirs(regions.parse(body, where)) for body in (remote_body, local_body))
         # The text added on the Hub, unless the folder's card already has all of it.
         body = local_body if mine else remote_body

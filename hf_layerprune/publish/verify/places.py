@@ -95,7 +95,7 @@ class Place:
         Raises:
             CheckpointError: The file can't be read, or does not follow the schema.
         """
-        return Metrics.read(self.path(METRICS)) if self.has(METRICS) else None
+        return Metrics.load_file(self.path(METRICS)) if self.has(METRICS) else None
 
 
 @dataclass(frozen=True)

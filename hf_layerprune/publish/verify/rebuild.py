@@ -25,7 +25,7 @@ from ...files.copy import LocalFile
 from ...files.json_file import parse_json
 from ...records.fingerprints import CONFIG, GENERATION, hash_files, holds_weights, is_inert, model_files, sha256_of
 from ...records.history import History, Stage
-from ...records.quantized import is_repeatable_method, method_of
+from ...records.quantized import is_repeatable_method, quantization_method
 from ...runtime.config_file import read_config_file
 from ...runtime.loading import load_base, load_config
 from .places import Base
@@ -66,10 +66,10 @@ class WeightFile:
         header = read_header(path)
         with LocalFile(path) as file:
             start = header.data_start
-            return cls.of(file.read(0, start), file.chunks(start, header.size - start))
+            return cls.from_parts(file.read(0, start), file.chunks(start, header.size - start))
 
     @classmethod
-    def of(cls, header: bytes, data: Iterator[memoryview]) -> WeightFile:
+    def from_parts(cls, header: bytes, data: Iterator[memoryview]) -> WeightFile:
         """Hash a valid file from its header and the parts that follow it."""
         whole, part = hashlib.sha256(header), memoryview(b"")
         tensors: dict[str, TensorHash] = {}
@@ -125,7 +125,7 @@ class Expected:
     lacked: tuple[str, ...] = ()
 
     @classmethod
-    def of(
+    def from_folder(
         cls, folder: Path, weights: dict[str, WeightFile] | None = None, others: dict[str, str] | None = None
     ) -> Expected:
         """What is in a folder, except for the weights and the hashes of other files where they are known already."""
@@ -190,12 +190,14 @@ def _copied(history: History, base: Base, folder: Path) -> Expected:
             continue
         with LocalFile(path) as source:
             parts = (part for offset, length in shard.spans() for part in source.chunks(offset, length))
-            weights[shard.target] = WeightFile.of(shard.header, parts)
+            weights[shard.target] = WeightFile.from_parts(shard.header, parts)
     if history.quantized and is_repeatable_method(history.quantized.settings["quantization_config"]):
         execute_plan(plan, folder)
     else:
         (folder / CONFIG).write_bytes(plan.files[CONFIG])
-    return replace(Expected.of(folder, weights, others), lacked=tuple(name for name in companions if name not in had))
+    return replace(
+        Expected.from_folder(folder, weights, others), lacked=tuple(name for name in companions if name not in had)
+    )
 
 
 def _check_bytes(plan: CheckpointPlan, files: Mapping[str, Mapping[str, Any]]) -> None:
@@ -230,7 +232,7 @@ def _converted(history: History, base: Base, folder: Path) -> Expected:
         settings = (folder / GENERATION).read_text()
         ours, theirs = (f'"transformers_version": "{one}"' for one in (version("transformers"), Version(str(wrote))))
         (folder / GENERATION).write_text(settings.replace(ours, theirs))
-    return Expected.of(folder)
+    return Expected.from_folder(folder)
 
 
 def _quantized(history: History, folder: Path, cut: Expected) -> Expected:
@@ -251,7 +253,9 @@ def _quantized(history: History, folder: Path, cut: Expected) -> Expected:
     target = folder.with_name("quantized")
     quantizer = _quantize_again(stage, told, folder, target)
     others = {name: sha256 for name, sha256 in cut.files.items() if not holds_weights(name)}
-    return replace(Expected.of(target, others=others), unquantized=cut.tensors, quantizer=quantizer, lacked=cut.lacked)
+    return replace(
+        Expected.from_folder(target, others=others), unquantized=cut.tensors, quantizer=quantizer, lacked=cut.lacked
+    )
 
 
 def _quantize_again(stage: Stage, told: dict[str, Any], cut: Path, target: Path) -> str:
@@ -259,7 +263,7 @@ def _quantize_again(stage: Stage, told: dict[str, Any], cut: Path, target: Path)
     from transformers.quantizers.auto import AutoQuantizationConfig
 
     dtype = _dtype(stage.settings.get("dtype"))
-    method = method_of(told)
+    method = quantization_method(told)
     logger.info("quantising the cut with %s, to compare", method)
     with boundary(f"{method} can't repeat how the model was quantised", "install the version in its lineage.json"):
         here, then = version(method), (stage.entry.get("versions") or {}).get(method)

@@ -66,7 +66,7 @@ def verify(request: VerifyRequest) -> Verified:
     outcome = Verified(place.name, accept_trained=request.accept_trained, without_weights=not place.hashes)
     part = "lineage"
     try:
-        history = read_history(Lineage.required(place.folder, place.name))
+        history = read_history(Lineage.load_required(place.folder, place.name))
         _tell(history, outcome)
         _check_records(place, history, outcome)
         _check_metrics(place, history.lineage, outcome)
@@ -166,7 +166,7 @@ def _check_card(place: Place, lineage: Lineage, outcome: Verified) -> None:
         return
     try:
         text = read_text(place.path(CARD).resolve())  # the Hub client's cache holds links
-        same = text == compose(Card.of(lineage, place.metrics()), text)
+        same = text == compose(Card.from_records(lineage, place.metrics()), text)
     except LayerPruneError:
         same = False
     shows = f"{CARD} shows what the records say; text outside its generated sections was not checked"
@@ -267,7 +267,7 @@ def _check_pruned_base(
     name, revision = str(told.get("base_model_name_or_path")), told.get("revision")
     before = history.lineage.entries[: history.lineage.entries.index(history.since_last_cut[0].entry)]
     pruned = Place.open(name, revision, request.token)
-    if Lineage.required(pruned.folder, pruned.name).entries != before:
+    if Lineage.load_required(pruned.folder, pruned.name).entries != before:
         return f"names the base {name}, which is not the model that {LINEAGE} says was cut again"
     found = verify(replace(request, model=name, revision=revision if pruned.repo else None))
     if not found.consistent or found.without_weights or found.base != outcome.base:

@@ -20,24 +20,24 @@ class Metric:
         unit (`str`, defaults to `"number"`): The format of the number: `share` (0 to 1, in percent), `bytes`,
             `seconds`, `count` or `number`.
         higher_is_better (`bool`, defaults to `False`): Whether higher values are better.
-        instead_of (`str`, *optional*): An equivalent metric of the same task that is hidden if this one is present.
-        of_the_file (`bool`, defaults to `False`): Whether the metric depends on how a file stores its weights.
+        replaces (`str`, *optional*): An equivalent metric of the same task that is hidden if this one is present.
+        depends_on_file (`bool`, defaults to `False`): Whether the metric depends on how a file stores its weights.
     """
 
     label: str
     unit: str = NUMBER
     higher_is_better: bool = False
-    instead_of: str | None = None
-    of_the_file: bool = False
+    replaces: str | None = None
+    depends_on_file: bool = False
 
 
 METRICS: dict[str, Metric] = {
     "acc": Metric("accuracy", SHARE, True),
     # By the likelihood per byte of an answer.
-    "acc_norm": Metric("length-normalised accuracy", SHARE, True, instead_of="acc"),
+    "acc_norm": Metric("length-normalised accuracy", SHARE, True, replaces="acc"),
     "exact_match": Metric("exact match", SHARE, True),
     "f1": Metric("F1", SHARE, True),
-    "perplexity": Metric("perplexity", instead_of="nll"),
+    "perplexity": Metric("perplexity", replaces="nll"),
     "word_perplexity": Metric("per-word perplexity"),
     "byte_perplexity": Metric("per-byte perplexity"),
     "bits_per_byte": Metric("bits per byte"),
@@ -45,12 +45,12 @@ METRICS: dict[str, Metric] = {
     "kl": Metric("KL divergence from dense, nats per token"),  # of the distributions of the next token
     "top1_agreement": Metric("top-1 agreement with dense", SHARE, True),  # of the likeliest next token
     "parameters": Metric("parameters", COUNT),
-    "bytes_on_disk": Metric("size on disk", BYTES, of_the_file=True),  # of the weight files
+    "bytes_on_disk": Metric("size on disk", BYTES, depends_on_file=True),  # of the weight files
     "prefill_tokens_per_second": Metric("prefill throughput, tokens/s", NUMBER, True),
     "decode_tokens_per_second": Metric("decode throughput, tokens/s", NUMBER, True),
     "time_to_first_token": Metric("time to first token", SECONDS),
-    "load_seconds": Metric("load time", SECONDS, of_the_file=True),
-    "peak_rss_bytes": Metric("peak memory", BYTES, of_the_file=True),  # resident set of the process
+    "load_seconds": Metric("load time", SECONDS, depends_on_file=True),
+    "peak_rss_bytes": Metric("peak memory", BYTES, depends_on_file=True),  # resident set of the process
     "peak_cuda_bytes": Metric("peak GPU memory", BYTES),  # allocated by PyTorch
     "kv_cache_bytes_per_token": Metric("KV cache per token", BYTES),
 }
@@ -66,7 +66,7 @@ TASKS = {
 }  # fmt: skip
 
 
-def metric_named(name: str, kind: str | None = None, unit: str | None = None) -> Metric:
+def get_metric(name: str, kind: str | None = None, unit: str | None = None) -> Metric:
     """Look up a metric by its name, or guess its unit and direction from the name, kind and unit in `metrics.json`."""
     if name in METRICS:
         return METRICS[name]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-from .metric_names import BYTES, COUNT, NUMBER, SECONDS, SHARE, metric_named
+from .metric_names import BYTES, COUNT, NUMBER, SECONDS, SHARE, get_metric
 
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 _SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     """Three significant digits; powers of ten for very large and very small numbers."""
     if value == 0:
         return "0"
@@ -25,17 +25,17 @@ def number(value: float) -> str:
     return f"{value:.{digits}f}".replace("-", MINUS)
 
 
-def percent(value: float) -> str:
+def format_percent(value: float) -> str:
     """A share in percent, without the percent sign."""
     return f"{100 * value:.1f}".replace("-", MINUS)
 
 
-def count(value: float) -> str:
+def format_count(value: float) -> str:
     """A number of parameters or tokens, such as `1.24 B`."""
     return _scaled(value, {1e12: " T", 1e9: " B", 1e6: " M", 1e3: " k"}, "")
 
 
-def size(value: float) -> str:
+def format_size(value: float) -> str:
     """A number of bytes in decimal units."""
     return _scaled(value, {1e12: " TB", 1e9: " GB", 1e6: " MB", 1e3: " kB"}, " B")
 
@@ -50,13 +50,13 @@ def _scaled(value: float, units: dict[float, str], otherwise: str) -> str:
 def with_error(text: str, value: float, stderr: float, *, share: bool) -> str:
     """A value and its standard error, with the same number of decimals."""
     if share:
-        return f"{text} ± {percent(stderr)}"
+        return f"{text} ± {format_percent(stderr)}"
     decimals = len(text.partition(".")[2]) if TIMES not in text else -1
     error = f"{stderr:.{decimals}f}" if decimals >= 0 and abs(value) < 1000 else ""
-    return f"{text} ± {error if error.strip('0.') else number(stderr)}"
+    return f"{text} ± {error if error.strip('0.') else format_number(stderr)}"
 
 
-def seconds(value: float) -> str:
+def format_duration(value: float) -> str:
     """A duration."""
     if value < 1:
         return f"{1000 * value:.3g} ms"
@@ -68,19 +68,25 @@ def seconds(value: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def signed(text: str, value: float) -> str:
+def with_sign(text: str, value: float) -> str:
     """A formatted difference with a plus sign if it is not negative."""
     return text if text.startswith(MINUS) or value < 0 else f"+{text}"
 
 
-def ratio(value: float) -> str:
+def format_ratio(value: float) -> str:
     """A ratio, with a multiplication sign in front."""
-    return f"{TIMES} {value:.2f}" if 0.01 <= value < 100 else f"{TIMES} {number(value)}"
+    return f"{TIMES} {value:.2f}" if 0.01 <= value < 100 else f"{TIMES} {format_number(value)}"
 
 
-def measured(metric: str, value: float, kind: str | None = None, unit: str | None = None) -> str:
+def format_metric(metric: str, value: float, kind: str | None = None, unit: str | None = None) -> str:
     """Format the value of a metric of `metrics.json`, with the unit unless the metric's label contains it."""
-    return _WRITTEN[metric_named(metric, kind, unit).unit](value)
+    return _FORMATTERS[get_metric(metric, kind, unit).unit](value)
 
 
-_WRITTEN = {SHARE: percent, BYTES: size, SECONDS: seconds, COUNT: count, NUMBER: number}
+_FORMATTERS = {
+    SHARE: format_percent,
+    BYTES: format_size,
+    SECONDS: format_duration,
+    COUNT: format_count,
+    NUMBER: format_number,
+}

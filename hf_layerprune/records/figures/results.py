@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from . import numbers
-from .metric_names import SHARE, TASKS, metric_named
+from .metric_names import SHARE, TASKS, get_metric
 
 if TYPE_CHECKING:
     from ..metrics import Metrics
@@ -80,7 +80,7 @@ class Row:
         key (`tuple[str, ...]`): `kind`, `task`, `metric`, as in `metrics.json`.
         run (`tuple[tuple[str, int], ...]`): For a speed, the batch size and lengths of the run, by the keys of `RUN`.
         engine (`str`): For a speed in another engine than transformers, its name, and the type of the weights there.
-        apart (`str`): What tells it from other rows of the same task, as in its label: another data set, dtype, ...
+        qualifier (`str`): What tells it from other rows of the same task, as in its label: another data set, dtype, ...
     """
 
     task: str
@@ -92,7 +92,7 @@ class Row:
     key: tuple[str, str, str]
     run: tuple[tuple[str, int], ...] = ()
     engine: str = ""
-    apart: str = ""
+    qualifier: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Results:
 
     def pairs_of(self, record: dict[str, Any]) -> list[dict[str, Any]]:
         """The paired differences between a number and those of other models, the newest last."""
-        found = self.pairs.get((record["weights"], *_about(record)), [])
+        found = self.pairs.get((record["weights"], *_metric_key(record)), [])
         return [one for one in found if one.get("settings") in (None, record.get("settings"))]
 
     def __bool__(self) -> bool:
@@ -140,7 +140,7 @@ class Results:
         rows = [row for row in self.rows if row.key[0] in tuple(kinds)]
         if every:
             return rows
-        again = {(row.key[1], metric_named(row.key[2]).instead_of, row.samples) for row in rows}
+        again = {(row.key[1], get_metric(row.key[2]).replaces, row.samples) for row in rows}
         rows = [row for row in rows if (row.key[1], row.key[2], row.samples) not in again]
         usual = self.usual_run
         return [row for row in rows if row.run in ((), usual)]
@@ -166,13 +166,13 @@ class Results:
         return means
 
 
-def results_of(metrics: Metrics | None) -> Results:
+def build_results(metrics: Metrics | None) -> Results:
     """Arrange measured numbers in a table."""
     if metrics is None or not metrics.results:
         return Results([], [], metrics)
     results = Results(list(_columns(metrics)), [], metrics)
     for one in metrics.comparisons:
-        results.pairs.setdefault((one["weights"], *_about(one)), []).append(one)
+        results.pairs.setdefault((one["weights"], *_metric_key(one)), []).append(one)
     alike: dict[str, dict[str, dict[str, Any]]] = {}
     for record in metrics.results:
         alike.setdefault(json.dumps(_key(record), sort_keys=True), {}).setdefault(record["weights"], record)
@@ -182,7 +182,7 @@ def results_of(metrics: Metrics | None) -> Results:
         key = json.dumps([_key(record), _conditions(record, partners, results)], sort_keys=True)
         grouped.setdefault(key, {})[record["weights"]] = record
     rows = [_row(by_weights, results) for by_weights in grouped.values()]
-    rows = list(_told_apart([row for row in rows if row.cells]))
+    rows = list(_disambiguate([row for row in rows if row.cells]))
     order = {kind: index for index, kind in enumerate((*QUALITY, *COST))}
     results.rows.extend(sorted(rows, key=lambda row: order[row.key[0]]))
     return results
@@ -192,7 +192,7 @@ def _key(record: dict[str, Any]) -> list[Any]:
     return [record.get(name) for name in ("kind", "task", "metric", "settings")]
 
 
-def _about(record: dict[str, Any]) -> tuple[Any, ...]:
+def _metric_key(record: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(record.get(name) for name in ("kind", "task", "metric"))
 
 
@@ -205,25 +205,25 @@ def _conditions(record: dict[str, Any], partners: dict[str, dict[str, Any]], res
     return [*(record.get(name) for name in _ASKED), *(partner.get(name) for name in _WHERE)]
 
 
-def _told_apart(rows: list[Row]) -> Iterator[Row]:
+def _disambiguate(rows: list[Row]) -> Iterator[Row]:
     """The rows, labelled with the conditions in which those of one task, or of one metric without a task, differ."""
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.key[1] or (row.key, row.run, row.engine), []).append(row)
     for group in groups.values():
-        told = [next(iter(row.cells.values())).record for row in group]
-        told = [(record.get("settings") or {}) | record for record in told]
-        differ = [name for name in CONDITIONS if len({one[name] for one in told if name in one}) > 1]
-        differ += [name for name in _SETTINGS if len({one.get(name) for one in told}) > 1]
-        for row, record in zip(group, told, strict=True):
-            words = ", ".join(_words(name, record[name]) for name in differ if name in record)
+        records = [next(iter(row.cells.values())).record for row in group]
+        records = [(record.get("settings") or {}) | record for record in records]
+        differing = [name for name in CONDITIONS if len({one[name] for one in records if name in one}) > 1]
+        differing += [name for name in _SETTINGS if len({one.get(name) for one in records}) > 1]
+        for row, record in zip(group, records, strict=True):
+            words = ", ".join(_describe_condition(name, record[name]) for name in differing if name in record)
             label: dict[str, Any] = (
                 {"task": f"{row.task} ({words})"} if row.task else {"metric": f"{row.metric}, {words}"}
             )
-            yield replace(row, apart=words, **label) if words else row
+            yield replace(row, qualifier=words, **label) if words else row
 
 
-def _words(name: str, value: Any) -> str:
+def _describe_condition(name: str, value: Any) -> str:
     if name == "dataset":
         return value[:8] if len(value) == _SHA256 else value
     words = {"shots": "{}-shot", "task_version": "version {}"} | _SETTINGS
@@ -247,9 +247,9 @@ def _columns(metrics: Metrics) -> Iterator[ResultColumn]:
 def _row(by_weights: dict[str, dict[str, Any]], results: Results) -> Row:
     sample = next(iter(by_weights.values()))
     kind, task, metric = sample["kind"], sample.get("task", ""), sample["metric"]
-    known = metric_named(metric, kind, sample.get("unit"))
+    known = get_metric(metric, kind, sample.get("unit"))
     base = by_weights.get(results.dense.weights) if results.dense else None
-    if known.of_the_file and results.packed:
+    if known.depends_on_file and results.packed:
         base = None  # quantised and unquantised files can't be compared in this metric
     columns = [column.weights for column in results.columns if column.weights in by_weights]
     cells = {weights: _cell(by_weights[weights], base, results) for weights in columns}
@@ -262,7 +262,7 @@ def _row(by_weights: dict[str, dict[str, Any]], results: Results) -> Row:
         metric=known.label + (f", in {engine}" if engine else ""),
         better="↑" if sample.get("higher_is_better", known.higher_is_better) else "↓",
         samples=sample.get("samples"),
-        chance="" if chance is None else numbers.measured(metric, chance, kind),
+        chance="" if chance is None else numbers.format_metric(metric, chance, kind),
         cells=cells,
         key=(kind, task, metric),
         run=tuple((name, settings[name]) for name in RUN if isinstance(settings.get(name), int)),
@@ -272,7 +272,10 @@ def _row(by_weights: dict[str, dict[str, Any]], results: Results) -> Row:
 
 def _cell(record: dict[str, Any], base: dict[str, Any] | None, results: Results) -> Cell:
     kind, metric, value = record["kind"], record["metric"], record["value"]
-    text, share = numbers.measured(metric, value, kind, record.get("unit")), metric_named(metric, kind).unit == SHARE
+    text, share = (
+        numbers.format_metric(metric, value, kind, record.get("unit")),
+        get_metric(metric, kind).unit == SHARE,
+    )
     if record.get("stderr"):
         text = numbers.with_error(text, value, record["stderr"], share=share)
     if base is None or base is record:
@@ -281,26 +284,28 @@ def _cell(record: dict[str, Any], base: dict[str, Any] | None, results: Results)
     paired = next((one for one in reversed(results.pairs_of(record)) if one["base"] == base["weights"]), None)
     if share and metric != "top1_agreement":
         difference = paired["difference"] if paired else value - base["value"]
-        change = numbers.signed(numbers.percent(difference), difference)
+        change = numbers.with_sign(numbers.format_percent(difference), difference)
         if paired and paired.get("stderr"):
-            change += f" ± {numbers.percent(paired['stderr'])}"
+            change += f" ± {numbers.format_percent(paired['stderr'])}"
     elif kind == "distance" or not base["value"]:
         change = ""
     elif paired and paired.get("share") is not None:
-        change = numbers.ratio(paired["share"])  # of runs in turn, in which whatever slowed down both cancels out
+        change = numbers.format_ratio(
+            paired["share"]
+        )  # of runs in turn, in which whatever slowed down both cancels out
     else:
         # A time at which the dense model did not run in turn says more about the machine than about the model.
-        change = "" if kind == "speed" else numbers.ratio(value / base["value"])
+        change = "" if kind == "speed" else numbers.format_ratio(value / base["value"])
     p_value = paired.get("p_value") if paired else None
     return Cell(text, change, p_value is not None and p_value > SIGNIFICANT, record, paired)
 
 
-def run_words(run: Iterable[tuple[str, int]]) -> str:
+def describe_run(run: Iterable[tuple[str, int]]) -> str:
     """Describe the batch size and lengths of a timed run."""
     return ", ".join(RUN[name].format(f"{number:,}") for name, number in run)
 
 
-def measured_with(results: Results) -> list[str]:
+def describe_conditions(results: Results) -> list[str]:
     """Describe the conditions under which the numbers were measured."""
     records = [cell.record for row in results.rows for cell in row.cells.values()]
     quality = [record for record in records if record["kind"] in QUALITY]
