@@ -148,11 +148,11 @@ def _changes(settings: dict[str, Any]) -> str:
 
 def plot(points: list[dict[str, Any]], path: Path) -> None:
     """KL and the logarithm of the perplexity ratio against tokens."""
-    from hf_layerprune.publish.card.style import CYCLE, draw, grid
+    from hf_layerprune.publish.card.style import CYCLE, draw_grid, new_figure
 
     names = {"kl": "KL from the dense model, nats", "ln_ratio": "ln of the perplexity ratio"}
     counts = sorted({point["dropped"] for point in points})
-    with draw(path, height=3.4, ncols=2) as (_, both):
+    with new_figure(path, height=3.4, ncols=2) as (_, both):
         for axes, (metric, title) in zip(both, names.items(), strict=True):
             for colour, marker, count in zip(CYCLE, "oDv^s", counts, strict=False):
                 some = [point for point in points if point["dropped"] == count]
@@ -168,7 +168,7 @@ def plot(points: list[dict[str, Any]], path: Path) -> None:
             axes.set_ylim(bottom=0)
             axes.set_xlabel("tokens of healing")
             axes.set_ylabel(title)
-            grid(axes, "y")
+            draw_grid(axes, "y")
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from hf_layerprune import CheckpointError, LayerPruneError
 from hf_layerprune.cli import main
 from hf_layerprune.publish.card import regions
-from hf_layerprune.publish.card.writing import declare, write_card
+from hf_layerprune.publish.card.writing import record_declarations, write_card
 from hf_layerprune.publish.requests import CardRequest
 from hf_layerprune.records.declared import declared_fields, split_front_matter
 from hf_layerprune.records.history import read_history
@@ -99,7 +99,7 @@ def test_a_name_until_it_is_on_the_hub(tmp_path: Path) -> None:
     (folder / "metrics.json").unlink()  # of weights that are not here
     assert main(["card", str(folder), "--name", "SmolLM2-small"]) == 0
     assert "\n# SmolLM2-small\n" in (folder / "README.md").read_text()
-    declare(CardRequest(folder), published={"repo_id": "org/other"})
+    record_declarations(CardRequest(folder), published={"repo_id": "org/other"})
     write_card(folder, weights=False)
     assert "\n# other\n" in (folder / "README.md").read_text()
 
@@ -360,14 +360,16 @@ names = st.lists(st.sampled_from(["a", "b", "c", "d"]), unique=True)
 def test_merging_loses_nothing(old: list[str], new: list[str], theirs: list[str]) -> None:
     pieces, between = [], iter(theirs)
     for name in [None, *old]:
-        pieces += [regions.marked(name, f"old {name}")] if name else []
+        pieces += [regions.add_markers(name, f"old {name}")] if name else []
         pieces += [text] if (text := next(between, "")) else []
     before = regions.parse("\n\n".join(pieces))
-    merged = regions.merge(regions.parse("\n\n".join(regions.marked(name, f"new {name}") for name in new)), before)
+    merged = regions.merge(
+        regions.parse("\n\n".join(regions.add_markers(name, f"new {name}") for name in new)), before
+    )
     after = regions.parse(merged)
     assert [part.region for part in after if part.region] == new
     assert all(part.text == f"new {part.region}" for part in after if part.region)
-    said = [" ".join(regions.theirs(parts)).split() for parts in (before, after)]
+    said = [" ".join(regions.foreign_texts(parts)).split() for parts in (before, after)]
     assert sorted(said[0]) == sorted(said[1])
     assert regions.merge(after, after) == merged
 
@@ -395,19 +397,19 @@ def test_a_notice_follows_the_records(tmp_path: Path) -> None:
     write_card(folder, weights=False)
     notice.write_text(f"Mine.\n\n{notice.read_text()}Also mine.\n")
     assert write_card(folder, weights=False) == []
-    declare(CardRequest(folder, license="gemma"))
+    record_declarations(CardRequest(folder, license="gemma"))
     assert "NOTICE" in write_card(folder, weights=False)
     lines = notice.read_text().split("\n")
     assert [lines[0], *lines[-2:]] == ["Mine.", "Also mine.", ""]
     assert lines[2].startswith("Gemma is provided")
     assert "Llama" not in notice.read_text()
-    declare(CardRequest(folder, license="mit"))
+    record_declarations(CardRequest(folder, license="mit"))
     assert "NOTICE" in write_card(folder, weights=False)
     assert notice.read_text() == "Mine.\n\nAlso mine.\n"
-    declare(CardRequest(folder, license="gemma"))
+    record_declarations(CardRequest(folder, license="gemma"))
     write_card(folder, weights=False)
     notice.write_text(notice.read_text().split("\n\n", 2)[2])  # ours alone
-    declare(CardRequest(folder, license="mit"))
+    record_declarations(CardRequest(folder, license="mit"))
     assert "NOTICE" in write_card(folder, weights=False)
     assert not notice.exists()
 
@@ -446,6 +448,6 @@ def test_a_base_that_gets_a_name_has_it_in_the_commands(tmp_path: Path) -> None:
     lineage = lineage_of(id=path, commit=None)
     lineage.entries[-1]["command"] = f"accelerate launch recipes/sft_tail.py --model_name_or_path '{path}' --drop 0.25"
     lineage.write(tmp_path)
-    declare(CardRequest(tmp_path, base_model="org/base"))
+    record_declarations(CardRequest(tmp_path, base_model="org/base"))
     (command,) = read_history(Lineage.load_required(tmp_path)).commands()
     assert "--model_name_or_path 'small model.gguf'" in command

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hf_layerprune.publish.card import style
-from hf_layerprune.publish.card.plots import layer_map, pictures, scores
+from hf_layerprune.publish.card.plots import available_plots, draw_layer_map, draw_scores
 from hf_layerprune.records.figures.results import build_results
 from hf_layerprune.records.history import read_history
 
@@ -48,7 +48,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
     told = {"unit": "1 - cosine", "layers": [0.1 * i for i in range(29)] + [None]}
     lineage.entries[0]["selection"] = {"criterion": "block_influence", "why": "the lowest", "scores": told}
     found: dict[str, list[Path]] = {}
-    for name, draw in pictures(read_history(lineage), build_results(metrics_of(lineage))).items():
+    for name, draw in available_plots(read_history(lineage), build_results(metrics_of(lineage))).items():
         found[name] = [folder / f"{name}.{kind}" for kind in ("svg", "png")]
         for path in found[name]:
             draw(path)
@@ -85,7 +85,7 @@ def test_the_same_records_give_the_same_picture(tmp_path: Path) -> None:
     history = read_history(lineage_of())
     for kind in ("svg", "png"):
         for name in ("a", "b"):
-            layer_map(history, tmp_path / f"{name}.{kind}")
+            draw_layer_map(history, tmp_path / f"{name}.{kind}")
         assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
 
 
@@ -94,7 +94,7 @@ def test_stacks_of_all_heights(tmp_path: Path, layers: int, dropped: list[int]) 
     lineage = lineage_of(("dense", "cut"))
     lineage.entries[0] |= {"layers": {"base": layers, "left": layers - len(dropped)}}
     lineage.entries[0]["settings"]["drop_layers"] = dropped
-    layer_map(read_history(lineage), tmp_path / "map.svg")
+    draw_layer_map(read_history(lineage), tmp_path / "map.svg")
     shown = words(tmp_path / "map.svg")
     assert shown[:layers] == [str(i) for i in range(layers)]
     assert shown[layers:] == [f"kept as it was ({layers - len(dropped)})", f"dropped ({len(dropped)})"]
@@ -102,21 +102,21 @@ def test_stacks_of_all_heights(tmp_path: Path, layers: int, dropped: list[int]) 
 
 @pytest.mark.parametrize("values", [[1.0] * 4, [0.0, 0.0, 0.0, 0.0], [1e-8, 1.0, 1e8, 3.0], [-1.0, 0.5, -2.0, 0.0]])
 def test_scores_of_any_kind(tmp_path: Path, values: list[float]) -> None:
-    scores(values, [1, 3], "a score", tmp_path / "scores.svg")
+    draw_scores(values, [1, 3], "a score", tmp_path / "scores.svg")
     assert {"kept", "dropped", "a score"} <= set(words(tmp_path / "scores.svg"))
 
 
 def test_records_that_do_not_suffice_give_no_picture() -> None:
     lineage = lineage_of(("dense", "cut"))
     lineage.entries[0]["selection"] = {"criterion": "x", "scores": {"layers": [1.0]}}  # of another model
-    assert set(pictures(read_history(lineage), None)) == {"layers"}
+    assert set(available_plots(read_history(lineage), None)) == {"layers"}
     alone = metrics_of(lineage, ("cut",))
-    assert set(pictures(read_history(lineage), build_results(alone))) == {"layers"}
+    assert set(available_plots(read_history(lineage), build_results(alone))) == {"layers"}
 
 
 def test_nothing_half_drawn(tmp_path: Path) -> None:
     def drawing(values: object) -> None:
-        with style.draw(tmp_path / "a.svg") as (_, axes):
+        with style.new_figure(tmp_path / "a.svg") as (_, axes):
             axes.plot(values)
 
     with pytest.raises(ValueError, match="could not be cast"):

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from hf_layerprune.cli import main
 from hf_layerprune.errors import CheckpointError
 from hf_layerprune.files.hub import Repo
-from hf_layerprune.publish.card.writing import EVAL_MARK, declare, write_card
+from hf_layerprune.publish.card.writing import EVAL_MARK, record_declarations, write_card
 from hf_layerprune.publish.hub import leaks
 from hf_layerprune.publish.hub import push as push_module
 from hf_layerprune.publish.hub.push import plan_push
-from hf_layerprune.publish.hub.upload import PushError, Upload, Uploaded
+from hf_layerprune.publish.hub.upload import PushError, UploadJob, UploadResult
 from hf_layerprune.publish.requests import CardRequest, PushRequest, VerifyRequest
 from hf_layerprune.publish.verify.places import Base
 from hf_layerprune.records.licences import TABLE, DeclaredLicence
@@ -40,7 +40,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "base" / "LICENSE").write_text("The MIT License\n")
     (place / "base" / "tokenizer.json").write_text("{}")
     assert main(["prune", str(place / "base"), str(place / "out"), "--drop", "2"]) == 0
-    declare(CardRequest(place / "out", base_model="org/base"))
+    record_declarations(CardRequest(place / "out", base_model="org/base"))
     measure_by_hand(place / "out")
     write_card(place / "out")
     return place / "out"
@@ -391,9 +391,9 @@ def test_what_a_push_removes_from_the_folder(folder: Path, monkeypatch: pytest.M
     for name in kept - {".eval_results/late.yaml"}:
         (folder / name).write_text("[]\n")
 
-    def upload(job: Upload, api: Any) -> Uploaded:
+    def upload(job: UploadJob, api: Any) -> UploadResult:
         (folder / ".eval_results" / "late.yaml").write_text("[]\n")
-        return Uploaded("https://hub", "0" * 40)
+        return UploadResult("https://hub", "0" * 40)
 
     monkeypatch.setattr(push_module, "log_in", lambda token: None)
     monkeypatch.setattr(push_module, "_download", lambda *args: None)
@@ -418,7 +418,7 @@ def test_an_adapter_beside_a_model(folder: Path) -> None:
 def test_paths_of_somebodys_disk(folder: Path) -> None:
     edit_base(folder, {"id": "/home/alice/models/llama", "hub_id": None})
     assert "names the base by a path on your disk, /home/alice/models/llama" in refusals(folder)
-    declare(CardRequest(folder, base_model="org/base"))
+    record_declarations(CardRequest(folder, base_model="org/base"))
     assert refusals(folder) == ""
     (folder / "LICENSE").write_text("see /home/alice/work\n")
     assert "LICENSE line 1 reveals the path /home/alice" in warnings(folder)
@@ -460,7 +460,7 @@ def test_adapters(
     base = pruned.parent / "base"
     assert main(["prune", str(base), str(tmp_path / "whole" / "adapter"), "--drop", "2", "--adapter"]) == 0
     adapter = tmp_path / "whole" / "adapter"
-    declare(CardRequest(adapter, base_model="org/base"))
+    record_declarations(CardRequest(adapter, base_model="org/base"))
     assert "which nobody else can load" in refusals(adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/base"}))

@@ -19,7 +19,7 @@ from hf_layerprune.errors import CheckpointError
 from hf_layerprune.publish.requests import VerifyRequest
 from hf_layerprune.publish.verify import verdict
 from hf_layerprune.publish.verify.rebuild import WeightFile, notes_in
-from hf_layerprune.publish.verify.verdict import Verified
+from hf_layerprune.publish.verify.verdict import Verification
 from hf_layerprune.records.fingerprints import fingerprint, sha256_of, weights_hash
 from hf_layerprune.records.lineage import Lineage
 
@@ -49,11 +49,11 @@ def cut(place: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(place / "single-cut", tmp_path / "cut"))
 
 
-def verify(model: Path, **more: Any) -> Verified:
+def verify(model: Path, **more: Any) -> Verification:
     return verdict.verify(VerifyRequest(str(model), **more))
 
 
-def said(found: Verified, good: bool | None = None) -> str:
+def said(found: Verification, good: bool | None = None) -> str:
     return "\n".join(f"{line.what}: {line.text}" for line in found.lines if good in (None, line.good))
 
 

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from hf_layerprune import CutError, __version__
 from hf_layerprune.cli import main
 from hf_layerprune.errors import CheckpointError
-from hf_layerprune.publish.space import build_space, secret_from
+from hf_layerprune.publish.space import build_space, secret_from_env
 from tests.chat_models import pruned_model, tiny_chat_model
 from tests.compat import STACKS
 from tests.hub_server import HubServer, client_env
@@ -164,7 +164,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("NOT_SET", raising=False)
     for name in ("NOT_SET", "hf_" + "aB3" * 12):  # a token in place of a name is not repeated
         with pytest.raises(CutError, match="names an environment variable that is not set") as error:
-            secret_from(name)
+            secret_from_env(name)
         assert name not in str(error.value)
 
 

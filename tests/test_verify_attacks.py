@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_layerprune.cli import main
 from hf_layerprune.heal.stage import copy_beside_weights
-from hf_layerprune.publish.verify.fields import reads_another_tokenizer, says_the_same
+from hf_layerprune.publish.verify.fields import agrees_with_renamed, reads_another_tokenizer
 from hf_layerprune.records.fingerprints import behaviour_hashes, fingerprint, weights_hash
 from hf_layerprune.records.lineage import Lineage
 
@@ -308,8 +308,8 @@ def test_a_config_in_the_words_of_an_older_transformers(cut: Path, capsys: pytes
 ])  # fmt: skip
 def test_rotary_settings_of_qwen2_vl_whose_type_has_a_new_name(told: dict[str, Any], same: bool) -> None:
     now = {"rope_parameters": {"rope_type": "default", "type": "mrope", "rope_theta": 1e6}}
-    assert says_the_same("rope_scaling", told, now) == same
-    assert says_the_same("rope_scaling", {"type": "linear"}, {"rope_parameters": {"rope_type": "linear"}})
+    assert agrees_with_renamed("rope_scaling", told, now) == same
+    assert agrees_with_renamed("rope_scaling", {"type": "linear"}, {"rope_parameters": {"rope_type": "linear"}})
 
 
 @pytest.mark.parametrize("forged", [False, True])

@@ -19,7 +19,7 @@ from hf_layerprune.cli import main
 from hf_layerprune.cut.lazy import load_pruned
 from hf_layerprune.publish.card.render import Card
 from hf_layerprune.publish.requests import VerifyRequest
-from hf_layerprune.publish.verify.outcome import Verified
+from hf_layerprune.publish.verify.outcome import Verification
 from hf_layerprune.publish.verify.verdict import verify
 from hf_layerprune.records.fingerprints import fingerprint, weights_hash
 from hf_layerprune.records.lineage import Lineage
@@ -70,11 +70,11 @@ def nf4(place: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(place / "nf4", tmp_path / "nf4"))
 
 
-def check(folder: Path, **more: Any) -> Verified:
+def check(folder: Path, **more: Any) -> Verification:
     return verify(VerifyRequest(str(folder), **more))
 
 
-def said(found: Verified, good: bool | None = None) -> str:
+def said(found: Verification, good: bool | None = None) -> str:
     return "\n".join(f"{line.what}: {line.text}" for line in found.lines if good in (None, line.good))
 
 

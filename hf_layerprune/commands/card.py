@@ -11,10 +11,10 @@ metrics.json of MODEL. Text that you write around the marked sections is kept.""
 
 
 def run(request: Request) -> Result:
-    from ..publish.card.writing import declare, write_card
+    from ..publish.card.writing import record_declarations, write_card
 
     folder = request.model.expanduser()
-    declare(request)
+    record_declarations(request)
     changed = write_card(folder, force=request.force)
     summary = f"wrote {', '.join(changed)} in {folder}" if changed else f"{folder / 'README.md'} is up to date"
     data = {"folder": str(folder), "changed": list(changed)}

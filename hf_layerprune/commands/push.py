@@ -20,9 +20,9 @@ def run(request: Request) -> Result:
     from dataclasses import asdict
 
     from ..publish.hub.push import PushRefusedError, plan_push, push
-    from ..publish.space import publish_space, secret_from
+    from ..publish.space import publish_space, secret_from_env
 
-    secret = secret_from(request.space_secret)
+    secret = secret_from_env(request.space_secret)
     if request.dry_run:
         plan = plan_push(request)
         data: dict[str, Any] = {"files": plan.contents.files, "left_out": plan.contents.left_out}

@@ -26,7 +26,7 @@ _FOLDER_HELP = "A model folder written by prune"
 _NAME = Kind(str, lambda value: value, "NAME")
 
 
-def _named(metavar: str) -> Kind:
+def _kind(metavar: str) -> Kind:
     return Kind(MODEL.parse, MODEL.check, metavar)
 
 
@@ -41,12 +41,12 @@ class CardRequest(Options):
         "Name of the model until it is on the Hub; by default the base's name and the number of layers left, such as "
         "BASE-23L",
     )
-    base_model: str | None = option(None, "Hub id of the base, if MODEL was pruned from a local copy", _named("ID"))
+    base_model: str | None = option(None, "Hub id of the base, if MODEL was pruned from a local copy", _kind("ID"))
     license: str | None = option(
-        None, "Licence of the base, such as apache-2.0, if the base declares none", _named("ID")
+        None, "Licence of the base, such as apache-2.0, if the base declares none", _kind("ID")
     )
-    license_name: str | None = option(None, "Name of the licence, with --license other", _named("NAME"))
-    license_link: str | None = option(None, "URL of the licence, with --license other", _named("URL"))
+    license_name: str | None = option(None, "Name of the licence, with --license other", _kind("NAME"))
+    license_link: str | None = option(None, "URL of the licence, with --license other", _kind("URL"))
     force: bool = option(False, "Overwrite changes inside the marked sections, and plots that another program drew")
 
     def __post_init__(self) -> None:
@@ -71,9 +71,9 @@ class PushRequest(RequireOptions):
     create_pr: bool = option(False, "Open a pull request instead of committing")
     overwrite_card: bool = option(False, "Overwrite changes that were made to the card on the Hub")
     allow_miss: bool = option(False, "Push a model that misses its requirements; its card says so")
-    space: str | None = option(None, "Also publish a chat with the model as this Space", _named("REPO_ID"))
+    space: str | None = option(None, "Also publish a chat with the model as this Space", _kind("REPO_ID"))
     space_secret: str | None = option(
-        None, "Environment variable with a token that the Space uses to read a private model", _named("VARIABLE")
+        None, "Environment variable with a token that the Space uses to read a private model", _kind("VARIABLE")
     )
     dry_run: bool = option(False, "List files, sizes and checks without pushing anything")
     token: str | bool | None = field(default=None, repr=False)

@@ -37,7 +37,7 @@ from ..runtime.config_file import read_config_file
 from ..runtime.loading import is_hub_id, resolve_base
 from ..versions import __version__
 from .hub.contents import find_model
-from .hub.upload import Upload, Uploaded, log_in, push_errors, upload
+from .hub.upload import UploadJob, UploadResult, log_in, push_errors, upload
 from .requests import ChatRequest, PushRequest
 
 logger = logging.getLogger(__name__)
@@ -59,18 +59,18 @@ def build_space(folder: Path, *, model_repo_id: str, model: Path | None = None, 
     lineage = Lineage.load(model) if model else None
     base_repo_id = hub_base(lineage.base) if lineage else None
     source = bundled_folder("spaces/chat")
-    with new_folder(folder, source=source) as made:
+    with new_folder(folder, source=source) as staging:
         for path in sorted(source.iterdir()):
             if path.suffix in (".py", ".css", ".txt", ".md"):
-                shutil.copyfile(path, made / path.name)
-        fields = metadata_load(made / CARD) or {}
+                shutil.copyfile(path, staging / path.name)
+        fields = metadata_load(staging / CARD) or {}
         fields |= {"title": last_part(model_repo_id), "models": [one for one in (model_repo_id, base_repo_id) if one]}
-        metadata_save(made / CARD, fields)
-        with (made / "requirements.txt").open("a", encoding="utf-8") as file:
+        metadata_save(staging / CARD, fields)
+        with (staging / "requirements.txt").open("a", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in _requirements_of(model, adapter))
 
 
-def publish_space(request: PushRequest, *, adapter: bool, secret: str | None) -> Uploaded:
+def publish_space(request: PushRequest, *, adapter: bool, secret: str | None) -> UploadResult:
     """Publish a Space for a model that was pushed, in one commit.
 
     A secret, which is a token that may read the model, is stored as the Space's own secret `HF_TOKEN`.
@@ -84,7 +84,7 @@ def publish_space(request: PushRequest, *, adapter: bool, secret: str | None) ->
         build_space(folder, model_repo_id=request.repo_id, model=model, adapter=adapter)
         files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
         api = log_in(request.token)
-        done = upload(Upload(repo_id, files, "space", private=request.private, message=MESSAGE), api)
+        done = upload(UploadJob(repo_id, files, "space", private=request.private, message=MESSAGE), api)
     if secret is not None:
         with push_errors(repo_id):
             api.add_space_secret(repo_id, "HF_TOKEN", secret, description="Reads the model; stored by hf-layerprune")
@@ -117,7 +117,7 @@ def serve(request: ChatRequest) -> str:
     sys.path.insert(0, str(bundled_folder("spaces/chat")))  # its files import each other as they do on the Hub
     app = importlib.import_module("app")
     try:
-        made = app.build(model, base)
+        page = app.build(model, base)
     except app.CannotLoad as error:
         raise CheckpointError(error) from error
     try:
@@ -127,7 +127,7 @@ def serve(request: ChatRequest) -> str:
                 name = f"hf-layerprune-chat-{getattr(os, 'getuid', int)()}"
                 alone.enter_context(locked(Path(tempfile.gettempdir(), name)))
             # Gradio's look at its own page gives up after three seconds, which a busy machine may need.
-            _, address, public = app.launch(made, prevent_thread_lock=True, quiet=True, _frontend=False)
+            _, address, public = app.launch(page, prevent_thread_lock=True, quiet=True, _frontend=False)
     except (OSError, OverflowError) as error:
         raise CheckpointError(f"all ports of {host} from {port} on are taken; specify another with --port") from error
     return str(public or address)  # with GRADIO_SHARE, it has a public one
@@ -150,7 +150,7 @@ def _existing_model(model: str) -> str:
     return str(Path(model).expanduser()) if not is_hub_id(model) else model
 
 
-def secret_from(variable: str | None) -> str | None:
+def secret_from_env(variable: str | None) -> str | None:
     """Read a token from an environment variable, so that it is not in the shell history; `None` without a name.
 
     Raises:

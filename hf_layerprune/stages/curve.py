@@ -367,7 +367,7 @@ def _is_inside(point: dict[str, Any], name: str, value: float) -> bool:
 
 
 def _draw(curve: Curve, folder: Path) -> None:
-    from ..publish.card.curve_plot import curve as draw_curve
+    from ..publish.card.curve_plot import draw_curve as draw_curve
 
     remark = ""
     if curve.chosen is not None:

@@ -316,9 +316,9 @@ def draw_ranking(ranking: Ranking, num_layers: int, folder: Path) -> None:
 
     drops = ranking.drops
     for kind in ("png", "svg"):
-        score_plots.choices(drops, num_layers, folder / f"choices.{kind}")
+        score_plots.draw_choices(drops, num_layers, folder / f"choices.{kind}")
         if ranking.layer_scores:
-            score_plots.layer_scores(ranking.layer_scores, drops, folder / f"scores.{kind}")
+            score_plots.draw_layer_scores(ranking.layer_scores, drops, folder / f"scores.{kind}")
         for name, score in ranking.scores.items():
             if score.blocks:
                 drop = drops[name]
@@ -326,4 +326,4 @@ def draw_ranking(ranking: Ranking, num_layers: int, folder: Path) -> None:
                 of_length = (block for block in score.blocks if len(block) == len(drop))
                 best = min(of_length, key=score.blocks.__getitem__, default=())
                 shown = drop if tuple(drop) in score.blocks else best
-                score_plots.block_scores(score, shown, folder / f"blocks-{name}.{kind}")
+                score_plots.draw_block_scores(score, shown, folder / f"blocks-{name}.{kind}")

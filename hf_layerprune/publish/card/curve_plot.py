@@ -9,12 +9,12 @@ from typing import Any
 from ...options import pluralize
 from ...records.curve import final_quality
 from ...records.figures import numbers
-from .style import FAINT, INK, ROLE_COLOURS, ROLE_MARKERS, draw, grid
+from .style import FAINT, INK, ROLE_COLOURS, ROLE_MARKERS, draw_grid, new_figure
 
 _NAMES = {"cut": "cut", "repaired": "cut and repaired"}
 
 
-def table_of(points: Sequence[dict[str, Any]], chosen: int) -> list[list[str]]:
+def curve_table(points: Sequence[dict[str, Any]], chosen: int) -> list[list[str]]:
     """The rows of the table, the chosen one in bold."""
     rows = []
     for point in points:
@@ -30,7 +30,7 @@ def table_of(points: Sequence[dict[str, Any]], chosen: int) -> list[list[str]]:
     return rows
 
 
-def curve(
+def draw_curve(
     points: Sequence[dict[str, Any]],
     path: Path,
     digest: str | None = None,
@@ -53,7 +53,7 @@ def curve(
     best = series.get("repaired") or series["cut"]
     top = 1.25 * max(kl + error for _, kl, error in best)
     heights = {count: kl for count, kl, _ in best}
-    with draw(path, height=3.9, digest=digest) as (_, axes):
+    with new_figure(path, height=3.9, digest=digest) as (_, axes):
         axes.axhline(0, color=ROLE_COLOURS["dense"], lw=1.2, ls=(0, (4, 3)), zorder=1)
         for name, line in series.items():
             _draw_line(axes, name, line, top)
@@ -76,7 +76,7 @@ def curve(
         axes.set_ylim(-0.02 * top, top)
         axes.set_xlabel("layers dropped")
         axes.set_ylabel("KL from the dense model, nats per token")
-        grid(axes, "y")
+        draw_grid(axes, "y")
 
 
 def _draw_line(axes: Any, name: str, line: Sequence[tuple[int, float, float]], top: float) -> None:
@@ -88,11 +88,11 @@ def _draw_line(axes: Any, name: str, line: Sequence[tuple[int, float, float]], t
     )
     axes.plot(x, y, color=colour, lw=1.8, zorder=2)
     # A line that leaves the picture is named where it does.
-    seen = [(count, kl) for count, kl, _ in line if kl <= top]
-    inside = len(seen) == len(line)
+    visible = [(count, kl) for count, kl, _ in line if kl <= top]
+    inside = len(visible) == len(line)
     axes.annotate(
-        _NAMES[name], seen[-1], xytext=(8, 0) if inside else (-6, 10), textcoords="offset points", fontsize=9.5,
-        ha="left" if inside else "right", va="center", color=colour, annotation_clip=False,
+        _NAMES[name], visible[-1], xytext=(8, 0) if inside else (-6, 10), textcoords="offset points", fontsize=9.5,
+        ha="left" if inside else "right", va="center", color=colour, annotation_clip=False
     )  # fmt: skip
 
 

@@ -17,33 +17,33 @@ _BROKEN = 10.0
 _WORSE = 1.02
 
 
-def limits(results: Results, history: History) -> list[Markup]:
+def describe_limits(results: Results, history: History) -> list[Markup]:
     """Describe what a pruned model lost.
 
     Returns:
         `list[Markup]`: One sentence for each number that got worse, one on the smallest detectable difference, and one on
             engines that run another model, which the last cut recorded.
     """
-    sentences = _lost(results)
+    sentences = _lost_quality(results)
     cuts = [stage.entry for stage in history.stages if stage.name == "prune"]
     if misread := cuts[-1].get("misread") if cuts else None:
         sentences.append(Markup(f"**Another model in some engines**: {prose(misread)}, without a warning."))
     return sentences
 
 
-def _lost(results: Results) -> list[Markup]:
+def _lost_quality(results: Results) -> list[Markup]:
     own = results.own
     if own is None:
         return [Markup("This model has not been measured. Measure it before you rely on it.")]
     missing_base = [] if results.dense else [Markup("Its base was not measured, so what it lost is unknown.")]
     rows = [row for row in results.table(["accuracy", "text", "distance"]) if own.weights in row.cells]
-    sentences = [*missing_base, *_accuracy(rows, own.weights), *_text(rows, own.weights, results)]
+    sentences = [*missing_base, *_accuracy_losses(rows, own.weights), *_text_losses(rows, own.weights, results)]
     if detection_limit := _detection_limit(rows):
         sentences.append(detection_limit)
     return sentences
 
 
-def _accuracy(rows: list[Row], own: str) -> Iterator[Markup]:
+def _accuracy_losses(rows: list[Row], own: str) -> Iterator[Markup]:
     same: list[Markup] = []
     for row in rows:
         cell = row.cells[own]
@@ -73,7 +73,7 @@ def _is_chance(cell: Cell) -> bool:
     return record["value"] - record["chance"] < 2 * record["stderr"]
 
 
-def _text(rows: list[Row], own: str, results: Results) -> Iterator[Markup]:
+def _text_losses(rows: list[Row], own: str, results: Results) -> Iterator[Markup]:
     dense = results.dense.weights if results.dense else ""
     for row in rows:
         cell, kind, metric = row.cells[own], row.key[0], row.key[2]

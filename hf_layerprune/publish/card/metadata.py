@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 TAGS = ("layer-pruning", "depth-pruning", "hf_layerprune")
 # Fields that only this package writes: they are removed once they no longer apply. Other fields are kept.
-OURS = {"model-index", "base_model", "base_model_relation", "library_name", "datasets"}
-_OF_LICENSE = {"license_name", "license_link"}  # they go with a licence of ours
+OWN_FIELDS = {"model-index", "base_model", "base_model_relation", "library_name", "datasets"}
+_LICENSE_FIELDS = {"license_name", "license_link"}  # they go with a licence of ours
 _MAX_DATASETS = 50
 _HASH = re.compile(r"[0-9a-f]{40,64}")
 
 
-def metadata(card: Card) -> dict[str, Any]:
+def card_metadata(card: Card) -> dict[str, Any]:
     """The fields of a card's YAML block, in the layout of `huggingface_hub`."""
     from huggingface_hub import ModelCardData
 
@@ -56,9 +56,9 @@ def metadata(card: Card) -> dict[str, Any]:
     ).to_dict()
 
 
-def merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+def merge_metadata(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     """Our fields plus those that somebody else has added to the card; our value where both have one; the tags of both."""
-    both, outdated = dict(ours), OURS | (_OF_LICENSE if "license" in ours else set())
+    both, outdated = dict(ours), OWN_FIELDS | (_LICENSE_FIELDS if "license" in ours else set())
     both |= {name: value for name, value in theirs.items() if name not in ours and name not in outdated}
     tags, more = ours.get("tags") or [], theirs.get("tags")
     if isinstance(more, list):
@@ -78,7 +78,7 @@ def eval_results(results: Results) -> list[Any]:
     from huggingface_hub import EvalResult
 
     entries = []
-    for row, record in _own(results, results.rows):
+    for row, record in _own_records(results, results.rows):
         kind, task, metric = row.key
         settings: dict[str, Any] = {name: record[name] for name in ("stderr", "samples") if name in record}
         settings |= {name: plain(record[name]) for name in ("device", "dtype") if name in record}
@@ -98,7 +98,7 @@ def eval_results(results: Results) -> list[Any]:
     return entries
 
 
-def _own(results: Results, rows: Iterable[Row]) -> Iterator[tuple[Row, dict[str, Any]]]:
+def _own_records(results: Results, rows: Iterable[Row]) -> Iterator[tuple[Row, dict[str, Any]]]:
     """The rows that have a number of this model, with its record."""
     own = results.own
     for row in rows:
@@ -115,7 +115,7 @@ def eval_files(results: Results) -> dict[str, str]:
     from huggingface_hub.utils import yaml_dump
 
     files: dict[str, str] = {}
-    for row, record in _own(results, results.table(["accuracy"])):
+    for row, record in _own_records(results, results.table(["accuracy"])):
         task = row.key[1]
         if not _is_benchmark(row, record):
             continue

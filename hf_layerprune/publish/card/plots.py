@@ -1,6 +1,6 @@
 """The plots of a card, drawn from the same records as its text.
 
-Each function that draws takes the picture to write, and a hash of the records for it (see [`~style.draw`]).
+Each function that draws takes the picture to write, and a hash of the records for it (see [`~style.new_figure`]).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from ...options import pluralize
 from ...records.curve import read_curve
 from ...records.figures.results import Results, Row
 from ...records.history import History
-from .curve_plot import curve
+from .curve_plot import draw_curve
 from .escape import plain
-from .style import DASHED, INK, ROLE_COLOURS, ROLE_MARKERS, bars, draw, grid
+from .style import DASHED, INK, ROLE_COLOURS, ROLE_MARKERS, draw_bars, draw_grid, new_figure
 
 # The most tiles in a row of the layer map, so that their numbers stay readable on a phone.
 _ROW = 16
@@ -24,7 +24,7 @@ _DARK = "#0b0f19"
 _LIGHT = "#ffffff"
 
 
-def layer_map(history: History, path: Path, digest: str | None = None) -> None:
+def draw_layer_map(history: History, path: Path, digest: str | None = None) -> None:
     """Draw the stack of decoder layers: which were kept, which were dropped, and which were changed later."""
     n, kept = history.num_base_layers, set(history.kept)
     healed = history.layers_changed("heal")
@@ -41,7 +41,7 @@ def layer_map(history: History, path: Path, digest: str | None = None) -> None:
         role: {"facecolor": colour, "edgecolor": "none"} for role, colour in ROLE_COLOURS.items()
     }
     styles["cut"] = {"facecolor": "none", **DASHED}
-    with draw(path, height=0.4 + 0.4 * rows, digest=digest) as (figure, axes):
+    with new_figure(path, height=0.4 + 0.4 * rows, digest=digest) as (figure, axes):
         from matplotlib.patches import FancyBboxPatch, Patch
 
         for i in range(n):
@@ -63,10 +63,10 @@ def layer_map(history: History, path: Path, digest: str | None = None) -> None:
         axes.axis("off")
 
 
-def accuracy(results: Results, rows: Sequence[Row], path: Path, digest: str | None = None) -> None:
+def draw_accuracy(results: Results, rows: Sequence[Row], path: Path, digest: str | None = None) -> None:
     """Draw the accuracy of all stages on each task with standard errors, and chance."""
     columns = results.columns
-    with draw(path, height=0.85 + len(rows) * (0.3 + 0.13 * len(columns)), digest=digest) as (figure, axes):
+    with new_figure(path, height=0.85 + len(rows) * (0.3 + 0.13 * len(columns)), digest=digest) as (figure, axes):
         step = 0.72 / max(1, len(columns))
         for position, row in enumerate(rows):
             for index, column in enumerate(columns):
@@ -75,8 +75,8 @@ def accuracy(results: Results, rows: Sequence[Row], path: Path, digest: str | No
                     continue
                 y = position + (index - (len(columns) - 1) / 2) * step
                 axes.errorbar(
-                    100 * cell.record["value"], y, xerr=100 * cell.record.get("stderr", 0), **_mark(column.role),
-                    label=column.role if position == 0 else None,
+                    100 * cell.record["value"], y, xerr=100 * cell.record.get("stderr", 0), **_marker_style(column.role),
+                    label=column.role if position == 0 else None
                 )  # fmt: skip
             chance = next((cell.record["chance"] for cell in row.cells.values() if "chance" in cell.record), None)
             if chance is not None:
@@ -91,16 +91,16 @@ def accuracy(results: Results, rows: Sequence[Row], path: Path, digest: str | No
         axes.spines["left"].set_visible(False)
         axes.set_xlabel("accuracy in %, with standard errors")
         axes.margins(x=0.08)
-        grid(axes, "x")
+        draw_grid(axes, "x")
         figure.legend(loc="outside upper right", ncols=len(columns), handletextpad=0.3, columnspacing=1.4)
 
 
-def tradeoff(results: Results, speed: Row, path: Path, digest: str | None = None) -> None:
+def draw_tradeoff(results: Results, speed: Row, path: Path, digest: str | None = None) -> None:
     """Draw quality against speed: the mean accuracy of every stage against its decode throughput, as a multiple of that
     of the dense model in the same runs. Throughputs of different runs say more about the machine than about the models.
     """
     means = results.mean_accuracy()
-    with draw(path, height=2.9, digest=digest) as (_, axes):
+    with new_figure(path, height=2.9, digest=digest) as (_, axes):
         for column in results.columns:
             if column.weights not in speed.cells or column.weights not in means:
                 continue
@@ -114,52 +114,52 @@ def tradeoff(results: Results, speed: Row, path: Path, digest: str | None = None
                 error = times * (paired.get("stderr") or 0) / value
             axes.errorbar(
                 times, 100 * mean, xerr=error, yerr=100 * (stderr or 0),
-                label=f"{column.role}, {pluralize(column.layers, 'layer')}", **_mark(column.role)
+                label=f"{column.role}, {pluralize(column.layers, 'layer')}", **_marker_style(column.role)
             )  # fmt: skip
         axes.set_xlabel("decode throughput, as a multiple of the dense model's")
         axes.set_ylabel("mean accuracy in %")
         axes.margins(x=0.2, y=0.2)
         axes.legend(loc="best")  # stages are often too close for labels beside them
-        grid(axes, "both")
+        draw_grid(axes, "both")
 
 
-def scores(
+def draw_scores(
     values: Sequence[float | None], dropped: Sequence[int], label: str, path: Path, digest: str | None = None
 ) -> None:
     """Draw a criterion's score of each layer of the base, where it has one, and mark the layers that were dropped."""
-    with draw(path, height=2.3, digest=digest) as (_, axes):
-        bars(axes, {i: value for i, value in enumerate(values) if value is not None}, dropped, "dropped")
+    with new_figure(path, height=2.3, digest=digest) as (_, axes):
+        draw_bars(axes, {i: value for i, value in enumerate(values) if value is not None}, dropped, "dropped")
         axes.set_xlabel("decoder layer of the base")
         axes.set_ylabel(label)
         axes.set_xlim(-0.7, len(values) - 0.3)
         axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1)
 
 
-def _mark(role: str) -> dict[str, Any]:
+def _marker_style(role: str) -> dict[str, Any]:
     mark = {"color": ROLE_COLOURS[role], "marker": ROLE_MARKERS[role], "markersize": 6.5}
     return {**mark, "linestyle": "", "elinewidth": 1.6, "capsize": 0}
 
 
-def pictures(history: History, results: Results | None = None) -> dict[str, Callable[..., None]]:
+def available_plots(history: History, results: Results | None = None) -> dict[str, Callable[..., None]]:
     """The functions that draw the plots for which there are records, by name; each takes a path, and a digest."""
-    drawings: dict[str, Callable[..., None]] = {"layers": partial(layer_map, history)}
-    told = next(filter(None, (_scores_of(stage.entry, history) for stage in history.stages)), None)
-    if told is not None:
-        drawings["scores"] = partial(scores, told[1], history.dropped, told[0])
+    drawings: dict[str, Callable[..., None]] = {"layers": partial(draw_layer_map, history)}
+    scored = next(filter(None, (_scores_of(stage.entry, history) for stage in history.stages)), None)
+    if scored is not None:
+        drawings["scores"] = partial(draw_scores, scored[1], history.dropped, scored[0])
     if points := read_curve(history):
-        drawings["curve"] = partial(curve, points, chosen=len(history.dropped))
+        drawings["curve"] = partial(draw_curve, points, chosen=len(history.dropped))
     if not results or len(results.columns) < 2:
         return drawings
     rows = [row for row in results.table(["accuracy"]) if len(row.cells) > 1]
     if rows:
-        drawings["accuracy"] = partial(accuracy, results, rows)
+        drawings["accuracy"] = partial(draw_accuracy, results, rows)
     speed = next(
         (row for row in results.table(["speed"]) if row.key[2] == "decode_tokens_per_second" and not row.engine), None
     )
     if speed is not None and any(
         speed.cells[one].paired for one in speed.cells.keys() & results.mean_accuracy().keys()
     ):
-        drawings["tradeoff"] = partial(tradeoff, results, speed)
+        drawings["tradeoff"] = partial(draw_tradeoff, results, speed)
     return drawings
 
 

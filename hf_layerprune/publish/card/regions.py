@@ -35,7 +35,7 @@ class Part:
         return self.region is not None and self.digest != _digest(self.text)
 
 
-def marked(region: str, text: str) -> str:
+def add_markers(region: str, text: str) -> str:
     """Put our marks around a text."""
     text = text.strip("\n")
     return f"<!-- hf-layerprune:begin {region} {_digest(text)} -->\n{text}\n<!-- hf-layerprune:end {region} -->"
@@ -71,7 +71,7 @@ def parse(card: str, where: str = "the card", *, strict: bool = True) -> list[Pa
     return parts
 
 
-def theirs(parts: Iterable[Part]) -> list[str]:
+def foreign_texts(parts: Iterable[Part]) -> list[str]:
     """The parts that others have written."""
     return [part.text.strip() for part in parts if part.region is None]
 
@@ -94,7 +94,7 @@ def merge(new: list[Part], old: list[Part]) -> str:
         after = {next(reversed(regions), None): after.get(None, [])}
     pieces = list(after.get(None, ()))
     for name, part in regions.items():
-        pieces.append(marked(name, part.text))
+        pieces.append(add_markers(name, part.text))
         pieces += after.get(name, ())
     return "\n\n".join(pieces) + "\n"
 

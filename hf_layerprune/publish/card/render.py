@@ -37,8 +37,8 @@ from ...records.requirements import Outcome
 from ...repair.registry import REPAIRS, RepairMethod
 from ...select.registry import CRITERIA
 from . import escape, metadata, plots, regions, tables
-from .curve_plot import table_of
-from .limits import limits
+from .curve_plot import curve_table
+from .limits import describe_limits
 
 # The sections of a card, in order, each from its own template: `templates/NAME.md.jinja`. What a template prints is
 # escaped unless it is `Markup`; a template that prints nothing leaves no section.
@@ -109,7 +109,7 @@ class Card:
     @property
     def pictures(self) -> dict[str, Callable]:
         """The function that draws each plot, by name."""
-        return plots.pictures(self.history, self.results)
+        return plots.available_plots(self.history, self.results)
 
     @property
     def digest(self) -> str:
@@ -122,13 +122,13 @@ class Card:
     @property
     def metadata(self) -> dict[str, Any]:
         """The fields of the YAML block."""
-        return metadata.metadata(self)
+        return metadata.card_metadata(self)
 
     def body(self) -> str:
         """The card without its YAML block."""
         context, environment = _context(self), _environment()
         texts = {name: environment.get_template(f"{name}.md.jinja").render(context) for name in SECTIONS}
-        return "\n\n".join(regions.marked(name, text) for name, text in texts.items() if text.strip()) + "\n"
+        return "\n\n".join(regions.add_markers(name, text) for name, text in texts.items() if text.strip()) + "\n"
 
     def render(self) -> str:
         """The whole card."""
@@ -160,13 +160,13 @@ def _context(card: Card) -> dict[str, Any]:
         "repaired_with": repairs[-1].what if repairs else "",
         "trained": [stage for stage in history.stages if stage.data],
         "versions": _versions(history),
-        "limits": limits(results, history),
+        "limits": describe_limits(results, history),
         "quantized": describe_quantization(settings) if quantized else "",
         "quantized_from": card.quantized_from,
         "packed": packed,
         "quantizer": shlex.quote(package) if (package := quantization_package(settings)) else "",
         "own_verb": "was" if quantized else "is",
-        "curve": table_of(read_curve(history), len(history.dropped)),
+        "curve": curve_table(read_curve(history), len(history.dropped)),
         "pictures": card.pictures,
         "dropped": format_layers(history.dropped).replace(",", ", "),
         "done": [stage.name for stage in history.stages],

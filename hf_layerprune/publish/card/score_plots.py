@@ -9,21 +9,21 @@ from typing import Any
 
 from ...select.registry import CRITERIA
 from ...select.scores import Scores
-from .style import DASHED, FAINT, INK, ROLE_COLOURS, bars, draw, spread
+from .style import DASHED, FAINT, INK, ROLE_COLOURS, draw_bars, new_figure, spread
 
 _COLUMNS = 2
 _DROPPED = {"facecolor": f"{ROLE_COLOURS['cut']}2e", **DASHED}
 
 
-def layer_scores(scores: Sequence[Scores], drops: Mapping[str, Sequence[int]], path: Path) -> None:
+def draw_layer_scores(scores: Sequence[Scores], drops: Mapping[str, Sequence[int]], path: Path) -> None:
     """Draw the scores of single layers, one bar chart per criterion, with the layers that it would drop outlined."""
     columns = min(_COLUMNS, len(scores))
     rows = -(-len(scores) // columns)
     shape: dict[str, Any] = {"nrows": rows, "ncols": columns, "squeeze": False, "sharex": True}
-    with draw(path, height=0.5 + 1.75 * rows, **shape) as (figure, panels):
+    with new_figure(path, height=0.5 + 1.75 * rows, **shape) as (figure, panels):
         for axes, panel_scores in zip(panels.flat, scores, strict=False):
             values = {i: score for i, score in enumerate(panel_scores.layers or ()) if score is not None}
-            bars(axes, values, set(drops[panel_scores.criterion]))
+            draw_bars(axes, values, set(drops[panel_scores.criterion]))
             criterion = CRITERIA[panel_scores.criterion]
             paper = " (paper)" if panel_scores.variant == "paper" else ""
             axes.set_title(criterion.name + paper, fontsize=9.5, pad=5)
@@ -38,7 +38,7 @@ def layer_scores(scores: Sequence[Scores], drops: Mapping[str, Sequence[int]], p
         figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
 
 
-def block_scores(scores: Scores, drops: Sequence[int], path: Path) -> None:
+def draw_block_scores(scores: Scores, drops: Sequence[int], path: Path) -> None:
     """Draw the scores of blocks, and the block that would be dropped: a heat map, or bars if all have the same length."""
     lengths = sorted({len(block) for block in scores.blocks})
     if len(lengths) == 1:
@@ -47,10 +47,10 @@ def block_scores(scores: Scores, drops: Sequence[int], path: Path) -> None:
         _heat_map(scores, drops, path)
 
 
-def choices(drops: Mapping[str, Sequence[int]], num_layers: int, path: Path) -> None:
+def draw_choices(drops: Mapping[str, Sequence[int]], num_layers: int, path: Path) -> None:
     """Draw the layers that each criterion would drop, one row each, and below them how many agree."""
     names = list(drops)
-    with draw(path, height=0.75 + 0.27 * len(names)) as (_, axes):
+    with new_figure(path, height=0.75 + 0.27 * len(names)) as (_, axes):
         from matplotlib.patches import FancyBboxPatch
 
         for y, name in enumerate(names):
@@ -79,8 +79,8 @@ def choices(drops: Mapping[str, Sequence[int]], num_layers: int, path: Path) -> 
 
 def _bars(scores: Scores, drops: Sequence[int], length: int, path: Path) -> None:
     starts = {block[0]: score for block, score in scores.blocks.items()}
-    with draw(path, height=2.3) as (_, axes):
-        bars(axes, starts, drops[:1])
+    with new_figure(path, height=2.3) as (_, axes):
+        draw_bars(axes, starts, drops[:1])
         axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1)
         axes.set_title(scores.criterion, pad=6)
         axes.set_xlabel(f"first layer of the block of {length}")
@@ -94,7 +94,7 @@ def _heat_map(scores: Scores, drops: Sequence[int], path: Path) -> None:
     cells = [[math.nan] * n for _ in range(most)]
     for block, score in scores.blocks.items():
         cells[len(block) - 1][position[block[0]]] = score
-    with draw(path, height=1.2 + min(3.6, 0.14 * most + 0.6)) as (figure, axes):
+    with new_figure(path, height=1.2 + min(3.6, 0.14 * most + 0.6)) as (figure, axes):
         from matplotlib.colors import LogNorm
         from matplotlib.patches import Rectangle
 

@@ -1,6 +1,6 @@
 """The style of the project's plots: one palette, one set of markers, transparent, and reproducible byte for byte.
 
-    with draw(folder / "scores.svg", height=2.6) as (figure, axes):
+    with new_figure(folder / "scores.svg", height=2.6) as (figure, axes):
         axes.bar(range(30), scores, color=ROLE_COLOURS["dense"])
         axes.set_ylabel("block influence")
 
@@ -48,7 +48,7 @@ _STAMP = "hf-layerprune"
 
 
 @contextmanager
-def draw(
+def new_figure(
     path: Path, *, height: float = 3.0, digest: str | None = None, **subplots: Any
 ) -> Iterator[tuple[Figure, Any]]:
     """Make a figure in the project's style, and write it when the block ends without an error.
@@ -58,7 +58,7 @@ def draw(
     Args:
         path (`Path`): The file, `.svg` or `.png`. It is written completely or not at all.
         height (`float`, *optional*, defaults to 3.0): In inches of 100 pixels. The width is 7.2, that of a card's column.
-        digest (`str`, *optional*): A hash of the data, which is stored in a PNG file; see [`drawn_for`].
+        digest (`str`, *optional*): A hash of the data, which is stored in a PNG file; see [`read_digest`].
         subplots: Arguments for `Figure.subplots`: `nrows`, `ncols`, `sharey`, ...
 
     Yields:
@@ -84,7 +84,7 @@ def draw(
             figure.savefig(partial, format=path.suffix[1:], **(svg if path.suffix == ".svg" else png))
 
 
-def drawn_for(path: Path) -> str | None:
+def read_digest(path: Path) -> str | None:
     """The digest of the data that a PNG file was drawn from; `None` if it has none, or is missing or unreadable."""
     try:
         from PIL import Image
@@ -95,7 +95,7 @@ def drawn_for(path: Path) -> str | None:
         return None
 
 
-def bars(axes: Axes, values: Mapping[int, float], gone: Collection[int], label: str = "would be dropped") -> None:
+def draw_bars(axes: Axes, values: Mapping[int, float], gone: Collection[int], label: str = "would be dropped") -> None:
     """Draw a score for each layer, with those that are dropped outlined; `label` is what the legend says of these."""
     kept, chosen = ([i for i in values if (i in gone) is dropped] for dropped in (False, True))
     axes.bar(kept, [values[i] for i in kept], 0.78, label="kept", color=CYCLE[4])
@@ -104,7 +104,7 @@ def bars(axes: Axes, values: Mapping[int, float], gone: Collection[int], label: 
         axes.set_yscale("log")
     else:
         axes.axhline(0, color=FAINT, lw=0.8)
-    grid(axes, "y")
+    draw_grid(axes, "y")
 
 
 def spread(values: Collection[float]) -> float:
@@ -112,7 +112,7 @@ def spread(values: Collection[float]) -> float:
     return max(values) / min(values) if values and min(values) > 0 else 0.0
 
 
-def grid(axes: Axes, axis: Literal["x", "y", "both"]) -> None:
+def draw_grid(axes: Axes, axis: Literal["x", "y", "both"]) -> None:
     """Add faint grid lines along one axis."""
     axes.grid(True, axis=axis)
     axes.tick_params(axis=axis, length=0)

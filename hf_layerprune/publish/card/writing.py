@@ -24,7 +24,7 @@ from ...records.names import base_name, is_hub_name
 from ..requests import CardRequest
 from . import metadata, regions
 from .render import Card
-from .style import drawn_for
+from .style import read_digest
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def read_card(folder: Path, *, weights: bool = True) -> Card:
     return Card.from_records(lineage, metrics)
 
 
-def declare(request: CardRequest, published: dict[str, str] | None = None) -> None:
+def record_declarations(request: CardRequest, published: dict[str, str] | None = None) -> None:
     """Record what only the user knows: the base's licence or Hub id, or where the model is `published`.
 
     A Hub id replaces the path of a local base.
@@ -101,7 +101,7 @@ def _name_in_commands(lineage: Lineage, path: str, name: str) -> None:
             entry["command"] = shlex.join(words)
 
 
-def compose(card: Card, old: str | None, *, where: str = CARD, force: bool = False) -> str:
+def compose_card(card: Card, old: str | None, *, where: str = CARD, force: bool = False) -> str:
     """The text of README.md: our current sections, and the text of others from the existing file, if there is one.
 
     With `force`, changes inside our sections are overwritten. `where` names the file in errors.
@@ -124,7 +124,7 @@ def compose(card: Card, old: str | None, *, where: str = CARD, force: bool = Fal
         logger.info(
             "%s named the licence %s, which is now %s, as recorded (card --license changes it)", where, before, licence
         )
-    return metadata.to_yaml(metadata.merged(generated, fields)) + "\n" + regions.merge(ours, parts)
+    return metadata.to_yaml(metadata.merge_metadata(generated, fields)) + "\n" + regions.merge(ours, parts)
 
 
 def is_generic(text: str) -> bool:
@@ -145,14 +145,14 @@ def write_card(folder: Path, *, force: bool = False, weights: bool = True) -> li
     folder's are refused.
 
     Raises:
-        CheckpointError: See `read_card` and `compose`.
+        CheckpointError: See `read_card` and `compose_card`.
         LayerPruneError: matplotlib, which draws the plots, is not installed.
     """
     for name in (ASSETS, EVAL_RESULTS):
         if (path := folder / name).is_symlink() or (path.exists() and not path.is_dir()):
             raise CheckpointError(f"{path} is a link or a file, but hf-layerprune needs a folder there; remove it")
     card = read_card(folder, weights=weights)
-    readme = compose(card, read_text(folder / CARD), where=str(folder / CARD), force=force)
+    readme = compose_card(card, read_text(folder / CARD), where=str(folder / CARD), force=force)
     changed = _draw(card, folder, force)
     changed += _notice(card, folder)
     changed += _eval_results(card, folder)
@@ -192,7 +192,7 @@ def _draw(card: Card, folder: Path, force: bool) -> list[str]:
     (folder / ASSETS).mkdir(exist_ok=True)
     for name in (f"{ASSETS}/{one}.png" for one in PICTURES):
         path, draw = folder / name, wanted.get(Path(name).stem)
-        drawn_from = drawn_for(path)
+        drawn_from = read_digest(path)
         if (path.is_symlink() or (path.exists() and drawn_from is None)) and not force:
             raise CheckpointError(f"{path} was not drawn by hf-layerprune; move it, or replace it with --force")
         if draw is not None and drawn_from != digest:

@@ -34,7 +34,7 @@ from . import leaks
 from .contents import Contents
 
 OK, WARNING, REFUSAL = "ok", "warning", "refusal"
-_MOST_LEAKS = 5  # reported in one run
+_MAX_LEAKS = 5  # reported in one run
 Outcome = Iterator[tuple[str, str]]
 
 
@@ -102,11 +102,11 @@ def _weights(contents: Contents, request: PushRequest) -> Outcome:
 def _other_files(contents: Contents, last: dict[str, Any], named: Collection[str]) -> Outcome:
     """Check that the config, the tokenizer and so on are as the last stage wrote them."""
     here: dict[str, str] = behaviour_hashes(contents.folder)
-    told: dict[str, str] = last.get("files", here)
-    for name in sorted(here.keys() | told.keys()):
-        if here.get(name) == told.get(name):
+    recorded: dict[str, str] = last.get("files", here)
+    for name in sorted(here.keys() | recorded.keys()):
+        if here.get(name) == recorded.get(name):
             continue
-        what = "is missing" if name not in here else "was added" if name not in told else "was changed"
+        what = "is missing" if name not in here else "was added" if name not in recorded else "was changed"
         text = f"{name} {what} since {last.get('stage')} wrote the model, so verify would say NO"
         if name in contents.left_out:
             yield (
@@ -116,7 +116,7 @@ def _other_files(contents: Contents, last: dict[str, Any], named: Collection[str
         elif name in named and name in here:
             yield WARNING, text
         elif name in here:
-            undo = "restore it" if name in told else "remove it"
+            undo = "restore it" if name in recorded else "remove it"
             yield REFUSAL, f"{text}; {undo}, or publish it as it is with --include {name}"
         else:
             yield REFUSAL, f"{text}; restore it"
@@ -203,7 +203,7 @@ def _licence(contents: Contents, request: PushRequest) -> Outcome:
 
 
 def _secrets(contents: Contents, request: PushRequest) -> Outcome:
-    secrets = list(islice(leaks.find_secrets(contents.folder, contents.files, request.include), _MOST_LEAKS))
+    secrets = list(islice(leaks.find_secrets(contents.folder, contents.files, request.include), _MAX_LEAKS))
     for leak in secrets:
         what = f"contains what looks like a secret ({leak.what}); remove it, and revoke it if it is real"
         yield REFUSAL, f"{leak.file} line {leak.line} {what}"

@@ -85,7 +85,7 @@ def list_contents(folder: Path, request: PushRequest) -> Contents:
         kind = _kind(path)
         if name in (ASSETS, EVAL_RESULTS, TEMPLATES) and kind != "a folder":
             raise CheckpointError(f"{path} must be a folder, not {kind}; remove it")
-        reason = _why_not(name, path, request.adapter_only, name in request.include)
+        reason = _exclusion_reason(name, path, request.adapter_only, name in request.include)
         if kind == "a folder" and reason is not None:
             continue
         if reason is not None:
@@ -100,14 +100,14 @@ def list_contents(folder: Path, request: PushRequest) -> Contents:
     return Contents(folder, files, left_out)
 
 
-def _why_not(name: str, path: Path, adapter_only: bool, named: bool) -> str | None:
+def _exclusion_reason(name: str, path: Path, adapter_only: bool, named: bool) -> str | None:
     """The reason why a file is not published; `None` if it is."""
     if name.endswith(_PICKLES):
         return "may hold a pickle, which can run code when it is loaded"
     if adapter_only and (holds_weights(name) or name in (INDEX, CONFIG)) and name != ADAPTER_WEIGHTS:
         return "belongs to the whole model, and only the adapter is published"
     theirs = name.startswith(f"{EVAL_RESULTS}/") and _kind(path) == "a file" and not is_our_result(path)
-    if named or (is_ours(name) and not theirs):
+    if named or (is_managed(name) and not theirs):
         return None
     if "/" in name:
         return "in a folder that is not part of the model"
@@ -120,7 +120,7 @@ def _kind(path: Path) -> str:
     return "a folder" if path.is_dir() else "a file" if path.is_file() else "a device or a pipe"
 
 
-def is_ours(name: str) -> bool:
+def is_managed(name: str) -> bool:
     """Whether a push writes files of this kind, and so may remove one that no longer belongs to the model.
 
     Weights, settings, templates and tokenizers of another model would be loaded with this one, and outdated records would

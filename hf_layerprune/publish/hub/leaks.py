@@ -22,7 +22,7 @@ _MAX_HEADER = 100_000_000  # bytes; the format's limit for a safetensors header
 # Larger files are unlikely to be written by hand, and scanning them line by line takes long.
 _MAX_LINES = 16 << 20
 # Formats that detect-secrets 1.5 does not know.
-_MORE = {
+_EXTRA_PATTERNS = {
     "Hugging Face Token": r"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{30,64}(?![A-Za-z0-9])",
     "GitHub Token": r"(?<![A-Za-z0-9])github_pat_[A-Za-z0-9_]{60,255}",
     "Google API Key": r"(?<![A-Za-z0-9])AIza[0-9A-Za-z_-]{35}",
@@ -33,7 +33,7 @@ _MORE = {
     "Bearer Token": r"(?i)authorization[\"']?\s*[:=]\s*[\"']?bearer\s+[A-Za-z0-9._~+/-]{20,}",
 }
 # Patterns that match too much ordinary text, and IP addresses, which are not secrets.
-_LOOSE = {"Artifactory Credentials", "Public IP (ipv4)"}
+_IGNORED_PATTERNS = {"Artifactory Credentials", "Public IP (ipv4)"}
 # Escape sequences of JSON and most programming languages; a secret may begin right after one.
 _ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|[nrtbf])")
 _PATHS = re.compile(r"(?:/home/|/Users/|/root/|[A-Za-z]:\\{1,2}Users\\{1,2})[\w.@-]+")
@@ -54,7 +54,7 @@ def find_secrets(folder: Path, files: Iterable[str], named: Collection[str] = ()
     `named` are the files that are published only because the user named them.
     """
     for name in files:
-        leaks = [*_formats(folder / name), *(_everything(folder / name) if name in named else ())]
+        leaks = [*_find_known_formats(folder / name), *(_run_all_detectors(folder / name) if name in named else ())]
         yield from (Leak(name, line, what) for line, what in dict.fromkeys(leaks))
 
 
@@ -63,18 +63,18 @@ def find_paths(folder: Path, files: Iterable[str]) -> Iterator[Leak]:
     for name in files:
         text = _text(folder / name)
         if match := _PATHS.search(text):
-            yield Leak(name, _line(text, match), f"the path {match[0]}")
+            yield Leak(name, _line_number(text, match), f"the path {match[0]}")
 
 
-def _formats(path: Path) -> Iterator[tuple[int, str]]:
+def _find_known_formats(path: Path) -> Iterator[tuple[int, str]]:
     """Lines that match a known format."""
     text = _text(path)
     for what, pattern in _patterns():
         for match in pattern.finditer(text):
-            yield _line(text, match), what
+            yield _line_number(text, match), what
 
 
-def _line(text: str, match: re.Match[str]) -> int:
+def _line_number(text: str, match: re.Match[str]) -> int:
     return text.count("\n", 0, match.start()) + 1
 
 
@@ -85,16 +85,16 @@ def _patterns() -> list[tuple[str, re.Pattern[str]]]:
     from detect_secrets.plugins.base import RegexBasedDetector
 
     known: dict[str, Any] = get_mapping_from_secret_type_to_class()
-    plugins = {name: plugin for name, plugin in known.items() if name not in _LOOSE}
+    plugins = {name: plugin for name, plugin in known.items() if name not in _IGNORED_PATTERNS}
     theirs = [
         (name, pattern)
         for name, plugin in plugins.items() if issubclass(plugin, RegexBasedDetector)
         for pattern in plugin().denylist
     ]  # fmt: skip
-    return theirs + [(name, re.compile(pattern)) for name, pattern in _MORE.items()]
+    return theirs + [(name, re.compile(pattern)) for name, pattern in _EXTRA_PATTERNS.items()]
 
 
-def _everything(path: Path) -> Iterator[tuple[int, str]]:
+def _run_all_detectors(path: Path) -> Iterator[tuple[int, str]]:
     """Lines in which any detector of detect-secrets finds something."""
     if path.stat().st_size > _MAX_LINES:
         return
@@ -105,7 +105,7 @@ def _everything(path: Path) -> Iterator[tuple[int, str]]:
         copy = Path(place, f"file{path.suffix}")
         copy.write_text(_text(path), encoding="utf-8")
         for secret in scan_file(str(copy)):
-            if secret.type not in _LOOSE:
+            if secret.type not in _IGNORED_PATTERNS:
                 yield secret.line_number, secret.type
 
 
@@ -120,9 +120,9 @@ def _text(path: Path) -> str:
         elif suffix in (*WEIGHTS, ".png"):
             size = 0
         text = file.read(size).replace(b"\0", b"").decode(errors="replace")
-    return _ESCAPE.sub(_unescaped, text)
+    return _ESCAPE.sub(_unescape, text)
 
 
-def _unescaped(match: re.Match[str]) -> str:
+def _unescape(match: re.Match[str]) -> str:
     character = chr(int(match[1], 16)) if match[1] else " "
     return " " if character == "\n" else character  # keeps the line numbers

@@ -28,18 +28,18 @@ from ..card import metadata, regions
 from ..card.writing import (
     ASSETS,
     EVAL_RESULTS,
-    compose,
-    declare,
+    compose_card,
     is_generic,
     is_our_result,
     read_card,
     read_text,
+    record_declarations,
     write_card,
 )
 from ..requests import CardRequest, PushRequest
 from .checks import REFUSAL, Check, run_checks
-from .contents import Contents, find_model, is_ours, list_contents
-from .upload import PushError, Upload, Uploaded, log_in, push_errors, upload
+from .contents import Contents, find_model, is_managed, list_contents
+from .upload import PushError, UploadJob, UploadResult, log_in, push_errors, upload
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -74,11 +74,11 @@ def plan_push(request: PushRequest) -> Plan:
     Raises:
         CheckpointError: There is no model, or its card can't be written.
     """
-    with _staged(request) as (made, _):
-        return made
+    with _staged(request) as (plan, _):
+        return plan
 
 
-def push(request: PushRequest) -> tuple[Plan, Uploaded]:
+def push(request: PushRequest) -> tuple[Plan, UploadResult]:
     """Push a model; return the checks, and what was uploaded.
 
     Raises:
@@ -87,21 +87,21 @@ def push(request: PushRequest) -> tuple[Plan, Uploaded]:
         UnreachableError: The Hub could not be reached.
         CheckpointError: There is no model, or its card can't be written.
     """
-    with _staged(request) as (made, home):
-        if made.refusals:
-            raise PushRefusedError(made.refusals)
-        contents, api = made.contents, log_in(request.token)
+    with _staged(request) as (plan, home):
+        if plan.refusals:
+            raise PushRefusedError(plan.refusals)
+        contents, api = plan.contents, log_in(request.token)
         remote = contents.folder.parents[1] / "on-the-hub"  # also in the temporary folder
         _merge_remote_card(request, contents.folder, _download(CARD, request, api, remote))
 
         def removable(name: str) -> bool:
             """Whether a file of the repository is ours; others may have added a licence, or results for leaderboards."""
             if not name.startswith(f"{EVAL_RESULTS}/"):
-                return is_ours(name) and not is_licence_file(name)
-            path = _download(name, request, api, remote) if is_ours(name) else None
+                return is_managed(name) and not is_licence_file(name)
+            path = _download(name, request, api, remote) if is_managed(name) else None
             return path is not None and is_our_result(path)
 
-        job = Upload(
+        job = UploadJob(
             repo_id=request.repo_id,
             files={name: contents.folder / name for name in contents.files},
             private=request.private,
@@ -113,7 +113,7 @@ def push(request: PushRequest) -> tuple[Plan, Uploaded]:
         )
         done = upload(job, api)
         _copy_back(contents, home)
-        return made, done
+        return plan, done
 
 
 @contextmanager
@@ -125,11 +125,11 @@ def _staged(request: PushRequest) -> Iterator[tuple[Plan, Path]]:
         staging = Path(place, "staging", home.resolve().name)
         staging.mkdir(parents=True)
         for name in listed.files:
-            _stage(home / name, staging / name)
+            _copy_or_link(home / name, staging / name)
         try:
             published = {"repo_id": request.repo_id} | ({"space": request.space} if request.space else {})
-            declare(CardRequest(staging), published=published)
-            _require(request, staging)
+            record_declarations(CardRequest(staging), published=published)
+            _record_requirements(request, staging)
             write_card(staging, weights=False)  # the checks compare the records with the weights
         except CheckpointError as error:
             raise type(error)(str(error).replace(str(staging), str(home))) from error
@@ -144,7 +144,7 @@ def _staged(request: PushRequest) -> Iterator[tuple[Plan, Path]]:
         yield Plan(contents, checks), home
 
 
-def _require(request: PushRequest, staging: Path) -> None:
+def _record_requirements(request: PushRequest, staging: Path) -> None:
     """Record what the request requires, in addition to what was recorded before."""
     if request.require:
         metrics = Metrics.load(staging) or Metrics("")
@@ -153,7 +153,7 @@ def _require(request: PushRequest, staging: Path) -> None:
         metrics.write(staging)
 
 
-def _stage(path: Path, target: Path) -> None:
+def _copy_or_link(path: Path, target: Path) -> None:
     """Copy a file; link to weights, which are only read."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if holds_weights(path.name):
@@ -176,7 +176,7 @@ def _copy_back(contents: Contents, home: Path) -> None:
     for part in (ASSETS, EVAL_RESULTS):
         for path in (home / part).glob("*") if (home / part).is_dir() else ():
             name = f"{part}/{path.name}"
-            if is_ours(name) and name not in contents.files and (part == ASSETS or is_our_result(path)):
+            if is_managed(name) and name not in contents.files and (part == ASSETS or is_our_result(path)):
                 path.unlink()
 
 
@@ -191,7 +191,7 @@ def _merge_remote_card(request: PushRequest, staging: Path, path: Path | None) -
             return
         remote_fields, remote_body = split_front_matter(remote, where)
         local_fields, local_body = split_front_matter(local, str(request.model / CARD))
-        theirs, mine = (regions.theirs(regions.parse(body, where)) for body in (remote_body, local_body))
+        theirs, mine = (regions.foreign_texts(regions.parse(body, where)) for body in (remote_body, local_body))
         # The text added on the Hub, unless the folder's card already has all of it.
         body = local_body if mine else remote_body
         if mine and not all(any(one in own for own in mine) for one in theirs):
@@ -199,9 +199,9 @@ def _merge_remote_card(request: PushRequest, staging: Path, path: Path | None) -
                 f"{where} and the one in {request.model} each have text that the other lacks; combine them in the folder, "
                 "or overwrite the one on the Hub with --overwrite-card"
             )
-        compose(card, remote, where=where)  # raises if our own sections were changed on the Hub
-        old = metadata.to_yaml(metadata.merged(local_fields, remote_fields)) + "\n" + body
-        text = compose(card, old, where=where)
+        compose_card(card, remote, where=where)  # raises if our own sections were changed on the Hub
+        old = metadata.to_yaml(metadata.merge_metadata(local_fields, remote_fields)) + "\n" + body
+        text = compose_card(card, old, where=where)
     except CheckpointError as error:
         text = str(error).replace(str(path), where).replace("--force", "--overwrite-card")
         raise PushError(text) from error

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 # The Hub's temporary failures.
-_TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
-_AGAIN = "run the same command again: files that have arrived are not sent again"
+_TEMPORARY_STATUSES = {408, 425, 429, 500, 502, 503, 504}
+_RETRY_HINT = "run the same command again: files that have arrived are not sent again"
 # What the Hub's refusals mean, by their status.
-_REFUSED = {
+_STATUS_MESSAGES = {
     401: "the token for {repo} is not valid, or has expired; log in again with `hf auth login`",
     403: "this token may not write to {repo} ({says}); use one that may, push to another repository, or open a pull request "
     "with --create-pr",
@@ -41,7 +41,7 @@ class PushError(CheckpointError):
 
 
 @dataclass(frozen=True)
-class Upload:
+class UploadJob:
     """What a repository should contain.
 
     Args:
@@ -69,12 +69,12 @@ class Upload:
 
     def differences(self, remote: dict[str, Any]) -> tuple[list[str], list[str]]:
         """The files to add or replace, and those to remove, given the entries of the repository by path."""
-        added = [name for name, path in self.files.items() if not _same(path, remote.get(name))]
+        added = [name for name, path in self.files.items() if not _is_unchanged(path, remote.get(name))]
         return added, [name for name in remote if name not in self.files and self.removable(name)]
 
 
 @dataclass(frozen=True)
-class Uploaded:
+class UploadResult:
     """What an upload did.
 
     Args:
@@ -120,7 +120,7 @@ def log_in(token: str | bool | None = None) -> HfApi:
     return api
 
 
-def upload(job: Upload, api: HfApi) -> Uploaded:
+def upload(job: UploadJob, api: HfApi) -> UploadResult:
     """Upload files in one commit, with the client from `log_in`.
 
     Raises:
@@ -130,19 +130,19 @@ def upload(job: Upload, api: HfApi) -> Uploaded:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     with push_errors(job.repo_id):
-        _open(job, api)
+        _ensure_repository(job, api)
         url = f"{api.endpoint}/{'' if job.kind == 'model' else 'spaces/'}{job.repo_id}"
         url += f"/tree/{job.revision}" if job.revision else ""
         if job.revision and not job.revision.startswith("refs/pr/"):
             api.create_branch(job.repo_id, branch=job.revision, repo_type=job.kind, exist_ok=True)
-        for proposal in _proposals(job, api):  # the same pull request is not opened twice
-            head, remote = _tree(job, api, f"refs/pr/{proposal.num}")
+        for proposal in _own_pull_requests(job, api):  # the same pull request is not opened twice
+            head, remote = _list_files(job, api, f"refs/pr/{proposal.num}")
             if job.differences(remote) == ([], []):
-                return Uploaded(url, head, pull_request=proposal.url)
-        head, remote = _tree(job, api, job.revision)
+                return UploadResult(url, head, pull_request=proposal.url)
+        head, remote = _list_files(job, api, job.revision)
         added, removed = job.differences(remote)
         if not added and not removed:
-            return Uploaded(url, head)
+            return UploadResult(url, head)
         sent = [CommitOperationAdd(name, str(job.files[name])) for name in added]
         if CARD in added:  # the commit has it checked too, but large files are sent before that
             _check_card(job.files[CARD], job.kind, api)
@@ -162,7 +162,7 @@ def upload(job: Upload, api: HfApi) -> Uploaded:
             create_pr=job.create_pr,
             parent_commit=head,
         )
-        return Uploaded(url, commit.oid, tuple(added), tuple(removed), commit.pr_url)
+        return UploadResult(url, commit.oid, tuple(added), tuple(removed), commit.pr_url)
 
 
 def _check_card(path: Path, kind: str, api: HfApi) -> None:
@@ -183,7 +183,7 @@ def _check_card(path: Path, kind: str, api: HfApi) -> None:
     hf_raise_for_status(answer)
 
 
-def _open(job: Upload, api: HfApi) -> None:
+def _ensure_repository(job: UploadJob, api: HfApi) -> None:
     """Find the repository, or create it."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -203,7 +203,7 @@ def _open(job: Upload, api: HfApi) -> None:
     api.create_repo(job.repo_id, repo_type=job.kind, private=private, space_sdk=sdk, exist_ok=True)
 
 
-def _proposals(job: Upload, api: HfApi) -> Iterator[Any]:
+def _own_pull_requests(job: UploadJob, api: HfApi) -> Iterator[Any]:
     """Our own open pull requests, if another one is to be opened."""
     if job.create_pr:
         opened = api.get_repo_discussions(
@@ -212,14 +212,14 @@ def _proposals(job: Upload, api: HfApi) -> Iterator[Any]:
         yield from (one for one in opened if one.title == job.message)
 
 
-def _tree(job: Upload, api: HfApi, revision: str | None) -> tuple[str, dict[str, Any]]:
+def _list_files(job: UploadJob, api: HfApi, revision: str | None) -> tuple[str, dict[str, Any]]:
     """The latest commit of a branch, and its files."""
     head = str(api.repo_info(job.repo_id, repo_type=job.kind, revision=revision).sha)
     entries = api.list_repo_tree(job.repo_id, recursive=True, repo_type=job.kind, revision=head)
     return head, {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
 
 
-def _same(path: Path, entry: Any) -> bool:
+def _is_unchanged(path: Path, entry: Any) -> bool:
     from huggingface_hub.utils.sha import git_hash
 
     if entry is None or entry.size != path.stat().st_size:
@@ -249,12 +249,12 @@ def push_errors(repo_id: str) -> Iterator[None]:
         says, response = cause_of(error), getattr(error, "response", None)
         status = 0 if response is None else response.status_code
         if isinstance(error, transport_error()):
-            raise UnreachableError(f"can't reach the Hub for {repo_id} ({says}); {_AGAIN}") from raised
-        if status in _TRY_AGAIN:
+            raise UnreachableError(f"can't reach the Hub for {repo_id} ({says}); {_RETRY_HINT}") from raised
+        if status in _TEMPORARY_STATUSES:
             pause = error.response.headers.get("Retry-After")
             later = f"wait {pause} s, and then " if pause else ""
-            raise UnreachableError(f"the Hub answers {status} for {repo_id}; {later}{_AGAIN}") from raised
+            raise UnreachableError(f"the Hub answers {status} for {repo_id}; {later}{_RETRY_HINT}") from raised
         if isinstance(error, errors.RevisionNotFoundError):
             raise PushError(f"{repo_id} has no such branch or pull request; check --revision") from raised
-        text = _REFUSED.get(status, "{repo} was not pushed: {says}")
+        text = _STATUS_MESSAGES.get(status, "{repo} was not pushed: {says}")
         raise PushError(text.format(repo=repo_id, says=says)) from raised

@@ -28,11 +28,11 @@ _TUNED = {"tune_layers", "tune_lm_head", "tune_final_norm"}  # their result is m
 
 
 def adapter_differences(
-    told: dict[str, Any], history: History, expected: Expected, names: Collection[str]
+    config: dict[str, Any], history: History, expected: Expected, names: Collection[str]
 ) -> list[str]:
     """What in an adapter's config would load otherwise than what the last cut wrote: texts to follow the file's name.
 
-    `told` has the fields of `adapter_config.json`, and `names` the tensors in the adapter's file, by their names in
+    `config` has the fields of `adapter_config.json`, and `names` the tensors in the adapter's file, by their names in
     the cut model.
     """
     from ...adapter.config import LayerDropConfig
@@ -54,18 +54,18 @@ def adapter_differences(
         source = last.get("calibration") or {}
         wanted |= {"calibration_samples": source.get("samples"), "calibration_length": source.get("length")}
         wanted |= {"calibration": last_part(str(source.get("source"))), "seed": source.get("seed")}
-        told = told | {"calibration": last_part(str(told.get("calibration")))}
+        config = config | {"calibration": last_part(str(config.get("calibration")))}
     try:
         known = {one.name for one in fields(LayerDropConfig)} - {"peft_type"}
-        adapter = LayerDropConfig(**{name: value for name, value in told.items() if name in known})
-        wanted["modules_to_save"] = _tuned(adapter, expected)
+        adapter = LayerDropConfig(**{name: value for name, value in config.items() if name in known})
+        wanted["modules_to_save"] = _saved_modules(adapter, expected)
     except (CutError, TypeError) as error:
         return [f"can't be loaded: {error}"]
     if set(wanted["modules_to_save"] or ()) <= set(adapter.modules_to_save or ()):  # more may be tuned
         wanted["modules_to_save"] = adapter.modules_to_save
     ignored = _CHECKED | _TUNED | (_HARMLESS - wanted.keys())
-    differ = sorted(name for name in (told.keys() | wanted.keys()) - ignored if told.get(name) != wanted.get(name))
-    texts = [f"has {name}={told.get(name)!r}, and the cut writes {wanted.get(name)!r}"[:300] for name in differ]
+    differ = sorted(name for name in (config.keys() | wanted.keys()) - ignored if config.get(name) != wanted.get(name))
+    texts = [f"has {name}={config.get(name)!r}, and the cut writes {wanted.get(name)!r}"[:300] for name in differ]
     prefixes = tuple(f"{name}." for name in wanted["modules_to_save"] or ())
     stray = sorted(name for name in names if not name.startswith(prefixes))
     lacking = [prefix[:-1] for prefix in prefixes if not any(name.startswith(prefix) for name in names)]
@@ -73,15 +73,15 @@ def adapter_differences(
     return texts + [f"tunes {name}, which is not in the weights" for name in lacking[:5]]
 
 
-def base_difference(told: dict[str, Any], history: History, compared: Base) -> str | None:
+def base_difference(config: dict[str, Any], history: History, compared: Base) -> str | None:
     """How the base that an adapter is put on differs from the one that it was compared with, to follow the file's name.
 
     Raises:
         CheckpointError: That base can't be read.
     """
     recorded = history.lineage.base
-    name, revision = str(told.get("base_model_name_or_path")), told.get("revision")
-    commit = told.get("base_commit") or revision
+    name, revision = str(config.get("base_model_name_or_path")), config.get("revision")
+    commit = config.get("base_commit") or revision
     where = name
     if not Path(name).expanduser().exists():
         if name != (history.base_on_hub if is_hub_id(name) else recorded.get("id")):
@@ -97,16 +97,16 @@ def base_difference(told: dict[str, Any], history: History, compared: Base) -> s
     return None
 
 
-def _tuned(adapter: Any, expected: Expected) -> list[str] | None:
+def _saved_modules(adapter: Any, expected: Expected) -> list[str] | None:
     """The modules that an adapter of this config saves, of the cut model."""
     from transformers import CONFIG_MAPPING
 
     from ...adapter.resolve import cut_of
     from ...adapter.tail import saved_modules, tuned_modules
 
-    told = {name: value for name, value in expected.config.items() if name != "quantization_config"}
-    made = CONFIG_MAPPING[told["model_type"]].from_dict(told)
+    base_fields = {name: value for name, value in expected.config.items() if name != "quantization_config"}
+    config = CONFIG_MAPPING[base_fields["model_type"]].from_dict(base_fields)
     with boundary("no model can be built from the base's config"):
-        model = model_without_weights(made)
+        model = model_without_weights(config)
     tuned = tuned_modules(model, replace(adapter, modules_to_save=None), cut_of(adapter), find_decoder_layers(model))
     return saved_modules(tuned, adapter.repaired_modules)

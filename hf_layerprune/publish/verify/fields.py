@@ -21,25 +21,25 @@ _OLD_NAMES = {"torch_dtype": "dtype", "rope_theta": "rope_parameters", "rope_sca
 Path = tuple[str, ...]
 
 
-def flat(fields: dict[str, Any], path: Path = ()) -> dict[Path, Any]:
+def flatten(fields: dict[str, Any], path: Path = ()) -> dict[Path, Any]:
     """The values of a config by their paths; sections are not values themselves, unless they are empty."""
     values: dict[Path, Any] = {}
     for name, value in fields.items():
         at = (*path, str(name))  # once loaded, the labels of `id2label` have numbers as names
-        values |= flat(value, at) if isinstance(value, dict) and value else {at: value}
+        values |= flatten(value, at) if isinstance(value, dict) and value else {at: value}
     return values
 
 
 def differences(was: dict[str, Any], has: dict[str, Any]) -> dict[Path, tuple[Any, Any]]:
     """Where two loaded configs differ: both values by path, `None` for one that is absent."""
-    old, new = flat(was), flat(has)
+    old, new = flatten(was), flatten(has)
     sections = {path[:-1] for path in old} & {path[:-1] for path in new}  # a section of its own may replace a loader's
 
     def counts(path: Path) -> bool:
         return path[0] not in _VOLATILE and not (path[-1] in _VOLATILE and path[:-1] in sections)
 
     paths = filter(counts, old.keys() | new.keys())
-    return {path: (old.get(path), new.get(path)) for path in sorted(paths) if not _alike(old.get(path), new.get(path))}
+    return {path: (old.get(path), new.get(path)) for path in sorted(paths) if not _equal(old.get(path), new.get(path))}
 
 
 def unties(path: Path, was: Any, has: Any) -> bool:
@@ -47,15 +47,15 @@ def unties(path: Path, was: Any, has: Any) -> bool:
     return path[-1] == TIED and bool(was) and has is False
 
 
-def hidden(raw: dict[str, Any], loaded: PreTrainedConfig, expected: dict[str, Any]) -> Iterator[Path]:
+def unread_fields(raw: dict[str, Any], loaded: PreTrainedConfig, expected: dict[str, Any]) -> Iterator[Path]:
     """The fields of a config's file that are not in the expected file, and that the loaded config does not hold with
     the same value: a loader may act on them, but a comparison of loaded configs misses them.
     """
-    told = json.loads(loaded.to_json_string(use_diff=False))  # without `_name_or_path`, which can choose the tokenizer
-    known = [flat(told), flat(expected)]
-    for path, value in flat(_without_old_names(raw, told)).items():
+    held = json.loads(loaded.to_json_string(use_diff=False))  # without `_name_or_path`, which can choose the tokenizer
+    known = [flatten(held), flatten(expected)]
+    for path, value in flatten(_without_old_names(raw, held)).items():
         set_on_saving = path[-1] in _VOLATILE - {"_name_or_path"} or path[0] == MARKER
-        if not set_on_saving and not any(path in values and _alike(values[path], value) for values in known):
+        if not set_on_saving and not any(path in values and _equal(values[path], value) for values in known):
             yield path
 
 
@@ -64,9 +64,9 @@ def reads_another_tokenizer(raw: dict[str, Any], expected: dict[str, Any], setti
     fixed, and of a version that can't be read, none is loaded.
     """
 
-    def before_5(told: Any) -> bool | None:
+    def before_5(version: Any) -> bool | None:
         try:
-            return not told or Version(told) < Version("5.0.0")
+            return not version or Version(version) < Version("5.0.0")
         except (InvalidVersion, TypeError):
             return None
 
@@ -74,25 +74,25 @@ def reads_another_tokenizer(raw: dict[str, Any], expected: dict[str, Any], setti
     return here is not there and (here is None or bool(settings.get("fix_mistral_regex")))
 
 
-def _alike(one: Any, other: Any) -> bool:
+def _equal(one: Any, other: Any) -> bool:
     """Whether two values are the same; a NaN equals itself, and no truth value equals a number."""
     return (one == other and isinstance(one, bool) == isinstance(other, bool)) or repr(one) == repr(other)
 
 
-def _without_old_names(raw: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+def _without_old_names(raw: dict[str, Any], loaded: dict[str, Any]) -> dict[str, Any]:
     """The fields of a file without those that say the same as a new name in the loaded config."""
     kept = {}
     for name, value in raw.items():
-        if (new := _OLD_NAMES.get(name)) in told and new not in raw and says_the_same(name, value, told):
+        if (new := _OLD_NAMES.get(name)) in loaded and new not in raw and agrees_with_renamed(name, value, loaded):
             continue
-        inner = isinstance(value, dict) and isinstance(told.get(name), dict)
-        kept[name] = _without_old_names(value, told[name]) if inner else value
+        inner = isinstance(value, dict) and isinstance(loaded.get(name), dict)
+        kept[name] = _without_old_names(value, loaded[name]) if inner else value
     return kept
 
 
-def says_the_same(old: str, value: Any, told: dict[str, Any]) -> bool:
+def agrees_with_renamed(old: str, value: Any, loaded: dict[str, Any]) -> bool:
     """Whether a field with an old name says what the loaded config says: some loaders read only the old one."""
-    new = told[_OLD_NAMES[old]]
+    new = loaded[_OLD_NAMES[old]]
     if value is None or not isinstance(new, dict):
         return value in (None, new)
     items = value if isinstance(value, dict) else {old: value}

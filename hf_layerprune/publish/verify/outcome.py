@@ -14,7 +14,7 @@ _MAX_LINES = 20
 
 
 @dataclass(frozen=True)
-class Line:
+class Finding:
     """One finding: the part that was checked, whether it is good (`None` if that can't be checked), and the result."""
 
     good: bool | None
@@ -23,7 +23,7 @@ class Line:
 
 
 @dataclass
-class Verified:
+class Verification:
     """The outcome.
 
     Args:
@@ -42,7 +42,7 @@ class Verified:
     """
 
     name: str
-    lines: list[Line] = field(default_factory=list)
+    lines: list[Finding] = field(default_factory=list)
     recorded: Counter[str] = field(default_factory=Counter)
     accept_trained: bool = False
     complete: bool = False
@@ -82,12 +82,12 @@ class Verified:
         follows = f"{self.name} matches its records and its base, {self.base}"
         if not self.recorded and not self.lacked:
             return f"YES: {follows}"
-        told = "; ".join(self._unproven())
+        unproven = "; ".join(self._unproven())
         if self.accept_trained:
-            return f"YES, as recorded: {follows}; {told}"
+            return f"YES, as recorded: {follows}; {unproven}"
         rest = "none of the weights" if self.recorded and not self.same else "the rest"
         return (
-            f"IN PART: {rest} of {self.name} is proven to follow from its base, {self.base}; {told} "
+            f"IN PART: {rest} of {self.name} is proven to follow from its base, {self.base}; {unproven} "
             "(--accept-trained trusts the records)"
         )
 
@@ -100,15 +100,15 @@ class Verified:
         if self.lacked:
             yield f"{LINEAGE} says that the copy of the base that was cut lacked {', '.join(self.lacked)}"[:300]
 
-    def say(self, good: bool | None, what: str, text: str) -> None:
+    def add(self, good: bool | None, what: str, text: str) -> None:
         """Add a finding."""
-        self.lines.append(Line(good, what, sanitize(text)))
+        self.lines.append(Finding(good, what, sanitize(text)))
 
-    def say_all(self, what: str, texts: list[str], otherwise: str) -> None:
+    def add_all(self, what: str, texts: list[str], otherwise: str) -> None:
         """Add the problems as findings, at most `_MAX_LINES`; without problems, add one good finding."""
         for text in texts[:_MAX_LINES]:
-            self.say(False, what, text)
+            self.add(False, what, text)
         if len(texts) > _MAX_LINES:
-            self.say(False, what, f"and {len(texts) - _MAX_LINES} more")
+            self.add(False, what, f"and {len(texts) - _MAX_LINES} more")
         if not texts:
-            self.say(True, what, otherwise)
+            self.add(True, what, otherwise)

@@ -121,10 +121,10 @@ class Base:
         Raises:
             CheckpointError: The base can't be found or read.
         """
-        told, named, token = history.lineage.base, request.base, request.token
-        where = named or str(told.get("id") or "")
+        recorded, named, token = history.lineage.base, request.base, request.token
+        where = named or str(recorded.get("id") or "")
         path = Path(where).expanduser()
-        if where and path.exists() and (named or not told.get("commit")):
+        if where and path.exists() and (named or not recorded.get("commit")):
             # Whoever made the model made that too.
             if not named and path.resolve().is_relative_to(place.folder.resolve()):
                 raise CheckpointError(
@@ -135,16 +135,16 @@ class Base:
         name = where if named else history.base_on_hub
         if not name or not is_hub_id(name):
             raise CheckpointError(
-                f"the base, {named or base_name(told)}, is not available here; give its location with --base"
+                f"the base, {named or base_name(recorded)}, is not available here; give its location with --base"
             )
-        commit = told.get("commit") if name == told.get("id") else None
+        commit = recorded.get("commit") if name == recorded.get("id") else None
         repo = Repo.open(name, commit, token=token)
         if commit and not repo.offline and not repo.is_released():
             raise CheckpointError(
                 f"{repo.name} has the commit {repo.commit[:12]} in none of its branches and tags: it may be from a pull "
                 "request, which anybody can open; if you trust it, download it and give its folder with --base"
             )
-        repo.fetch(file for file in told.get("files") or () if file in repo.files and file.endswith(".json"))
+        repo.fetch(file for file in recorded.get("files") or () if file in repo.files and file.endswith(".json"))
         return cls(name, repo.commit, repo.fingerprint(), token)
 
     @property
@@ -155,22 +155,22 @@ class Base:
     def __str__(self) -> str:
         return f"{self.source} at {self.commit[:12]}" if self.commit else str(self.source)
 
-    def differences(self, told: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    def differences(self, recorded: Mapping[str, Mapping[str, Any]]) -> list[str]:
         """Names of the files that differ from those in a lineage, including missing weight files and a missing config."""
-        decisive = [name for name in told if holds_weights(name) or name == CONFIG]
-        return [name for name in told if (name in decisive or name in self.files)
-                and _bytes(self.files.get(name)) != _bytes(told[name])]  # fmt: skip
+        decisive = [name for name in recorded if holds_weights(name) or name == CONFIG]
+        return [name for name in recorded if (name in decisive or name in self.files)
+                and _content_key(self.files.get(name)) != _content_key(recorded[name])]  # fmt: skip
 
     def differs_from(self, name: str, revision: str | None) -> str | None:
         """A file that a loader reads here, and finds to be another one, or absent, in a folder or repository."""
         same = str(Path(name).expanduser()) == str(self.source)
         if same and (self.commit is None or self.commit == Repo.open(name, revision, token=self.token).commit):
             return None
-        there, here = (_loaded(*at, self.token) for at in ((name, revision), (str(self.source), self.commit)))
+        there, here = (_loaded_hashes(*at, self.token) for at in ((name, revision), (str(self.source), self.commit)))
         return next((file for file in sorted(here.keys() | there.keys()) if here.get(file) != there.get(file)), None)
 
 
-def _loaded(source: str, revision: str | None, token: str | bool | None) -> dict[str, str]:
+def _loaded_hashes(source: str, revision: str | None, token: str | bool | None) -> dict[str, str]:
     """The sha256 of each file that a loader reads, by name."""
     path = Path(source).expanduser()
     if path.is_file():  # of whatever name
@@ -178,5 +178,5 @@ def _loaded(source: str, revision: str | None, token: str | bool | None) -> dict
     return Place.open(source, revision, token, is_model_file).hashes
 
 
-def _bytes(entry: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
+def _content_key(entry: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
     return None if entry is None else (entry.get("size"), entry.get("sha256"), entry.get("blob_id"))

@@ -166,11 +166,11 @@ def rebuild(history: History, base: Base) -> Expected:
     with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as place:
         folder = Path(place, "cut")
         folder.mkdir()
-        cut = (_converted if base.packed or history.dtype is not None else _copied)(history, base, folder)
-        return _quantized(history, folder, cut)
+        cut = (_convert_cut if base.packed or history.dtype is not None else _copy_cut)(history, base, folder)
+        return _quantize_cut(history, folder, cut)
 
 
-def _copied(history: History, base: Base, folder: Path) -> Expected:
+def _copy_cut(history: History, base: Base, folder: Path) -> Expected:
     """Repeat a cut that copies bytes; the weights are only written if they are to be quantised."""
     plan = plan_cut(Checkpoint.open(base.source, base.commit, token=base.token), history.dropped)
     if plan.cut.num_layers != history.num_base_layers:
@@ -211,7 +211,7 @@ def _check_bytes(plan: CheckpointPlan, files: Mapping[str, Mapping[str, Any]]) -
             )
 
 
-def _converted(history: History, base: Base, folder: Path) -> Expected:
+def _convert_cut(history: History, base: Base, folder: Path) -> Expected:
     """Repeat a cut whose weights are dequantised or converted."""
     from ...cut.memory import drop_layers
     from ...runtime.loading import load_tokenizer
@@ -235,40 +235,42 @@ def _converted(history: History, base: Base, folder: Path) -> Expected:
     return Expected.from_folder(folder)
 
 
-def _quantized(history: History, folder: Path, cut: Expected) -> Expected:
+def _quantize_cut(history: History, folder: Path, cut: Expected) -> Expected:
     """What a cut becomes when it is quantised as its history says."""
     stage = history.quantized
     if stage is None:
         return cut
-    told, layers, after = stage.settings["quantization_config"], history.num_base_layers, False
+    settings, layers, after = stage.settings["quantization_config"], history.num_base_layers, False
     for one in history.stages:
         if one.name == "prune":
             later = families.cut_without(one.settings["drop_layers"], layers)
             layers = len(later.keep)
-            told = families.cut_quantization(told, cut.model_config, later) if after else told
+            settings = families.cut_quantization(settings, cut.model_config, later) if after else settings
         after |= one is stage
-    if not is_repeatable_method(told):
+    if not is_repeatable_method(settings):
         # Its tensors can't be derived again, and are counted as the ones that it changed.
-        return replace(cut, config=cut.config | {"quantization_config": told, "dtype": stage.settings.get("dtype")})
+        return replace(
+            cut, config=cut.config | {"quantization_config": settings, "dtype": stage.settings.get("dtype")}
+        )
     target = folder.with_name("quantized")
-    quantizer = _quantize_again(stage, told, folder, target)
+    quantizer = _quantize_again(stage, settings, folder, target)
     others = {name: sha256 for name, sha256 in cut.files.items() if not holds_weights(name)}
     return replace(
         Expected.from_folder(target, others=others), unquantized=cut.tensors, quantizer=quantizer, lacked=cut.lacked
     )
 
 
-def _quantize_again(stage: Stage, told: dict[str, Any], cut: Path, target: Path) -> str:
-    """Quantise a cut on the CPU as told; return what did so, with its version, and the version used first if it differs."""
+def _quantize_again(stage: Stage, settings: dict[str, Any], cut: Path, target: Path) -> str:
+    """Quantise a cut on the CPU; return what did so, with its version, and the version used first if it differs."""
     from transformers.quantizers.auto import AutoQuantizationConfig
 
     dtype = _dtype(stage.settings.get("dtype"))
-    method = quantization_method(told)
+    method = quantization_method(settings)
     logger.info("quantising the cut with %s, to compare", method)
     with boundary(f"{method} can't repeat how the model was quantised", "install the version in its lineage.json"):
         here, then = version(method), (stage.entry.get("versions") or {}).get(method)
-        settings: Any = AutoQuantizationConfig.from_dict(dict(told))
-        load_base(cut, quantization_config=settings, dtype=dtype, device_map="cpu").save_pretrained(target)
+        config: Any = AutoQuantizationConfig.from_dict(dict(settings))
+        load_base(cut, quantization_config=config, dtype=dtype, device_map="cpu").save_pretrained(target)
     return f"{method} {here}" + (f" ({then} was used)" if then not in (None, here) else "")
 
 

@@ -18,7 +18,7 @@ from ...records.lineage import FILE_NAME as LINEAGE
 from ...runtime.loading import ignored_names, load_config
 from ...runtime.model_class import model_class_of, model_without_weights, stored_names, stored_parts
 from .fields import differences, unties
-from .outcome import Verified
+from .outcome import Verification
 from .places import Place
 from .rebuild import Expected, TensorHash, WeightFile, notes_in
 
@@ -74,7 +74,7 @@ def adapter_tensors(place: Place, expected: Expected) -> dict[str, TensorHash]:
 
 
 def check_tensors(
-    place: Place, history: History, expected: Expected, modules: Mapping[str, TensorHash] | None, outcome: Verified
+    place: Place, history: History, expected: Expected, modules: Mapping[str, TensorHash] | None, outcome: Verification
 ) -> None:
     """Check that every tensor is the base's or was changed by a recorded stage, and that none is missing or extra.
 
@@ -83,24 +83,28 @@ def check_tensors(
     Raises:
         CheckpointError: The weight files are not complete, or contradict each other.
     """
-    tensors, plain, prefix = expected.tensors, expected.plain, _lacking_prefix(expected)
+    tensors, plain, prefix = expected.tensors, expected.plain, _missing_prefix(expected)
 
-    def own(name: str) -> str:
+    def in_cut(name: str) -> str:
         """The repeated cut's name for a tensor, of which transformers may have completed the name."""
         return name if name in tensors else name.removeprefix(prefix)
 
-    changed = {own(name): by for name, by in history.changed().items()}
+    changed = {in_cut(name): by for name, by in history.changed().items()}
     files: dict[str, WeightFile] = {}
     if modules is not None:
-        unknown = [name for name in modules if own(name) not in tensors and own(name) not in changed]
-        stored = [*_as_stored(place, expected, modules, unknown).items()]
+        unknown = [name for name in modules if in_cut(name) not in tensors and in_cut(name) not in changed]
+        stored = [*_to_stored_names(place, expected, modules, unknown).items()]
     else:
         files = read_weights(place, expected)
         stored = [one for file in files.values() for one in file.tensors.items()]
-    found = {own(name): tensor for name, tensor in stored}
+    found = {in_cut(name): tensor for name, tensor in stored}
     if len(found) < len(stored):
         raise CheckpointError(f"{place.name} holds a tensor under two names")
-    tied = {own(name): own(other) for name, other in _tied(expected).items()} if found.keys() ^ tensors.keys() else {}
+    tied = (
+        {in_cut(name): in_cut(other) for name, other in _tied(expected).items()}
+        if found.keys() ^ tensors.keys()
+        else {}
+    )
     owners = {name.rpartition(".")[0] for name in plain}
     wrong, same, again = [], 0, 0
     recorded: dict[str, str] = {}  # by tensor, the stages that changed it
@@ -110,14 +114,14 @@ def check_tensors(
             repeated = expected.quantizer is not None and plain.get(name) != tensor
             again, same = again + repeated, same + (not repeated)
             continue
-        whole = name if name in changed or name in plain else _whole(name, owners, changed)
+        whole = name if name in changed or name in plain else _changed_parameter(name, owners, changed)
         by = changed.get(whole, [])
         if by and (modules is not None or QUANTIZE in by or _may_be_trained(name, tensor, wanted)):
             recorded[whole] = " and ".join(dict.fromkeys(by))
         else:
             wrong.append(_difference(name, tensor, tensors.get(name), None if name in plain else expected.quantizer))
     if modules is not None:
-        missing = {own(name) for stage in history.since_last_cut for name in stage.changed} - found.keys()
+        missing = {in_cut(name) for stage in history.since_last_cut for name in stage.changed} - found.keys()
     else:
         packed = {_owner(name, owners) for name, by in changed.items() if QUANTIZE in by and name in found}
         missing = _missing(expected, found, tied, packed)
@@ -128,26 +132,26 @@ def check_tensors(
         wrong.append(f"none was changed by the quantising that {LINEAGE} names")
     outcome.recorded.update(recorded.values())
     outcome.same += same + again
-    outcome.say_all("tensors", sorted(wrong), f"{same} are the base's, to the last bit")
+    outcome.add_all("tensors", sorted(wrong), f"{same} are the base's, to the last bit")
     if again:
-        outcome.say(True, "tensors", f"{again} are what {expected.quantizer} makes of the base's, to the last bit")
+        outcome.add(True, "tensors", f"{again} are what {expected.quantizer} makes of the base's, to the last bit")
     if files and expected.config.get("quantization_config") and (expected.quantizer or not history.quantized):
         _check_notes(files, expected, outcome)
     for stages in sorted({*recorded.values()}):
         names = [name for name, by in recorded.items() if by == stages]
         which = f"{pluralize(len(names), 'tensor')}, such as {names[0]}" if len(names) > 1 else names[0]
         text = f"{LINEAGE} says that {stages} changed {which}; the new values can't be derived again"
-        outcome.say(None, "recorded", text)
+        outcome.add(None, "recorded", text)
 
 
-def _check_notes(files: Mapping[str, WeightFile], expected: Expected, outcome: Verified) -> None:
+def _check_notes(files: Mapping[str, WeightFile], expected: Expected, outcome: Verification) -> None:
     """Check what the files of quantised weights say about their tensors: torchao unpacks them by it."""
     here, there = (notes_in(each.values()) for each in (files, expected.weights))
     whose = f"what {expected.quantizer} notes" if expected.quantizer else "what the base's note"
     texts = [f"what the weight files note on {name} is not {whose}" for name in sorted(here.keys() | there.keys())
              if here.get(name) != there.get(name)]  # fmt: skip
     if here or texts:
-        outcome.say_all("tensors", texts, f"{pluralize(len(here), 'note')} in the weight files: {whose}")
+        outcome.add_all("tensors", texts, f"{pluralize(len(here), 'note')} in the weight files: {whose}")
 
 
 def _owner(name: str, owners: set[str]) -> str | None:
@@ -157,7 +161,7 @@ def _owner(name: str, owners: set[str]) -> str | None:
     return name or None
 
 
-def _whole(name: str, owners: set[str], changed: Mapping[str, Any]) -> str:
+def _changed_parameter(name: str, owners: set[str], changed: Mapping[str, Any]) -> str:
     """The parameter that a part of a quantised one belongs to, if a stage changed that; or else the part itself."""
     owner = _owner(name, owners)
     return next((whole for whole in changed if whole.rpartition(".")[0] == owner), name)
@@ -174,7 +178,7 @@ def _missing(
     return {name for name in lacking if name.rpartition(".")[0] not in packed}
 
 
-def _lacking_prefix(expected: Expected) -> str:
+def _missing_prefix(expected: Expected) -> str:
     """What transformers adds to the names of a checkpoint that was saved without its head, such as gpt2's."""
     picked = model_class_of(expected.model_config)
     prefix = f"{picked[0].base_model_prefix}." if picked else ""
@@ -191,7 +195,7 @@ def _tied(expected: Expected) -> dict[str, str]:
     return {stored.get(name, name): stored.get(other, other) for name, other in tied.items()}
 
 
-def _as_stored(
+def _to_stored_names(
     place: Place, expected: Expected, modules: Mapping[str, TensorHash], unknown: Collection[str]
 ) -> dict[str, TensorHash]:
     """An adapter's tensors, of which the unknown ones get the names that its base's checkpoint gives them: some types
@@ -205,12 +209,12 @@ def _as_stored(
     parts: dict[str, TensorHash] = {}
     with boundary(_NO_MODEL), safe_open(place.path(ADAPTER_WEIGHTS), "pt") as file:
         values = {name: file.get_tensor(f"{_ADAPTER_PREFIX}{name}") for name in unknown}
-        made = stored_parts(expected.model_config, values)
-        for name, stored in made.items():
+        renamed = stored_parts(expected.model_config, values)
+        for name, stored in renamed.items():
             for part, value in stored.items():
                 data = value.contiguous().view(torch.uint8).numpy().tobytes()
                 parts[part] = TensorHash(modules[name].dtype, tuple(value.shape), hashlib.sha256(data).hexdigest())
-    return {name: tensor for name, tensor in modules.items() if name not in made} | parts
+    return {name: tensor for name, tensor in modules.items() if name not in renamed} | parts
 
 
 def _difference(name: str, tensor: TensorHash, wanted: TensorHash | None, quantizer: str | None) -> str:

@@ -43,11 +43,11 @@ from ...runtime.config_file import read_config_file
 from ...runtime.loading import load_config
 from ...versions import installed
 from ..card.render import Card
-from ..card.writing import compose, read_text
+from ..card.writing import compose_card, read_text
 from ..requests import VerifyRequest
 from .adapters import adapter_differences, base_difference
-from .fields import differences, hidden, reads_another_tokenizer, unties
-from .outcome import BASE, Verified
+from .fields import differences, reads_another_tokenizer, unread_fields, unties
+from .outcome import BASE, Verification
 from .places import Base, Place
 from .rebuild import Expected, TensorHash, rebuild
 from .tensors import adapter_tensors, check_tensors, weight_files
@@ -56,18 +56,18 @@ _TOKENIZER = "tokenizer_config.json"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def verify(request: VerifyRequest) -> Verified:
+def verify(request: VerifyRequest) -> Verification:
     """Verify a model against its base.
 
     Raises:
         CheckpointError: The model does not exist or can't be read.
     """
     place = Place.open(request.model, request.revision, request.token)
-    outcome = Verified(place.name, accept_trained=request.accept_trained, without_weights=not place.hashes)
+    outcome = Verification(place.name, accept_trained=request.accept_trained, without_weights=not place.hashes)
     part = "lineage"
     try:
         history = read_history(Lineage.load_required(place.folder, place.name))
-        _tell(history, outcome)
+        _report_lineage(history, outcome)
         _check_records(place, history, outcome)
         _check_metrics(place, history.lineage, outcome)
         _check_card(place, history.lineage, outcome)
@@ -90,33 +90,33 @@ def verify(request: VerifyRequest) -> Verified:
                 check_tensors(place, history, expected, modules, outcome)
         outcome.complete = True
     except LayerPruneError as error:
-        outcome.say(False, part, str(error))
+        outcome.add(False, part, str(error))
     return outcome
 
 
-def _tell(history: History, outcome: Verified) -> None:
-    """Say what the lineage tells."""
+def _report_lineage(history: History, outcome: Verification) -> None:
+    """Report what the lineage says."""
     done = ", ".join(stage.name for stage in history.stages)
     if history.dtype is not None:
         done += f", converted to {history.dtype}"
     dropped = describe_layers(history.dropped) if history.dropped else "no layers"
-    outcome.say(
+    outcome.add(
         True, "lineage",
         f"{history.base_id}: {dropped} of {history.num_base_layers} dropped, {len(history.kept)} left ({done})",
     )  # fmt: skip
     if history.quantized is not None:
-        told = history.quantized.settings["quantization_config"]
-        how = "whose bytes can be repeated" if is_repeatable_method(told) else "whose bytes can't be repeated"
-        outcome.say(True, "lineage", f"quantised: {describe_quantization(told)}, {how}")
+        settings = history.quantized.settings["quantization_config"]
+        how = "whose bytes can be repeated" if is_repeatable_method(settings) else "whose bytes can't be repeated"
+        outcome.add(True, "lineage", f"quantised: {describe_quantization(settings)}, {how}")
 
 
-def _check_records(place: Place, history: History, outcome: Verified) -> None:
+def _check_records(place: Place, history: History, outcome: Verification) -> None:
     """Check that each stage started from the output of the previous one, and that the files are those of the last."""
     entries = history.lineage.entries
     for before, after in pairwise(entries):
         if after.get("input_weights") != before.get("weights"):
             text = f"{LINEAGE}: {after['stage']} did not start from the weights that {before['stage']} wrote"
-            outcome.say(False, "lineage", text)
+            outcome.add(False, "lineage", text)
     last = entries[-1]
     stage, recorded = last["stage"], last.get("files")
     if not last.get("weights") or recorded is None:
@@ -125,13 +125,13 @@ def _check_records(place: Place, history: History, outcome: Verified) -> None:
         return
     own = weights_hash({name: {"sha256": sha256} for name, sha256 in place.hashes.items() if "/" not in name})
     if last["weights"] == own:
-        outcome.say(True, "weights", f"their hash is {own[:12]}, as {LINEAGE} says")
+        outcome.add(True, "weights", f"their hash is {own[:12]}, as {LINEAGE} says")
     else:
         says = f"{LINEAGE} says {last['weights'][:12]}: they were changed since, or it was"
         says += (
             "" if history.quantized else "; if they were quantised, record that with hf_layerprune.record_quantized"
         )
-        outcome.say(False, "weights", f"their hash is {own[:12]}, and {says}")
+        outcome.add(False, "weights", f"their hash is {own[:12]}, and {says}")
     here = {name: sha256 for name, sha256 in place.hashes.items() if not holds_weights(name)}
     texts = [
         f"{name} {'is missing' if name not in here else 'was added' if name not in recorded else 'was changed'} since "
@@ -139,10 +139,10 @@ def _check_records(place: Place, history: History, outcome: Verified) -> None:
         for name in sorted(recorded.keys() | here.keys())
         if recorded.get(name) != here.get(name)
     ]
-    outcome.say_all("files", texts, f"besides the weights, {pluralize(len(here), 'file')} as {stage} wrote them")
+    outcome.add_all("files", texts, f"besides the weights, {pluralize(len(here), 'file')} as {stage} wrote them")
 
 
-def _check_metrics(place: Place, lineage: Lineage, outcome: Verified) -> None:
+def _check_metrics(place: Place, lineage: Lineage, outcome: Verification) -> None:
     """Check that the numbers belong to the model, or to the one that records without weights describe."""
     try:
         metrics = place.metrics()
@@ -157,68 +157,68 @@ def _check_metrics(place: Place, lineage: Lineage, outcome: Verified) -> None:
     except CheckpointError as error:
         texts, metrics = [str(error)], None
     number = len(metrics.results) if metrics else 0
-    outcome.say_all("metrics", texts, f"{number} numbers, of this model and its history; they are not measured again")
+    outcome.add_all("metrics", texts, f"{number} numbers, of this model and its history; they are not measured again")
 
 
-def _check_card(place: Place, lineage: Lineage, outcome: Verified) -> None:
+def _check_card(place: Place, lineage: Lineage, outcome: Verification) -> None:
     """Say whether the card is the one that the records give; other versions of this package word it differently."""
     if not place.hashes or not place.has(CARD):
         return
     try:
         text = read_text(place.path(CARD).resolve())  # the Hub client's cache holds links
-        same = text == compose(Card.from_records(lineage, place.metrics()), text)
+        same = text == compose_card(Card.from_records(lineage, place.metrics()), text)
     except LayerPruneError:
         same = False
     shows = f"{CARD} shows what the records say; text outside its generated sections was not checked"
     other = f"{CARD} is not what this version of hf-layerprune makes of the records; nothing that it says was checked"
-    outcome.say(True if same else None, "card", shows if same else other)
+    outcome.add(True if same else None, "card", shows if same else other)
 
 
-def _check_base(source: Base, history: History, outcome: Verified) -> None:
+def _check_base(source: Base, history: History, outcome: Verification) -> None:
     """Check that a base is the one that a lineage names."""
     told = history.lineage.base.get("files") or {}
     if not any(holds_weights(name) for name in told):
-        outcome.say(False, BASE, f"{LINEAGE} has no hashes of the base's weights")
+        outcome.add(False, BASE, f"{LINEAGE} has no hashes of the base's weights")
     elif differ := source.differences(told):
-        outcome.say(False, BASE, f"{source} is not the base that {LINEAGE} names: {', '.join(differ[:3])} differ")
+        outcome.add(False, BASE, f"{source} is not the base that {LINEAGE} names: {', '.join(differ[:3])} differ")
     else:
-        outcome.say(True, BASE, f"{source} is the one that {LINEAGE} names, by the hashes of its files")
+        outcome.add(True, BASE, f"{source} is the one that {LINEAGE} names, by the hashes of its files")
     here, then = str(installed("transformers")), (history.stages[0].entry.get("versions") or {}).get("transformers")
     if source.packed and then not in (None, here):
         text = f"transformers {here} unpacks it; {then} did so for the cut, and may have made another tokenizer of it"
-        outcome.say(True, BASE, text)
+        outcome.add(True, BASE, text)
 
 
-def _check_recorded_cut(history: History, expected: Expected, outcome: Verified) -> None:
+def _check_recorded_cut(history: History, expected: Expected, outcome: Verification) -> None:
     """Check the recorded hash of the plain cut's weights, where a single cut in one step leads to it."""
     cuts = [stage.entry for stage in history.stages if stage.name == "prune"]
     if len(cuts) != 1 or history.quantized is not None:
-        outcome.say(True, "cut", "was made in several steps, which only the weights can show")
+        outcome.add(True, "cut", "was made in several steps, which only the weights can show")
         return
-    told = (cuts[0].get("repair") or {}).get("input_weights") or cuts[0]["weights"]
+    recorded = (cuts[0].get("repair") or {}).get("input_weights") or cuts[0]["weights"]
     found = weights_hash({name: {"sha256": sha256} for name, sha256 in expected.files.items()})
-    says = f"as {LINEAGE} says" if told == found else f"and {LINEAGE} says {told[:12]}"
-    outcome.say(told == found, "cut", f"repeated from the base, it has the weights {found[:12]}, {says}")
+    says = f"as {LINEAGE} says" if recorded == found else f"and {LINEAGE} says {recorded[:12]}"
+    outcome.add(recorded == found, "cut", f"repeated from the base, it has the weights {found[:12]}, {says}")
 
 
-def _check_cut(told: Mapping[str, Any], name: str, history: History, outcome: Verified) -> None:
+def _check_cut(recorded: Mapping[str, Any], name: str, history: History, outcome: Verification) -> None:
     """Check that a config records the last cut: the dropped layers, and the number of layers before it."""
     last = history.since_last_cut[0]
     wanted, of = sorted(last.settings.get("drop_layers") or ()), (last.entry.get("layers") or {}).get("base")
-    dropped = told.get("drop_layers")
-    if (dropped, told.get("num_base_layers")) == (wanted, of):
-        outcome.say(True, "config", f"{name} and {LINEAGE} agree on the cut")
+    dropped = recorded.get("drop_layers")
+    if (dropped, recorded.get("num_base_layers")) == (wanted, of):
+        outcome.add(True, "config", f"{name} and {LINEAGE} agree on the cut")
         return
-    says = f"{name} says that the cut dropped {dropped} of {told.get('num_base_layers')}"[:300]
-    says = says if told else f"{name} says nothing of the cut"
-    outcome.say(False, "config", f"{says}, and {LINEAGE} says {wanted} of {of}: one was edited")
+    says = f"{name} says that the cut dropped {dropped} of {recorded.get('num_base_layers')}"[:300]
+    says = says if recorded else f"{name} says nothing of the cut"
+    outcome.add(False, "config", f"{says}, and {LINEAGE} says {wanted} of {of}: one was edited")
 
 
-def _check_config(place: Place, history: History, expected: Expected, outcome: Verified) -> None:
+def _check_config(place: Place, history: History, expected: Expected, outcome: Verification) -> None:
     """Check that the config is that of the repeated cut: an edited config makes another model of the same weights."""
     if CONFIG not in place.hashes:
         text = f"{place.name} has no {CONFIG}, so it is not a whole model; complete the download"
-        outcome.say(False, "config", text)
+        outcome.add(False, "config", text)
         return
     raw, loaded = read_config_file(place.path(CONFIG)), load_config(place.folder)
     mark = raw.get(MARKER) or {}
@@ -231,7 +231,7 @@ def _check_config(place: Place, history: History, expected: Expected, outcome: V
         del differ["dtype",]  # saving a model records the dtype of its weights
     texts = [f"{'.'.join(path)} is {has!r} and was {was!r}"[:200] for path, (was, has) in differ.items()]
     seen = {path[0] for path in differ}
-    extra = [path for path in hidden(raw, loaded, expected.raw_config) if path[0] not in seen]
+    extra = [path for path in unread_fields(raw, loaded, expected.raw_config) if path[0] not in seen]
     extra += [(MARKER, name) for name in sorted(mark.keys() - {"drop_layers", "num_base_layers"})]
     texts += [
         f"{CONFIG} sets {'.'.join(path)[:150]}, which is not in what the cut leaves of the base's" for path in extra
@@ -240,31 +240,31 @@ def _check_config(place: Place, history: History, expected: Expected, outcome: V
     if reads_another_tokenizer(raw, expected.raw_config, settings):
         versions = (fields.get("transformers_version") for fields in (raw, expected.raw_config))
         texts.append("transformers_version is {} and was {}, which changes the tokenizer".format(*versions))
-    outcome.say_all("config", texts, f"{CONFIG} is what the cut leaves of the base's")
+    outcome.add_all("config", texts, f"{CONFIG} is what the cut leaves of the base's")
 
 
 def _check_adapter(
-    place: Place, history: History, source: Base, expected: Expected, request: VerifyRequest, outcome: Verified
+    place: Place, history: History, source: Base, expected: Expected, request: VerifyRequest, outcome: Verification
 ) -> dict[str, TensorHash]:
     """Check that an adapter names its base, this cut and this method, and loads what the cut wrote. Returns its tensors."""
-    told = read_object(place.path(ADAPTER_CONFIG))
-    _check_cut(told, ADAPTER_CONFIG, history, outcome)
+    config = read_object(place.path(ADAPTER_CONFIG))
+    _check_cut(config, ADAPTER_CONFIG, history, outcome)
     if sum(stage.name == "prune" for stage in history.stages) > 1:
-        text = _check_pruned_base(told, history, request, outcome)
+        text = _check_pruned_base(config, history, request, outcome)
     else:
-        text = base_difference(told, history, source)
+        text = base_difference(config, history, source)
     modules = adapter_tensors(place, expected)
-    wrong = [text] if text else adapter_differences(told, history, expected, modules.keys())
+    wrong = [text] if text else adapter_differences(config, history, expected, modules.keys())
     good = f"{ADAPTER_CONFIG} names this base, and loads this cut"
-    outcome.say_all("adapter", [f"{ADAPTER_CONFIG} {text}" for text in wrong], good)
+    outcome.add_all("adapter", [f"{ADAPTER_CONFIG} {text}" for text in wrong], good)
     return modules
 
 
 def _check_pruned_base(
-    told: dict[str, Any], history: History, request: VerifyRequest, outcome: Verified
+    config: dict[str, Any], history: History, request: VerifyRequest, outcome: Verification
 ) -> str | None:
     """Verify the pruned model that an adapter is put on: it must be what the stages before the adapter's cut made."""
-    name, revision = str(told.get("base_model_name_or_path")), told.get("revision")
+    name, revision = str(config.get("base_model_name_or_path")), config.get("revision")
     before = history.lineage.entries[: history.lineage.entries.index(history.since_last_cut[0].entry)]
     pruned = Place.open(name, revision, request.token)
     if Lineage.load_required(pruned.folder, pruned.name).entries != before:
@@ -272,13 +272,13 @@ def _check_pruned_base(
     found = verify(replace(request, model=name, revision=revision if pruned.repo else None))
     if not found.consistent or found.without_weights or found.base != outcome.base:
         return f"names the base {name}, which is not proven; see what is wrong: hf-layerprune verify {name}"
-    outcome.say(True, "adapter", f"is put on {name}, which is verified too")
+    outcome.add(True, "adapter", f"is put on {name}, which is verified too")
     outcome.recorded.update(found.recorded)
     outcome.lacked, outcome.same = found.lacked, found.same
     return None
 
 
-def _check_files(place: Place, history: History, expected: Expected, outcome: Verified) -> None:
+def _check_files(place: Place, history: History, expected: Expected, outcome: Verification) -> None:
     """Check all other files against the repeated cut: tokenizer, chat template, generation settings, ..."""
     here, checked = place.hashes, {CONFIG, INDEX}
     if not here:
@@ -288,7 +288,7 @@ def _check_files(place: Place, history: History, expected: Expected, outcome: Ve
     else:
         checked |= {*weight_files(place)[0]}
     if expected.quantizer is None and history.quantized and (settings := here.keys() & {*QUANTISERS}):
-        outcome.say(None, "files", f"{', '.join(sorted(settings))}: of the quantiser, as {LINEAGE} records")
+        outcome.add(None, "files", f"{', '.join(sorted(settings))}: of the quantiser, as {LINEAGE} records")
         checked |= settings
     wanted = {
         name: sha256 for name, sha256 in expected.files.items() if not holds_weights(name) and name not in checked
@@ -303,10 +303,10 @@ def _check_files(place: Place, history: History, expected: Expected, outcome: Ve
         texts += [f"{name} is missing" for name in sorted(wanted.keys() - here.keys())]
     if expected.lacked:
         text = f"{LINEAGE} says that the copy of the base that was cut lacked {', '.join(expected.lacked)}"
-        outcome.say(None, "files", text[:300])
+        outcome.add(None, "files", text[:300])
         outcome.lacked = expected.lacked
     others = len(here.keys() - checked)
     same = (
         f"{others} other file{'s are' if others > 1 else ' is'} the base's" if others else "there are no other files"
     )
-    outcome.say_all("files", texts, same)
+    outcome.add_all("files", texts, same)
