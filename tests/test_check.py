@@ -219,7 +219,7 @@ class TestAnUnprovenVersion:
     @pytest.fixture(autouse=True)
     def _newer(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(check, "installed", lambda name: Version("5.99.0"))
-        monkeypatch.setattr(check, "_told", set())
+        monkeypatch.setattr(check, "_warned_types", set())
 
     def test_is_told_once(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         tiny_model("llama").save_pretrained(tmp_path / "base")
