@@ -31,11 +31,11 @@ from hf_layerprune.select.passes import run_pass
 from hf_layerprune.select.repairability import Repairability
 from hf_layerprune.select.runner import choose_layers, score_layers
 from hf_layerprune.select.scores import Scores
-from hf_layerprune.select.search import changes_of
-from hf_layerprune.select.sets import neighbours
-from hf_layerprune.select.trials import Outcome, Trial, try_out
+from hf_layerprune.select.search import repair_changes
+from hf_layerprune.select.sets import consecutive_blocks
+from hf_layerprune.select.trials import Outcome, Trial, evaluate_trials
 
-_FITTED = tuple(name for name, repair in REPAIRS.items() if repair.in_front)
+_FITTED = tuple(name for name, repair in REPAIRS.items() if repair.needs_layer_before)
 
 
 def spearman(x: list[float], y: list[float]) -> float:
@@ -114,10 +114,10 @@ def compare_choices(study: Study) -> None:
     for drop in study.sets:
         for method in _FITTED:
             try:
-                repaired[drop, method] = Trial(drop, changes_of(fit_repair(study.walk, drop, study.text, method)))
+                repaired[drop, method] = Trial(drop, repair_changes(fit_repair(study.walk, drop, study.text, method)))
             except CutError as error:
                 print(f"{format_layers(drop)}: {error}", flush=True)
-    outcomes = try_out(study.walk, study.report, [*cuts, *repaired.values(), Trial(())])
+    outcomes = evaluate_trials(study.walk, study.report, [*cuts, *repaired.values(), Trial(())])
     dense = outcomes.pop()
     after = dict(zip(repaired, outcomes[len(cuts) :], strict=True))
     study.results["dense"] = numbers(dense)
@@ -140,9 +140,11 @@ def compare_blocks(study: Study, by_kl: Scores) -> None:
     """The effect of every contiguous block, and how well cheap scores rank the repaired blocks."""
     observer = Repairability({study.count}, keep=True)
     run_pass(study.walk, study.text, [observer])
-    blocks = [block for block in neighbours(range(study.walk.num_layers), study.count) if block in observer.fits]
+    blocks = [
+        block for block in consecutive_blocks(range(study.walk.num_layers), study.count) if block in observer.fits
+    ]
     folded = [Trial(block, {observer.fits[block].before: observer.fits[block].applied}) for block in blocks]
-    truth = try_out(study.walk, study.report, [*[Trial(block) for block in blocks], *folded])
+    truth = evaluate_trials(study.walk, study.report, [*[Trial(block) for block in blocks], *folded])
     raw, fixed = truth[: len(blocks)], truth[len(blocks) :]
     shares, kls = [observer.shares[block] for block in blocks], [by_kl.blocks[block] for block in blocks]
     predictors = {
@@ -151,7 +153,7 @@ def compare_blocks(study: Study, by_kl: Scores) -> None:
         "raw KL x share": [k * s for k, s in zip(kls, shares, strict=True)],
     }
     for rows in (2, 8):
-        cheap = try_out(study.walk, study.text.first(rows), folded)
+        cheap = evaluate_trials(study.walk, study.text.first(rows), folded)
         predictors[f"repaired KL, {rows} rows"] = [outcome.kl for outcome in cheap]
     wanted = [outcome.kl for outcome in fixed]
     best = min(range(len(blocks)), key=wanted.__getitem__)

@@ -30,7 +30,7 @@ from hf_layerprune.runtime.walk import LayerWalk
 from hf_layerprune.select import decode_times
 from hf_layerprune.select.runner import choose_layers
 from hf_layerprune.select.search import Search
-from hf_layerprune.select.sets import neighbours
+from hf_layerprune.select.sets import consecutive_blocks
 from hf_layerprune.stages.prune import prune_to
 from hf_layerprune.stages.requests import PruneRequest
 
@@ -103,7 +103,7 @@ def budget(args: argparse.Namespace) -> None:
     row("one after the other, without repair", raw, seconds)
     nested, seconds = timed(lambda: Search(walk, text, free, options).nested(count))
     row("one after the other, with repair", nested, seconds)
-    blocks = [(block, "block") for block in neighbours(list(free), count) if 0 not in block]
+    blocks = [(block, "block") for block in consecutive_blocks(list(free), count) if 0 not in block]
     judged, seconds = timed(lambda: search.judge(blocks))
     row("best of all blocks, judged on the same rows", judged[0].drop, seconds)
 

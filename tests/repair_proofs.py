@@ -18,7 +18,7 @@ from hf_layerprune.errors import LayerPruneError
 from hf_layerprune.families.layout import find_decoder_layers
 from hf_layerprune.repair.fit import Repair, fit_repair
 from hf_layerprune.repair.registry import REPAIRS
-from hf_layerprune.repair.writers import swapped
+from hf_layerprune.repair.writers import swap_parameters
 from hf_layerprune.runtime.parts import hooked
 
 from .comparing import TOLERANCE, cut_of, same
@@ -50,7 +50,7 @@ def _prove_method(dense: Any, method: str, middle: tuple[int, ...], rows: Calibr
         except LayerPruneError as error:
             refusal = refusal or error
             continue
-        (fitted_as_written if REPAIRS[method].in_front else _scaled_as_written)(dense, repair, drop, rows)
+        (fitted_as_written if REPAIRS[method].needs_layer_before else _scaled_as_written)(dense, repair, drop, rows)
         _same_when_saved(dense, repair, drop)
         return None
     return refusal
@@ -83,17 +83,17 @@ def fitted_as_written(dense: Any, repair: Repair, drop: tuple[int, ...], rows: C
             stack.enter_context(identities(dense, earlier))
             for i, values in folded.items():
                 if i < before:
-                    stack.enter_context(swapped(layers[i], values))
+                    stack.enter_context(swap_parameters(layers[i], values))
             cut_plainly = _leaving(dense, before, ids)
             refitted = (name, cut.get("norm", "").partition(".")[2])
-            stack.enter_context(swapped(layers[before], _borrowed(layers[before], refitted, folded[before])))
+            stack.enter_context(swap_parameters(layers[before], _borrowed(layers[before], refitted, folded[before])))
             entering: list[torch.Tensor] = []
             keep = lambda m, args, output, entering=entering: entering.extend((args[0], output.clone()))  # noqa: E731
             with hooked(module.register_forward_hook(keep)):
                 plain = _leaving(dense, before, ids)
             with hooked(module.register_forward_hook(lambda m, args, output: torch.zeros_like(output))):
                 written = plain - _leaving(dense, before, ids)
-            with swapped(layers[before], folded[before]):
+            with swap_parameters(layers[before], folded[before]):
                 mine = _leaving(dense, before, ids)
         features, output = (x.double().view(*plain.shape[:-1], -1) for x in entering)
         missing = wanted.double() - plain.double()
@@ -234,7 +234,7 @@ def _multiplied_at_the_cuts(dense: Any, repair: Repair, drop: tuple[int, ...], i
         wanted = logits(dense, ids)
     with identities(dense, drop), ExitStack() as stack:
         for i, values in repair.by_layer().items():
-            stack.enter_context(swapped(layers[i], values))
+            stack.enter_context(swap_parameters(layers[i], values))
         same("repair magnitude: logits", logits(dense, ids), wanted, 1e-2)  # norms add a little to what they divide by
 
 
@@ -248,7 +248,7 @@ def _same_when_saved(dense: Any, repair: Repair, drop: tuple[int, ...]) -> None:
     with ExitStack() as stack:
         stack.enter_context(identities(dense, drop))
         for i, values in repair.by_layer().items():
-            stack.enter_context(swapped(layers[i], values))
+            stack.enter_context(swap_parameters(layers[i], values))
         same(f"{_name(repair)}: logits", mine, logits(dense, ids))
     with tempfile.TemporaryDirectory() as folder:
         pruned.save_pretrained(folder)

@@ -30,7 +30,7 @@ from hf_layerprune.runtime.parts import hooked
 from hf_layerprune.runtime.walk import LayerWalk
 from hf_layerprune.select import ALL, taylor
 from hf_layerprune.select.runner import score_layers
-from hf_layerprune.select.trials import Trial, try_out
+from hf_layerprune.select.trials import Trial, evaluate_trials
 
 from .comparing import TOLERANCE, cut_of, divergence, next_token_loss, same
 from .heal_makers import word_tokenizer
@@ -55,7 +55,7 @@ def prove_rank(dense: Any, proven_cuts: dict[str, tuple[int, ...]]) -> None:
     tried = [(), *((i,) for i in range(walk.num_layers)), *proven_cuts.values()]
     text = CalibrationSet.from_ids(ids, "random tokens")
     whole = logits(dense, ids)
-    for drop, outcome in zip(tried, try_out(walk, text, [Trial(drop) for drop in tried]), strict=True):
+    for drop, outcome in zip(tried, evaluate_trials(walk, text, [Trial(drop) for drop in tried]), strict=True):
         with identities(dense, drop):
             own = logits(dense, ids)
         same(f"loss without layers {drop}", outcome.loss, next_token_loss(own, ids))

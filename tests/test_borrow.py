@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_layerprune import LayerPruneError, families
-from hf_layerprune.repair.borrow import find_readers, survivors
+from hf_layerprune.repair.borrow import find_readers, select_features
 from hf_layerprune.repair.fit import fit_repair
 from hf_layerprune.repair.linear import NormalEquations
 from hf_layerprune.repair.writers import find_writers
@@ -41,8 +41,8 @@ def test_rows_of_neurons_are_found_by_trying(model_type, names):
         readers = find_readers(layer, find_writers(layer, run, batch)[0], run, batch)
     assert (readers.names if readers else None) == names
     if readers:
-        rows = readers.of(layer)
-        for name, value in readers.values(layer, rows).items():
+        rows = readers.rows_of(layer)
+        for name, value in readers.to_parameters(layer, rows).items():
             assert torch.equal(value, layer.get_parameter(name))
 
 
@@ -58,7 +58,7 @@ def test_survivors_are_the_best_subset():
     for kept in itertools.combinations(range(7), 4):
         some = x[:, list(kept)]
         errors[kept] = (wanted - some @ torch.linalg.lstsq(some, wanted).solution).square().sum().item()
-    assert tuple(survivors(sums, weight, 1e-12, 4).tolist()) == min(errors, key=errors.__getitem__)
+    assert tuple(select_features(sums, weight, 1e-12, 4).tolist()) == min(errors, key=errors.__getitem__)
 
 
 @pytest.mark.parametrize(("model_type", "drop"), [("phi3", [3, 4]), ("gpt2", [2, 5]), ("gpt_neox", [3, 4])])

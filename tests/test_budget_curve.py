@@ -23,7 +23,7 @@ from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.runtime.walk import LayerWalk
 from hf_layerprune.select.runner import choose_layers
 from hf_layerprune.select.search import HELD_OUT, Search
-from hf_layerprune.select.trials import Trial, try_out
+from hf_layerprune.select.trials import Trial, evaluate_trials
 from hf_layerprune.stages import curve as stage
 from hf_layerprune.stages.curve_file import read_curve
 
@@ -66,11 +66,11 @@ def kl_of(cut: Any, dense: Any, ids: torch.Tensor) -> torch.Tensor:
 def test_nested_sets_are_the_greedy_ones(model: Any, text: CalibrationSet) -> None:
     walk = LayerWalk(model)
     search = Search(walk, text, range(8), CutOptions(criterion="auto"))
-    rows = CalibrationSet.from_ids(search._trying.input_ids[:2], "tried")
+    rows = CalibrationSet.from_ids(search._trial_rows.input_ids[:2], "tried")
     gone: list[int] = []
     for count in range(1, 5):
         sets = {i: Trial(tuple(sorted([*gone, i]))) for i in range(8) if i not in gone}
-        kls = dict(zip(sets, (one.kl for one in try_out(walk, rows, list(sets.values()))), strict=True))
+        kls = dict(zip(sets, (one.kl for one in evaluate_trials(walk, rows, list(sets.values()))), strict=True))
         gone.append(min(kls, key=kls.__getitem__))
         assert search.nested(count) == tuple(sorted(gone))
     again = Search(walk, text, range(8), CutOptions(criterion="auto"), gone[:2])
@@ -89,7 +89,7 @@ def test_nested_sets_are_tried_with_their_repair(model_type: str, repair: str, t
     for count in (1, 3):
         drop = search.nested(count)
         plain = Search(LayerWalk(model), text, range(8), CutOptions(criterion="auto"))
-        repaired, cut = (one._tried([drop], 2)[drop].kl for one in (search, plain))
+        repaired, cut = (one._try_sets([drop], 2)[drop].kl for one in (search, plain))
         assert 0 not in drop
         assert repaired < cut
 
@@ -126,13 +126,13 @@ def test_a_search_tries_all_blocks_only_where_nested_sets_end(
     model: Any, text: CalibrationSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A round over all blocks costs about half of what `auto` does, and a budget should cost about twice as much."""
-    tried, whole = [], Search.blocks
+    tried, whole = [], Search.score_blocks
 
     def counted(search: Search, count: int) -> Any:
         tried.append(count)
         return whole(search, count)
 
-    monkeypatch.setattr(Search, "blocks", counted)
+    monkeypatch.setattr(Search, "score_blocks", counted)
     count = len(choose_layers(model, text, CutOptions(max_kl=0.45)).drop_layers)
     assert count > 2
     assert count + 1 in tried  # no block goes deeper
@@ -271,7 +271,7 @@ def test_what_a_curve_can_not_answer_is_refused_before_it_is_made(
 def test_too_few_rows_for_a_budget_are_refused_before_the_text_is_written(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("hf_layerprune.adapter.prepare.calibration_of", lambda *_: pytest.fail("it was written"))
+    monkeypatch.setattr("hf_layerprune.adapter.prepare.load_calibration_for", lambda *_: pytest.fail("it was written"))
     few = ["--calibration-samples", "5", "--calibration-length", "16"]
     assert main(["prune", str(base), str(tmp_path / "cut"), "--max-kl", "0.3", *few]) == 2
     assert "raise calibration_samples to 8" in capsys.readouterr().err
@@ -369,14 +369,14 @@ def test_a_curve_ends_where_no_cut_has_a_number(
 ) -> None:
     """It is complete as far as it goes, and starting it again tries the next depth again."""
     model.save_pretrained(tmp_path / "base")
-    real, deepest = Search.point, 2
+    real, deepest = Search.find_point, 2
 
     def point(self: Search, count: int) -> dict[str, Any]:
         if count > deepest:
             raise CutError("every cut overflows")
         return real(self, count)
 
-    monkeypatch.setattr(Search, "point", point)
+    monkeypatch.setattr(Search, "find_point", point)
     options = {"calibration": "self", "calibration_samples": 8, "calibration_length": 8, "context": 16, "drop": 1}
     for deepest in (2, 3, 0):
         curve = quality_curve(str(tmp_path / "base"), tmp_path / "curve", curve_up_to=4, **options)

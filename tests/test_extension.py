@@ -38,7 +38,7 @@ class Spread(Observer):
     def __init__(self, num_layers: int) -> None:
         self.layers: list[float | None] = [None] * num_layers
 
-    def weights(self, index: int, layer: nn.Module) -> None:
+    def on_layer_weights(self, index: int, layer: nn.Module) -> None:
         self.layers[index] = sum(p.float().var().item() for p in layer.parameters() if p.dim() > 1)
 
     def scores(self) -> Scores:
@@ -49,12 +49,12 @@ class Spread(Observer):
 class Doubling(Fitter):
     """Doubles the norm in front of a cut: no good repair, but one that shows."""
 
-    def step(self, i: int, run: Any, batches: Any, probe: Any) -> None:
+    def before_layer(self, i: int, run: Any, batches: Any, probe: Any) -> None:
         if i + 1 in self.first_of:
             name = "post_attention_layernorm.weight"
             self.tensors[i, name] = self.walk.layers[i].get_parameter(name).detach() * 2
 
-    def leave(self, first: int, end: int, batches: Any) -> None:
+    def after_block(self, first: int, end: int, batches: Any) -> None:
         self.records.append({"layers": [first, end - 1]})
 
 
@@ -69,7 +69,9 @@ def extended(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, f"hf_layerprune.{room}.{name}", module)
     spread = Criterion("spread", "spread", "weights", "spread of the weights", "a test", "variance")
     monkeypatch.setitem(CRITERIA, "spread", spread)
-    doubling = RepairMethod("doubling", "doubling", "a norm, doubled", "after arXiv:2507.18212", in_front=True)
+    doubling = RepairMethod(
+        "doubling", "doubling", "a norm, doubled", "after arXiv:2507.18212", needs_layer_before=True
+    )
     monkeypatch.setitem(REPAIRS, "doubling", doubling)
     first = Tuning("first", "the first N layers", lambda width: 0.1 / width, lambda cut, n: cut.keep[:n], "N")
     monkeypatch.setitem(METHODS, "first", first)

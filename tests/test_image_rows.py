@@ -16,11 +16,11 @@ from hf_layerprune.calibration.rows import CalibrationSet, Rows
 from hf_layerprune.families.layout import find_decoder_layers
 from hf_layerprune.families.multimodal import placeholders
 from hf_layerprune.repair.fit import fit_repair
-from hf_layerprune.repair.writers import swapped
+from hf_layerprune.repair.writers import swap_parameters
 from hf_layerprune.runtime.parts import hooked
 from hf_layerprune.runtime.walk import LayerWalk
 from hf_layerprune.select import taylor
-from hf_layerprune.select.trials import Trial, try_out
+from hf_layerprune.select.trials import Trial, evaluate_trials
 
 from .comparing import divergence, same
 from .matrix import cuts, identities
@@ -81,7 +81,7 @@ def test_ranked(model_type: str) -> None:
     tried = [(), (n - 2,), drop]
     with torch.no_grad():
         dense = [naive(model, row) for row in rows]
-    for layers, outcome in zip(tried, try_out(walk, text, [Trial(layers) for layers in tried]), strict=True):
+    for layers, outcome in zip(tried, evaluate_trials(walk, text, [Trial(layers) for layers in tried]), strict=True):
         with identities(model, layers), torch.no_grad():
             same(f"loss without {layers}", outcome.loss, sum(loss(model, row) for row in rows) / len(rows))
             by_row = [
@@ -160,7 +160,7 @@ def test_repaired(model_type: str, method: str) -> None:
     with hooked(module.register_forward_hook(lambda m, args, output: torch.zeros_like(output))):
         written = plain - states(model, drop[0], fitted)
     added = added_by_fit(method, cut, layer, features, output, written, wanted - plain)
-    with swapped(layer, repair.by_layer()[before]):
+    with swap_parameters(layer, repair.by_layer()[before]):
         mine = states(model, drop[0], fitted)
     same("states behind the cut", mine, plain + added, 1e-3)
     assert cut["tokens"] == sum(ids.shape[1] for ids, _ in fitted)
@@ -219,4 +219,4 @@ def test_what_the_walk_misses_is_refused() -> None:
 
     inner.forward = leaking
     with pytest.raises(UnsupportedModelError, match="can't be run one at a time: they pass more than hidden states"):
-        try_out(LayerWalk(model), text, [Trial((3,))])
+        evaluate_trials(LayerWalk(model), text, [Trial((3,))])

@@ -16,7 +16,7 @@ from hf_layerprune import CutError, LayerDropConfig, LayerPruneError, drop_layer
 from hf_layerprune.calibration.rows import CalibrationSet
 from hf_layerprune.cli import main
 from hf_layerprune.repair.fit import fit_repair
-from hf_layerprune.repair.frozen import freeze, thaw
+from hf_layerprune.repair.frozen import freeze, unfreeze
 from hf_layerprune.repair.linear import NormalEquations, solve_ridge
 from hf_layerprune.repair.registry import REPAIRS
 from hf_layerprune.repair.writers import find_writers
@@ -64,7 +64,7 @@ def test_freezing_keeps_the_parameters_themselves():
     freeze(module)
     assert all(one is other for one, other in zip(before, module.parameters(), strict=True))
     assert not any(p.requires_grad for p in copy.deepcopy(module).requires_grad_().parameters())
-    thaw(module)
+    unfreeze(module)
     assert all(p.requires_grad for p in module.requires_grad_().parameters())
 
 
@@ -175,7 +175,9 @@ def test_what_cannot_be_repaired_is_refused(model_type, drop, method, message):
 )
 def test_it_is_refused_before_the_model_writes_text(drop, samples, message, monkeypatch):
     """Writing takes minutes on a real model."""
-    monkeypatch.setattr("hf_layerprune.adapter.prepare.calibration_of", lambda *given: pytest.fail("text was written"))
+    monkeypatch.setattr(
+        "hf_layerprune.adapter.prepare.load_calibration_for", lambda *given: pytest.fail("text was written")
+    )
     with pytest.raises(CutError, match=message):
         prune_with(
             LayerDropConfig(drop_layers=drop, repair="borrow", calibration_samples=samples), tiny_model("llama")

@@ -23,12 +23,12 @@ from hf_layerprune.repair.fit import fit_repair
 from hf_layerprune.runtime import divergence
 from hf_layerprune.runtime.walk import LayerWalk
 from hf_layerprune.select import ALL, taylor, trials
-from hf_layerprune.select.cost import announce, runs_of
+from hf_layerprune.select.cost import count_runs, log_estimate
 from hf_layerprune.select.runner import choose_layers, score_layers
 from hf_layerprune.select.scores import Scores
 from hf_layerprune.select.search import HELD_OUT, Search
-from hf_layerprune.select.sets import block_sums, lowest_block, lowest_layers, neighbours, rounds
-from hf_layerprune.select.trials import Trial, layer_runs, try_out
+from hf_layerprune.select.sets import block_sums, consecutive_blocks, lowest_block, lowest_layers, split_rounds
+from hf_layerprune.select.trials import Trial, evaluate_trials, layer_runs
 
 from .tiny_models import LAYERS, VOCAB, randomize, tiny_config, tiny_input, tiny_model
 
@@ -72,9 +72,9 @@ def test_any_cuts_in_any_memory(
     monkeypatch.setattr(trials, "HEAD_TOKENS", head_tokens)
     monkeypatch.setattr(divergence, "_CACHED_LOGITS", cached_logits)
     if memory is not None:
-        monkeypatch.setattr(trials, "memory_for", lambda walk: memory)
+        monkeypatch.setattr(trials, "state_memory", lambda walk: memory)
     drops = [(0,), (7,), (2, 3, 4), (1, 3, 6), (1, 3), (), (2, 3, 5, 6, 7)]
-    found = try_out(LayerWalk(model), text, [Trial(drop) for drop in drops])
+    found = evaluate_trials(LayerWalk(model), text, [Trial(drop) for drop in drops])
     for drop, outcome in zip(drops, found, strict=True):
         loss, kl = measured(without(drop), model, text.input_ids)
         assert outcome.loss == pytest.approx(loss, rel=1e-5)
@@ -91,16 +91,18 @@ def test_cuts_share_what_is_before_them() -> None:
 
 
 def test_a_repair_is_tried_as_it_would_be_folded(model: Any, text: CalibrationSet) -> None:
-    from hf_layerprune.select.search import changes_of
+    from hf_layerprune.select.search import repair_changes
 
     repair = fit_repair(model, [3, 4], text, "linear")
-    (outcome,) = try_out(LayerWalk(model), text, [Trial((3, 4), changes_of(repair))])
+    (outcome,) = evaluate_trials(LayerWalk(model), text, [Trial((3, 4), repair_changes(repair))])
     cut = tiny_model("llama")
     plan = drop_layers(cut, [3, 4]).cut
     repair.apply(cut.model.layers, plan.new_index)
     loss, kl = measured(cut, model, text.input_ids)
     assert (outcome.loss, outcome.kl) == pytest.approx((loss, kl), rel=1e-4)
-    assert try_out(LayerWalk(model), text, [Trial(())])[0].kl == pytest.approx(0, abs=1e-7), "the model is as it was"
+    assert evaluate_trials(LayerWalk(model), text, [Trial(())])[0].kl == pytest.approx(0, abs=1e-7), (
+        "the model is as it was"
+    )
 
 
 # --- all criteria ---------------------------------------------------------------------------------------
@@ -165,7 +167,9 @@ def test_greedy_kl_is_to_the_dense_model(model: Any, text: CalibrationSet) -> No
 
 def test_contiguous_tries_blocks(model: Any, text: CalibrationSet) -> None:
     choice = choose_layers(model, text, CutOptions(drop=3, criterion="perplexity", contiguous=True))
-    losses = {block: measured(without(block), model, text.input_ids)[0] for block in neighbours(range(LAYERS), 3)}
+    losses = {
+        block: measured(without(block), model, text.input_ids)[0] for block in consecutive_blocks(range(LAYERS), 3)
+    }
     assert tuple(choice.drop_layers) == min(losses, key=losses.__getitem__)
     summed = choose_layers(model, text, CutOptions(drop=3, criterion="block_influence", contiguous=True))
     assert "the block with the lowest block_influence" in summed.why
@@ -341,7 +345,7 @@ def test_a_cut_that_overflows_is_not_chosen(
 ) -> None:
     choice = choose_layers(overflowing, text, CutOptions(**{"drop": 2, **options}))
     assert choice.drop_layers
-    (outcome,) = try_out(LayerWalk(overflowing), text, [Trial(tuple(choice.drop_layers))])
+    (outcome,) = evaluate_trials(LayerWalk(overflowing), text, [Trial(tuple(choice.drop_layers))])
     assert options.get("repair") or math.isfinite(outcome.kl)
     assert options.get("repair") or re.search(r"is not finite are not chosen: (2|1-2)\b", caplog.text)
     assert caplog.text.count("are not chosen") <= 2  # first of blocks, then of layer 2, without which none can do
@@ -368,13 +372,13 @@ def test_a_search_without_a_next_layer_takes_a_block(
     def stuck(self: Search) -> int:
         raise CutError("no layer can go next")
 
-    monkeypatch.setattr(Search, "_next", stuck)
+    monkeypatch.setattr(Search, "_next_layer", stuck)
     choice = choose_layers(overflowing, text, CutOptions(drop=2, criterion="auto"))
     assert {one["found_by"] for one in choice.details["short_list"]} == {"best block"}
     search = Search(LayerWalk(overflowing), text, range(8), CutOptions(drop=2))
-    assert search.point(2)["found_by"] == "best block"
+    assert search.find_point(2)["found_by"] == "best block"
     with pytest.raises(CutError, match="no layer can go next"):
-        search.nested_beside((), 2)
+        search.try_nested((), 2)
 
 
 @pytest.mark.parametrize("left", [1, 0])
@@ -382,36 +386,36 @@ def test_where_the_best_set_overflows_on_other_rows_the_next_one_is_measured(
     left: int, text: CalibrationSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     search = Search(LayerWalk(tiny_model("llama")), text, range(8), CutOptions(drop=2, contiguous=True))
-    first, second, *_ = search.best(2)
-    real = try_out
+    first, second, *_ = search.best_sets(2)
+    real = evaluate_trials
 
     def broken(walk: Any, rows: CalibrationSet, trials: Any) -> Any:
         outcomes = real(walk, rows, trials)
         for trial, outcome in zip(trials, outcomes, strict=True):
-            if rows is search.judging and (not left or trial.drop == first):
+            if rows is search.judge_rows and (not left or trial.drop == first):
                 outcome.kl = math.nan
         return outcomes
 
-    monkeypatch.setattr("hf_layerprune.select.search.try_out", broken)
+    monkeypatch.setattr("hf_layerprune.select.search.evaluate_trials", broken)
     if left:
-        assert search.point(2)["layers"] == format_layers(second)
+        assert search.find_point(2)["layers"] == format_layers(second)
     else:
         with pytest.raises(CutError, match="every cut of this size that was tried overflows"):
-            search.point(2)
+            search.find_point(2)
 
 
 def test_no_block_is_no_overflow(overflowing: Any, text: CalibrationSet) -> None:
     """Also where a block of another length did overflow."""
     search = Search(LayerWalk(overflowing), text, {0, 1, 2, 4}, CutOptions(drop=2, contiguous=True))
-    assert (1, 2) not in search.blocks(2)
+    assert (1, 2) not in search.score_blocks(2)
     with pytest.raises(CutError, match="no block of 4 layers may be dropped"):
-        search.best(4)
+        search.best_sets(4)
 
 
 def test_where_every_cut_overflows_other_criteria_have_scores(
     text: CalibrationSet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("hf_layerprune.select.runner.comparable", lambda *_: {})
+    monkeypatch.setattr("hf_layerprune.select.runner.drop_non_finite", lambda *_: {})
     assert [*score_layers(tiny_model("llama"), text, ["kl", "block_influence"])] == ["block_influence"]
     assert "kl is left out: every cut of this size" in caplog.text
     with pytest.raises(CutError, match="every cut of this size"):
@@ -504,7 +508,7 @@ def test_a_config_chooses(model: Any, text: CalibrationSet, tmp_path: Path) -> N
 
 @given(st.integers(1, 60), st.integers(1, 70))
 def test_rounds_are_even(count: int, steps: int) -> None:
-    shares = rounds(count, steps)
+    shares = split_rounds(count, steps)
     assert sum(shares) == count
     assert len(shares) == min(count, steps)
     assert max(shares) - min(shares) <= 1
@@ -541,11 +545,11 @@ def test_scores_are_numbers(value: float, layer: int) -> None:
 
 def test_a_cost_is_said(model: Any, text: CalibrationSet, caplog: pytest.LogCaptureFixture) -> None:
     runs = LAYERS * (LAYERS - 1) // 2 + LAYERS - 1 + 1
-    assert runs_of(LAYERS, ["perplexity"], 3) == (runs, LAYERS + 1)
-    assert runs_of(LAYERS, ["reverse_order", "magnitude_l1"], 3) == (0, 0)
-    assert runs_of(LAYERS, ALL, 3, [2, 3])[0] > runs + LAYERS * 5
+    assert count_runs(LAYERS, ["perplexity"], 3) == (runs, LAYERS + 1)
+    assert count_runs(LAYERS, ["reverse_order", "magnitude_l1"], 3) == (0, 0)
+    assert count_runs(LAYERS, ALL, 3, [2, 3])[0] > runs + LAYERS * 5
     with caplog.at_level("INFO", "hf_layerprune"):
-        announce(LayerWalk(model), text, "scoring", runs, LAYERS + 1)
+        log_estimate(LayerWalk(model), text, "scoring", runs, LAYERS + 1)
     assert "scoring takes about 1 s" in caplog.text
 
 

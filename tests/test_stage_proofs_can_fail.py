@@ -109,9 +109,9 @@ def half_of_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def the_inverse_of_the_factor(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = magnitude.scaled_writers
+    own = magnitude.scale_writers
     monkeypatch.setattr(
-        magnitude, "scaled_writers", lambda i, layer, run, probe, factor: own(i, layer, run, probe, 1 / factor)
+        magnitude, "scale_writers", lambda i, layer, run, probe, factor: own(i, layer, run, probe, 1 / factor)
     )
 
 

@@ -116,12 +116,12 @@ def test_integers_stay_what_they_are_in_another_data_type(tmp_path: Path) -> Non
 )
 def test_as_few_layers_as_meet_it(model_type: str, option: str, bases: dict[str, Path]) -> None:
     config = load_config(bases[model_type])
-    of_base = Target.of(CutOptions(**{option: 1}, context=16), config, str(bases[model_type]))
+    of_base = Target.from_options(CutOptions(**{option: 1}, context=16), config, str(bases[model_type]))
     assert of_base is not None
     dense = of_base.left(())
     for share in (0.95, 0.6):
         choice = CutOptions(**{option: int(share * dense)}, context=16)
-        target = Target.of(choice, config, str(bases[model_type]))
+        target = Target.from_options(choice, config, str(bases[model_type]))
         assert target is not None
         dropped = select_layers(LAYERS, choice, target=target)
         assert dropped == list(range(LAYERS - len(dropped), LAYERS))
@@ -135,14 +135,16 @@ def test_layers_of_unequal_size_are_counted_as_they_are(bases: dict[str, Path]) 
     sizes = Sizes(config, str(bases["qwen2_moe"])).per_layer("params")
     assert len(set(sizes)) == 2
     choice = CutOptions(target_params=int(sum(Sizes(config).per_layer("params")) * 0.7), criterion="reverse_order")
-    target = Target.of(choice, config, str(bases["qwen2_moe"]))
+    target = Target.from_options(choice, config, str(bases["qwen2_moe"]))
     assert target is not None
     order = sorted(range(LAYERS), key=sizes.__getitem__)
-    counts = [target.choose(LAYERS, range(LAYERS), picked) for picked in (lambda k: order[:k], lambda k: order[-k:])]
+    counts = [
+        target.choose_count(LAYERS, range(LAYERS), picked) for picked in (lambda k: order[:k], lambda k: order[-k:])
+    ]
     assert counts[0] > counts[1]
     # A choice that is not nested: with two layers it drops small ones, with three large ones, with four small ones.
     odd = {1: order[:1], 2: order[:2], 3: order[-3:], 4: order[:4], 5: order[:5], 6: order[:6], 7: order[:7]}
-    count = target.choose(LAYERS, range(LAYERS), odd.__getitem__)
+    count = target.choose_count(LAYERS, range(LAYERS), odd.__getitem__)
     assert count == 3
     assert target.left(odd[count]) <= target.limit
 

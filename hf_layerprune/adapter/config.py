@@ -91,7 +91,7 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
         """Whether the config is for a new adapter, and not for one whose weights are about to be loaded."""
         return self.inference_mode is None or not (self.inference_mode or self.is_saved)
 
-    def renew(self, *, repair: bool = True) -> None:
+    def clear_records(self, *, repair: bool = True) -> None:
         """Forget what was recorded for another adapter, except its cut and, unless `repair`, its repair."""
         self.inference_mode = self.is_saved = False
         if self.own_modules_to_save is not None:

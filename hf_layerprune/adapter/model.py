@@ -26,13 +26,13 @@ from ..errors import CutError, LayerPruneError
 from ..families.layout import find_decoder_layers, find_output_head, ties_head
 from ..options import check_options
 from ..options.kinds import quoted
-from ..repair.frozen import freeze, module_names, put, thaw
+from ..repair.frozen import apply_to_adapter, freeze, repaired_module_names, unfreeze
 from ..runtime.devices import is_offloaded
 from .config import LayerDropConfig
-from .prepare import CUT, PREPARED, needs_dense, prepare
-from .resolve import cut_of, is_made, resolve_drop
-from .tail import modules_that_stay, saved_modules, tuned_modules
-from .tied import TIED, tie_again, untie, warn_of_untying
+from .prepare import CUT, PREPARED, needs_dense_model, prepare
+from .resolve import is_already_cut, resolve_drop, resolved_cut
+from .tail import kept_modules, saved_modules, tuned_modules
+from .tied import TIED, retie_head, untie_head, warn_about_untying
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class LayerDropModel(BaseTuner):
                 "keep_dropped=True, but the layers were dropped by an earlier adapter that did not keep them; leave it out, "
                 "or load the base again"
             )
-        if needs_dense(config) and not hasattr(self.model, PREPARED):
+        if needs_dense_model(config) and not hasattr(self.model, PREPARED):
             setattr(self.model, PREPARED, prepare(config, self.model, cut))
         resolve_drop(config, self.model.config, cut)
         others: dict[str, Any] = self.peft_config
@@ -117,14 +117,14 @@ class LayerDropModel(BaseTuner):
         if peft_config.tune_lm_head is None:
             tied = ties_head(model) or hasattr(model, TIED)  # in the base, whatever other adapters tune
             peft_config.tune_lm_head = find_output_head(model) is not None and not tied
-        cut = cut_of(peft_config)
+        cut = resolved_cut(peft_config)
         tuned = tuned_modules(model, peft_config, cut, stack)
-        if needs_dense(peft_config):
-            peft_config.repaired_modules = module_names(getattr(model, PREPARED).repair, stack, cut)
+        if needs_dense_model(peft_config):
+            peft_config.repaired_modules = repaired_module_names(getattr(model, PREPARED).repair, stack, cut)
         if peft_config.own_modules_to_save is None:
             peft_config.own_modules_to_save = peft_config.modules_to_save or []
         peft_config.modules_to_save = saved_modules(tuned, peft_config.repaired_modules)
-        modules = modules_that_stay(model, cut, stack)
+        modules = kept_modules(model, cut, stack)
         for name in peft_config.modules_to_save or ():
             # Its copy would stay as it is, and nothing would say so. Inside another adapter's module, it was checked before.
             if name in modules and is_offloaded(modules[name]):
@@ -150,16 +150,16 @@ class LayerDropModel(BaseTuner):
     def _prepare_model(self, peft_config: Any, model: Any) -> None:
         """Cut, unless this very cut was made before: by another adapter, or in the checkpoint."""
         saved = getattr(model, DROPPED_PARAMETERS, None)
-        if not is_made(peft_config, model.config):
+        if not is_already_cut(peft_config, model.config):
             before = model.num_parameters()
             how = {"keep_dropped": peft_config.keep_dropped, "check": peft_config.check_cut}
             setattr(model, CUT, drop_layers(model, peft_config.drop_layers, **how))
             saved = before - model.num_parameters()
             logger.info("%d of %d parameters remain", before - saved, before)
         if peft_config.tune_lm_head and ties_head(model) and not hasattr(model, TIED):
-            added = untie(model)
+            added = untie_head(model)
             if not peft_config.untied_lm_head:  # for a saved config, the warning was given when it was made
-                warn_of_untying(added, saved)
+                warn_about_untying(added, saved)
         peft_config.untied_lm_head |= bool(peft_config.tune_lm_head) and hasattr(model, TIED)
         for name in set(peft_config.repaired_modules or ()) & set(peft_config.modules_to_save or ()):
             module = model.get_submodule(name)
@@ -168,10 +168,11 @@ class LayerDropModel(BaseTuner):
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Wrap what is tuned, then give the copies what the repair fitted."""
         self._check_enabled()
-        asked: Any = self.peft_config[adapter_name]
-        config = self.peft_config[adapter_name] = copy.copy(asked)  # the caller's may make further adapters
+        original: Any = self.peft_config[adapter_name]
+        config = self.peft_config[adapter_name] = copy.copy(original)  # the caller's may make further adapters
         if isinstance(config, LayerDropConfig) and config.is_new:
-            config.renew(repair=len(self.peft_config) == 1)  # others are made from the first, such as TRL's reference
+            # Others are made from the first, such as TRL's reference.
+            config.clear_records(repair=len(self.peft_config) == 1)
         others = [(p, p.requires_grad) for p in model.parameters()] if len(self.peft_config) > 1 else []
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -184,12 +185,13 @@ class LayerDropModel(BaseTuner):
         if adapter_name in self.active_adapters:  # PEFT leaves all inactive where another adapter was before
             self.set_adapter(adapter_name, inference_mode=bool(config.inference_mode))
         config.is_saved = False  # from here on, its weights are in this model, and another adapter of it is a new one
-        asked.drop_layers, asked.num_base_layers = config.drop_layers, config.num_base_layers
+        original.drop_layers, original.num_base_layers = config.drop_layers, config.num_base_layers
         if (cut := getattr(model, CUT, None)) is not None:
             cut.inactive_modules().requires_grad_(False)
         prepared = model.__dict__.pop(PREPARED, None)
         if prepared is not None and prepared.repair is not None:
-            put(prepared.repair, model, find_decoder_layers(model).path, cut_of(config), adapter_name)
+            path = find_decoder_layers(model).path
+            apply_to_adapter(prepared.repair, model, path, resolved_cut(config), adapter_name)
         self.prepared = prepared or getattr(self, "prepared", None)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -202,7 +204,7 @@ class LayerDropModel(BaseTuner):
             self.set_adapter(name, inference_mode=self.peft_config[name].inference_mode)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
-        """Skip PEFT's warning: a tied head is untied on purpose, see `tied.untie`."""
+        """Skip PEFT's warning: a tied head is untied on purpose, see `tied.untie_head`."""
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
@@ -267,7 +269,7 @@ class LayerDropModel(BaseTuner):
             )
         yield
 
-    def _choose(self, adapter_names: Sequence[str] | None) -> None:
+    def _activate_for_merge(self, adapter_names: Sequence[str] | None) -> None:
         """Make the adapter that is to be merged the active one."""
         if adapter_names is None:
             return
@@ -279,7 +281,7 @@ class LayerDropModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Only make the named adapter active: tuned modules are whole copies, which already replace the originals."""
-        self._choose(adapter_names)
+        self._activate_for_merge(adapter_names)
 
     def _unload_and_optionally_merge(
         self, merge: bool = True, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
@@ -287,7 +289,7 @@ class LayerDropModel(BaseTuner):
         cut: LayerCut | None = getattr(self.model, CUT, None)
         if cut is not None:
             cut.reapply()
-        self._choose(adapter_names)
+        self._activate_for_merge(adapter_names)
         for name, module in list(self.model.named_modules()):
             # PEFT would keep the tuned copies here as well; unloading means the untuned cut. And PEFT 0.19
             # fails on modules that only other adapters tune.
@@ -295,10 +297,10 @@ class LayerDropModel(BaseTuner):
                 self.model.set_submodule(name, module.original_module)
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)  # type: ignore[func-returns-value]
         if hasattr(model, TIED) and ties_head(model):  # what was merged, if anything, is not what untied it
-            tie_again(model)
+            retie_head(model)
         for name in (CUT, TIED, DROPPED_PARAMETERS):
             if hasattr(model, name):
                 delattr(model, name)
         model.name_or_path = None  # another model than its base, which PEFT would record as an adapter's
-        thaw(model)
+        unfreeze(model)
         return model

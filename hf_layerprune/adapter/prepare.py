@@ -17,9 +17,9 @@ from ..runtime.loading import load_processor, load_tokenizer
 from ..runtime.precision import is_packed
 from ..runtime.walk import LayerWalk
 from ..select import find_criterion, needs_model
-from ..select.budget import check_rows
+from ..select.budget import check_budget_rows
 from ..select.runner import choose_layers
-from .resolve import is_made, resolve_drop
+from .resolve import is_already_cut, resolve_drop
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,7 @@ class Prepared:
     record: dict[str, Any]
 
 
-def needs_dense(config: LayerDropConfig) -> bool:
+def needs_dense_model(config: LayerDropConfig) -> bool:
     """Whether anything has to be computed from the dense model before this config's cut can be made."""
     return needs_model(config) or (config.repair is not None and config.repaired_modules is None)
 
@@ -93,11 +93,13 @@ def prepare(
             "weights of this model are offloaded or on the meta device, and choosing layers or fitting a repair reads them; "
             "pass no model, so that prune_with loads the base a layer at a time, or load it without offloading"
         )
-    chooses = needs_model(config)
-    if not chooses:
+    choosing = needs_model(config)
+    if not choosing:
         resolve_drop(config, model.config, cut, target)
-    if cut is not None or is_made(config, model.config):
-        way_out = f"specify its layers with drop_layers={list(cut.cut.drop)}" if chooses and cut else "use repair=None"
+    if cut is not None or is_already_cut(config, model.config):
+        way_out = (
+            f"specify its layers with drop_layers={list(cut.cut.drop)}" if choosing and cut else "use repair=None"
+        )
         raise CutError(
             f"choosing layers and fitting a repair need the dense model, and this one is cut already; {way_out}, or load "
             "the base again"
@@ -109,13 +111,13 @@ def prepare(
                 "a repair changes weights of the layers, and those of this model are quantised; leave out --repair "
                 "(repair=None), or repair the unquantised model, then quantise it"
             )
-    if chooses:
-        check_rows(config, config.calibration_samples)
+    if choosing:
+        check_budget_rows(config, config.calibration_samples)
     walk = calibration = repair = None
     record: dict[str, Any] = {}
     if needs_text(config):
         walk = LayerWalk(model, device=device)
-        calibration = calibration_of(config, walk, config.revision)
+        calibration = load_calibration_for(config, walk, config.revision)
         record["calibration"] = calibration.record()
     if config.drop_layers is None:
         start = time.perf_counter()
@@ -125,17 +127,17 @@ def prepare(
         config.drop_layers, repair = choice.drop_layers, choice.repair
         record["selection"] = choice.record() | {"seconds": round(time.perf_counter() - start, 3)}
     if config.repair is not None and walk is not None and calibration is not None:
-        took = {}
+        timing = {}
         if repair is None:  # a search within a budget has fitted it already
             start = time.perf_counter()
             logger.info("fitting the repair %s to the calibration rows", config.repair)
             repair = fit_repair(walk, config.drop_layers, calibration, config.repair)
-            took = {"seconds": round(time.perf_counter() - start, 3)}
-        record["repair"] = {"method": repair.method, "cuts": repair.cuts} | took
+            timing = {"seconds": round(time.perf_counter() - start, 3)}
+        record["repair"] = {"method": repair.method, "cuts": repair.cuts} | timing
     return Prepared(list(config.drop_layers), repair, record)
 
 
-def calibration_of(options: CalibrationOptions, walk: LayerWalk, revision: str | None = None) -> CalibrationSet:
+def load_calibration_for(options: CalibrationOptions, walk: LayerWalk, revision: str | None = None) -> CalibrationSet:
     """The calibration set that a config or a request names; the tokenizer is loaded from where the model came from.
 
     A model whose layers are moved to a GPU one at a time is moved there as a whole while it writes its text.

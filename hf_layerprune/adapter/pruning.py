@@ -18,9 +18,9 @@ from ..runtime.loading import UNPACKED, WHERE, as_path, is_hub_id, load_base, re
 from ..runtime.precision import in_fast_precision
 from ..select.targets import Target
 from .config import LayerDropConfig
-from .prepare import CUT, PREPARED, Prepared, needs_dense, needs_text, prepare
+from .prepare import CUT, PREPARED, Prepared, needs_dense_model, needs_text, prepare
 from .reading import find_adapter, load_adapter
-from .resolve import cut_of, is_made, resolve_drop
+from .resolve import is_already_cut, resolve_drop, resolved_cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -57,13 +57,13 @@ def prune_with(
     if model is not None:
         check_plain_model(model)
     asked, config = config, copy.copy(config)
-    config.renew()
+    config.clear_records()
     if model is None:
         if not config.base_model_name_or_path:
             raise LayerPruneError(
                 "there is nothing to prune: pass a model, or specify one in LayerDropConfig(base_model_name_or_path=...)"
             )
-        model = _load(config, from_pretrained_kwargs)
+        model = _load_base_for(config, from_pretrained_kwargs)
     elif from_pretrained_kwargs:
         raise TypeError(
             f"{', '.join(sorted(from_pretrained_kwargs))}: for loading a base, but a model was passed; leave out one or the other"
@@ -76,14 +76,14 @@ def prune_with(
 def prune_prepared(
     config: LayerDropConfig, prepared: Prepared | None, *, whole: bool = False, **from_pretrained_kwargs: Any
 ) -> PeftModel:
-    """As `prune_with`, for a config whose layers and repair have been computed before, by `look_at_dense`.
+    """As `prune_with`, for a config whose layers and repair have been computed before, by `prepare_from_base`.
 
     With `whole`, the dropped layers are read as well and the base is cut in memory, which checks the cut.
     """
-    return get_peft_model(_load(config, from_pretrained_kwargs, prepared, whole), config)
+    return get_peft_model(_load_base_for(config, from_pretrained_kwargs, prepared, whole), config)
 
 
-def _load(
+def _load_base_for(
     config: LayerDropConfig, kwargs: dict[str, Any], prepared: Prepared | None = None, whole: bool = False
 ) -> PreTrainedModel:
     """Load the base named in a config, already cut where possible."""
@@ -113,21 +113,21 @@ def _load(
             setattr(model, PREPARED, prepared)
         return model
 
-    def still_to_drop(model_config: PreTrainedConfig) -> list[int]:
+    def layers_to_drop(model_config: PreTrainedConfig) -> list[int]:
         resolve_drop(config, model_config)
-        return [] if is_made(config, model_config) else list(cut_of(config).drop)
+        return [] if is_already_cut(config, model_config) else list(resolved_cut(config).drop)
 
-    if prepared is None and needs_dense(config):
-        prepared = look_at_dense(config, kwargs)
-    model = load_pruned(base, still_to_drop, **kwargs)
+    if prepared is None and needs_dense_model(config):
+        prepared = prepare_from_base(config, kwargs)
+    model = load_pruned(base, layers_to_drop, **kwargs)
     if hasattr(model, DROPPED_PARAMETERS):
-        setattr(model, CUT, LayerCut(cut_of(config), [], []))
+        setattr(model, CUT, LayerCut(resolved_cut(config), [], []))
     if prepared is not None:
         setattr(model, PREPARED, prepared)
     return model
 
 
-def look_at_dense(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepared:
+def prepare_from_base(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepared:
     """Choose the layers and fit the repair on a config's base, of which only a layer at a time is in memory.
 
     A GGUF file is unpacked as a whole, to the `dtype` in `kwargs`, and a float16 base computes in it, since float16 may
@@ -146,7 +146,8 @@ def look_at_dense(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepared:
     device = torch.accelerator.current_accelerator(check_available=True)
     target = None
     if config.drop_layers is None:  # sizes and times are those of the type in which the base is
-        target = Target.of(config, model.config, base, revision=others.get("revision"), model=model, device=device)
+        revision = others.get("revision")
+        target = Target.from_options(config, model.config, base, revision=revision, model=model, device=device)
     asked = kwargs.get("dtype", kwargs.get("torch_dtype"))
     asked = getattr(torch, asked, None) if isinstance(asked, str) else asked
     if model.dtype == torch.float16 and isinstance(asked, torch.dtype) and not getattr(model, "is_quantized", False):
@@ -174,7 +175,7 @@ def load_merged(name: str, adapter: PeftConfig, kwargs: dict[str, Any]) -> PreTr
     where = {name: kwargs[name] for name in WHERE if kwargs.get(name)}
     others = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
     if isinstance(adapter, LayerDropConfig):
-        base = _load(adapter, others)
+        base = _load_base_for(adapter, others)
     else:
         base = load_base(adapter.base_model_name_or_path, revision=adapter.revision, **others)
     adapted = load_adapter(base, name, **where)

@@ -28,9 +28,9 @@ def find_adapter(base: str | Path, **kwargs: Any) -> PeftConfig | None:
     where = {name: kwargs[name] for name in WHERE if kwargs.get(name) is not None}
     path = as_path(base)
     name = str(path) if path.exists() else str(base)
-    if path.is_file() or _find(name, CONFIG, where) is not None:
+    if path.is_file() or _find_file(name, CONFIG, where) is not None:
         return None
-    config_path = _find(name, ADAPTER_CONFIG, where)
+    config_path = _find_file(name, ADAPTER_CONFIG, where)
     if config_path is None:
         return None
     read_object(Path(config_path))
@@ -43,7 +43,7 @@ def find_adapter(base: str | Path, **kwargs: Any) -> PeftConfig | None:
     return config
 
 
-def _find(name: str, filename: str, where: dict[str, Any]) -> str | None:
+def _find_file(name: str, filename: str, where: dict[str, Any]) -> str | None:
     """Path of a file of a folder or a Hub repository, or `None`; loading the base then reports what is wrong."""
     try:
         return cached_file(name, filename, _raise_exceptions_for_missing_entries=False, **where)
@@ -60,26 +60,26 @@ def load_adapter(base: PreTrainedModel, adapter: str, **where: Any) -> PeftModel
         CheckpointError: The adapter can't be loaded, has no safetensors weights (a pickle can run code), or its
             weights are not those that its config asks for.
     """
-    path = _find(adapter, ADAPTER_WEIGHTS, where)
+    path = _find_file(adapter, ADAPTER_WEIGHTS, where)
     if path is None:
         raise CheckpointError(
             f"{adapter} has no {ADAPTER_WEIGHTS}, and pickled weights (.bin) are not read; save the adapter again with "
             "save_pretrained"
         )
     with boundary(f"can't load the adapter {adapter}"):
-        _fit_vocabulary(base, path)
+        _resize_vocabulary(base, path)
         device = "cpu" if base.device.type == "meta" else str(base.device)  # PEFT would take a GPU, used or not
         model = PeftModel.from_pretrained(base, adapter, torch_device=device, **where)
     _check_weights(model, path, adapter)
     return model
 
 
-def _fit_vocabulary(base: PreTrainedModel, path: str) -> None:
+def _resize_vocabulary(base: PreTrainedModel, path: str) -> None:
     """Resize the token embeddings to those that an adapter was saved with, as PEFT does if tokens were added."""
     table: Any = base.get_input_embeddings()
     name = next((name for name, module in base.named_modules() if module is table), None)
     with safe_open(path, framework="pt") as file:
-        names = {_plain(key): key for key in sorted(file.keys())}
+        names = {_unwrapped_name(key): key for key in sorted(file.keys())}
         key = names.get(f"base_model.model.{name}.weight")
         if key is None:
             return
@@ -88,7 +88,7 @@ def _fit_vocabulary(base: PreTrainedModel, path: str) -> None:
         base.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def _plain(key: str) -> str:
+def _unwrapped_name(key: str) -> str:
     """The name of a weight without what PEFT's wrappers add to it."""
     return re.sub(r"\.(base_layer|original_module|modules_to_save)\.", ".", key)
 
@@ -100,10 +100,10 @@ def _check_weights(model: PeftModel, path: str, name: str) -> None:
     with boundary(f"can't tell which weights the adapter {name} needs"):
         expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     # The base's own weights, such as embeddings, may be there as well, under the names that they have in the wrappers.
-    plain = {_plain(key) for key in model.state_dict()}
+    plain = {_unwrapped_name(key) for key in model.state_dict()}
     info = {
         "missing_keys": expected - actual,
-        "unexpected_keys": {key for key in actual - expected if _plain(key) not in plain},
+        "unexpected_keys": {key for key in actual - expected if _unwrapped_name(key) not in plain},
         "mismatched_keys": (),  # PEFT raises
     }
     check_complete(name, info)

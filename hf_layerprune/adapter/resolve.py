@@ -31,12 +31,12 @@ def resolve_drop(
                 f"drop_layers={list(cut.cut.drop)}"
             )
         base = config.base_model_name_or_path
-        target = target or Target.of(config, model_config, base, revision=config.revision)
+        target = target or Target.from_options(config, model_config, base, revision=config.revision)
         protected = families.protected_layers(model_config) if cut is None else ()
         config.drop_layers = select_layers(n, config, protected, target)
     if config.num_base_layers is None:
         config.num_base_layers = n
-    elif config.num_base_layers != n and not is_made(config, model_config):
+    elif config.num_base_layers != n and not is_already_cut(config, model_config):
         # By now, PEFT has put the name of the model into a config that is not a saved one.
         its_base = (
             f"use it with its base ({config.base_model_name_or_path}; if that is an adapter, merge it first with "
@@ -50,7 +50,7 @@ def resolve_drop(
         families.make_cut(model_config, config.drop_layers)
 
 
-def cut_of(config: LayerDropConfig) -> families.Cut:
+def resolved_cut(config: LayerDropConfig) -> families.Cut:
     """The cut that a resolved config describes."""
     dropped, n = config.drop_layers, config.num_base_layers
     if dropped is None or n is None:
@@ -60,7 +60,7 @@ def cut_of(config: LayerDropConfig) -> families.Cut:
     return cut_without(dropped, n)
 
 
-def is_made(config: LayerDropConfig, model_config: PreTrainedConfig) -> bool:
+def is_already_cut(config: LayerDropConfig, model_config: PreTrainedConfig) -> bool:
     """Whether a model is what is left of its base after exactly the cut that a config describes."""
     dropped, n = config.drop_layers, config.num_base_layers
     marker = getattr(model_config, families.MARKER, None) or {}

@@ -25,8 +25,8 @@ def tuned_layers(cut: families.Cut, tune_layers: int | str | Collection[int]) ->
         CutError: More layers than remain, or a layer that is dropped or does not exist.
     """
     if isinstance(tune_layers, str):  # "cut", the only word that a config takes
-        beside = {neighbour for i in cut.drop for neighbour in (i - 1, i + 1)}
-        return sorted(beside & set(cut.keep))
+        adjacent = {neighbour for i in cut.drop for neighbour in (i - 1, i + 1)}
+        return sorted(adjacent & set(cut.keep))
     if isinstance(tune_layers, int):
         if tune_layers > len(cut.keep):
             raise CutError(
@@ -59,7 +59,7 @@ def tuned_modules(
         if head is None:
             raise CutError(f"{type(model).__name__} has no output head to tune; use tune_lm_head=False")
         names.append(head)
-    modules = modules_that_stay(model, cut, stack)
+    modules = kept_modules(model, cut, stack)
     for asked in config.modules_to_save or []:
         matches = [name for name in modules if name == asked or name.endswith(f".{asked}")]
         if not matches:
@@ -79,7 +79,7 @@ def tuned_modules(
     return names
 
 
-def modules_that_stay(model: PreTrainedModel, cut: families.Cut, stack: DecoderStack) -> dict[str, nn.Module]:
+def kept_modules(model: PreTrainedModel, cut: families.Cut, stack: DecoderStack) -> dict[str, nn.Module]:
     """The modules of a model, which may be whole or already cut, by their full names in the pruned model."""
     if len(stack.layers) != cut.num_layers:
         return dict(model.named_modules())

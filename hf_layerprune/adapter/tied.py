@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 TIED = "_layer_drop_tied"
 
 
-def untie(model: PreTrainedModel) -> int:
+def untie_head(model: PreTrainedModel) -> int:
     """Stop transformers from tying the head again; returns how many parameters that adds.
 
     The tuned copy that PEFT makes has a weight of its own.
@@ -31,15 +31,15 @@ def untie(model: PreTrainedModel) -> int:
     return model.get_output_embeddings().weight.numel()
 
 
-def tie_again(model: PreTrainedModel) -> None:
-    """Undo `untie`."""
+def retie_head(model: PreTrainedModel) -> None:
+    """Undo `untie_head`."""
     configs, forgotten = getattr(model, TIED)
     for config in configs:
         config.tie_word_embeddings = True
     model.all_tied_weights_keys.update(forgotten)
 
 
-def warn_of_untying(added: int, saved: int | None) -> None:
+def warn_about_untying(added: int, saved: int | None) -> None:
     """Say what untying costs, compared with what the dropped layers save (both in parameters)."""
     more = ""
     if saved is not None and added >= saved:

@@ -57,7 +57,7 @@ class Bound:
         """Whether it is about the ratio to the dense model."""
         return self.name.endswith(_RATIO)
 
-    def met_by(self, value: float) -> bool:
+    def is_met_by(self, value: float) -> bool:
         """Whether a number meets it."""
         return {"<=": le, ">=": ge, "<": lt, ">": gt}[self.operator](value, self.limit)
 
@@ -72,7 +72,7 @@ class Outcome:
     @property
     def met(self) -> bool:
         """Whether it was measured, and every number meets it."""
-        return bool(self.measured) and all(self.bound.met_by(value) for _, value in self.measured)
+        return bool(self.measured) and all(self.bound.is_met_by(value) for _, value in self.measured)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Outcome:
         """One line on the outcome; for what was not measured, with what to run."""
         if not self.measured:
             return f"{self.bound} is required, but not measured; {how_to_measure(self.bound)}"
-        missed = [one for one in self.measured if not self.bound.met_by(one[1])]
+        missed = [one for one in self.measured if not self.bound.is_met_by(one[1])]
         values = ", ".join(f"{value:.4g}{f' ({where})' if where else ''}" for where, value in missed or self.measured)
         return f"{self.bound} is {'missed' if missed else 'met'}: {values}"
 

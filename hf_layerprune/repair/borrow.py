@@ -35,13 +35,13 @@ from .linear import (
     LinearFitter,
     NormalEquations,
     Tensors,
-    fit_map,
-    parted,
+    cholesky_solve,
+    fit_linear_map,
     solve_ridge,
-    solved,
-    sums_of,
+    split_held_out,
+    sum_normal_equations,
 )
-from .writers import Run, Writer, inputs, swapped
+from .writers import Run, Writer, hook_input, swap_parameters
 
 _ROUNDS = 6
 Rows = dict[str, torch.Tensor]  # by parameter, `[parts, neurons, ...]`
@@ -57,7 +57,7 @@ class Readers:
     names: tuple[str, ...]
     neurons: int
 
-    def of(self, layer: nn.Module) -> Rows:
+    def rows_of(self, layer: nn.Module) -> Rows:
         """The rows of a layer's neurons."""
         return {
             f"{name}.{kind}": (value.T if kind == "weight" and isinstance(module, Conv1D) else value)
@@ -70,7 +70,7 @@ class Readers:
     def _modules(self, layer: nn.Module) -> list[tuple[str, nn.Module]]:
         return [(name, layer.get_submodule(name)) for name in self.names]
 
-    def values(self, layer: nn.Module, rows: Rows) -> dict[str, torch.Tensor]:
+    def to_parameters(self, layer: nn.Module, rows: Rows) -> dict[str, torch.Tensor]:
         """Values of a layer's parameters that give it these rows."""
         found = {}
         for name, value in rows.items():
@@ -79,7 +79,7 @@ class Readers:
             found[name] = (flat.T if name.endswith(".weight") and isinstance(module, Conv1D) else flat).contiguous()
         return found
 
-    def fits(self, layer: nn.Module, other: nn.Module) -> bool:
+    def matches(self, layer: nn.Module, other: nn.Module) -> bool:
         """Whether another layer has the same modules, in the same shapes."""
         modules = dict(other.named_modules())
         return all(
@@ -110,7 +110,7 @@ def find_readers(layer: nn.Module, writer: Writer, run: Run, batch: Batch) -> Re
     if not read:
         return None
     for name, seen in read.items():
-        with inputs(layer.get_submodule(name), seen.append):
+        with hook_input(layer.get_submodule(name), seen.append):
             run(batch.hidden, batch)
     first, *others = read.values()
     if any(len(seen) != 1 or not torch.equal(seen[0], first[0]) for seen in (first, *others)):
@@ -118,10 +118,10 @@ def find_readers(layer: nn.Module, writer: Writer, run: Run, batch: Batch) -> Re
     readers = Readers(tuple(read), neurons)
     drawn = torch.randint(neurons, (neurons,), generator=torch.Generator().manual_seed(0))
     activations: list[torch.Tensor] = []
-    rows = {name: value[:, drawn.to(value.device)] for name, value in readers.of(layer).items()}
-    with inputs(writer.module, lambda x: activations.append(x.clone())):
+    rows = {name: value[:, drawn.to(value.device)] for name, value in readers.rows_of(layer).items()}
+    with hook_input(writer.module, lambda x: activations.append(x.clone())):
         run(batch.hidden, batch)
-        with swapped(layer, readers.values(layer, rows)):
+        with swap_parameters(layer, readers.to_parameters(layer, rows)):
             run(batch.hidden, batch)
     before, after = activations
     return readers if before.any() and close(after, before[..., drawn.to(before.device)]) else None
@@ -132,12 +132,12 @@ class BorrowFitter(LinearFitter):
 
     def __init__(self, walk: LayerWalk, cuts: list[tuple[int, int]], method: str) -> None:
         super().__init__(walk, cuts, method)
-        self.read: list[torch.Tensor] = []  # what the neurons before the block read
+        self.mlp_inputs: list[torch.Tensor] = []  # what the neurons before the block read
         self.maps: dict[int, torch.Tensor] = {}  # by dropped layer: the map from there to what its own neurons read
 
-    def step(self, i: int, run: Run, batches: list[Batch], probe: Batch) -> None:
+    def before_layer(self, i: int, run: Run, batches: list[Batch], probe: Batch) -> None:
         """In front of a block, find the rows of its neurons, and record what they read."""
-        super().step(i, run, batches, probe)
+        super().before_layer(i, run, batches, probe)
         if i in self.dropped or i + 1 not in self.first_of:
             return
         layer = self.walk.layers[i]
@@ -147,40 +147,40 @@ class BorrowFitter(LinearFitter):
                 f'repair="{self.method}" finds no neurons in layer {i}: what its {self.writer.name} reads is not made '
                 'by rows of projections beside it; use repair="refit"'
             )
-        self.front, self.readers, self.read, self.maps = layer, readers, [], {}
-        with inputs(layer.get_submodule(readers.names[0]), lambda x: self.read.append(x.clone())):
+        self.front_layer, self.readers, self.mlp_inputs, self.maps = layer, readers, [], {}
+        with hook_input(layer.get_submodule(readers.names[0]), lambda x: self.mlp_inputs.append(x.clone())):
             for state, batch in zip(self.student or [], batches, strict=True):
                 run(state, batch)
 
     @contextmanager
-    def watch(self, i: int, batches: list[Batch]) -> Iterator[None]:
+    def watch_layer(self, i: int, batches: list[Batch]) -> Iterator[None]:
         """Fit the map from what the neurons before the block read to what those of a dropped layer read."""
         layer = self.walk.layers[i]
-        if i not in self.dropped or not self.readers.fits(self.front, layer):
+        if i not in self.dropped or not self.readers.matches(self.front_layer, layer):
             yield
             return
         seen: list[torch.Tensor] = []
-        with inputs(layer.get_submodule(self.readers.names[0]), lambda x: seen.append(x.clone())):
+        with hook_input(layer.get_submodule(self.readers.names[0]), lambda x: seen.append(x.clone())):
             yield
         pairs = (
             (one.view(*batch.hidden.shape[:-1], -1), other.view(*batch.hidden.shape[:-1], -1))
-            for one, other, batch in zip(self.read, seen[1:], batches, strict=True)  # the first is the probe's
+            for one, other, batch in zip(self.mlp_inputs, seen[1:], batches, strict=True)  # the first is the probe's
         )
-        self.maps[i] = fit_map(pairs, len(batches)).change
+        self.maps[i] = fit_linear_map(pairs, len(batches)).change
 
-    def leave(self, first: int, end: int, batches: list[Batch]) -> None:
+    def after_block(self, first: int, end: int, batches: list[Batch]) -> None:
         """Fit the projection; then choose neurons, fit it to their activations, and keep the better of the two."""
         layer, entering = self.walk.layers[first - 1], self.student
-        choice = self._chosen(layer, first, batches) if self.maps else None
-        super().leave(first, end, batches)
+        choice = self._choose_neurons(layer, first, batches) if self.maps else None
+        super().after_block(first, end, batches)
         refit, tensors, student = self.fit, dict(self.tensors), self.student
         self.records[-1]["borrowed_neurons"] = 0
         if choice is None:
             return
         values, borrowed = choice
         self.student = entering
-        with swapped(layer, values):
-            super().leave(first, end, batches)
+        with swap_parameters(layer, values):
+            super().after_block(first, end, batches)
         record = self.records.pop()
         # Relative to the plain cut, as for the other repairs.
         left = self.fit.unexplained * self.fit.total / refit.total
@@ -192,66 +192,69 @@ class BorrowFitter(LinearFitter):
 
     # --- internals ---------------------------------------------------------------------------------------
 
-    def _chosen(self, layer: nn.Module, first: int, batches: list[Batch]) -> tuple[Tensors, int] | None:
+    def _choose_neurons(self, layer: nn.Module, first: int, batches: list[Batch]) -> tuple[Tensors, int] | None:
         """The layer's parameters with the chosen neurons, and how many are borrowed; `None` if a fit explains nothing.
 
         The parameters are those before the fit: borrowed neurons write nothing yet.
         """
         readers, neurons = self.readers, self.readers.neurons
-        own = readers.of(layer)
-        offers = [_mapped(readers.of(self.walk.layers[j]), change, own) for j, change in self.maps.items()]
-        gains, refit = self._gains(layer, first, batches, offers)
+        own = readers.rows_of(layer)
+        candidates = [_map_rows(readers.rows_of(self.walk.layers[j]), change, own) for j, change in self.maps.items()]
+        gains, refit = self._neuron_gains(layer, first, batches, candidates)
         if refit.strength == float("inf"):
             return None
         best = gains.topk(neurons).indices
-        offered = {name: torch.cat([offer[name] for offer in offers], 1)[:, best.to(own[name].device)] for name in own}
-        runs = self._runs(layer, first, batches, [offered])
-        pool = ((torch.cat([mine, *others], -1), missing) for mine, missing, others in runs)
+        chosen = {
+            name: torch.cat([rows[name] for rows in candidates], 1)[:, best.to(own[name].device)] for name in own
+        }
+        runs = self._collect_activations(layer, first, batches, [chosen])
+        pool = ((torch.cat([own_activations, *others], -1), missing) for own_activations, missing, others in runs)
         state = batches[0].hidden
         fitted = NormalEquations(2 * neurons, state.shape[-1], state.device)
-        for held_out, feature, change in parted(pool, len(batches)):
+        for held_out, feature, change in split_held_out(pool, len(batches)):
             if not held_out:
                 fitted.add(feature, change)
         weight = self.writer.weight.to(fitted.gram)
         weight = torch.cat([weight, torch.zeros_like(weight)])
-        stay = torch.zeros(2 * neurons, dtype=torch.bool)
-        stay[survivors(fitted, weight, refit.strength, neurons).cpu()] = True
-        gone, come = (~stay[:neurons]).nonzero()[:, 0], stay[neurons:].nonzero()[:, 0]
+        kept = torch.zeros(2 * neurons, dtype=torch.bool)
+        kept[select_features(fitted, weight, refit.strength, neurons).cpu()] = True
+        removed, added = (~kept[:neurons]).nonzero()[:, 0], kept[neurons:].nonzero()[:, 0]
         rows = {name: value.clone() for name, value in own.items()}
         for name, value in rows.items():
-            value[:, gone.to(value.device)] = offered[name][:, come.to(value.device)]
-        values = readers.values(layer, rows) | {f"{self.writer.name}.weight": self.writer.without(gone)}
-        return values, len(come)
+            value[:, removed.to(value.device)] = chosen[name][:, added.to(value.device)]
+        values = readers.to_parameters(layer, rows)
+        values[f"{self.writer.name}.weight"] = self.writer.weight_without(removed)
+        return values, len(added)
 
-    def _runs(
-        self, layer: nn.Module, first: int, batches: list[Batch], offers: list[Rows]
+    def _collect_activations(
+        self, layer: nn.Module, first: int, batches: list[Batch], candidates: list[Rows]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, Iterator[torch.Tensor]]]:
         """For each batch: activations of the layer's neurons, what is missing after it, and activations of offers."""
         seen: list[torch.Tensor] = []
-        values = [self.readers.values(layer, offer) for offer in offers]
+        values = [self.readers.to_parameters(layer, candidate) for candidate in candidates]
 
-        def tried(state: torch.Tensor, batch: Batch, factor: torch.Tensor) -> Iterator[torch.Tensor]:
+        def candidate_activations(state: torch.Tensor, batch: Batch, factor: torch.Tensor) -> Iterator[torch.Tensor]:
             for value in values:
-                with swapped(layer, value):
+                with swap_parameters(layer, value):
                     run(state, batch)
                 yield seen.pop().view(*state.shape[:-1], -1).float() * factor
 
-        with self.walk.layer(first - 1) as run, inputs(self.writer.module, lambda x: seen.append(x.clone())):
+        with self.walk.layer(first - 1) as run, hook_input(self.writer.module, lambda x: seen.append(x.clone())):
             for state, batch in zip(self.student or [], batches, strict=True):
                 after = run(state, batch).float()
                 own = seen.pop().view(*state.shape[:-1], -1)
-                factor = self.writer.factor(own)
-                yield own.float() * factor, batch.hidden.float() - after, tried(state, batch, factor)
+                factor = self.writer.output_factor(own)
+                yield own.float() * factor, batch.hidden.float() - after, candidate_activations(state, batch, factor)
 
-    def _gains(
-        self, layer: nn.Module, first: int, batches: list[Batch], offers: list[Rows]
+    def _neuron_gains(
+        self, layer: nn.Module, first: int, batches: list[Batch], candidates: list[Rows]
     ) -> tuple[torch.Tensor, Fit]:
         """How much of what `refit` leaves each offered neuron explains alone, and the fit of `refit`."""
-        with_own: list[torch.Tensor] = [torch.zeros(())] * len(offers)
+        with_own: list[torch.Tensor] = [torch.zeros(())] * len(candidates)
         with_missing, squares = list(with_own), list(with_own)
 
         def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            for own, missing, others in self._runs(layer, first, batches, offers):
+            for own, missing, others in self._collect_activations(layer, first, batches, candidates):
                 x, z = own.flatten(0, -2), missing.flatten(0, -2)
                 for j, other in enumerate(others):
                     f = other.flatten(0, -2)
@@ -260,13 +263,13 @@ class BorrowFitter(LinearFitter):
                     squares[j] = squares[j].to(f) + f.square().sum(0)
                 yield own, missing
 
-        fitted, held_out = sums_of(pairs(), len(batches))
+        fitted, held_out = sum_normal_equations(pairs(), len(batches))
         fit = solve_ridge(fitted, held_out)
         gram = fitted.gram.add_(held_out.gram)  # in place: each of them may be several GB
         ridge = min(fit.strength, STRENGTHS[-1]) * gram.diagonal().mean()
         gram.diagonal().add_(ridge)
         factor = torch.linalg.cholesky(gram)
-        change = solved(factor, fitted.moment + held_out.moment)
+        change = cholesky_solve(factor, fitted.moment + held_out.moment)
         gains = []
         for cross, moment, square in zip(with_own, with_missing, squares, strict=True):
             cross = cross.to(gram)
@@ -276,15 +279,15 @@ class BorrowFitter(LinearFitter):
         return torch.cat(gains), fit
 
 
-def _mapped(rows: Rows, change: torch.Tensor, like: Rows) -> Rows:
+def _map_rows(rows: Rows, change: torch.Tensor, dtype_like: Rows) -> Rows:
     """Rows that read `x` as the given ones read `x @ change`; a bias has nothing to read and stays."""
     return {
-        name: ((value.to(change) @ change.T) if value.ndim == 3 else value).to(like[name])
+        name: ((value.to(change) @ change.T) if value.ndim == 3 else value).to(dtype_like[name])
         for name, value in rows.items()
     }
 
 
-def survivors(sums: NormalEquations, weight: torch.Tensor, strength: float, keep: int) -> torch.Tensor:
+def select_features(sums: NormalEquations, weight: torch.Tensor, strength: float, keep: int) -> torch.Tensor:
     """Choose the features to keep, given that their weights are refitted; returns their indices, ascending.
 
     `sums` are of all features, and of the change that is wanted of their product with `weight`, which is `[features,
@@ -298,7 +301,8 @@ def survivors(sums: NormalEquations, weight: torch.Tensor, strength: float, keep
     for left in range(_ROUNDS, 0, -1):
         factor = torch.linalg.cholesky(gram if len(alive) == len(gram) else gram[alive[:, None], alive])
         # What it costs to leave out each feature.
-        cost = solved(factor, target[alive]).square().sum(1) / torch.cholesky_inverse(factor, out=factor).diagonal()
+        errors = cholesky_solve(factor, target[alive]).square().sum(1)
+        cost = errors / torch.cholesky_inverse(factor, out=factor).diagonal()
         count = keep if left == 1 else round(len(alive) * (keep / len(alive)) ** (1 / left))
         alive = alive[cost.topk(count).indices.sort().values]
     return alive

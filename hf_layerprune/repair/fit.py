@@ -73,12 +73,12 @@ def check_repair(config: PreTrainedConfig, drop_layers: Sequence[int], rows: int
     families.check_stage(config, "repair")
     proven = {name: stages.get("repair", ()) for name, stages in families.proven_stages().items()}
     for part in path_to_text(config):
-        takes = proven.get(part.model_type)
-        if takes and method not in takes and any(method in others for others in proven.values()):
+        repairs = proven.get(part.model_type)
+        if repairs and method not in repairs and any(method in others for others in proven.values()):
             raise CutError(
-                f"model type {part.model_type!r} has no layer for repair={method!r}; it takes {', '.join(takes)}"
+                f"model type {part.model_type!r} has no layer for repair={method!r}; it takes {', '.join(repairs)}"
             )
-    if 0 in drop_layers and repair.in_front:
+    if 0 in drop_layers and repair.needs_layer_before:
         raise CutError(
             f'repair="{method}" changes the layer before a dropped block, but layer 0 is dropped; keep layer 0 '
             '(protect_first=1), or use repair="magnitude"'
@@ -118,7 +118,7 @@ def fit_repair(
 
 
 @torch.no_grad()
-def fits_every_cut(walk: LayerWalk, method: str) -> bool:
+def can_repair_every_cut(walk: LayerWalk, method: str) -> bool:
     """Whether every cut of a model can have a repair: no layer lacks the weights that it changes, as one with experts may."""
     try:
         check_repair(walk.model.config, [], HELD_OUT, method)
@@ -127,7 +127,7 @@ def fits_every_cut(walk: LayerWalk, method: str) -> bool:
         probe = walk.begin(torch.arange(3, _PROBE_TOKENS + 3)[None])
         for i in range(walk.num_layers - 1):
             with walk.layer(i) as run:
-                fitter.step(i, run, [], probe)
+                fitter.before_layer(i, run, [], probe)
                 probe.hidden = run(probe.hidden, probe)
     except LayerPruneError:
         return False
@@ -144,7 +144,7 @@ class Fitter:
         self.first_of = dict(cuts)
         self.end_of = {end: first for first, end in cuts}
         self.dropped = {i for first, end in cuts for i in range(first, end)}
-        self.last = self.cuts[-1][1] if cuts else 0
+        self.stop = self.cuts[-1][1] if cuts else 0
 
     def run(self, calibration: CalibrationSet) -> None:
         """Run the dense model, and fit the repair."""
@@ -152,21 +152,21 @@ class Fitter:
         size = max(1, min(_BATCH_ROWS, len(calibration) // HELD_OUT))
         batches = [walk.begin(*given) for given in calibration.batches(size)]
         probe = walk.begin(*calibration.probe())
-        for i in progress_bar(range(self.last), desc="fitting the repair", unit="layer"):
+        for i in progress_bar(range(self.stop), desc="fitting the repair", unit="layer"):
             with walk.layer(i) as run:
-                self.step(i, run, batches, probe)
-                with self.watch(i, batches):
+                self.before_layer(i, run, batches, probe)
+                with self.watch_layer(i, batches):
                     for batch in (probe, *batches):
                         batch.hidden = run(batch.hidden, batch)
             if i + 1 in self.end_of:
-                self.leave(self.end_of[i + 1], i + 1, batches)
+                self.after_block(self.end_of[i + 1], i + 1, batches)
 
-    def step(self, i: int, run: Run, batches: list[Batch], probe: Batch) -> None:
+    def before_layer(self, i: int, run: Run, batches: list[Batch], probe: Batch) -> None:
         """Called before layer `i` runs, with the states that enter it; `probe` holds a few tokens for trial runs."""
 
-    def watch(self, i: int, batches: list[Batch]) -> AbstractContextManager[None]:
+    def watch_layer(self, i: int, batches: list[Batch]) -> AbstractContextManager[None]:
         """Observe layer `i` while the probe and then all batches run through it."""
         return nullcontext()
 
-    def leave(self, first: int, end: int, batches: list[Batch]) -> None:
+    def after_block(self, first: int, end: int, batches: list[Batch]) -> None:
         """Called with the states that leave the dropped block, layers `first` to `end - 1`."""

@@ -30,36 +30,36 @@ def freeze(module: nn.Module) -> None:
         parameter.__class__ = _Frozen  # a new one would lack what DeepSpeed ZeRO-3 keeps with it
 
 
-def thaw(model: nn.Module) -> None:
+def unfreeze(model: nn.Module) -> None:
     """Undo [`freeze`] for all modules of a model."""
     frozen: list[nn.Parameter] = [parameter for parameter in model.parameters() if isinstance(parameter, _Frozen)]
     for parameter in frozen:
         parameter.__class__ = nn.Parameter
 
 
-def module_names(repair: Repair, stack: DecoderStack, cut: families.Cut) -> list[str]:
+def repaired_module_names(repair: Repair, stack: DecoderStack, cut: families.Cut) -> list[str]:
     """Full names in the pruned model of the modules that a repair changes."""
-    return list(dict.fromkeys(name.rpartition(".")[0] for name in tensor_names(repair, stack.path, cut)))
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in repaired_tensor_names(repair, stack.path, cut)))
 
 
-def tensor_names(repair: Repair, stack_path: str, cut: families.Cut) -> list[str]:
+def repaired_tensor_names(repair: Repair, stack_path: str, cut: families.Cut) -> list[str]:
     """Full names in the pruned model of the tensors that a repair changes."""
     return [f"{stack_path}.{cut.new_index[index]}.{name}" for index, name in sorted(repair.tensors)]
 
 
-def put(repair: Repair, model: nn.Module, stack_path: str, cut: families.Cut, adapter_name: str) -> None:
+def apply_to_adapter(repair: Repair, model: nn.Module, stack_path: str, cut: families.Cut, adapter_name: str) -> None:
     """Write the new weights into an adapter's copies of a pruned model's modules; the originals stay unchanged."""
     for (index, name), value in repair.tensors.items():
         module: Any = model
         *path, last = f"{stack_path}.{cut.new_index[index]}.{name}".split(".")
         for part in path:
-            module = getattr(_copy(module, adapter_name), part)
-        module = _copy(module, adapter_name)
+            module = getattr(_adapter_copy(module, adapter_name), part)
+        module = _adapter_copy(module, adapter_name)
         parameter: torch.Tensor = getattr(module, last)
         parameter.data = value.to(parameter.device, parameter.dtype)
 
 
-def _copy(module: Any, adapter_name: str) -> Any:
+def _adapter_copy(module: Any, adapter_name: str) -> Any:
     from peft.utils.other import ModulesToSaveWrapper
 
     return module.modules_to_save[adapter_name] if isinstance(module, ModulesToSaveWrapper) else module

@@ -28,7 +28,7 @@ from ..errors import CutError
 from ..runtime.walk import Batch, LayerWalk
 from .fit import HELD_OUT, Fitter
 from .norms import Norm
-from .writers import Run, find_writers, swapped
+from .writers import Run, find_writers, swap_parameters
 
 Tensors = dict[str, torch.Tensor]  # by name in the layer
 STRENGTHS = tuple(10.0**k for k in range(-6, 4))
@@ -95,25 +95,25 @@ def solve_ridge(fitted: NormalEquations, held_out: NormalEquations) -> Fit:
         factor, failed = torch.linalg.cholesky_ex(gram)
         if failed:  # the ridge is too weak for float32
             continue
-        change = solved(factor, fitted.moment)
+        change = cholesky_solve(factor, fitted.moment)
         unexplained = held_out.unexplained(change)
         if unexplained < best.unexplained:
             best = replace(best, change=change, strength=strength, unexplained=unexplained)
     return best
 
 
-def solved(factor: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def cholesky_solve(factor: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Solve with a Cholesky factor, without the copy of it that `torch.cholesky_solve` makes, which may be several GB."""
     halfway = torch.linalg.solve_triangular(factor, target, upper=False)
     return torch.linalg.solve_triangular(factor.mT, halfway, upper=True)
 
 
-def fit_map(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], batches: int) -> Fit:
-    """Fit a map; see [`sums_of`] for the arguments, and for what is held out to choose the ridge."""
-    return solve_ridge(*sums_of(pairs, batches))
+def fit_linear_map(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], batches: int) -> Fit:
+    """Fit a map; see [`sum_normal_equations`] for the arguments, and for what is held out to choose the ridge."""
+    return solve_ridge(*sum_normal_equations(pairs, batches))
 
 
-def sums_of(
+def sum_normal_equations(
     pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], batches: int
 ) -> tuple[NormalEquations, NormalEquations]:
     """Sum the normal equations, and hold out a fifth of the batches, or of the rows if there is a single batch.
@@ -127,17 +127,17 @@ def sums_of(
         `tuple[NormalEquations, NormalEquations]`: Of what is fitted, and of what is held out.
     """
     sums: dict[bool, NormalEquations] = {}
-    for held_out, feature, change in parted(pairs, batches):
+    for held_out, feature, change in split_held_out(pairs, batches):
         if held_out not in sums:
             sums[held_out] = NormalEquations(feature.shape[-1], change.shape[-1], feature.device)
         sums[held_out].add(feature, change)
     return sums[False], sums[True]
 
 
-def parted(
+def split_held_out(
     pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], batches: int
 ) -> Iterator[tuple[bool, torch.Tensor, torch.Tensor]]:
-    """The batches of [`sums_of`], or the two parts of a single one, each with whether it is held out."""
+    """The batches of [`sum_normal_equations`], or the two parts of a single one, each with whether it is held out."""
     every = max(2, min(HELD_OUT, batches))
     for number, (feature, change) in enumerate(pairs):
         if batches > 1:
@@ -161,7 +161,7 @@ class LinearFitter(Fitter):
         self.method = method
         self.student: list[torch.Tensor] | None = None
 
-    def step(self, i: int, run: Run, batches: list[Batch], probe: Batch) -> None:
+    def before_layer(self, i: int, run: Run, batches: list[Batch], probe: Batch) -> None:
         """Advance the repaired model's states; before a block, find the module to change."""
         if i in self.dropped:
             return
@@ -181,7 +181,7 @@ class LinearFitter(Fitter):
         if self.student is None:
             self.student = [batch.hidden for batch in batches]
 
-    def leave(self, first: int, end: int, batches: list[Batch]) -> None:
+    def after_block(self, first: int, end: int, batches: list[Batch]) -> None:
         """Fit the block, change the weights, and continue with the states of the repaired layer."""
         writer, layer, student = self.writer, self.walk.layers[first - 1], self.student or []
 
@@ -190,17 +190,17 @@ class LinearFitter(Fitter):
                 state = run(entering, batch).float()
                 yield seen.pop().view(*state.shape[:-1], -1), batch.hidden.float() - state
 
-        with self.walk.layer(first - 1) as run, writer.watch(self.method == "linear") as seen:
-            fit = fit_map(pairs(), len(batches))
+        with self.walk.layer(first - 1) as run, writer.record_features(self.method == "linear") as seen:
+            fit = fit_linear_map(pairs(), len(batches))
         if self.method == "linear":
-            new = writer.folded(torch.eye(len(fit.change)).to(fit.change) + fit.change)
+            new = writer.fold_matrix(torch.eye(len(fit.change)).to(fit.change) + fit.change)
         else:
-            new = writer.moved(fit.change)
+            new = writer.add_change(fit.change)
         if writer.norm is not None:
-            new, fit = self._through_norm(writer.norm, new, fit, first, batches)
+            new, fit = self._refit_norm(writer.norm, new, fit, first, batches)
         self.fit = fit
         self.tensors |= {(first - 1, name): value for name, value in new.items()}
-        with self.walk.layer(first - 1) as run, swapped(layer, new):
+        with self.walk.layer(first - 1) as run, swap_parameters(layer, new):
             self.student = [run(state, batch) for state, batch in zip(student, batches, strict=True)]
         self.records.append(
             {
@@ -214,9 +214,7 @@ class LinearFitter(Fitter):
             | ({} if writer.norm is None else {"norm": f"{first - 1}.{writer.norm.name}"})
         )
 
-    def _through_norm(
-        self, norm: Norm, new: Tensors, fit: Fit, first: int, batches: list[Batch]
-    ) -> tuple[Tensors, Fit]:
+    def _refit_norm(self, norm: Norm, new: Tensors, fit: Fit, first: int, batches: list[Batch]) -> tuple[Tensors, Fit]:
         """Fit the norm after the projection to what it makes of the new weight, or keep both as they are.
 
         The projection is fitted as if the norm divided by what it divided by before. It does not, so what is written
@@ -231,8 +229,8 @@ class LinearFitter(Fitter):
                 written = seen.pop().view_as(state)
                 yield written[..., None], (batch.hidden.float() - state + written)[..., None]
 
-        with self.walk.layer(first - 1) as run, swapped(layer, new), self.writer.watch(True) as seen:
-            fitted, held_out = sums_of(pairs(), len(batches))
+        with self.walk.layer(first - 1) as run, swap_parameters(layer, new), self.writer.record_features(True) as seen:
+            fitted, held_out = sum_normal_equations(pairs(), len(batches))
         factor = fitted.moment / fitted.gram
         left = held_out.unexplained(factor) * held_out.total.item() / (fit.total or 1.0)
         if not left < 1:

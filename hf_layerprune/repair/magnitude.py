@@ -17,7 +17,7 @@ from ..errors import CutError
 from ..families.layout import find_final_norm
 from ..runtime.walk import Batch, LayerWalk
 from .fit import Fitter
-from .writers import Run, find_writers, silenced, swapped
+from .writers import Run, find_writers, swap_parameters, zero_outputs
 
 logger = logging.getLogger(__name__)
 
@@ -36,22 +36,22 @@ class MagnitudeFitter(Fitter):
             )
         self.factor = 1.0
         if any(end < walk.num_layers for _, end in cuts):
-            self.last = walk.num_layers
+            self.stop = walk.num_layers
         elif cuts:
             logger.warning(
                 'repair="magnitude" changes nothing when only the last layers are dropped: the final norm undoes it'
             )
-            self.last = 0
+            self.stop = 0
 
-    def step(self, i: int, run: Run, batches: list[Batch], probe: Batch) -> None:
+    def before_layer(self, i: int, run: Run, batches: list[Batch], probe: Batch) -> None:
         """Note what enters a dropped block, and rescale a kept layer after one."""
         if i in self.first_of:
             self.before = [batch.hidden for batch in batches]
         if i not in self.dropped and self.factor != 1.0:
-            new = scaled_writers(i, self.walk.layers[i], run, probe, self.factor)
+            new = scale_writers(i, self.walk.layers[i], run, probe, self.factor)
             self.tensors |= {(i, name): value for name, value in new.items()}
 
-    def leave(self, first: int, end: int, batches: list[Batch]) -> None:
+    def after_block(self, first: int, end: int, batches: list[Batch]) -> None:
         """Measure the ratio of the L1 norms of the states after and before the block, averaged over tokens."""
         total, tokens = 0.0, 0
         for before, batch in zip(self.before, batches, strict=True):
@@ -66,7 +66,7 @@ fitter = MagnitudeFitter
 
 
 @torch.no_grad()
-def scaled_writers(index: int, layer: nn.Module, run: Run, batch: Batch, factor: float) -> dict[str, torch.Tensor]:
+def scale_writers(index: int, layer: nn.Module, run: Run, batch: Batch, factor: float) -> dict[str, torch.Tensor]:
     """A layer's parameters, changed so that everything it adds to the residual stream is multiplied by a factor.
 
     The layer is tried on a batch of a few tokens.
@@ -75,10 +75,10 @@ def scaled_writers(index: int, layer: nn.Module, run: Run, batch: Batch, factor:
         CutError: The layer can't be rescaled by its output projections alone.
     """
     writers = [writer for writer in find_writers(layer, run, batch) if writer.norm is None]
-    with silenced(writers):
+    with zero_outputs(writers):
         rest = run(batch.hidden, batch).float() - batch.hidden.float()
     if not (writers and rest.norm() <= _ROUNDING * batch.hidden.float().norm()):
-        raise _cannot(
+        raise _cannot_rescale(
             index,
             "not everything that it adds to the hidden states comes from its output projections (it has experts, a "
             "norm or a bias after them)",
@@ -89,14 +89,14 @@ def scaled_writers(index: int, layer: nn.Module, run: Run, batch: Batch, factor:
         for name, parameter in writer.module.named_parameters(recurse=False)
     }
     wanted = run(batch.hidden, batch).float() * factor
-    with swapped(layer, new):
+    with swap_parameters(layer, new):
         scaled = run(batch.hidden * factor, batch).float()
     if not (scaled - wanted).norm() <= _TOLERANCE * wanted.norm():  # such as a layer without an input norm
-        raise _cannot(index, "what it adds depends on the magnitude of its input")
+        raise _cannot_rescale(index, "what it adds depends on the magnitude of its input")
     return new
 
 
-def _cannot(index: int, why: str) -> CutError:
+def _cannot_rescale(index: int, why: str) -> CutError:
     return CutError(
         f'repair="magnitude" can\'t rescale layer {index}: {why}; use repair="linear", or no repair for this model'
     )

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from ..runtime.parts import close, hooked
 
 # The least scale of a channel, relative to the mean. Values are divided by it, and a norm may all but silence a channel.
-_LEAST = 1e-2
+_MIN_SCALE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Norm:
     def scale(self) -> torch.Tensor:
         """`offset + weight`, `[hidden]`, in double precision on the CPU, and nowhere too small to divide by."""
         scale = self.offset + self.module.get_parameter("weight").detach().double().cpu()
-        least = _LEAST * scale.abs().mean()
-        return torch.where(scale.abs() < least, least * torch.where(scale < 0, -1.0, 1.0).to(scale), scale)
+        min_scale = _MIN_SCALE * scale.abs().mean()
+        return torch.where(scale.abs() < min_scale, min_scale * torch.where(scale < 0, -1.0, 1.0).to(scale), scale)
 
     def weight_for(self, scale: torch.Tensor) -> torch.Tensor:
         """The weight, on the CPU, that gives the norm this scale."""
@@ -56,13 +56,13 @@ def find_norm(layer: nn.Module, x: torch.Tensor, run: Callable[[], object]) -> N
     """
     readers: list[tuple[str, nn.Module]] = []
 
-    def see(name: str, module: nn.Module, args: tuple[object, ...]) -> None:
+    def record_reader(name: str, module: nn.Module, args: tuple[object, ...]) -> None:
         read = args[0] if args else None
         if isinstance(read, torch.Tensor) and read.numel() == x.numel() and torch.equal(read.reshape(x.shape), x):
             readers.append((name, module))
 
     norms = [
-        module.register_forward_pre_hook(partial(see, name))
+        module.register_forward_pre_hook(partial(record_reader, name))
         for name, module in layer.named_modules()
         if [(kind, value.shape) for kind, value in module.named_parameters()] == [("weight", x.shape[-1:])]
     ]

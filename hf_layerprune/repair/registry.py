@@ -16,18 +16,18 @@ class RepairMethod:
     Args:
         name (`str`): Its name in options and records.
         module (`str`): The module in this package that fits it, and defines `fitter(walk, cuts, name)`.
-        what (`str`): A noun phrase for cards: "The cut was repaired with ...".
+        description (`str`): A noun phrase for cards: "The cut was repaired with ...".
         source (`str`): The publication it comes from.
-        in_front (`bool`): Whether it changes the layer before a dropped block, and so needs one there.
+        needs_layer_before (`bool`): Whether it changes the layer before a dropped block, and so needs one there.
         judged_by (`str`, *optional*): The repair that `auto` judges its short list with, if this one would take too
             long for every candidate.
     """
 
     name: str
     module: str
-    what: str
+    description: str
     source: str
-    in_front: bool
+    needs_layer_before: bool
     judged_by: str | None = None
 
     def load(self) -> ModuleType:

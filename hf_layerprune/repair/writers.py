@@ -44,7 +44,7 @@ class Writer:
     gain: float
     norm: Norm | None = None
 
-    def folded(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+    def fold_matrix(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
         """The writer's parameters, on the CPU, with a matrix folded in: the new output is `output @ matrix`.
 
         With a norm, `output` is the norm's, and the new one has that direction.
@@ -53,25 +53,25 @@ class Writer:
         bias: torch.Tensor | None = self.module.bias  # type: ignore[assignment]
         if bias is not None:
             new["bias"] = bias.detach().double().cpu() * self._scale @ matrix.double().cpu()
-        return self._as_kept(new)
+        return self._to_stored(new)
 
-    def moved(self, change: torch.Tensor) -> dict[str, torch.Tensor]:
+    def add_change(self, change: torch.Tensor) -> dict[str, torch.Tensor]:
         """The writer's parameters, on the CPU, with its weight changed: the new output adds `features @ change`."""
-        return self._as_kept({"weight": self.weight + change.double().cpu()})
+        return self._to_stored({"weight": self.weight + change.double().cpu()})
 
-    def without(self, indices: torch.Tensor) -> torch.Tensor:
+    def weight_without(self, indices: torch.Tensor) -> torch.Tensor:
         """The module's weight, on the CPU, with zeros for some inputs."""
         weight = self.module.get_parameter("weight").detach().cpu().clone()
         (weight if isinstance(self.module, Conv1D) else weight.T)[indices] = 0
         return weight
 
     @property
-    def last(self) -> nn.Module:
+    def output_module(self) -> nn.Module:
         """The module whose output is added to the residual stream: itself, or the norm after it."""
         return self.module if self.norm is None else self.norm.module
 
     @contextmanager
-    def watch(self, output: bool) -> Iterator[list[torch.Tensor]]:
+    def record_features(self, output: bool) -> Iterator[list[torch.Tensor]]:
         """Collect the features of a fit in each run of the layer inside a `with` block.
 
         Args:
@@ -80,13 +80,13 @@ class Writer:
         """
         seen: list[torch.Tensor] = []
         if output:
-            hook = outputs(self.last, lambda x: seen.append(x.clone().float() * self.gain))
+            hook = hook_output(self.output_module, lambda x: seen.append(x.clone().float() * self.gain))
         else:
-            hook = inputs(self.module, lambda x: seen.append(x.float() * self.factor(x)))
+            hook = hook_input(self.module, lambda x: seen.append(x.float() * self.output_factor(x)))
         with hook:
             yield seen
 
-    def factor(self, x: torch.Tensor) -> torch.Tensor:
+    def output_factor(self, x: torch.Tensor) -> torch.Tensor:
         """The factor between what an input `[..., in]` gives, times [`weight`], and what is written, `[..., 1]`."""
         gain = torch.full_like(x[..., :1], self.gain, dtype=torch.float32)
         return gain if self.norm is None else gain / self.norm.divisor(self.module.forward(x))
@@ -101,7 +101,7 @@ class Writer:
     def _scale(self) -> torch.Tensor:
         return torch.ones(1, dtype=torch.float64) if self.norm is None else self.norm.scale
 
-    def _as_kept(self, new: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _to_stored(self, new: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         new = {name: value / self._scale for name, value in new.items()}
         if not isinstance(self.module, Conv1D):
             new["weight"] = new["weight"].T
@@ -111,7 +111,7 @@ class Writer:
         }
 
 
-def outputs(
+def hook_output(
     module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor | None]
 ) -> AbstractContextManager[object]:
     """Observe or change a module's output inside a `with` block; `None` from `change` leaves it.
@@ -121,13 +121,13 @@ def outputs(
     return module.register_forward_hook(lambda module, args, output: change(output))
 
 
-def inputs(module: nn.Module, look: Callable[[torch.Tensor], None]) -> AbstractContextManager[object]:
+def hook_input(module: nn.Module, observe: Callable[[torch.Tensor], None]) -> AbstractContextManager[object]:
     """Observe a module's input inside a `with` block."""
-    return module.register_forward_pre_hook(lambda module, args: look(args[0]))
+    return module.register_forward_pre_hook(lambda module, args: observe(args[0]))
 
 
 @contextmanager
-def swapped(layer: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def swap_parameters(layer: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Replace some of a layer's parameters, by name, inside a `with` block."""
     parameters = {name: layer.get_parameter(name) for name in values}
     own = {name: parameter.data for name, parameter in parameters.items()}
@@ -164,7 +164,7 @@ def find_writers(layer: nn.Module, run: Run, batch: Batch) -> list[Writer]:
     for name, module, output in reversed(order):
         if names.count(name) > 1:  # run more than once: experts, or shared weights
             continue
-        with silenced(writers):  # later writers must not respond to the change
+        with zero_outputs(writers):  # later writers must not respond to the change
             norm, gain = None, _gain(module, run, batch)
             if gain is None and (norm := find_norm(layer, output, lambda: run(hidden, batch))) is not None:
                 gain = _gain(norm.module, run, batch)
@@ -179,9 +179,9 @@ def _is_plain_linear(module: nn.Module, hidden_size: int) -> bool:
     return module.weight.shape[1 if isinstance(module, Conv1D) else 0] == hidden_size
 
 
-def silenced(writers: list[Writer]) -> AbstractContextManager[None]:
+def zero_outputs(writers: list[Writer]) -> AbstractContextManager[None]:
     """Set the outputs of writers to zero inside a `with` block."""
-    return hooked(*(outputs(writer.module, torch.zeros_like) for writer in writers))
+    return hooked(*(hook_output(writer.module, torch.zeros_like) for writer in writers))
 
 
 def _gain(module: nn.Module, run: Run, batch: Batch) -> float | None:
@@ -194,7 +194,7 @@ def _gain(module: nn.Module, run: Run, batch: Batch) -> float | None:
     gains = []
     for scale in (1.0, 4.0):  # a norm after the module would cancel the scale
         added = noise * scale * size
-        with outputs(module, partial(_plus, added=added)):
+        with hook_output(module, partial(_add_if_same_size, added=added)):
             change = run(hidden, batch).float() - plain
         added = added.float()
         gain = ((change * added).sum() / added.square().sum()).item()
@@ -207,6 +207,6 @@ def _gain(module: nn.Module, run: Run, batch: Batch) -> float | None:
     return 1.0 if abs(gains[1] - 1) < _ROUNDING else gains[1]
 
 
-def _plus(output: torch.Tensor, added: torch.Tensor) -> torch.Tensor | None:
+def _add_if_same_size(output: torch.Tensor, added: torch.Tensor) -> torch.Tensor | None:
     """The sum in the shape of `output`, also `[batch * seq, hidden]`; `None` if the sizes differ (experts)."""
     return output + added.view_as(output) if output.numel() == added.numel() else None

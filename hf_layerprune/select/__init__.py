@@ -58,13 +58,13 @@ def select_layers(
     if needs_model(choice):
         raise CutError(f"criterion {choice.criterion!r} needs the model; use choose_layers")
     count = 1 if choice.drop is None else drop_count(choice.drop, num_layers)
-    free = free_layers(num_layers, count, *criterion.protection(choice), protected)
+    free = free_layers(num_layers, count, *criterion.protected_ends(choice), protected)
     if choice.target is not None:
         assert target is not None, "it is passed"
 
         def pick(count: int) -> list[int]:
             return select_layers(num_layers, copy_fields(CutOptions, choice, **drop_exactly(count)), protected)
 
-        return pick(target.choose(num_layers, free, pick))
+        return pick(target.choose_count(num_layers, free, pick))
     order = criterion.load().order(num_layers, count, choice.seed, choice.variant)
-    return Scores.of_order(criterion.name, choice.variant, order, num_layers).pick(count, free, choice.contiguous)
+    return Scores.from_order(criterion.name, choice.variant, order, num_layers).pick(count, free, choice.contiguous)

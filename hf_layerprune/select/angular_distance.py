@@ -20,15 +20,15 @@ from .scores import Scores
 class AngularDistance(Observer):
     """Keeps the last token of each row at every layer."""
 
-    def begin(self, alive: Sequence[int], batches: Sequence[Batch]) -> None:
+    def on_pass_begin(self, alive: Sequence[int], batches: Sequence[Batch]) -> None:
         self.alive = tuple(alive)
-        self.ends = [self._last(batches)]
+        self.ends = [self._last_tokens(batches)]
 
-    def end(self, index: int, batches: Sequence[Batch]) -> None:
-        self.ends.append(self._last(batches))
+    def on_layer_end(self, index: int, batches: Sequence[Batch]) -> None:
+        self.ends.append(self._last_tokens(batches))
 
     @staticmethod
-    def _last(batches: Sequence[Batch]) -> torch.Tensor:
+    def _last_tokens(batches: Sequence[Batch]) -> torch.Tensor:
         return F.normalize(torch.cat([batch.hidden[:, -1].double().cpu() for batch in batches]), dim=-1)
 
     def scores(self) -> Scores:

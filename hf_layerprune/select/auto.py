@@ -42,14 +42,14 @@ def choose(
     if choice.repair:
         choice = replace(choice, repair=find_repair(choice.repair).judged_by or choice.repair)
     search = Search(walk, calibration, free, choice)
-    scored = search.blocks(count)
+    scored = search.score_blocks(count)
     sets = dict.fromkeys(sorted(scored, key=scored.__getitem__)[:_SHORT_LIST], BLOCK)
     if choice.contiguous or count == 1:
-        search.lowest(scored, count)  # raises the error that no block may be dropped
-    elif (nested := search.nested_beside(sets, count)) is not None:
+        search.best_block(scored, count)  # raises the error that no block may be dropped
+    elif (nested := search.try_nested(sets, count)) is not None:
         sets.setdefault(nested, GREEDY)
     logger.info("short list: %s", "; ".join(map(format_layers, sets)))
-    judged, rows = search.judge(sets.items()), len(search.judging)
+    judged, rows = search.judge(sets.items()), len(search.judge_rows)
     short_list = [
         {
             "layers": format_layers(one.drop),
@@ -61,7 +61,7 @@ def choose(
     ]
     details = {
         "short_list": short_list,
-        "fitted_rows": len(search.fitting),
+        "fitted_rows": len(search.fit_rows),
         "judged_rows": rows,
         "repair": choice.repair,
     }

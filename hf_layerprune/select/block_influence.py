@@ -26,18 +26,18 @@ class BlockInfluence(Observer):
     def __init__(self, variant: str, num_layers: int) -> None:
         self.variant, self.num_layers = variant, num_layers
 
-    def begin(self, alive: Sequence[int], batches: Sequence[Batch]) -> None:
+    def on_pass_begin(self, alive: Sequence[int], batches: Sequence[Batch]) -> None:
         self.alive = tuple(alive)
         # Sums per layer: cosines and their number, or products and squares.
         self.sums = torch.zeros(self.num_layers, 3, dtype=torch.float64)
 
-    def states(self, index: int, number: int, before: torch.Tensor, after: torch.Tensor) -> None:
+    def on_batch_output(self, index: int, number: int, before: torch.Tensor, after: torch.Tensor) -> None:
         before, after = before.float().flatten(0, -2), after.float().flatten(0, -2)
         if self.variant == ORIGINAL:
             cosines = F.cosine_similarity(before, after, dim=-1)
-            sums: list[Any] = [cosines.sum(dtype=_wide(cosines)), len(cosines), 0]
+            sums: list[Any] = [cosines.sum(dtype=_sum_dtype(cosines)), len(cosines), 0]
         else:
-            sums = [(x * y).sum(dtype=_wide(x)) for x, y in ((before, after), (before, before), (after, after))]
+            sums = [(x * y).sum(dtype=_sum_dtype(x)) for x, y in ((before, after), (before, before), (after, after))]
         self.sums[index] += torch.tensor([float(value) for value in sums], dtype=torch.float64)
 
     def scores(self) -> Scores:
@@ -48,7 +48,7 @@ class BlockInfluence(Observer):
         return Scores("block_influence", self.variant, self.alive, layers=layers)
 
 
-def _wide(tensor: torch.Tensor) -> torch.dtype:
+def _sum_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 

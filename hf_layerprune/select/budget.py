@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Pick = Callable[[CalibrationSet, int], tuple[int, ...]]
-Figures = Mapping[str, float]  # see `Outcome.quality`
+Quality = Mapping[str, float]  # see `Outcome.quality`
 
 
-def check_rows(choice: SelectionOptions, rows: int) -> None:
+def check_budget_rows(choice: SelectionOptions, rows: int) -> None:
     """Refuse a budget for which there are too few calibration rows.
 
     Raises:
@@ -37,28 +37,28 @@ def check_rows(choice: SelectionOptions, rows: int) -> None:
     """
     if choice.budget is not None and held_out_rows(HELD_OUT, rows) < 2:
         raise CutError(
-            f"{_said(choice)} needs a standard error, and so two held-out rows or more; raise calibration_samples to 8"
+            f"{_format_budget(choice)} needs a standard error, and so two held-out rows or more; raise calibration_samples to 8"
         )
 
 
-def room(figures: Figures, budget: str, limit: float) -> float:
+def budget_margin(quality: Quality, budget: str, limit: float) -> float:
     """How far inside a budget a cut is, with its loss and one standard error; negative if it is outside."""
-    figure, error = _limited(figures, budget)
-    return (figure - limit if budget == "min_top1_agreement" else limit - figure) - error
+    value, error = _budgeted_metric(quality, budget)
+    return (value - limit if budget == "min_top1_agreement" else limit - value) - error
 
 
-def _limited(figures: Figures, budget: str) -> tuple[float, float]:
+def _budgeted_metric(quality: Quality, budget: str) -> tuple[float, float]:
     """The figure that a budget limits, and its standard error."""
     name = budget.partition("_")[2]
-    return figures.get(name, math.inf), figures.get(f"{name}_stderr", math.inf)
+    return quality.get(name, math.inf), quality.get(f"{name}_stderr", math.inf)
 
 
-def _spelled(figures: Figures, budget: str) -> str:
-    figure, error = _limited(figures, budget)
-    return f"{figure:.3g} ± {error:.2g}"
+def _format_quality(quality: Quality, budget: str) -> str:
+    value, error = _budgeted_metric(quality, budget)
+    return f"{value:.3g} ± {error:.2g}"
 
 
-def _said(choice: SelectionOptions) -> str:
+def _format_budget(choice: SelectionOptions) -> str:
     return f"{choice.budget}={getattr(choice, str(choice.budget)):g}"
 
 
@@ -75,27 +75,27 @@ def choose(
     """
     budget = str(choice.budget)
     limit: float = getattr(choice, budget)
-    check_rows(choice, len(calibration))
+    check_budget_rows(choice, len(calibration))
     search = Search(walk, calibration, free, choice)
-    most = search.most
+    most = search.max_drop
     if most < 1:
         raise CutError("no layer of this model may be dropped; protect fewer (protect_first, protect_last)")
     depth = max(1, walk.num_layers // 4)
     rounds = depth.bit_length() if pick else 2
-    search.announce("the search within the budget", depth, rounds, depth + rounds)
-    judged: dict[int, tuple[Candidate, Figures]] = {}  # the best cut of each number of layers
+    search.log_estimate("the search within the budget", depth, rounds, depth + rounds)
+    judged: dict[int, tuple[Candidate, Quality]] = {}  # the best cut of each number of layers
 
-    def inside(count: int, found_by: str) -> bool:
+    def fits_budget(count: int, found_by: str) -> bool:
         """Find a set of a size and judge it; the better one of a size is kept."""
         try:
             if pick is not None:
-                drop = pick(search.fitting, count)
+                drop = pick(search.fit_rows, count)
             elif found_by == GREEDY:
                 drop = search.nested(count)
             else:
-                drop = search.lowest(search.blocks(count), count)
+                drop = search.best_block(search.score_blocks(count), count)
             if count in judged and judged[count][0].drop == drop:
-                return room(judged[count][1], budget, limit) >= 0
+                return budget_margin(judged[count][1], budget, limit) >= 0
             (candidate,) = search.judge([(drop, found_by)])
         except CutError as error:
             if count == 1:
@@ -103,79 +103,79 @@ def choose(
             # No set of that size may be dropped, can be repaired, and has a KL.
             logger.info("%s: %s", pluralize(count, "layer"), error)
             return False
-        figures = candidate.outcome.quality(search.dense)
-        logger.info("without %s: %s", describe_layers(candidate.drop), _spelled(figures, budget))
-        left = room(figures, budget, limit)
-        if count not in judged or left > room(judged[count][1], budget, limit):
-            judged[count] = candidate, figures
+        quality = candidate.outcome.quality(search.dense)
+        logger.info("without %s: %s", describe_layers(candidate.drop), _format_quality(quality, budget))
+        left = budget_margin(quality, budget, limit)
+        if count not in judged or left > budget_margin(judged[count][1], budget, limit):
+            judged[count] = candidate, quality
         return left >= 0
 
     if pick is not None:
-        low = _deepest(lambda count: inside(count, str(choice.criterion)), 0, most)
+        low = _search_deepest(lambda count: fits_budget(count, str(choice.criterion)), 0, most)
     else:
         nested = 0
-        while nested < most and inside(nested + 1, GREEDY):
+        while nested < most and fits_budget(nested + 1, GREEDY):
             nested += 1
-        low = _deepest(lambda count: inside(count, BLOCK), nested, most)
+        low = _search_deepest(lambda count: fits_budget(count, BLOCK), nested, most)
         if low == nested > 1:
-            inside(low, BLOCK)
-    rows = len(search.judging)
+            fits_budget(low, BLOCK)
+    rows = len(search.judge_rows)
     if not low:
-        raise _too_strict(choice, *judged[1], rows)
-    candidate, figures = judged[low]
+        raise _too_strict_error(choice, *judged[1], rows)
+    candidate, quality = judged[low]
     why = (
-        f"{describe_layers(candidate.drop)} ({candidate.found_by}): the deepest cut found within {_said(choice)}, at "
-        f"{_spelled(figures, budget)} on {rows} held-out rows"
+        f"{describe_layers(candidate.drop)} ({candidate.found_by}): the deepest cut found within {_format_budget(choice)}, at "
+        f"{_format_quality(quality, budget)} on {rows} held-out rows"
         + (f" after the {choice.repair} repair" if choice.repair else "")
     )
     if low + 1 in judged:
-        why += f"; {low + 1} layers have {_spelled(judged[low + 1][1], budget)}"
+        why += f"; {low + 1} layers have {_format_quality(judged[low + 1][1], budget)}"
     details = {
         "budget": {budget: limit},
-        "curve": [_point(*judged[count]) for count in sorted(judged)],
-        "fitted_rows": len(search.fitting),
+        "curve": [_curve_point(*judged[count]) for count in sorted(judged)],
+        "fitted_rows": len(search.fit_rows),
         "judged_rows": rows,
         "repair": choice.repair,
     }
     return Choice(list(candidate.drop), str(choice.criterion), why, [], details, candidate.repair)
 
 
-def _deepest(inside: Callable[[int], bool], low: int, most: int) -> int:
+def _search_deepest(fits_budget: Callable[[int], bool], low: int, most: int) -> int:
     """The largest number that is inside, where the smaller ones are; `low` is."""
     step = 1
-    while low + step <= most and inside(low + step):
+    while low + step <= most and fits_budget(low + step):
         low, step = low + step, 2 * step
     high = min(low + step, most + 1)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if inside(middle) else (low, middle)
+        low, high = (middle, high) if fits_budget(middle) else (low, middle)
     return low
 
 
-def _point(candidate: Candidate, figures: Figures) -> dict[str, Any]:
+def _curve_point(candidate: Candidate, quality: Quality) -> dict[str, Any]:
     """A cut that was judged, as a point of a curve in records."""
     return {
         "dropped": len(candidate.drop),
         "layers": format_layers(candidate.drop),
         "found_by": candidate.found_by,
-        "repaired" if candidate.repair else "cut": figures,
+        "repaired" if candidate.repair else "cut": quality,
     }
 
 
-def _too_strict(choice: SelectionOptions, candidate: Candidate, figures: Figures, rows: int) -> CutError:
-    said, budget = _said(choice), str(choice.budget)
+def _too_strict_error(choice: SelectionOptions, candidate: Candidate, quality: Quality, rows: int) -> CutError:
+    limit_text, budget = _format_budget(choice), str(choice.budget)
     limit: float = getattr(choice, budget)
-    figure, error = _limited(figures, budget)
+    value, error = _budgeted_metric(quality, budget)
     layer = (
-        f"without layer {format_layers(candidate.drop)}, the best found, it is {_spelled(figures, budget)} on {rows} held-out "
+        f"without layer {format_layers(candidate.drop)}, the best found, it is {_format_quality(quality, budget)} on {rows} held-out "
         "rows"
     )
-    if room(figures, budget, limit) + 2 * error >= 0:
+    if budget_margin(quality, budget, limit) + 2 * error >= 0:
         # The standard error should be less than the gap, and a quarter of the rows is held out.
-        needed = 4 * (math.ceil(rows * (error / max(abs(limit - figure), 1e-12)) ** 2) + 1)
+        needed = 4 * (math.ceil(rows * (error / max(abs(limit - value), 1e-12)) ** 2) + 1)
         return CutError(
-            f"the calibration set is too small to tell whether any layer can go within {said}: {layer}; about "
+            f"the calibration set is too small to tell whether any layer can go within {limit_text}: {layer}; about "
             f"{needed} rows are needed (calibration_samples={needed})"
         )
     way_out = "" if choice.repair else ", or choose a repair"
-    return CutError(f"no layer can go within {said}: {layer}; allow a larger loss{way_out}")
+    return CutError(f"no layer can go within {limit_text}: {layer}; allow a larger loss{way_out}")

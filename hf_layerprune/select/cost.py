@@ -11,15 +11,15 @@ import torch
 from ..calibration.rows import CalibrationSet
 from ..runtime.devices import synchronise
 from ..runtime.walk import LayerWalk
-from .passes import HEAD_TOKENS, batch_rows
+from .passes import HEAD_TOKENS, pick_batch_size
 from .registry import find_criterion
-from .sets import neighbours
+from .sets import consecutive_blocks
 from .trials import Trial, layer_runs
 
 logger = logging.getLogger(__name__)
 
 
-def runs_of(
+def count_runs(
     num_layers: int, criteria: Sequence[str], count: int, lengths: Collection[int] | None = None
 ) -> tuple[int, int]:
     """How often `score_layers` runs a layer and the head over all rows, to drop `count` layers."""
@@ -31,17 +31,17 @@ def runs_of(
     if "repairability" in criteria:  # to fit a map costs about as much as to run a layer
         layers += sum(n - length for length in lengths or [count])
     if "trial" in kinds:
-        sets = [*((i,) for i in range(n)), *(b for size in lengths or () for b in neighbours(range(n), size))]
+        sets = [*((i,) for i in range(n)), *(b for size in lengths or () for b in consecutive_blocks(range(n), size))]
         trials = [Trial(drop) for drop in dict.fromkeys(sets)] + [Trial(())]
         layers, heads = layers + layer_runs(n, trials), heads + len(trials)
     return layers, heads
 
 
-def announce(walk: LayerWalk, text: CalibrationSet, what: str, layers: float, heads: float) -> None:
+def log_estimate(walk: LayerWalk, text: CalibrationSet, what: str, layers: float, heads: float) -> None:
     """Log how long work takes that runs a layer and the head so many times on a row of this text."""
     if not layers:
         return
-    layer, head = _of_a_row(walk, text)
+    layer, head = _time_row(walk, text)
     seconds = layers * layer + heads * head
     if seconds < 90:
         time = f"{max(1, round(seconds))} s"
@@ -54,26 +54,26 @@ def announce(walk: LayerWalk, text: CalibrationSet, what: str, layers: float, he
 def forward_seconds(walk: LayerWalk, length: int) -> float:
     """Seconds that the whole model takes to read a token, from the fastest of a few runs of a layer and the head."""
     text = CalibrationSet.from_ids(torch.arange(8 * length).view(8, length) % 100 + 3, "an estimate")
-    layer, head = map(min, zip(*(_of_a_row(walk, text) for _ in range(3)), strict=True))
+    layer, head = map(min, zip(*(_time_row(walk, text) for _ in range(3)), strict=True))
     return (walk.num_layers * layer + head) / length
 
 
 @torch.no_grad()
-def _of_a_row(walk: LayerWalk, text: CalibrationSet) -> tuple[float, float]:
+def _time_row(walk: LayerWalk, text: CalibrationSet) -> tuple[float, float]:
     """Seconds for a layer and for the head on one row, by a run of each."""
-    rows = batch_rows(text)
+    rows = pick_batch_size(text)
     batch = walk.begin(*next(text.batches(rows)))
     length = batch.input_ids.shape[1]
     with walk.layer(0) as run:
         run(batch.hidden, batch)
-        layer = _timed(lambda: run(batch.hidden, batch), walk.device)
+        layer = _time_call(lambda: run(batch.hidden, batch), walk.device)
     piece = batch.hidden[:1, : min(HEAD_TOKENS, length)]
     walk.logits(piece)
-    head = _timed(lambda: walk.logits(piece).float().logsumexp(-1), walk.device)
+    head = _time_call(lambda: walk.logits(piece).float().logsumexp(-1), walk.device)
     return layer / rows, head * length / piece.shape[1]
 
 
-def _timed(work: Callable[[], object], device: torch.device) -> float:
+def _time_call(work: Callable[[], object], device: torch.device) -> float:
     synchronise(device)
     start = perf_counter()
     work()

@@ -70,17 +70,17 @@ def time_decoding(
     """
     try:
         with moved_to(device, model):
-            return _timed(model, context, batch)
+            return _time_layers(model, context, batch)
     except torch.OutOfMemoryError:
         if device is None or device == model.device:
             raise
     free_memory()
     logger.warning("%s is too small for the whole model, so decoding is timed on %s", device, model.device)
-    return _timed(model, context, batch)
+    return _time_layers(model, context, batch)
 
 
 @torch.no_grad()
-def _timed(model: PreTrainedModel, context: int, batch: int) -> DecodeTimes:
+def _time_layers(model: PreTrainedModel, context: int, batch: int) -> DecodeTimes:
     layers = find_decoder_layers(model).layers
     device = model.device
     starts: list[float] = []
@@ -107,7 +107,7 @@ def _timed(model: PreTrainedModel, context: int, batch: int) -> DecodeTimes:
     with hooked(*hooks), evaluating(model):
         steps = token_times(model, ids, _TOKENS)
     by_kind: dict[Any, list[float]] = defaultdict(list)
-    kinds = [_kind(model, index, layer) for index, layer in enumerate(layers)]
+    kinds = [_layer_kind(model, index, layer) for index, layer in enumerate(layers)]
     for kind, span in zip(kinds, spans, strict=True):
         by_kind[kind] += span[1 + _WARM_UP :]  # the first one is the prompt
     means = {kind: statistics.fmean(times) for kind, times in by_kind.items()}
@@ -116,7 +116,7 @@ def _timed(model: PreTrainedModel, context: int, batch: int) -> DecodeTimes:
     return DecodeTimes(each, max(0.0, statistics.fmean(gaps) - sum(each)), device.type)
 
 
-def _kind(model: PreTrainedModel, index: int, layer: torch.nn.Module) -> tuple[Any, ...]:
+def _layer_kind(model: PreTrainedModel, index: int, layer: torch.nn.Module) -> tuple[Any, ...]:
     """What layers that do the same work have in common."""
     types = getattr(text_config(model.config), "layer_types", None)
     return type(layer), count_parameters(layer), types[index] if types else None

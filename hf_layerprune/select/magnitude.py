@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from .passes import Observer, damaged
+from .passes import Observer, damaged_weights_error
 from .registry import ORIGINAL, Criterion
 from .scores import Scores
 
@@ -27,7 +27,7 @@ class Magnitude(Observer):
         self.sums: list[float | None] = [None] * num_layers
         self.refused: UnsupportedModelError | None = None
 
-    def weights(self, index: int, layer: nn.Module) -> None:
+    def on_layer_weights(self, index: int, layer: nn.Module) -> None:
         total = 0.0
         try:
             matrices = weight_matrices(layer, index)
@@ -37,7 +37,7 @@ class Magnitude(Observer):
         for parameter in matrices:
             size = parameter.detach().float().abs().pow(self.power).sum(dtype=torch.float64).item()
             total += size ** (1 / self.power) if self.variant == ORIGINAL else size
-        if not math.isfinite(total) and (broken := damaged(index, layer)):
+        if not math.isfinite(total) and (broken := damaged_weights_error(index, layer)):
             raise broken
         self.sums[index] = total
 

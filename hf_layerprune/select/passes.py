@@ -17,7 +17,7 @@ from ..errors import CheckpointError
 from ..repair.writers import Run
 from ..runtime.walk import Batch, LayerWalk
 from ..screen import progress_bar
-from .scores import WIDER, Scores
+from .scores import WIDER_DTYPES, Scores
 
 # Tokens per batch: enough to keep the processor busy, few enough to keep a layer's activations small.
 BATCH_TOKENS = 4096
@@ -28,20 +28,20 @@ HEAD_TOKENS = 256
 class Observer:
     """Observes the dense model while it runs. Each criterion overrides the methods it needs."""
 
-    def begin(self, alive: Sequence[int], batches: Sequence[Batch]) -> None:
+    def on_pass_begin(self, alive: Sequence[int], batches: Sequence[Batch]) -> None:
         """Called before the first layer runs, with the layers that will, and all rows with the states that enter it."""
 
-    def weights(self, index: int, layer: nn.Module) -> None:
+    def on_layer_weights(self, index: int, layer: nn.Module) -> None:
         """Called when a layer's weights are loaded; `index` is its index in the base."""
 
-    def watch(self, index: int, layer: nn.Module, run: Run, probe: Batch) -> AbstractContextManager:
+    def watch_layer(self, index: int, layer: nn.Module, run: Run, probe: Batch) -> AbstractContextManager:
         """A context that is active while a layer runs, for hooks; `probe` holds a few tokens for trial runs."""
         return nullcontext()
 
-    def states(self, index: int, number: int, before: torch.Tensor, after: torch.Tensor) -> None:
+    def on_batch_output(self, index: int, number: int, before: torch.Tensor, after: torch.Tensor) -> None:
         """Called after a layer has run on a batch, with the states `[batch, seq, hidden]` before and after it."""
 
-    def end(self, index: int, batches: Sequence[Batch]) -> None:
+    def on_layer_end(self, index: int, batches: Sequence[Batch]) -> None:
         """Called after a layer has run on all batches."""
 
     def scores(self) -> Scores:
@@ -49,7 +49,7 @@ class Observer:
         raise NotImplementedError
 
 
-def batch_rows(calibration: CalibrationSet) -> int:
+def pick_batch_size(calibration: CalibrationSet) -> int:
     """How many rows to run at once."""
     samples, length = calibration.input_ids.shape
     return 1 if calibration.media else max(1, min(BATCH_TOKENS // length, samples))
@@ -65,51 +65,51 @@ def run_pass(
 ) -> None:
     """Run the dense model on the text once, with observers.
 
-    By default, all layers run (`alive`), and batches have as many `rows` as [`batch_rows`] says.
+    By default, all layers run (`alive`), and batches have as many `rows` as [`pick_batch_size`] says.
 
     Raises:
         CheckpointError: The states, or a layer's weights, are not finite.
     """
     alive = range(walk.num_layers) if alive is None else alive
-    batches = [walk.begin(*given) for given in calibration.batches(rows or batch_rows(calibration))]
+    batches = [walk.begin(*given) for given in calibration.batches(rows or pick_batch_size(calibration))]
     probe = walk.begin(*calibration.probe())
     for observer in observers:
-        observer.begin(alive, batches)
+        observer.on_pass_begin(alive, batches)
     for i in progress_bar(alive, desc="running the dense model", unit="layer"):
         layer = walk.layers[i]
         with walk.layer(i) as run:
             for observer in observers:
-                observer.weights(i, layer)
+                observer.on_layer_weights(i, layer)
             with ExitStack() as hooks:
                 for observer in observers:
-                    hooks.enter_context(observer.watch(i, layer, run, probe))
+                    hooks.enter_context(observer.watch_layer(i, layer, run, probe))
                 for number, batch in enumerate(batches):
                     before, batch.hidden = batch.hidden, run(batch.hidden, batch)
                     if not torch.isfinite(batch.hidden).all():
-                        raise not_finite(i, layer, batch.hidden.dtype)
+                        raise not_finite_error(i, layer, batch.hidden.dtype)
                     for observer in observers:
-                        observer.states(i, number, before, batch.hidden)
+                        observer.on_batch_output(i, number, before, batch.hidden)
             probe.hidden = run(probe.hidden, probe)
         for observer in observers:
-            observer.end(i, batches)
+            observer.on_layer_end(i, batches)
 
 
-def not_finite(index: int, layer: nn.Module, dtype: torch.dtype) -> CheckpointError:
+def not_finite_error(index: int, layer: nn.Module, dtype: torch.dtype) -> CheckpointError:
     """The error for a layer that returns non-finite hidden states, with the cause."""
-    if error := damaged(index, layer):
+    if error := damaged_weights_error(index, layer):
         return error
     name = str(dtype).removeprefix("torch.")
     return CheckpointError(
-        f"the hidden states that leave layer {index} are not finite: they overflow {name}; load the model in {WIDER}"
+        f"the hidden states that leave layer {index} are not finite: they overflow {name}; load the model in {WIDER_DTYPES}"
     )
 
 
-def damaged(index: int, layer: nn.Module) -> CheckpointError | None:
+def damaged_weights_error(index: int, layer: nn.Module) -> CheckpointError | None:
     """The error for a layer with weights that are not finite, if it has any."""
     for name, parameter in layer.named_parameters():
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
             why = "the checkpoint is damaged; use an intact copy"
             if parameter.dtype == torch.float16:
-                why = f"they overflow float16, or the checkpoint is damaged; load it in {WIDER}, or use an intact copy"
+                why = f"they overflow float16, or the checkpoint is damaged; load it in {WIDER_DTYPES}, or use an intact copy"
             return CheckpointError(f"layer {index} has weights that are not finite, in {name}: {why}")
     return None

@@ -35,7 +35,7 @@ class Criterion:
         name (`str`): Its name in options and records.
         module (`str`): The module in this package that computes it.
         kind (`str`): One of `KINDS`: what the module defines, and so what the criterion needs.
-        what (`str`): A short description for tables and plots.
+        description (`str`): A short description for tables and plots.
         source (`str`): The publication it comes from.
         unit (`str`): The unit of its scores.
         protect (`tuple[int, int]`, defaults to `(0, 0)`): How many layers at the start and at the end its source
@@ -47,7 +47,7 @@ class Criterion:
     name: str
     module: str
     kind: str
-    what: str
+    description: str
     source: str
     unit: str
     protect: tuple[int, int] = (0, 0)
@@ -62,15 +62,15 @@ class Criterion:
     def load(self) -> ModuleType:
         return import_module(f".{self.module}", __package__)
 
-    def variant(self, asked: str) -> str:
-        """The variant that is computed when `asked` is requested: always `"original"` if there is no other."""
-        return asked if self.has_variant else ORIGINAL
+    def variant(self, requested: str) -> str:
+        """The variant that is computed when `requested` is requested: always `"original"` if there is no other."""
+        return requested if self.has_variant else ORIGINAL
 
-    def tries_blocks(self, contiguous: bool) -> bool:
+    def scores_blocks(self, contiguous: bool) -> bool:
         """Whether it scores each block, instead of adding up the ranks or scores of the layers in it."""
         return self.blocks_only or (contiguous and self.kind == "trial")
 
-    def protection(self, choice: SelectionOptions) -> tuple[int, int]:
+    def protected_ends(self, choice: SelectionOptions) -> tuple[int, int]:
         """How many layers at the start and at the end must stay: as requested, or as in the source."""
         own = self.protect if choice.variant == ORIGINAL else (0, 0)
         first, last = choice.protect_first, choice.protect_last

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..repair.linear import Fit, fit_map
-from ..repair.writers import Run, Writer, find_writers, outputs
+from ..repair.linear import Fit, fit_linear_map
+from ..repair.writers import Run, Writer, find_writers, hook_output
 from ..runtime.walk import Batch
 from .passes import Observer
 from .registry import ORIGINAL, Criterion
@@ -33,14 +33,14 @@ class BlockFit:
     fit: Fit
 
     @contextmanager
-    def applied(self, layer: nn.Module) -> Iterator[None]:
+    def apply(self, layer: nn.Module) -> Iterator[None]:
         """Run the layer as if the map were folded into it."""
         change = self.fit.change
 
         def correct(output: torch.Tensor) -> torch.Tensor:
             return (output.float() + output.float() @ change.to(output.device)).to(output.dtype)
 
-        with outputs(self.writer.last, correct):
+        with hook_output(self.writer.output_module, correct):
             yield
 
 
@@ -60,14 +60,14 @@ class Repairability(Observer):
         self.fits: dict[tuple[int, ...], BlockFit] = {}
         self.shares: dict[tuple[int, ...], float] = {}
 
-    def begin(self, alive: Sequence[int], batches: Sequence[Batch]) -> None:
+    def on_pass_begin(self, alive: Sequence[int], batches: Sequence[Batch]) -> None:
         self.alive = tuple(alive)
         self.position = {layer: position for position, layer in enumerate(alive)}
         # By the position where a block may start: the module before it, its outputs, and the hidden states.
         self.starts: dict[int, tuple[Writer, list[torch.Tensor], list[torch.Tensor]]] = {}
 
     @contextmanager
-    def watch(self, index: int, layer: nn.Module, run: Run, probe: Batch) -> Iterator[None]:
+    def watch_layer(self, index: int, layer: nn.Module, run: Run, probe: Batch) -> Iterator[None]:
         """Record the outputs of the module that a map would be folded into."""
         # A map of what a norm divides again is not linear: it estimates what a repair gains, but has no score.
         writers = [writer for writer in find_writers(layer, run, probe) if writer.norm is None or self.keep]
@@ -76,10 +76,10 @@ class Repairability(Observer):
         if self.writer is None:
             yield
             return
-        with outputs(self.writer.last, lambda output: self.features.append(output.clone())):
+        with hook_output(self.writer.output_module, lambda output: self.features.append(output.clone())):
             yield
 
-    def end(self, index: int, batches: Sequence[Batch]) -> None:
+    def on_layer_end(self, index: int, batches: Sequence[Batch]) -> None:
         """Fit the blocks that end at this layer, and keep the states for blocks that start after it."""
         last = self.position[index]
         for length in self.lengths:
@@ -104,7 +104,7 @@ class Repairability(Observer):
             (feature.view_as(state).float() * writer.gain, batch.hidden.float() - state.float())
             for feature, state, batch in zip(features, states, batches, strict=True)
         )
-        fit = fit_map(pairs, len(batches))
+        fit = fit_linear_map(pairs, len(batches))
         self.shares[block] = fit.unexplained
         if self.keep:
             self.fits[block] = BlockFit(before, writer, replace(fit, change=fit.change.float()))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,10 +22,10 @@ from ..runtime.walk import LayerWalk
 from . import budget
 from .passes import Observer, run_pass
 from .registry import ALL, CRITERIA, ORIGINAL, PAPER, VARIANTS, Criterion, find_criterion
-from .scores import NOT_COMPARABLE, Choice, Scores, comparable
-from .sets import check_lengths, drop_count, free_layers, neighbours, rounds
+from .scores import NOT_COMPARABLE, Choice, Scores, drop_non_finite
+from .sets import check_lengths, consecutive_blocks, drop_count, free_layers, split_rounds
 from .targets import Target
-from .trials import Trial, try_out
+from .trials import Trial, evaluate_trials
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,7 +42,7 @@ def score_layers(
     variant: str = ORIGINAL,
     drop: float | int = 0.25,
     lengths: Collection[int] | None = None,
-    gone: Collection[int] = (),
+    dropped: Collection[int] = (),
     seed: int = 42,
 ) -> dict[str, Scores]:
     """Score the layers of a model by several criteria, sharing work between them.
@@ -57,7 +57,7 @@ def score_layers(
         lengths (`Collection[int]`, *optional*): Score blocks of these lengths, also by perplexity and KL. By default
             only repairability and angular distance score blocks: repairability those of `drop` layers, angular
             distance those of any length.
-        gone (`Collection[int]`): Layers that have already been dropped.
+        dropped (`Collection[int]`): Layers that were dropped before.
         seed (`int`, defaults to 42): For criteria that draw random numbers.
 
     Returns:
@@ -73,28 +73,29 @@ def score_layers(
     wanted = [find_criterion(name) for name in dict.fromkeys(criteria)]
     if any(criterion.kind == "choice" for criterion in wanted):
         raise CutError("criterion 'auto' gives no scores; use choose_layers")
-    layers = _layers(model)
+    layers = _decoder_layers(model)
     num_layers, count = len(layers), drop_count(drop, len(layers))
-    alive = [i for i in range(num_layers) if i not in set(gone)]
+    alive = [i for i in range(num_layers) if i not in set(dropped)]
     lengths = sorted(lengths or ())
     check_lengths(lengths, len(alive))
     scores: dict[str, Scores] = {}
     observers: dict[str, Observer] = {}
     trials: list[Criterion] = []
-    later: dict[str, Callable[[], Scores]] = {}  # may find that the model has no scores, or that memory is too small
+    # These may find that the model has no scores, or that memory is too small.
+    deferred: dict[str, Callable[[], Scores]] = {}
     if by_text := [criterion for criterion in wanted if criterion.needs == "text"]:
-        walk, text = _walk(model), _text(calibration, by_text[0])
+        walk, text = _as_walk(model), _require_text(calibration, by_text[0])
         check_vocabulary(text, walk.model)
     for criterion in wanted:
         module, name, own = criterion.load(), criterion.name, criterion.variant(variant)
         if criterion.kind == "count":
             order = [i for i in module.order(num_layers, count, seed, variant) if i in alive]
-            scores[name] = Scores.of_order(name, own, order, num_layers)
+            scores[name] = Scores.from_order(name, own, order, num_layers)
         elif criterion.kind in ("weights", "states"):
             observers[name] = module.observer(criterion, own, num_layers, lengths or [count])
-            later[name] = observers[name].scores
+            deferred[name] = observers[name].scores
         elif criterion.kind == "passes":
-            later[name] = partial(module.score, walk, text, own, alive)
+            deferred[name] = partial(module.score, walk, text, own, alive)
         else:
             trials.append(criterion)
     if any(criterion.kind == "states" for criterion in wanted):
@@ -103,10 +104,10 @@ def score_layers(
         with torch.no_grad():
             for i in alive:
                 for observer in observers.values():
-                    observer.weights(i, layers[i])
+                    observer.on_layer_weights(i, layers[i])
     if trials:
-        later |= _by_trial(walk, text, trials, variant, alive, lengths)
-    for name, compute in later.items():
+        deferred |= _score_by_trial(walk, text, trials, variant, alive, lengths)
+    for name, compute in deferred.items():
         try:
             scores[name] = compute()
         except (UnsupportedModelError, CutError) as error:
@@ -117,7 +118,7 @@ def score_layers(
     return {criterion.name: scores[criterion.name] for criterion in wanted}
 
 
-def _by_trial(
+def _score_by_trial(
     walk: LayerWalk,
     text: CalibrationSet,
     criteria: Sequence[Criterion],
@@ -126,15 +127,15 @@ def _by_trial(
     lengths: Sequence[int],
 ) -> dict[str, Callable[[], Scores]]:
     """What computes the scores by criteria that run the model without a layer or a block, which it has done here."""
-    gone = set(range(walk.num_layers)).difference(alive)
+    dropped = set(range(walk.num_layers)).difference(alive)
     sets: list[tuple[int, ...]] = [(i,) for i in alive] if 1 not in lengths else []
     for length in lengths:
-        sets += neighbours(alive, length)
-    outcomes = try_out(walk, text, [Trial(tuple(sorted(gone.union(layers)))) for layers in sets])
+        sets += consecutive_blocks(alive, length)
+    outcomes = evaluate_trials(walk, text, [Trial(tuple(sorted(dropped.union(layers)))) for layers in sets])
 
     def scores(criterion: Criterion) -> Scores:
         values = {drop: getattr(outcome, criterion.name) for drop, outcome in zip(sets, outcomes, strict=True)}
-        values = comparable(walk, criterion.name, values)
+        values = drop_non_finite(walk, criterion.name, values)
         if {len(drop) for drop in values} != {len(drop) for drop in sets}:
             raise CutError(NOT_COMPARABLE)
         by_layer = [values.get((i,)) for i in range(walk.num_layers)]
@@ -171,37 +172,37 @@ def choose_layers(
         CheckpointError: The calibration set belongs to another model, or a score is not finite.
         UnsupportedModelError: The model's layers can't be run one at a time.
     """
-    criterion, num_layers = find_criterion(choice.criterion), len(_layers(model))
+    criterion, num_layers = find_criterion(choice.criterion), len(_decoder_layers(model))
     count = 1 if choice.drop is None else drop_count(choice.drop, num_layers)
-    free = free_layers(num_layers, count, *criterion.protection(choice), protected)
+    free = free_layers(num_layers, count, *criterion.protected_ends(choice), protected)
     if choice.budget is not None or criterion.needs == "text":
-        model = _walk(model)
+        model = _as_walk(model)
 
-    def of(count: int, text: CalibrationSet | None = calibration) -> Choice:
+    def choose(count: int, text: CalibrationSet | None = calibration) -> Choice:
         return choose_layers(model, text, copy_fields(CutOptions, choice, **drop_exactly(count)), protected=protected)
 
     if choice.target is not None:
         dense, device = (model.model, model.device) if isinstance(model, LayerWalk) else (model, None)
-        target = target or Target.of(choice, dense.config, dense.name_or_path, model=dense, device=device)
+        target = target or Target.from_options(choice, dense.config, dense.name_or_path, model=dense, device=device)
         assert target is not None, "there is one"
-        made: dict[int, Choice] = {}
+        choices: dict[int, Choice] = {}
 
         def pick(count: int) -> list[int]:
-            made[count] = of(count)
-            return made[count].drop_layers
+            choices[count] = choose(count)
+            return choices[count].drop_layers
 
-        chosen = made[target.choose(num_layers, free, pick)]
+        chosen = choices[target.choose_count(num_layers, free, pick)]
         chosen.details["target"] = target.record(chosen.drop_layers)
         return chosen
     if choice.budget is not None:
-        by_criterion = None if criterion.kind == "choice" else lambda text, count: tuple(of(count, text).drop_layers)
-        return budget.choose(_walk(model), _text(calibration, criterion), free, choice, by_criterion)
+        by_criterion = None if criterion.kind == "choice" else lambda text, n: tuple(choose(n, text).drop_layers)
+        return budget.choose(_as_walk(model), _require_text(calibration, criterion), free, choice, by_criterion)
     if criterion.kind == "choice":
-        return criterion.load().choose(model, _text(calibration, criterion), count, free, choice)
-    return _in_rounds(model, calibration, criterion, choice, count, free)
+        return criterion.load().choose(model, _require_text(calibration, criterion), count, free, choice)
+    return _choose_in_rounds(model, calibration, criterion, choice, count, free)
 
 
-def _in_rounds(
+def _choose_in_rounds(
     model: PreTrainedModel | LayerWalk,
     calibration: CalibrationSet | None,
     criterion: Criterion,
@@ -209,32 +210,32 @@ def _in_rounds(
     count: int,
     free: set[int],
 ) -> Choice:
-    shares, gone, looked_at = rounds(count, choice.steps), list[int](), list[Scores]()
+    shares, dropped, all_scores = split_rounds(count, choice.steps), list[int](), list[Scores]()
+    options: dict[str, Any] = {"variant": choice.variant, "seed": choice.seed}
     for share in shares:
-        names, lengths = [criterion.name], [share] if criterion.tries_blocks(choice.contiguous) else None
-        (scores,) = score_layers(
-            model, calibration, names, variant=choice.variant, drop=share, lengths=lengths, gone=gone, seed=choice.seed
-        ).values()
-        looked_at.append(scores)
-        gone = sorted([*gone, *scores.pick(share, free - set(gone), choice.contiguous)])
+        names, lengths = [criterion.name], [share] if criterion.scores_blocks(choice.contiguous) else None
+        scored = score_layers(model, calibration, names, drop=share, lengths=lengths, dropped=dropped, **options)
+        (scores,) = scored.values()
+        all_scores.append(scores)
+        dropped = sorted([*dropped, *scores.pick(share, free - set(dropped), choice.contiguous)])
     kind = "layers"
     if criterion.blocks_only or choice.contiguous:
         kind = "block" if len(shares) == 1 else "blocks"
     computed = f" as {CRITERIA['random'].source} computed it" if criterion.variant(choice.variant) == PAPER else ""
     how = f", in {len(shares)} rounds" if len(shares) > 1 else ""
-    why = f"{describe_layers(gone)}: the {kind} with the lowest {criterion.name}{computed}{how}"
-    return Choice(gone, criterion.name, why, looked_at)
+    why = f"{describe_layers(dropped)}: the {kind} with the lowest {criterion.name}{computed}{how}"
+    return Choice(dropped, criterion.name, why, all_scores)
 
 
-def _text(calibration: CalibrationSet | None, criterion: Criterion) -> CalibrationSet:
+def _require_text(calibration: CalibrationSet | None, criterion: Criterion) -> CalibrationSet:
     if calibration is None:
         raise CutError(f"criterion {criterion.name!r} needs text; pass a calibration set")
     return calibration
 
 
-def _walk(model: PreTrainedModel | LayerWalk) -> LayerWalk:
+def _as_walk(model: PreTrainedModel | LayerWalk) -> LayerWalk:
     return model if isinstance(model, LayerWalk) else LayerWalk(model)
 
 
-def _layers(model: PreTrainedModel | LayerWalk) -> nn.ModuleList:
+def _decoder_layers(model: PreTrainedModel | LayerWalk) -> nn.ModuleList:
     return model.layers if isinstance(model, LayerWalk) else find_decoder_layers(model).layers

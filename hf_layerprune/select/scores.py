@@ -21,29 +21,31 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # The types that hold what overflows float16, for messages.
-WIDER = "bfloat16 or float32 (--dtype of rank or prune)"
-NOT_COMPARABLE = f"every cut of this size that was tried overflows the model's data type; load it in {WIDER}"
+WIDER_DTYPES = "bfloat16 or float32 (--dtype of rank or prune)"
+NOT_COMPARABLE = f"every cut of this size that was tried overflows the model's data type; load it in {WIDER_DTYPES}"
 
 
 # The cuts that a warning has named, by the model that was walked.
-_NAMED: WeakKeyDictionary[LayerWalk, list[tuple[int, ...]]] = WeakKeyDictionary()
+_WARNED: WeakKeyDictionary[LayerWalk, list[tuple[int, ...]]] = WeakKeyDictionary()
 
 
-def comparable(walk: LayerWalk, criterion: str, cuts: Mapping[tuple[int, ...], float]) -> dict[tuple[int, ...], float]:
+def drop_non_finite(
+    walk: LayerWalk, criterion: str, cuts: Mapping[tuple[int, ...], float]
+) -> dict[tuple[int, ...], float]:
     """The numbers of those cuts that have one. A warning names the others, which are not chosen.
 
     It does so once, and leaves out cuts that drop all layers of one that was named, as a search tries many of them.
     """
     found = {cut: value for cut, value in cuts.items() if math.isfinite(value)}
-    named, lost = _NAMED.setdefault(walk, []), list[tuple[int, ...]]()
+    named, newly_lost = _WARNED.setdefault(walk, []), list[tuple[int, ...]]()
     for cut in sorted(cuts.keys() - found, key=lambda cut: (len(cut), cut)):
         if not any(set(cut).issuperset(known) for known in named):
             named.append(cut)
-            lost.append(cut)
-    if lost:
+            newly_lost.append(cut)
+    if newly_lost:
         logger.warning(
             "cuts whose %s is not finite are not chosen: %s; without these layers, the model overflows its data type, unlike in "
-            "%s", criterion, "; ".join(map(format_layers, lost)), WIDER,
+            "%s", criterion, "; ".join(map(format_layers, newly_lost)), WIDER_DTYPES,
         )  # fmt: skip
     return found
 
@@ -74,11 +76,11 @@ class Scores:
             if score is not None and not math.isfinite(score):
                 raise CheckpointError(
                     f"{self.criterion} gives {describe_layers(block)} the score {score}: weights outside the layers are damaged, or "
-                    f"the model overflows its data type; use an intact copy, or {WIDER}"
+                    f"the model overflows its data type; use an intact copy, or {WIDER_DTYPES}"
                 )
 
     @classmethod
-    def of_order(cls, criterion: str, variant: str, order: Sequence[int], num_layers: int) -> Scores:
+    def from_order(cls, criterion: str, variant: str, order: Sequence[int], num_layers: int) -> Scores:
         """The ranks of layers, of which the first are dropped first, as scores."""
         ranks = {layer: float(rank) for rank, layer in enumerate(order)}
         return cls(criterion, variant, tuple(sorted(order)), layers=[ranks.get(i) for i in range(num_layers)])

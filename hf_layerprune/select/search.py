@@ -29,14 +29,14 @@ from ..layer_ranges import find_blocks, format_layers
 from ..options import pluralize
 from ..repair.fit import Repair, fit_repair
 from ..repair.registry import find_repair
-from ..repair.writers import swapped
+from ..repair.writers import swap_parameters
 from ..runtime.walk import LayerWalk
-from .cost import announce
+from .cost import log_estimate
 from .passes import run_pass
 from .repairability import BlockFit, Repairability
-from .scores import NOT_COMPARABLE, comparable
-from .sets import lowest_block, neighbours
-from .trials import Outcome, Trial, try_out
+from .scores import NOT_COMPARABLE, drop_non_finite
+from .sets import consecutive_blocks, lowest_block
+from .trials import Outcome, Trial, evaluate_trials
 
 if TYPE_CHECKING:
     from ..options import SelectionOptions
@@ -46,9 +46,9 @@ logger = logging.getLogger(__name__)
 HELD_OUT = 0.25
 BLOCK, GREEDY = "best block", "greedy"  # what found a set
 # The most rows: to fit maps to, to try blocks on, and to try the steps of nested sets on.
-_MAP_ROWS, _TRY_ROWS, _STEP_ROWS = 48, 8, 2
+_MAX_MAP_ROWS, _MAX_TRIAL_ROWS, _MAX_STEP_ROWS = 48, 8, 2
 _TOKENS_PER_DIMENSION = 8
-_JUDGED = 3  # how many sets are judged where the best ones overflow
+_MAX_JUDGED = 3  # how many sets are judged where the best ones overflow
 
 
 @dataclass(frozen=True)
@@ -95,20 +95,20 @@ class Search:
                 "a search holds out a quarter of the calibration rows; raise calibration_samples to 4 or more"
             )
         self.walk, self.repair, self.contiguous = walk, choice.repair, choice.contiguous
-        self.fitting, self.judging = calibration.split(HELD_OUT)
-        self._in_front = bool(choice.repair and find_repair(choice.repair).in_front)
+        self.fit_rows, self.judge_rows = calibration.split(HELD_OUT)
+        self._needs_layer_before = bool(choice.repair and find_repair(choice.repair).needs_layer_before)
         # The map needs a layer in front.
-        self.free = {i for i in free if i or not self._in_front}
-        self._mapping, self._trying = self.fitting.split(min(0.34, _TRY_ROWS / len(self.fitting)))
+        self.free = {i for i in free if i or not self._needs_layer_before}
+        self._map_rows, self._trial_rows = self.fit_rows.split(min(0.34, _MAX_TRIAL_ROWS / len(self.fit_rows)))
         self._warn_of_few_tokens()
         self.steps = list(found)
         self._fits: dict[tuple[int, ...], BlockFit | None] = {}
-        self._lost = False  # whether one of the sets that were tried last had no KL
+        self._any_lost = False  # whether one of the sets that were tried last had no KL
 
     @cached_property
     def dense(self) -> Outcome:
         """The dense model on the rows for judging."""
-        return try_out(self.walk, self.judging, [Trial(())])[0]
+        return evaluate_trials(self.walk, self.judge_rows, [Trial(())])[0]
 
     def nested(self, count: int) -> tuple[int, ...]:
         """The set of a size among sets each of which contains the one before.
@@ -117,15 +117,17 @@ class Search:
             CutError: There is none.
         """
         while len(self.steps) < count:
-            self.steps.append(self._next())
+            self.steps.append(self._next_layer())
         return tuple(sorted(self.steps[:count]))
 
-    def blocks(self, count: int) -> dict[tuple[int, ...], float]:
+    def score_blocks(self, count: int) -> dict[tuple[int, ...], float]:
         """KL of every block of a length on a few rows, with its map if a fitted repair will follow."""
-        every = [block for block in neighbours(range(self.walk.num_layers), count) if self.free.issuperset(block)]
-        return {block: one.kl for block, one in self._tried(every, _TRY_ROWS).items()}
+        every = [
+            block for block in consecutive_blocks(range(self.walk.num_layers), count) if self.free.issuperset(block)
+        ]
+        return {block: one.kl for block, one in self._try_sets(every, _MAX_TRIAL_ROWS).items()}
 
-    def nested_beside(self, found: Collection[tuple[int, ...]], count: int) -> tuple[int, ...] | None:
+    def try_nested(self, found: Collection[tuple[int, ...]], count: int) -> tuple[int, ...] | None:
         """The nested set of a size; `None` where the search for it is stuck, and other sets were found."""
         try:
             return self.nested(count)
@@ -134,26 +136,26 @@ class Search:
                 raise
             return None
 
-    def best(self, count: int) -> dict[tuple[int, ...], str]:
+    def best_sets(self, count: int) -> dict[tuple[int, ...], str]:
         """The sets of a size and what found them, the best on the rows for trying first.
 
         Raises:
             CutError: No set of that size may be dropped.
         """
-        scored = self.blocks(count)
+        scored = self.score_blocks(count)
         if self.contiguous or count == 1:
-            self.lowest(scored, count)
+            self.best_block(scored, count)
         found = dict.fromkeys(sorted(scored, key=scored.__getitem__), BLOCK)
-        nested = None if self.contiguous or count == 1 else self.nested_beside(found, count)
+        nested = None if self.contiguous or count == 1 else self.try_nested(found, count)
         if nested is None:
             return found
         if found and nested != (block := next(iter(found))):
-            one = self._tried([nested], _TRY_ROWS).get(nested)
+            one = self._try_sets([nested], _MAX_TRIAL_ROWS).get(nested)
             if one is None or one.kl >= scored[block]:
                 return found
         return {nested: GREEDY} | {drop: by for drop, by in found.items() if drop != nested}
 
-    def point(self, count: int) -> dict[str, Any]:
+    def find_point(self, count: int) -> dict[str, Any]:
         """Find and judge the best set of a size.
 
         Returns:
@@ -163,24 +165,28 @@ class Search:
         Raises:
             CutError: There is none.
         """
-        for drop, found_by in islice(self.best(count).items(), _JUDGED):
+        for drop, found_by in islice(self.best_sets(count).items(), _MAX_JUDGED):
             repair = self.fit(drop)
-            trials = {"cut": Trial(drop)} | ({"repaired": Trial(drop, changes_of(repair))} if repair else {})
-            found = dict(zip(trials, try_out(self.walk, self.judging, list(trials.values())), strict=True))
+            trials = {"cut": Trial(drop)} | ({"repaired": Trial(drop, repair_changes(repair))} if repair else {})
+            found = dict(zip(trials, evaluate_trials(self.walk, self.judge_rows, list(trials.values())), strict=True))
             states = {name: one.quality(self.dense) for name, one in found.items() if math.isfinite(one.kl)}
             if states:
                 return {"dropped": count, "layers": format_layers(drop), "found_by": found_by, **states}
         raise CutError(NOT_COMPARABLE)
 
-    def lowest(self, scores: Mapping[tuple[int, ...], float], count: int) -> tuple[int, ...]:
-        """The block of a length with the lowest score, of those that [`blocks`] gave one.
+    def best_block(self, scores: Mapping[tuple[int, ...], float], count: int) -> tuple[int, ...]:
+        """The block of a length with the lowest score, of those that [`score_blocks`] gave one.
 
         Raises:
             CutError: There is none.
         """
-        if not scores and self._lost:
+        if not scores and self._any_lost:
             raise CutError(NOT_COMPARABLE)
-        if not scores and self._in_front and any(end - start >= count for start, end in find_blocks(self.free)):
+        if (
+            not scores
+            and self._needs_layer_before
+            and any(end - start >= count for start, end in find_blocks(self.free))
+        ):
             raise CutError(
                 f"no block of {pluralize(count, 'layer')} can be repaired: no layer in front of one has an output projection that "
                 f"repair={self.repair!r} could change; {UNREPAIRABLE}"
@@ -200,8 +206,8 @@ class Search:
             raise CutError(
                 f"repair={self.repair!r} works for none of the candidates on the short list; leave it out (repair=None)"
             )
-        trials = {drop: Trial(drop, changes_of(repair) if repair else {}) for drop, _, repair in fitted}
-        outcomes = self._outcomes(self.judging, trials)
+        trials = {drop: Trial(drop, repair_changes(repair) if repair else {}) for drop, _, repair in fitted}
+        outcomes = self._evaluate(self.judge_rows, trials)
         if not outcomes:
             raise CutError(NOT_COMPARABLE)
         candidates = [Candidate(drop, by, outcomes[drop], repair) for drop, by, repair in fitted if drop in outcomes]
@@ -210,26 +216,26 @@ class Search:
     def fit(self, drop: tuple[int, ...]) -> Repair | None:
         """The repair that a set would get; `None` where none will follow, or none can be fitted."""
         try:
-            return fit_repair(self.walk, drop, self.fitting, self.repair) if self.repair else None
+            return fit_repair(self.walk, drop, self.fit_rows, self.repair) if self.repair else None
         except CutError:  # no projection to fold a map into before one of its blocks
             return None
 
-    def announce(self, what: str, depth: int, rounds: int, judged: int) -> None:
+    def log_estimate(self, what: str, depth: int, rounds: int, judged: int) -> None:
         """Log about how long a search takes.
 
         It finds nested sets of up to `depth` layers, tries all blocks of as many lengths as there are rounds, and
         judges some sets.
         """
         n, nested = self.walk.num_layers, 0 if self.contiguous else depth
-        mapping = min(_MAP_ROWS, len(self._mapping)) * n if self._in_front else 0
-        steps = nested * (mapping + n * n // 2 * min(_STEP_ROWS, len(self._trying)))
-        tries = 2 * mapping + n * n // 2 * min(_TRY_ROWS, len(self._trying))
-        judging = n * (len(self.fitting) * bool(self.repair) + 2 * len(self.judging))
-        runs = steps + rounds * tries + judged * judging
-        announce(self.walk, self.judging, what, 1.3 * runs, 0)  # the head takes its share
+        mapping = min(_MAX_MAP_ROWS, len(self._map_rows)) * n if self._needs_layer_before else 0
+        steps = nested * (mapping + n * n // 2 * min(_MAX_STEP_ROWS, len(self._trial_rows)))
+        tries = 2 * mapping + n * n // 2 * min(_MAX_TRIAL_ROWS, len(self._trial_rows))
+        judge_runs = n * (len(self.fit_rows) * bool(self.repair) + 2 * len(self.judge_rows))
+        runs = steps + rounds * tries + judged * judge_runs
+        log_estimate(self.walk, self.judge_rows, what, 1.3 * runs, 0)  # the head takes its share
 
     @property
-    def most(self) -> int:
+    def max_drop(self) -> int:
         """The most layers that may be dropped."""
         longest = max((end - start for start, end in find_blocks(self.free)), default=0)
         return min(longest if self.contiguous else len(self.free), self.walk.num_layers - 1)
@@ -238,71 +244,71 @@ class Search:
 
     def _warn_of_few_tokens(self) -> None:
         """A map that is fitted to hardly more tokens than it is wide tells little about a set."""
-        tokens = self._mapping.first(_MAP_ROWS).tokens
+        tokens = self._map_rows.first(_MAX_MAP_ROWS).tokens
         width = text_config(self.walk.model.config).hidden_size
-        if self._in_front and tokens < _TOKENS_PER_DIMENSION * width:
-            rows = math.ceil(len(self.fitting) / (1 - HELD_OUT) * _TOKENS_PER_DIMENSION * width / tokens)
+        if self._needs_layer_before and tokens < _TOKENS_PER_DIMENSION * width:
+            rows = math.ceil(len(self.fit_rows) / (1 - HELD_OUT) * _TOKENS_PER_DIMENSION * width / tokens)
             logger.warning(
                 "sets of layers are compared by maps of width %d that are fitted to %d tokens, which is few; "
                 "calibration_samples=%d would choose more reliably", width, tokens, rows,
             )  # fmt: skip
 
-    def _next(self) -> int:
+    def _next_layer(self) -> int:
         """The layer to drop next."""
-        gone = set(self.steps)
-        left = sorted(self.free - gone)
-        if self.contiguous and gone:
-            left = [i for i in left if i in (min(gone) - 1, max(gone) + 1)]
-        if not left or len(gone) + 1 >= self.walk.num_layers:
+        dropped = set(self.steps)
+        left = sorted(self.free - dropped)
+        if self.contiguous and dropped:
+            left = [i for i in left if i in (min(dropped) - 1, max(dropped) + 1)]
+        if not left or len(dropped) + 1 >= self.walk.num_layers:
             raise CutError(
-                f"no more than {pluralize(len(gone), 'layer')} may be dropped from this model; drop fewer, or protect fewer"
+                f"no more than {pluralize(len(dropped), 'layer')} may be dropped from this model; drop fewer, or protect fewer"
             )
-        tried = self._tried([tuple(sorted((*gone, i))) for i in left], _STEP_ROWS)
+        tried = self._try_sets([tuple(sorted((*dropped, i))) for i in left], _MAX_STEP_ROWS)
         if not tried:
             raise CutError(
                 NOT_COMPARABLE
-                if self._lost
+                if self._any_lost
                 else f"repair={self.repair!r} works for none of the layers that are left; leave it out (repair=None)"
             )
         best = min(tried, key=lambda drop: tried[drop].kl)
-        (step,) = set(best) - gone
-        gone.add(step)
+        (step,) = set(best) - dropped
+        dropped.add(step)
         # Free the maps of blocks that can't be needed again.
-        self._fits = {b: fit for b, fit in self._fits.items() if len(b) == 1 or not gone.isdisjoint(b)}
+        self._fits = {b: fit for b, fit in self._fits.items() if len(b) == 1 or not dropped.isdisjoint(b)}
         return step
 
-    def _tried(self, sets: Iterable[tuple[int, ...]], rows: int) -> dict[tuple[int, ...], Outcome]:
+    def _try_sets(self, sets: Iterable[tuple[int, ...]], rows: int) -> dict[tuple[int, ...], Outcome]:
         """Outcomes on a few rows, with maps, of the sets that can be repaired."""
         runs = {drop: [tuple(range(*run)) for run in find_blocks(drop)] for drop in sets}
-        if self._in_front:
-            self._fit({block for each in runs.values() for block in each})
+        if self._needs_layer_before:
+            self._fit_maps({block for each in runs.values() for block in each})
         trials: dict[tuple[int, ...], Trial] = {}
         for drop, each in runs.items():
-            fits = [self._fits[block] for block in each] if self._in_front else []
-            changes = {fit.before: fit.applied for fit in fits if fit is not None}
+            fits = [self._fits[block] for block in each] if self._needs_layer_before else []
+            changes = {fit.before: fit.apply for fit in fits if fit is not None}
             if len(changes) == len(fits):
                 trials[drop] = Trial(drop, changes)
-        self._lost = False
-        return self._outcomes(self._trying.first(rows), trials) if trials else {}
+        self._any_lost = False
+        return self._evaluate(self._trial_rows.first(rows), trials) if trials else {}
 
-    def _outcomes(
+    def _evaluate(
         self, text: CalibrationSet, trials: Mapping[tuple[int, ...], Trial]
     ) -> dict[tuple[int, ...], Outcome]:
         """The outcome of each set whose KL can be compared."""
-        found = dict(zip(trials, try_out(self.walk, text, list(trials.values())), strict=True))
-        kls = comparable(self.walk, "kl", {drop: one.kl for drop, one in found.items()})
-        self._lost = len(kls) < len(found)
+        found = dict(zip(trials, evaluate_trials(self.walk, text, list(trials.values())), strict=True))
+        kls = drop_non_finite(self.walk, "kl", {drop: one.kl for drop, one in found.items()})
+        self._any_lost = len(kls) < len(found)
         return {drop: found[drop] for drop in kls}
 
-    def _fit(self, wanted: Collection[tuple[int, ...]]) -> None:
+    def _fit_maps(self, wanted: Collection[tuple[int, ...]]) -> None:
         """Fit the maps that are missing, all in one pass over the dense model."""
         missing = {block for block in wanted if block not in self._fits}
         if missing:
             observer = Repairability({len(block) for block in missing}, only=missing, keep=True)
-            run_pass(self.walk, self._mapping.first(_MAP_ROWS), [observer])
+            run_pass(self.walk, self._map_rows.first(_MAX_MAP_ROWS), [observer])
             self._fits |= {block: observer.fits.get(block) for block in missing}
 
 
-def changes_of(repair: Repair) -> dict[int, Callable[[nn.Module], AbstractContextManager]]:
+def repair_changes(repair: Repair) -> dict[int, Callable[[nn.Module], AbstractContextManager]]:
     """A repair as the `changes` of a [`~trials.Trial`]."""
-    return {index: partial(swapped, values=values) for index, values in repair.by_layer().items()}
+    return {index: partial(swap_parameters, values=values) for index, values in repair.by_layer().items()}

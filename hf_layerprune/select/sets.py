@@ -61,7 +61,7 @@ def free_layers(
     return free
 
 
-def neighbours(layers: Sequence[int], length: int) -> list[tuple[int, ...]]:
+def consecutive_blocks(layers: Sequence[int], length: int) -> list[tuple[int, ...]]:
     """Every block of `length` consecutive entries of `layers`."""
     return [tuple(layers[start : start + length]) for start in range(len(layers) - length + 1)]
 
@@ -100,14 +100,14 @@ def lowest_block(scores: Mapping[tuple[int, ...], float], count: int, free: Coll
 def block_sums(scores: Sequence[float | None], layers: Sequence[int], count: int) -> dict[tuple[int, ...], float]:
     """Scores of blocks as sums of their layers' scores, for criteria that score single layers."""
     sums = {}
-    for block in neighbours(layers, count):
+    for block in consecutive_blocks(layers, count):
         known = [score for i in block if (score := scores[i]) is not None]
         if len(known) == len(block):
             sums[block] = sum(known)
     return sums
 
 
-def rounds(count: int, steps: int) -> list[int]:
+def split_rounds(count: int, steps: int) -> list[int]:
     """How many layers to drop in each round: as even as possible, larger rounds first."""
     steps = min(steps, count)
     return [count // steps + (i < count % steps) for i in range(steps)]

@@ -50,7 +50,7 @@ class Target:
     device: str | None = None
 
     @classmethod
-    def of(
+    def from_options(
         cls,
         choice: SelectionOptions,
         config: PreTrainedConfig,
@@ -94,11 +94,11 @@ class Target:
             lambda t: f"{times.total / t:.3g}{_FASTER}", times.device,
         )  # fmt: skip
 
-    def met_by(self, drop: Sequence[int]) -> bool:
+    def is_met_by(self, drop: Sequence[int]) -> bool:
         """Whether a cut meets it."""
         return self.left(drop) <= self.limit
 
-    def choose(self, num_layers: int, free: Collection[int], pick: Callable[[int], Sequence[int]]) -> int:
+    def choose_count(self, num_layers: int, free: Collection[int], pick: Callable[[int], Sequence[int]]) -> int:
         """How many layers to drop: just enough to meet the target.
 
         `free` are the layers that may be dropped. `pick`, which is called once for each number that is tried, returns
@@ -108,7 +108,7 @@ class Target:
             CutError: The model meets it as it is, or no cut does.
         """
         most = min(len(free), num_layers - 1)
-        if self.met_by(()):
+        if self.is_met_by(()):
             raise CutError(
                 f"{self} is met by the model as it is ({self.spell(self.left(()))}), so there is nothing to drop; choose a "
                 "stricter target"
@@ -118,12 +118,12 @@ class Target:
         count, picked = 1, cache(pick)
         while count < most and self.left(()) - sum(sizes[:count]) > self.limit:
             count += 1
-        while not self.met_by(picked(count)):
+        while not self.is_met_by(picked(count)):
             if count == most:
-                raise self._out_of_reach(picked(count), len(free) < num_layers)
+                raise self._unreachable_error(picked(count), len(free) < num_layers)
             count += 1
         # What layers share makes that sum inexact.
-        while count > 1 and self.left(picked(count)) + sizes[-1] <= self.limit and self.met_by(picked(count - 1)):
+        while count > 1 and self.left(picked(count)) + sizes[-1] <= self.limit and self.is_met_by(picked(count - 1)):
             count -= 1
         drop = picked(count)
         logger.info("%s: %s without %s", self, self.spell(self.left(drop)), describe_layers(drop))
@@ -138,7 +138,7 @@ class Target:
         # As it is written on a command line: 12.5GB, 1.3.
         return f"{self.option}={self.spell(self.limit).removesuffix(_FASTER).replace(' ', '')}"
 
-    def _out_of_reach(self, drop: Sequence[int], protects: bool) -> CutError:
+    def _unreachable_error(self, drop: Sequence[int], protects: bool) -> CutError:
         """The error that even the deepest cut does not meet it."""
         left = self.left(sorted(drop))
         which = f"all {len(drop)} of the layers that may go" if protects else pluralize(len(drop), "layer")

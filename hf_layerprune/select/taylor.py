@@ -27,7 +27,7 @@ from ..runtime.memory import free_bytes
 from ..runtime.walk import Batch, LayerWalk
 from ..screen import progress_bar
 from .magnitude import weight_matrices
-from .passes import HEAD_TOKENS, Observer, batch_rows, run_pass
+from .passes import HEAD_TOKENS, Observer, pick_batch_size, run_pass
 from .registry import ORIGINAL, PAPER
 from .scores import Scores
 
@@ -44,46 +44,46 @@ def score(
         CutError: The hidden states that enter the layers don't fit into memory.
     """
     alive = list(range(walk.num_layers) if alive is None else alive)
-    place = _place_for_states(walk, calibration, len(alive))
+    device = _pick_state_device(walk, calibration, len(alive))
     for i in alive:
         weight_matrices(walk.layers[i], i)  # refuses packed weights before any work is done
-    rows = _PAPER_BATCH if variant == PAPER else batch_rows(calibration)
+    rows = _PAPER_BATCH if variant == PAPER else pick_batch_size(calibration)
     with _frozen(walk.model):
-        seen = _Entering(place)
-        run_pass(walk, calibration, [seen], alive, rows)
-        batches, entering = seen.batches, seen.entering
+        recorder = _InputRecorder(device)
+        run_pass(walk, calibration, [recorder], alive, rows)
+        batches, layer_inputs = recorder.batches, recorder.layer_inputs
         asked = [int(batch.asked[:, :-1].sum()) for batch in batches]
         shares = [1.0 if variant == PAPER else tokens / sum(asked) for tokens in asked]
-        down = [_loss_gradient(walk, batch, tokens) for batch, tokens in zip(batches, asked, strict=True)]
+        output_gradients = [_loss_gradient(walk, batch, tokens) for batch, tokens in zip(batches, asked, strict=True)]
         scores: list[float | None] = [None] * walk.num_layers
         for i in progress_bar(alive[::-1], desc="taylor", unit="layer"):
-            scores[i] = _backward(walk, i, batches, entering.pop(), down, shares)
+            scores[i] = _backward(walk, i, batches, layer_inputs.pop(), output_gradients, shares)
     return Scores("taylor", variant, tuple(alive), layers=scores)
 
 
-class _Entering(Observer):
+class _InputRecorder(Observer):
     """Keeps the hidden states that enter each layer, on the given device."""
 
-    def __init__(self, place: torch.device) -> None:
-        self.place = place
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
 
-    def begin(self, alive: Sequence[int], batches: Sequence[Batch]) -> None:
+    def on_pass_begin(self, alive: Sequence[int], batches: Sequence[Batch]) -> None:
         self.batches = batches
-        self.entering: list[list[Any]] = []
+        self.layer_inputs: list[list[Any]] = []
 
-    def weights(self, index: int, layer: nn.Module) -> None:
-        self.entering.append([batch.hidden.to(self.place) for batch in self.batches])
+    def on_layer_weights(self, index: int, layer: nn.Module) -> None:
+        self.layer_inputs.append([batch.hidden.to(self.device) for batch in self.batches])
 
 
 def _backward(
     walk: LayerWalk,
     index: int,
     batches: Sequence[Batch],
-    entering: list[Any],
-    down: list[torch.Tensor],
+    layer_inputs: list[Any],
+    output_gradients: list[torch.Tensor],
     shares: Sequence[float],
 ) -> float:
-    """One layer's score. `down` holds the gradients with respect to its output, and on return to its input.
+    """One layer's score. `output_gradients` holds the gradients with respect to its output, and on return to its input.
 
     The sum of the weights' gradients has a factor for each batch, its share.
     """
@@ -94,13 +94,15 @@ def _backward(
             weight.requires_grad_(True)
         try:
             for number, batch in enumerate(batches):
-                hidden = entering[number].to(walk.device).detach().requires_grad_(True)
-                entering[number] = None
+                hidden = layer_inputs[number].to(walk.device).detach().requires_grad_(True)
+                layer_inputs[number] = None
                 output = run(hidden, batch)
                 gradients: list[Any] = list(
-                    torch.autograd.grad(output, [hidden, *weights], down[number].to(output.dtype), allow_unused=True)
+                    torch.autograd.grad(
+                        output, [hidden, *weights], output_gradients[number].to(output.dtype), allow_unused=True
+                    )
                 )
-                down[number] = gradients.pop(0)
+                output_gradients[number] = gradients.pop(0)
                 del output, hidden
                 for k in range(len(weights)):
                     gradient, gradients[k] = gradients[k], None  # frees the memory
@@ -156,16 +158,16 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(wanted)
 
 
-def _place_for_states(walk: LayerWalk, calibration: CalibrationSet, layers: int) -> torch.device:
+def _pick_state_device(walk: LayerWalk, calibration: CalibrationSet, layers: int) -> torch.device:
     """The device that keeps the states that enter all layers: that of the walk, or the CPU if they would fill half of a
     GPU.
     """
     width = walk.model.config.get_text_config().hidden_size
     needed, free = calibration.tokens * width * walk.model.dtype.itemsize * layers, 0
-    for place in dict.fromkeys((walk.device, torch.device("cpu"))):
-        free = free_bytes(place) // (1 if place.type == "cpu" else 2)
+    for device in dict.fromkeys((walk.device, torch.device("cpu"))):
+        free = free_bytes(device) // (1 if device.type == "cpu" else 2)
         if needed <= free:
-            return place
+            return device
     samples = len(calibration)
     raise CutError(
         f"taylor keeps the input of every layer, {needed / 1e9:.1f} GB for {samples} rows, but only "

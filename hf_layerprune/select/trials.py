@@ -25,8 +25,8 @@ from ..runtime.divergence import Reference, diverge
 from ..runtime.memory import free_bytes
 from ..runtime.walk import Batch, LayerWalk
 from ..screen import progress_bar
-from .passes import HEAD_TOKENS, batch_rows, not_finite
-from .scores import WIDER
+from .passes import HEAD_TOKENS, not_finite_error, pick_batch_size
+from .scores import WIDER_DTYPES
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -61,7 +61,7 @@ class Outcome:
         rows (`torch.Tensor`): Both numbers of each row, and the share of positions at which both have the same most
             likely token, `[rows, 3]`.
 
-    The numbers of a cut whose hidden states are not finite are NaN; see [`~scores.comparable`].
+    The numbers of a cut whose hidden states are not finite are NaN; see [`~scores.drop_non_finite`].
     """
 
     loss: float
@@ -94,15 +94,15 @@ class Outcome:
 
 
 @torch.no_grad()
-def try_out(walk: LayerWalk, calibration: CalibrationSet, trials: Sequence[Trial]) -> list[Outcome]:
+def evaluate_trials(walk: LayerWalk, calibration: CalibrationSet, trials: Sequence[Trial]) -> list[Outcome]:
     """Run the dense model on the text with each of some cuts.
 
     Raises:
         CheckpointError: The dense model's own states or logits are not finite.
     """
-    tracks = [*trials, Trial(())]
-    rows = rows_per_pass(walk, calibration, tracks)
-    size = min(rows, batch_rows(calibration))
+    all_trials = [*trials, Trial(())]
+    rows = rows_per_pass(walk, calibration, all_trials)
+    size = min(rows, pick_batch_size(calibration))
     given, step = list(calibration.batches(size)), -(-rows // size)
     parts = [given[start : start + step] for start in range(0, len(given), step)]
     means: list[torch.Tensor] = []
@@ -110,15 +110,17 @@ def try_out(walk: LayerWalk, calibration: CalibrationSet, trials: Sequence[Trial
     with progress_bar(total=runs, desc=f"evaluating {pluralize(len(trials), 'cut')}", unit="layer") as bar:
         for part in parts:
             batches = [walk.begin(*rows_of) for rows_of in part]
-            states = _advance(walk, batches, tracks, bar)
+            states = _run_trials(walk, batches, all_trials, bar)
             for number, batch in enumerate(batches):
-                means.append(_compare(walk, batch, [None if state is None else state[number] for state in states]))
+                means.append(
+                    _compare_with_dense(walk, batch, [None if state is None else state[number] for state in states])
+                )
     by_trial = torch.cat(means, 1)
     means_by_trial = by_trial.mean(1).tolist()
     return [Outcome(loss, kl, rows) for (loss, kl, _), rows in zip(means_by_trial, by_trial, strict=True)]
 
 
-def memory_for(walk: LayerWalk) -> int:
+def state_memory(walk: LayerWalk) -> int:
     """Bytes for hidden states: a share of the free memory if each pass has to read the weights again."""
     if walk.device.type == "cuda":
         return free_bytes(walk.device) // 3
@@ -131,24 +133,24 @@ def rows_per_pass(walk: LayerWalk, calibration: CalibrationSet, trials: Sequence
     samples, length = calibration.input_ids.shape
     width, size = walk.model.config.get_text_config().hidden_size, walk.model.dtype.itemsize
     # The hidden states kept after a layer, plus one set while it is computed.
-    most = max((len({_key(trial, i + 1) for trial in trials}) for i in range(walk.num_layers)), default=1) + 1
-    rows = memory_for(walk) // (most * length * width * size)
-    small = batch_rows(calibration)
+    most = max((len({_state_key(trial, i + 1) for trial in trials}) for i in range(walk.num_layers)), default=1) + 1
+    rows = state_memory(walk) // (most * length * width * size)
+    small = pick_batch_size(calibration)
     return max(1, min(samples, rows // small * small if rows >= small else rows))
 
 
 def layer_runs(num_layers: int, trials: Sequence[Trial]) -> int:
     """How many layer runs each row takes, for a cost estimate."""
-    return sum(len({_key(trial, i + 1) for trial in trials if i not in trial.drop}) for i in range(num_layers))
+    return sum(len({_state_key(trial, i + 1) for trial in trials if i not in trial.drop}) for i in range(num_layers))
 
 
-def _key(trial: Trial, layer: int) -> Key:
+def _state_key(trial: Trial, layer: int) -> Key:
     """What the hidden states that enter a layer depend on. Trials with the same key share them."""
     changed = {(i, id(trial)) for i in trial.changes if i < layer}
     return frozenset(changed.union(i for i in trial.drop if i < layer))
 
 
-def _advance(
+def _run_trials(
     walk: LayerWalk, batches: Sequence[Batch], trials: Sequence[Trial], bar: tqdm
 ) -> list[Sequence[torch.Tensor] | None]:
     """Run all trials through all layers; returns the final hidden states, by trial and batch, if they are finite."""
@@ -156,9 +158,9 @@ def _advance(
     for batch in batches:
         batch.hidden = batch.hidden.new_empty(0)  # frees the memory
     for i, layer in enumerate(walk.layers):
-        going = [trial for trial in trials if _key(trial, i) in states]
-        new = {_key(trial, i + 1): states[_key(trial, i)] for trial in going if i in trial.drop}
-        todo = {_key(trial, i + 1): (_key(trial, i), trial) for trial in going if i not in trial.drop}
+        going = [trial for trial in trials if _state_key(trial, i) in states]
+        new = {_state_key(trial, i + 1): states[_state_key(trial, i)] for trial in going if i in trial.drop}
+        todo = {_state_key(trial, i + 1): (_state_key(trial, i), trial) for trial in going if i not in trial.drop}
         left = Counter(before for before, _ in todo.values())
         if todo:
             with walk.layer(i) as run:
@@ -169,16 +171,16 @@ def _advance(
                         new[after] = [run(state, batch) for state, batch in zip(source, batches, strict=True)]
                     if not all(torch.isfinite(state).all() for state in new[after]):
                         if not after:  # not only those of a cut
-                            raise not_finite(i, layer, new[after][0].dtype)
+                            raise not_finite_error(i, layer, new[after][0].dtype)
                         del new[after]
                     if not left[before]:
                         del states[before], source
         states = new
         bar.update()
-    return [states.get(_key(trial, walk.num_layers)) for trial in trials]
+    return [states.get(_state_key(trial, walk.num_layers)) for trial in trials]
 
 
-def _compare(walk: LayerWalk, batch: Batch, states: Sequence[torch.Tensor | None]) -> torch.Tensor:
+def _compare_with_dense(walk: LayerWalk, batch: Batch, states: Sequence[torch.Tensor | None]) -> torch.Tensor:
     """Mean loss, KL and agreement of each row `[trials, rows, 3]`; the last `states` are the dense model's.
 
     They are NaN for a trial without states.
@@ -200,7 +202,7 @@ def _compare(walk: LayerWalk, batch: Batch, states: Sequence[torch.Tensor | None
             if not torch.isfinite(reference.norms).all():
                 raise CheckpointError(
                     "the logits of the dense model are not finite: weights after its layers are damaged, or it overflows its "
-                    f"data type; use an intact copy, or {WIDER}"
+                    f"data type; use an intact copy, or {WIDER_DTYPES}"
                 )
             for state, sums_of in zip(cuts, sums[:, row], strict=True):
                 if state is None:

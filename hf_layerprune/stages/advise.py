@@ -145,7 +145,7 @@ def _launch(request: AdviseRequest) -> tuple[str, ...]:
 
 
 def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
-    from ..repair.fit import fits_every_cut
+    from ..repair.fit import can_repair_every_cut
     from ..select.cost import forward_seconds
     from .curve import curve_in
     from .rank import open_base, open_walk
@@ -160,7 +160,9 @@ def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
     walk = open_walk(request, *open_base(request))
     seconds = forward_seconds(walk, length)  # to read a token on this machine
     counts = _counts(config, curve)
-    repairable = [frontier for frontier in Frontier.every() if fits_every_cut(walk, frontier.source["heal"]["repair"])]
+    repairable = [
+        frontier for frontier in Frontier.every() if can_repair_every_cut(walk, frontier.source["heal"]["repair"])
+    ]
     frontier, tokens = _best(repairable or Frontier.every(), request.minutes * 60, seconds, counts[-1] / n)
     expected = {count: _expected(frontier, curve, count, n, tokens) for count in counts}
     count = _count(request, config, expected)
@@ -261,11 +263,11 @@ def _count(request: AdviseRequest, config: Any, expected: dict[int, Expected]) -
 def _for_target(request: AdviseRequest, config: Any) -> int:
     from ..select.targets import Target
 
-    target = Target.of(copy_fields(CutOptions, request), config, request.base, revision=request.revision)
+    target = Target.from_options(copy_fields(CutOptions, request), config, request.base, revision=request.revision)
     assert target is not None, "there is a target"
     n = families.layer_count(config)
     free = free_layers(n, 1, 0, 0, families.protected_layers(config))
-    return target.choose(n, free, lambda count: range(n - count, n))
+    return target.choose_count(n, free, lambda count: range(n - count, n))
 
 
 def _passes(settings: dict[str, Any]) -> str:

@@ -127,18 +127,18 @@ def make_curve(request: RankRequest) -> Curve:
     if request.output is not None:  # at once: before torch is imported
         source = Path(request.base).expanduser()
         check_target(request.output.expanduser(), source, force=True, replaces=_OURS)  # an earlier curve goes on
-    from ..select.budget import check_rows
+    from ..select.budget import check_budget_rows
     from .provenance import has_same_rows
 
     _check_known(request)
-    check_rows(request, request.calibration_samples)
+    check_budget_rows(request, request.calibration_samples)
     check_source(request.calibration)
     config = load_config(request.base, revision=request.revision)
     families.check_supported(config)
     families.check_stage(config, "rank")
     n = families.layer_count(config)
     protected = families.protected_layers(config)
-    free = free_layers(n, 1, *find_criterion("auto").protection(request), protected)
+    free = free_layers(n, 1, *find_criterion("auto").protected_ends(request), protected)
     up_to = _last_point(request, n, min(len(free), n - 1))
     identity = {
         "base": _identity(request),
@@ -192,7 +192,7 @@ def _last_point(request: RankRequest, num_layers: int, most: int) -> int:
 
 def _continue(request: RankRequest, record: dict[str, Any], free: set[int], up_to: int) -> None:
     """Find and measure the points that are missing."""
-    from ..adapter.prepare import calibration_of
+    from ..adapter.prepare import load_calibration_for
     from ..cut.sizes import Sizes
     from ..select.decode_times import DecodeTimes, time_decoding
     from .rank import open_base, open_walk
@@ -205,15 +205,15 @@ def _continue(request: RankRequest, record: dict[str, Any], free: set[int], up_t
         record["dense"] = {"parameters": sizes.parameters(), "bytes": sizes.file_bytes()}
     times = DecodeTimes(**record["decode"])
     walk = open_walk(request, model, device)
-    calibration = calibration_of(request, walk, request.revision)
+    calibration = load_calibration_for(request, walk, request.revision)
     if record.setdefault("calibration", calibration.record()) != calibration.record():
         raise _on_other_rows(request)
     search = _search(request, record, walk, calibration, free)
     left = up_to - len(record["points"])
-    search.announce(f"a curve up to {pluralize(up_to, 'layer')}", left, left, left)
+    search.log_estimate(f"a curve up to {pluralize(up_to, 'layer')}", left, left, left)
     for count in range(len(record["points"]) + 1, up_to + 1):
         try:
-            point = search.point(count)
+            point = search.find_point(count)
         except CutError as error:
             if count == 1:
                 raise
@@ -251,7 +251,7 @@ def _search(
     if request.repair is None and "repair" not in record:
         try:
             search = with_repair(_BEST_REPAIR)
-            search.best(1)
+            search.best_sets(1)
             record["repair"] = _BEST_REPAIR
             return search
         except LayerPruneError as error:
@@ -352,7 +352,7 @@ def _check_known(request: AmountOptions) -> None:
 
 def _is_inside(point: dict[str, Any], name: str, value: float) -> bool:
     """Whether a point meets a target or, with one standard error, a budget."""
-    from ..select.budget import room
+    from ..select.budget import budget_margin
 
     best = final_quality(point)
     if name in ("target_params", "target_size"):
@@ -363,7 +363,7 @@ def _is_inside(point: dict[str, Any], name: str, value: float) -> bool:
         raise CutError(
             f"{name} needs a standard error, and the curve has none; make it again with calibration_samples=8 or more"
         )
-    return room(best, name, value) >= 0
+    return budget_margin(best, name, value) >= 0
 
 
 def _draw(curve: Curve, folder: Path) -> None:

@@ -60,7 +60,7 @@ def settings_of(request: PruneRequest, dropped: Sequence[int]) -> dict[str, Any]
     """What decides the outcome, for the lineage."""
     settings: dict[str, Any] = {"drop_layers": dropped}
     if request.drop_layers is None:
-        first, last = find_criterion(request.criterion).protection(request)
+        first, last = find_criterion(request.criterion).protected_ends(request)
         amount = next(name for name in AMOUNTS if getattr(request, name) is not None)
         names = (amount, *TARGET_SETTINGS.get(amount, ()), "criterion", "variant", "seed", "steps", "contiguous")
         settings |= {name: getattr(request, name) for name in names} | {"protect_first": first, "protect_last": last}
@@ -197,7 +197,7 @@ def _choose(request: PruneRequest, config: PreTrainedConfig) -> tuple[list[int],
         return prepared.drop_layers, prepared, None
     if request.drop_layers is not None:
         return list(request.drop_layers), None, None
-    target = Target.of(_config(request, None), config, request.base, revision=request.revision)
+    target = Target.from_options(_config(request, None), config, request.base, revision=request.revision)
     protected = families.protected_layers(config)
     return select_layers(families.layer_count(config), request, protected, target), None, target
 
@@ -280,16 +280,16 @@ def _config(request: PruneRequest, dropped: list[int] | None) -> LayerDropConfig
 
 def _prepare(request: PruneRequest, dropped: list[int] | None) -> Prepared:
     """Run the dense model layer by layer to choose the layers, unless they are given, and to fit the repair."""
-    from ..adapter.pruning import look_at_dense
+    from ..adapter.pruning import prepare_from_base
 
-    return look_at_dense(_config(request, dropped), {"revision": request.revision, "dtype": _dtype(request)})
+    return prepare_from_base(_config(request, dropped), {"revision": request.revision, "dtype": _dtype(request)})
 
 
 def _model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Prepared | None) -> None:
     """Load the whole model, cut it, and save it."""
     from ..cut.memory import drop_layers
     from ..families.layout import find_decoder_layers
-    from ..repair.frozen import tensor_names
+    from ..repair.frozen import repaired_tensor_names
     from ..runtime.model_class import stored_names
 
     model = load_base(request.base, revision=request.revision, dtype=_dtype(request))
@@ -306,7 +306,7 @@ def _model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Pr
         )  # finds the numbers of the plain cut
         stack = find_decoder_layers(model)
         prepared.repair.apply(list(stack.layers), cut.new_index)
-        names = tensor_names(prepared.repair, stack.path, cut)
+        names = repaired_tensor_names(prepared.repair, stack.path, cut)
         stored = stored_names(model.config, names)
         prepared.record["repair"]["changed_tensors"] = sorted(stored.get(name, name) for name in names)
     model.save_pretrained(folder)
@@ -342,9 +342,9 @@ def _files(request: PruneRequest, plan: CheckpointPlan, folder: Path, prepared: 
 def _adapter(request: PruneRequest, dropped: list[int], folder: Path, prepared: Prepared | None) -> None:
     """Save the plan, the tail that will be tuned, and what the repair changed."""
     from ..adapter.pruning import prune_prepared
-    from ..adapter.resolve import cut_of
+    from ..adapter.resolve import resolved_cut
     from ..families.layout import find_decoder_layers
-    from ..repair.frozen import tensor_names
+    from ..repair.frozen import repaired_tensor_names
 
     model = prune_prepared(_config(request, dropped), prepared, whole=request.check, dtype=_dtype(request))
     made: Any = model.peft_config["default"]
@@ -352,5 +352,5 @@ def _adapter(request: PruneRequest, dropped: list[int], folder: Path, prepared: 
     model.save_pretrained(str(folder))
     if prepared is not None and prepared.repair is not None:
         pruned: Any = model.get_base_model()
-        names = tensor_names(prepared.repair, find_decoder_layers(pruned).path, cut_of(made))
+        names = repaired_tensor_names(prepared.repair, find_decoder_layers(pruned).path, resolved_cut(made))
         prepared.record["repair"]["changed_tensors"] = names

@@ -70,7 +70,7 @@ class Ranking:
         return [s for s in self.scores.values() if s.layers is not None and CRITERIA[s.criterion].needs != "count"]
 
     def __str__(self) -> str:
-        rows = [[name, format_layers(gone), CRITERIA[name].what] for name, gone in self.drops.items()]
+        rows = [[name, format_layers(gone), CRITERIA[name].description] for name, gone in self.drops.items()]
         lines = _columns([["criterion", "would drop", "by"], *rows])
         for name, reason in self.why.items():
             lines += ["", f"{name}: {reason}"]
@@ -135,8 +135,8 @@ def rank(request: RankRequest) -> Ranking:
     source = Path(request.base).expanduser()
     if request.output is not None:  # at once: before torch is imported
         check_target(request.output.expanduser(), source, request.force, replaces=_OURS)
-    from ..adapter.prepare import calibration_of
-    from ..select.cost import announce, runs_of
+    from ..adapter.prepare import load_calibration_for
+    from ..select.cost import count_runs, log_estimate
     from ..select.runner import choose_layers
 
     # What is refused is refused before a weight is read.
@@ -150,17 +150,19 @@ def rank(request: RankRequest) -> Ranking:
     start = time.perf_counter()
     dense, device = open_base(request)
     # Sizes and times are those of the type in which the base is.
-    target = Target.of(request, dense.config, request.base, revision=request.revision, model=dense, device=device)
+    target = Target.from_options(
+        request, dense.config, request.base, revision=request.revision, model=dense, device=device
+    )
     if target is not None:  # what blocks are scored at: the number of layers that go if the last ones do
         order = sorted(free_layers(n, 1, request.protect_first or 0, request.protect_last or 0, protected))
-        count = target.choose(n, order, lambda k: order[-k:])
+        count = target.choose_count(n, order, lambda k: order[-k:])
     lengths = request.lengths or ([count] if request.contiguous else None)
     model, calibration = dense, None
     if any(CRITERIA[name].needs == "text" for name in free):
         model = open_walk(request, dense, device)
-        calibration = calibration_of(request, model, request.revision)
-        runs = runs_of(n, [name for name in free if name != "auto"], count, lengths)
-        announce(model, calibration, "scoring", *(len(calibration) * each for each in runs))
+        calibration = load_calibration_for(request, model, request.revision)
+        runs = count_runs(n, [name for name in free if name != "auto"], count, lengths)
+        log_estimate(model, calibration, "scoring", *(len(calibration) * each for each in runs))
     scores, drops = _scored(request, model, calibration, target, n, count, free, lengths)
     why: dict[str, str] = {}
     found = {name: score.record() for name, score in scores.items()}
@@ -200,7 +202,7 @@ def _free(
     free: dict[str, set[int]] = {}
     for criterion in criteria:
         try:
-            free[criterion.name] = free_layers(n, count, *criterion.protection(request), protected)
+            free[criterion.name] = free_layers(n, count, *criterion.protected_ends(request), protected)
         except CutError as error:
             if criterion is criteria[-1] and not free:
                 raise
@@ -255,7 +257,7 @@ def _scored(
 
     def pick(name: str, count: int) -> list[int]:
         score = scores[name]
-        if CRITERIA[name].tries_blocks(request.contiguous) and not any(len(block) == count for block in score.blocks):
+        if CRITERIA[name].scores_blocks(request.contiguous) and not any(len(block) == count for block in score.blocks):
             more = score_layers(model, calibration, [name], variant=request.variant, drop=count, lengths=[count])
             score.blocks |= more[name].blocks
         return score.pick(count, free[name], request.contiguous)
@@ -263,7 +265,7 @@ def _scored(
     drops: dict[str, list[int]] = {}
     for name in scores:
         try:
-            number = target.choose(n, free[name], partial(pick, name)) if target else count
+            number = target.choose_count(n, free[name], partial(pick, name)) if target else count
             drops[name] = pick(name, number)
         except CutError as error:
             if not drops and name == [*scores][-1] and "auto" not in free:

@@ -188,7 +188,7 @@ class RankRequest(WalkOptions, CalibrationOptions, SelectionOptions):
             self.refuse_unused()
             criteria = [find_criterion(name) for name in self.criteria]
             why = f"with criterion {join_words(self.criteria)}"
-            if not any(criterion.tries_blocks(True) for criterion in criteria):
+            if not any(criterion.scores_blocks(True) for criterion in criteria):
                 refuse_unused(self, ("lengths",), why)
             if not any(criterion.needs == "text" for criterion in criteria):
                 refuse_unused(self, TEXT_OPTIONS, why)

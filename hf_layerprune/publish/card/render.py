@@ -157,7 +157,7 @@ def _context(card: Card) -> dict[str, Any]:
         "noise": _has_noise(results, QUALITY),
         "scatter": _has_noise(results, COST),
         "chances": any(row.chance for row in results.table(QUALITY)),
-        "repaired_with": repairs[-1].what if repairs else "",
+        "repaired_with": repairs[-1].description if repairs else "",
         "trained": [stage for stage in history.stages if stage.data],
         "versions": _versions(history),
         "limits": describe_limits(results, history),

@@ -101,12 +101,14 @@ def _saved_modules(adapter: Any, expected: Expected) -> list[str] | None:
     """The modules that an adapter of this config saves, of the cut model."""
     from transformers import CONFIG_MAPPING
 
-    from ...adapter.resolve import cut_of
+    from ...adapter.resolve import resolved_cut
     from ...adapter.tail import saved_modules, tuned_modules
 
     base_fields = {name: value for name, value in expected.config.items() if name != "quantization_config"}
     config = CONFIG_MAPPING[base_fields["model_type"]].from_dict(base_fields)
     with boundary("no model can be built from the base's config"):
         model = model_without_weights(config)
-    tuned = tuned_modules(model, replace(adapter, modules_to_save=None), cut_of(adapter), find_decoder_layers(model))
+    tuned = tuned_modules(
+        model, replace(adapter, modules_to_save=None), resolved_cut(adapter), find_decoder_layers(model)
+    )
     return saved_modules(tuned, adapter.repaired_modules)
