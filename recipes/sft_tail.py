@@ -66,7 +66,7 @@ from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.options import FinishOptions, RowOptions
 from hf_layerprune.options import DTYPES, CutOptions, argument_dataclass, copy_fields, refuse_unused
 from hf_layerprune.records.requirements import RequireOptions
-from hf_layerprune.runtime.model_class import whole_models
+from hf_layerprune.runtime.model_class import without_zero3
 from hf_layerprune.stages.requests import PruneRequest
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def eval_request(folder: Path, base: str | None, measure_args: MeasureArguments)
     return request
 
 
-@whole_models()
+@without_zero3()
 def prune(model_args: ModelArguments, cut_args: CutOptions, training_args: HealConfig) -> Student:
     """Prune the model, unless an earlier start of this run did."""
     from hf_layerprune.heal.preflight import revision_of
@@ -246,7 +246,7 @@ def prune(model_args: ModelArguments, cut_args: CutOptions, training_args: HealC
     return Student.at(folder)
 
 
-@whole_models()
+@without_zero3()
 def write_rows(
     rows: Dataset | None,
     row_args: RowOptions,
@@ -304,7 +304,7 @@ def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> Path:
     trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(trained))
     if trainer.is_world_process_zero():
-        with whole_models():
+        with without_zero3():
             write_healed(student, trained, output / "model", entry, adapter=output / "adapter")
         shutil.rmtree(trained, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
@@ -319,12 +319,12 @@ def complete(trainer: HealTrainer, student: Student, run: RunSettings) -> None:
     student.check_healed(output / "model", run)
     logger.warning("%s is complete, so it is not trained again", output / "model")
     if trainer.is_world_process_zero() and (output / TRAINED).is_dir():
-        with whole_models():
+        with without_zero3():
             write_adapter(student, output / TRAINED, output / "model", output / "adapter")
         shutil.rmtree(output / TRAINED, ignore_errors=True)
 
 
-@whole_models()
+@without_zero3()
 def finish(
     folder: Path, training_args: HealConfig, evaluation: EvalRequest | None, hub: PushRequest | None
 ) -> list[str]:

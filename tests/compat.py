@@ -133,7 +133,7 @@ def prove_all(output: Path, types: list[str]) -> None:
     from .stages import outcomes
     from .tiny_models import ALL_TYPES, tiny_config
 
-    families.is_wrong_with = lambda *_: False  # retry what failed before
+    families.is_known_broken = lambda *_: False  # retry what failed before
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

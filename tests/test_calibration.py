@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_layerprune import CheckpointError, CutError
 from hf_layerprune.calibration.rows import CalibrationSet, check_vocabulary, load_calibration
-from hf_layerprune.calibration.self_text import write_text_with
-from hf_layerprune.runtime.windows import context_of
+from hf_layerprune.calibration.self_text import generate_text
+from hf_layerprune.runtime.windows import max_positions
 
 from .measure_models import byte_tokenizer, write_model
 from .tiny_models import tiny_model
@@ -156,7 +156,7 @@ def test_bad_settings(tokenizer: Any, model: Any, tmp_path: Path) -> None:
     with pytest.raises(CutError, match="more than the 512 positions"):
         load_calibration("self", tokenizer, model=model, length=513)
     with pytest.raises(CutError, match="self_length=513 is more than the 512 positions"):
-        write_text_with(model, tokenizer, 1, 513, 0)
+        generate_text(model, tokenizer, 1, 513, 0)
 
 
 def test_tokens_of_another_model(tokenizer: Any, tmp_path: Path) -> None:
@@ -190,27 +190,27 @@ def test_a_model_writes(model: Any, tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("model_type", ["pegasus", "roc_bert"])
 def test_a_config_without_special_tokens(model_type: str) -> None:
-    assert write_text_with(tiny_model(model_type), None, 2, 8, 0).shape == (2, 8)
+    assert generate_text(tiny_model(model_type), None, 2, 8, 0).shape == (2, 8)
 
 
 @pytest.mark.parametrize("model_type", ["whisper", "roberta", "xmod", "gpt2"])
 def test_rows_as_long_as_the_context(model_type: str) -> None:
     """Whisper names the field otherwise, and RoBERTa counts positions from behind the padding token's id."""
     model = tiny_model(model_type)
-    most = context_of(model.config)
+    most = max_positions(model.config)
     assert most is not None
     model(torch.full((1, most), 5), use_cache=False)
     with pytest.raises((IndexError, RuntimeError)):
         model(torch.full((1, most + 1), 5), use_cache=False)
-    assert write_text_with(model, None, 1, most, 0).shape == (1, most)
+    assert generate_text(model, None, 1, most, 0).shape == (1, most)
     with pytest.raises(CutError, match=f"more than the {most} positions"):
-        write_text_with(model, None, 1, most + 1, 0)
+        generate_text(model, None, 1, most + 1, 0)
 
 
 def test_batch_size_does_not_matter(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = write_text_with(model, tokenizer, 5, 20, 0)
-    monkeypatch.setattr("hf_layerprune.calibration.self_text._AT_ONCE", 2)
-    assert torch.equal(write_text_with(model, tokenizer, 5, 20, 0), found)
+    found = generate_text(model, tokenizer, 5, 20, 0)
+    monkeypatch.setattr("hf_layerprune.calibration.self_text._MAX_ROWS", 2)
+    assert torch.equal(generate_text(model, tokenizer, 5, 20, 0), found)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "qwen3_moe", "mamba2"])
@@ -219,7 +219,7 @@ def test_what_is_written_follows_the_models_distribution(model_type: str) -> Non
     model = tiny_model(model_type)
     if model_type in ("llama", "qwen3_moe"):
         model.set_attn_implementation("sdpa")
-    rows = write_text_with(model, None, 48, 12, 0)
+    rows = generate_text(model, None, 48, 12, 0)
     draws = torch.rand(48, 11, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         cumulative = model(rows, use_cache=False).logits[:, :-1].float().softmax(-1).cumsum(-1)
@@ -229,7 +229,7 @@ def test_what_is_written_follows_the_models_distribution(model_type: str) -> Non
 
 
 def test_an_end_of_text_does_not_end_a_row(model: Any) -> None:
-    rows = write_text_with(model, None, 64, 64, 0)
+    rows = generate_text(model, None, 64, 64, 0)
     assert ((rows[:, 1:-1] == EOS).sum(1) > 0).any()
     assert (rows[:, 1:] != 0).float().mean() > 0.9, "nothing is padding"
 
@@ -237,14 +237,14 @@ def test_an_end_of_text_does_not_end_a_row(model: Any) -> None:
 def test_a_chat_begins_with_an_empty_turn(model: Any) -> None:
     talker = byte_tokenizer()
     talker.chat_template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
-    rows = write_text_with(model, talker, 3, 16, 0)
+    rows = generate_text(model, talker, 3, 16, 0)
     assert all(talker.decode(row).startswith("<s>user: ") for row in rows)
 
 
 def test_padding_of_the_vocabulary_is_not_written(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "wide", vocabulary=300))
-    assert write_text_with(model, byte_tokenizer(), 32, 32, 0).max() < 259
-    assert write_text_with(model, None, 32, 32, 0).max() >= 259
+    assert generate_text(model, byte_tokenizer(), 32, 32, 0).max() < 259
+    assert generate_text(model, None, 32, 32, 0).max() >= 259
 
 
 # --- folders --------------------------------------------------------------------------------------------

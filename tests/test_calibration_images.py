@@ -15,7 +15,7 @@ from transformers import AutoProcessor
 
 from hf_layerprune import CheckpointError, CutError
 from hf_layerprune.calibration.documents import Document
-from hf_layerprune.calibration.rows import CalibrationSet, _tokens, load_calibration
+from hf_layerprune.calibration.rows import CalibrationSet, _tokenize, load_calibration
 from hf_layerprune.cli import main
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.runtime.loading import load_base, load_processor, load_tokenizer
@@ -169,7 +169,7 @@ def test_some_rows_without_an_image(base: Path, model: Any, tmp_path: Path) -> N
     assert "pixel_values" not in found["without"][1]
     rows = [{"text": words(0, 5)}, {"text": words(1, 5), "image": "0.png"}]
     with pytest.raises(CheckpointError, match="one has images, and the first row has none"):
-        _tokens(
+        _tokenize(
             iter([Document(rows[0]["text"]), Document(rows[1]["text"], ("0.png",), "one")]), load_tokenizer(base), 99
         )
 

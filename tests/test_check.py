@@ -19,7 +19,7 @@ from hf_layerprune.cut import check
 from hf_layerprune.cut.lazy import load_pruned
 from hf_layerprune.errors import CutError
 from hf_layerprune.runtime.loading import load_base
-from hf_layerprune.runtime.parts import close
+from hf_layerprune.runtime.parts import agree
 
 from .cutting import cut_checkpoint
 from .matrix import identities, logits
@@ -144,14 +144,14 @@ def test_another_models_weights_do_not_pass(tmp_path: Path, model_type: str) -> 
 def test_masked_values_are_equal_or_differ_but_hide_no_others(mask: float) -> None:
     one = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0))
     one[..., :2] = mask
-    assert close(one + 1e-6, one)
+    assert agree(one + 1e-6, one)
     other = one.clone()
     other[..., 2:] += 0.1
-    assert not close(other, one)
+    assert not agree(other, one)
     other = one.clone()
     other[..., 0] = 0.0
-    assert not close(other, one)
-    assert not close(one, other)
+    assert not agree(other, one)
+    assert not agree(one, other)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -159,12 +159,12 @@ def test_what_is_no_number_is_equal_to_itself_alone(value: float) -> None:
     one = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0))
     other = one.clone()
     one[..., 0], other[..., 0] = value, 0.0
-    assert close(one, one)
-    assert not close(other, one)
-    assert not close(one, other)
+    assert agree(one, one)
+    assert not agree(other, one)
+    assert not agree(one, other)
     one[..., 1] = other[..., 1] = 0.0  # the norm alone would not tell
     one[..., 1, 1] = value
-    assert not close(one[..., 1:], other[..., 1:])
+    assert not agree(one[..., 1:], other[..., 1:])
 
 
 @pytest.mark.parametrize("weight", [torch.nan, 0.0])

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from hf_layerprune.cli import main
 from hf_layerprune.cut.gguf.modelfile import make_modelfile
 from hf_layerprune.families import make_cut
-from hf_layerprune.families.engines import COUNTED, misread
+from hf_layerprune.families.engines import PERIOD_RULES, describe_misread_layers
 from hf_layerprune.layer_ranges import parse_layers
 from hf_layerprune.publish.card.render import Card
 from hf_layerprune.records.lineage import Lineage
@@ -132,11 +132,11 @@ def test_a_gguf_file_out_of_a_folder_is_told_in_one_line(tmp_path, monkeypatch, 
 def test_a_cut_that_an_engine_would_misread_is_told(name):
     tried = models.FAMILIES[name]
     config = models.tiny(name)
-    period = COUNTED[config.model_type].period
-    out_of_step = misread(config, make_cut(config, parse_layers(tried.drop)).keep)
+    period = PERIOD_RULES[config.model_type].period
+    out_of_step = describe_misread_layers(config, make_cut(config, parse_layers(tried.drop)).keep)
     assert f"every {period} layers of a {config.model_type} count as a group" in out_of_step
-    assert misread(config, make_cut(config, range(period)).keep) is None
-    assert misread(config, make_cut(config, [tried.layers - 1]).keep) is None
+    assert describe_misread_layers(config, make_cut(config, range(period)).keep) is None
+    assert describe_misread_layers(config, make_cut(config, [tried.layers - 1]).keep) is None
 
 
 def test_the_warning_reaches_who_prunes_inspects_and_reads_the_card(tmp_path, caplog, capsys):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict, Features, LargeList, List, Sequence, Value, load_from_disk
 
-from hf_layerprune.calibration.documents import documents_of
+from hf_layerprune.calibration.documents import read_documents
 from hf_layerprune.errors import CheckpointError, CutError
 from hf_layerprune.heal.data import load_mixture, load_rows, pick_split, shape_rows
 from hf_layerprune.heal.row_checks import check_rows
@@ -94,7 +94,7 @@ def test_the_case_of_a_suffix_does_not_matter(kind: str, tmp_path: Path) -> None
     write[kind](str(path))
     assert load_rows(str(path))["train"].to_list() == rows.to_list()
     if kind != "CSV":
-        assert [document.text for document in documents_of(str(path), 0)] == ["a"]
+        assert [document.text for document in read_documents(str(path), 0)] == ["a"]
 
 
 def test_another_name_for_text() -> None:

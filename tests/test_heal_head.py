@@ -40,7 +40,7 @@ def own_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def our_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     output = OutputHead(model)
-    assert output.is_linear, output.why_not
+    assert output.is_linear, output.not_linear
     states = output.states(input_ids=ids, use_cache=False)
     assert states.shape == (*ids.shape, output.width)
     return output.head().logits(states)
@@ -123,7 +123,7 @@ def test_training_from_the_models_own_logits(loss: str, tmp_path: Path, monkeypa
     bench = Bench(tmp_path)
     usual = bench.trainer(loss=loss)
     usual.train()
-    monkeypatch.setattr(OutputHead, "_measured", lambda self, ids: None)
+    monkeypatch.setattr(OutputHead, "_measure_transform", lambda self, ids: None)
     whole = bench.trainer(loss=loss)
     whole.train()
     assert not whole.output_head.is_linear

@@ -30,7 +30,7 @@ from hf_layerprune.heal.preflight import dry_run_training
 from hf_layerprune.heal.student import Student, adapter_config, load_student
 from hf_layerprune.measure.requests import EvalRequest
 from hf_layerprune.runtime.loading import load_config
-from hf_layerprune.runtime.model_class import whole_models
+from hf_layerprune.runtime.model_class import without_zero3
 from hf_layerprune.versions import installed
 
 from .heal_makers import load_recipe, rows, word_tokenizer
@@ -266,7 +266,7 @@ def test_the_dense_model_writes_whole_under_zero3(
 def test_a_whole_model_is_merged_and_evaluated_under_zero3(
     recipe: ModuleType, folder: Path, tmp_path: Path, zero3: _ZeRO3
 ) -> None:
-    with whole_models():
+    with without_zero3():
         student = Student.at(folder / "pruned")
         method = parse_method("last2")
         model = get_peft_model(

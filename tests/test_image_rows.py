@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from hf_layerprune import LayerPruneError, UnsupportedModelError, families
 from hf_layerprune.calibration.rows import CalibrationSet, Rows
 from hf_layerprune.families.layout import find_decoder_layers
-from hf_layerprune.families.multimodal import placeholders
+from hf_layerprune.families.multimodal import placeholder_tokens
 from hf_layerprune.repair.fit import fit_repair
 from hf_layerprune.repair.writers import swap_parameters
-from hf_layerprune.runtime.parts import hooked
+from hf_layerprune.runtime.parts import scoped_hooks
 from hf_layerprune.runtime.walk import LayerWalk
 from hf_layerprune.select import taylor
 from hf_layerprune.select.trials import Trial, evaluate_trials
@@ -60,7 +60,7 @@ def naive(model: Any, row: Rows) -> torch.Tensor:
 
 def asked(model: Any, ids: torch.Tensor) -> list[int]:
     """The positions whose next token is text."""
-    tokens = placeholders(model.config)
+    tokens = placeholder_tokens(model.config)
     return [i for i in range(ids.shape[1] - 1) if ids[0, i + 1].item() not in tokens]
 
 
@@ -75,7 +75,7 @@ def loss(model: Any, row: Rows) -> torch.Tensor:
 def test_ranked(model_type: str) -> None:
     """Perplexity and KL of cuts, and a Taylor score, count what follows text, and no placeholder."""
     model, text, rows = made(model_type, 2)
-    assert placeholders(model.config)
+    assert placeholder_tokens(model.config)
     walk = LayerWalk(model)
     n, drop = walk.num_layers, cuts(model_type, model.config)["middle"]
     tried = [(), (n - 2,), drop]
@@ -154,10 +154,10 @@ def test_repaired(model_type: str, method: str) -> None:
     module = layer.get_submodule(name)
     wanted = states(model, drop[-1] + 1, fitted)
     seen: list[torch.Tensor] = []
-    with hooked(module.register_forward_hook(lambda m, args, output: seen.extend((args[0], output.clone())))):
+    with scoped_hooks(module.register_forward_hook(lambda m, args, output: seen.extend((args[0], output.clone())))):
         plain = states(model, drop[0], fitted)
     features, output = (torch.cat([x.flatten(0, -2) for x in seen[start::2]]).double() for start in (0, 1))
-    with hooked(module.register_forward_hook(lambda m, args, output: torch.zeros_like(output))):
+    with scoped_hooks(module.register_forward_hook(lambda m, args, output: torch.zeros_like(output))):
         written = plain - states(model, drop[0], fitted)
     added = added_by_fit(method, cut, layer, features, output, written, wanted - plain)
     with swap_parameters(layer, repair.by_layer()[before]):

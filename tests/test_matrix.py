@@ -189,9 +189,9 @@ def test_kept_layers_stay_what_they_are_or_the_cut_is_refused(model_type: str, d
     lowest = {"moe_layer_end_index": -1, "moe_layer_start_index": 0, "attn_layer_offset": 0, "expert_layer_offset": 0}
     old = {name: data.draw(st.integers(lowest.get(name, 1), n), label=name) for name in names}
     keep = tuple(sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1), label="keep")))
-    assert family.couple is not None
+    assert family.rewrite_together is not None
     try:
-        new = old | family.couple(old, fields.Cut(keep, n))
+        new = old | family.rewrite_together(old, fields.Cut(keep, n))
     except families.CutError as error:
         assert "fixed" in str(error)  # noqa: PT017
         return

@@ -16,7 +16,7 @@ from hf_layerprune import LayerDropConfig, LayerPruneError, drop_layers, prune_w
 from hf_layerprune.families.layout import find_decoder_layers
 from hf_layerprune.measure import distance as module
 from hf_layerprune.measure.distance import mean, text_metrics, window_means
-from hf_layerprune.runtime.memory import in_batches, positions_at_once
+from hf_layerprune.runtime.memory import in_batches, positions_per_chunk
 from hf_layerprune.runtime.prefix import Prefix
 
 from .tiny_models import tiny_input, tiny_model
@@ -68,7 +68,7 @@ def test_distance_is_its_definition(model_type: str) -> None:
 
 
 def same_start(base: Any, model: Any, depth: int) -> bool:
-    return Prefix(base, depth).computes_as(Prefix(model, depth))
+    return Prefix(base, depth).is_equivalent(Prefix(model, depth))
 
 
 @pytest.mark.parametrize("where", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
@@ -106,18 +106,18 @@ def test_only_the_head_changed() -> None:
 def test_chunks_change_nothing(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny_model("gemma2")
     model = pruned(base, [3, 4])
-    monkeypatch.setattr(module, "positions_at_once", lambda *_: size)
+    monkeypatch.setattr(module, "positions_per_chunk", lambda *_: size)
     check(model, base, ROWS)
     expected = -log_probs(model, ROWS).gather(-1, ROWS[:, 1:, None]).mean()
     assert window_means(model, ROWS)["nll"].mean() == pytest.approx(expected)
 
 
 def test_chunks_fit_the_budget() -> None:
-    assert positions_at_once(1024, 1, 49_152, 1 << 40) == 1024
-    assert positions_at_once(1024, 1, 256_000, 256 << 20) == 256
-    assert positions_at_once(1000, 1, 256_000, 256 << 20) == 256  # four chunks, of multiples of 32
-    assert positions_at_once(2048, 8, 256_000, 1) == 32
-    assert positions_at_once(20, 1, 100, 4000) == 20
+    assert positions_per_chunk(1024, 1, 49_152, 1 << 40) == 1024
+    assert positions_per_chunk(1024, 1, 256_000, 256 << 20) == 256
+    assert positions_per_chunk(1000, 1, 256_000, 256 << 20) == 256  # four chunks, of multiples of 32
+    assert positions_per_chunk(2048, 8, 256_000, 1) == 32
+    assert positions_per_chunk(20, 1, 100, 4000) == 20
 
 
 def test_a_peft_model() -> None:

@@ -107,7 +107,7 @@ def test_what_overflows_float16_is_pruned_in_another_type(repair: str | None, tm
 def test_repair_and_ranking(slow: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(
-        "hf_layerprune.runtime.walk.LayerWalk._try_out", lambda walk, *_: seen.append(walk.model.dtype)
+        "hf_layerprune.runtime.walk.LayerWalk._check_layerwise", lambda walk, *_: seen.append(walk.model.dtype)
     )
     computes_in = torch.float32 if slow else torch.bfloat16
     small = {"calibration": "self", "calibration_samples": 8, "calibration_length": 32}

@@ -17,7 +17,7 @@ from hf_layerprune.heal import loss_inputs, losses
 from hf_layerprune.measure import distance
 from hf_layerprune.repair import linear, magnitude
 from hf_layerprune.repair.fit import Repair
-from hf_layerprune.runtime.divergence import Divergence, Reference, diverge
+from hf_layerprune.runtime.divergence import Divergence, Reference, compute_divergence
 from hf_layerprune.runtime.head import OutputHead
 from hf_layerprune.runtime.walk import LayerWalk
 from hf_layerprune.select import taylor, trials
@@ -56,7 +56,7 @@ def layers_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
         own = walk.layer
         walk.layer = lambda index: own({2: 3, 3: 2}.get(index, index))
 
-    after(monkeypatch, LayerWalk, "_try_out", exchange)
+    after(monkeypatch, LayerWalk, "_check_layerwise", exchange)
 
 
 def a_scale_in_the_head_of_the_walk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,19 +64,19 @@ def a_scale_in_the_head_of_the_walk(monkeypatch: pytest.MonkeyPatch) -> None:
         own = walk.logits
         walk.logits = lambda hidden: own(hidden) * FACTOR
 
-    after(monkeypatch, LayerWalk, "_try_out", scale)
+    after(monkeypatch, LayerWalk, "_check_layerwise", scale)
 
 
 def reversed_kl(logits: torch.Tensor, targets: torch.Tensor, reference: Reference | None = None) -> Divergence:
     """KL(model || reference) in place of KL(reference || model)."""
-    right = diverge(logits, targets, reference)
+    right = compute_divergence(logits, targets, reference)
     if reference is None:
         return right
-    return replace(right, kl=diverge(reference.logits, targets, Reference(logits)).kl)
+    return replace(right, kl=compute_divergence(reference.logits, targets, Reference(logits)).kl)
 
 
 def kl_of_trials_with_swapped_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "diverge", reversed_kl)
+    monkeypatch.setattr(trials, "compute_divergence", reversed_kl)
 
 
 def a_dropped_layer_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,20 +134,20 @@ def gradients_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def kl_of_a_measurement_with_swapped_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distance, "diverge", reversed_kl)
+    monkeypatch.setattr(distance, "compute_divergence", reversed_kl)
 
 
 def agreement_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     def agreeing(*args: Any) -> Divergence:
-        right = diverge(*args)
+        right = compute_divergence(*args)
         return right if right.agrees is None else replace(right, agrees=torch.ones_like(right.agrees))
 
-    monkeypatch.setattr(distance, "diverge", agreeing)
+    monkeypatch.setattr(distance, "compute_divergence", agreeing)
 
 
 def targets_one_position_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = distance.diverge
-    monkeypatch.setattr(distance, "diverge", lambda logits, targets, *of: own(logits, targets.roll(1), *of))
+    own = distance.compute_divergence
+    monkeypatch.setattr(distance, "compute_divergence", lambda logits, targets, *of: own(logits, targets.roll(1), *of))
 
 
 FAULTS: list[tuple[str, Fault, str]] = [

@@ -53,7 +53,7 @@ class Card:
 def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     card = Card()
     monkeypatch.setattr(walk, "moved_to", card.moved_to)
-    monkeypatch.setattr(LayerWalk, "_streams", True)
+    monkeypatch.setattr(LayerWalk, "_is_streaming", True)
     return card
 
 
@@ -90,13 +90,13 @@ def test_a_model_that_writes_is_on_one_device(
 ) -> None:
     """Its layers too, whatever was moved before."""
     whole: list[bool] = []
-    write = self_text.write_text_with
+    write = self_text.generate_text
 
     def note(model: Any, *args: Any) -> torch.Tensor:
         whole.append(card.now == [model])
         return write(model, *args)
 
-    monkeypatch.setattr(self_text, "write_text_with", note)
+    monkeypatch.setattr(self_text, "generate_text", note)
     COMMANDS[command](base, tmp_path / "out")
     assert whole == [True]
     assert card.now == []
@@ -143,7 +143,7 @@ def test_a_model_that_is_too_large_for_the_card_writes_where_it_is(
     when: str, card: Card, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     layers = LayerWalk(tiny_model("llama"), device="cpu")
-    monkeypatch.setattr(layers, "_home", "home")
+    monkeypatch.setattr(layers, "_source", "home")
     card.fits = when == "it writes"
     tries: list[str] = []
 

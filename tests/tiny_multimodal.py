@@ -14,7 +14,7 @@ import torch
 from transformers.models.auto import modeling_auto as names
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_layerprune.families.multimodal import TEXT_ALONE, TEXT_SECTIONS
+from hf_layerprune.families.multimodal import TEXT_ONLY_TYPES, TEXT_SECTIONS
 from hf_layerprune.runtime.model_class import auto_class_of
 
 from .tiny_models import EAGER, LAYERS, MODEL_TYPES, OVERRIDES, VOCAB, mixed, randomize, small
@@ -25,7 +25,7 @@ WHOLE = {
     for model_type, name in names.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.items()
     if model_type in MODEL_TYPES
     and names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] != name
-    and model_type not in TEXT_ALONE
+    and model_type not in TEXT_ONLY_TYPES
 }
 SPECIAL_TOKENS = 32
 TOWER: dict[str, Any] = {

@@ -89,10 +89,10 @@ def _pages(data: Path, tokenizer: Any) -> list[list[int]]:
 
 
 def _split(ids: list[int], length: int, tokenizer: Any) -> list[list[int]]:
-    from hf_layerprune.runtime.windows import special_prefix, windows_of
+    from hf_layerprune.runtime.windows import special_prefix, split_into_windows
 
     begin = special_prefix(tokenizer)
-    return windows_of(ids[len(begin) :] if tuple(ids[: len(begin)]) == begin else ids, length, begin).tolist()
+    return split_into_windows(ids[len(begin) :] if tuple(ids[: len(begin)]) == begin else ids, length, begin).tolist()
 
 
 def _spread(rows: list[list[int]], count: int, name: str) -> list[list[int]]:

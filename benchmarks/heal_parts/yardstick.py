@@ -38,20 +38,20 @@ class Yardstick:
         """Means over the tokens of each window, by domain and metric."""
         import torch
 
-        from hf_layerprune.runtime.divergence import Reference, diverge
+        from hf_layerprune.runtime.divergence import Reference, compute_divergence
         from hf_layerprune.runtime.head import OutputHead
-        from hf_layerprune.runtime.parts import evaluating
+        from hf_layerprune.runtime.parts import evaluation_mode
 
         output = OutputHead(model)
         head, found = output.head(), Windows()
-        with evaluating(model), torch.inference_mode():
+        with evaluation_mode(model), torch.inference_mode():
             for name, rows in self.domains.items():
                 found[name] = {metric: [] for metric in METRICS}
                 for row, dense_states in zip(rows, self.states[name], strict=True):
                     states = output.states(input_ids=row[None], use_cache=False)[0, :-1]
                     taught = self.head.logits(dense_states)
-                    theirs = diverge(taught, row[1:])
-                    ours = diverge(head.logits(states), row[1:], Reference(taught))
+                    theirs = compute_divergence(taught, row[1:])
+                    ours = compute_divergence(head.logits(states), row[1:], Reference(taught))
                     found[name]["ln_ratio"].append((ours.nll - theirs.nll).mean().item())
                     found[name]["kl"].append(ours.kl.mean().item())
         return found

@@ -14,7 +14,7 @@ from ..cut.lazy import DROPPED_PARAMETERS, load_pruned
 from ..cut.memory import LayerCut, check_plain_model
 from ..errors import CheckpointError, LayerPruneError, boundary
 from ..families.layout import find_decoder_layers
-from ..runtime.loading import UNPACKED, WHERE, as_path, is_hub_id, load_base, resolve_base
+from ..runtime.loading import LOCATION_ARGUMENTS, UNPACKED_DTYPE, as_path, is_hub_id, load_base, resolve_base
 from ..runtime.precision import in_fast_precision
 from ..select.targets import Target
 from .config import LayerDropConfig
@@ -141,7 +141,7 @@ def prepare_from_base(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepar
     base = config.base_model_name_or_path or ""
     others = {name: value for name, value in kwargs.items() if name not in ("device_map", "dtype", "torch_dtype")}
     packed = resolve_base(base, kwargs.get("gguf_file"))[1] is not None
-    model = load_base(base, dtype=kwargs.get("dtype", UNPACKED) if packed else "auto", **others)
+    model = load_base(base, dtype=kwargs.get("dtype", UNPACKED_DTYPE) if packed else "auto", **others)
     families.check_supported(model.config)
     device = torch.accelerator.current_accelerator(check_available=True)
     target = None
@@ -172,7 +172,7 @@ def load_merged(name: str, adapter: PeftConfig, kwargs: dict[str, Any]) -> PreTr
             f"{name} is an adapter that adds virtual tokens ({adapter.peft_type}), which no plain model can hold; specify its "
             f"base instead: {adapter.base_model_name_or_path}"
         )
-    where = {name: kwargs[name] for name in WHERE if kwargs.get(name)}
+    where = {name: kwargs[name] for name in LOCATION_ARGUMENTS if kwargs.get(name)}
     others = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
     if isinstance(adapter, LayerDropConfig):
         base = _load_base_for(adapter, others)

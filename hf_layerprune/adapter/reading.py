@@ -14,7 +14,7 @@ from transformers.utils.hub import cached_file
 from ..errors import CheckpointError, boundary
 from ..files.json_file import read_object
 from ..records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG
-from ..runtime.loading import WHERE, as_path, check_complete
+from ..runtime.loading import LOCATION_ARGUMENTS, as_path, check_complete
 
 
 def find_adapter(base: str | Path, **kwargs: Any) -> PeftConfig | None:
@@ -25,7 +25,7 @@ def find_adapter(base: str | Path, **kwargs: Any) -> PeftConfig | None:
     Raises:
         CheckpointError: It is an adapter whose config can't be read, or one without safetensors weights.
     """
-    where = {name: kwargs[name] for name in WHERE if kwargs.get(name) is not None}
+    where = {name: kwargs[name] for name in LOCATION_ARGUMENTS if kwargs.get(name) is not None}
     path = as_path(base)
     name = str(path) if path.exists() else str(base)
     if path.is_file() or _find_file(name, CONFIG, where) is not None:

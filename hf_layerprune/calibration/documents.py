@@ -17,9 +17,9 @@ from ..files.text_file import MAX_TEXT, read_text
 
 logger = logging.getLogger(__name__)
 
-_HELD_BACK = ("test", "validation", "valid", "dev")
+_EVAL_SPLITS = ("test", "validation", "valid", "dev")
 # Characters of a text file that are tokenised at once; size of the shuffle buffer for streamed data sets, in rows.
-_PIECE = 1 << 16
+_PIECE_CHARACTERS = 1 << 16
 _BUFFER = 1000
 # Columns in which data sets have images.
 IMAGE_COLUMNS = ("image", "images")
@@ -57,7 +57,7 @@ def check_source(source: str) -> None:
         )
 
 
-def documents_of(source: str, seed: int) -> Iterator[Document]:
+def read_documents(source: str, seed: int) -> Iterator[Document]:
     """Read the rows of a file or data set, or the pieces of a text, in an order that the seed determines.
 
     Raises:
@@ -71,45 +71,47 @@ def documents_of(source: str, seed: int) -> Iterator[Document]:
     if path.is_file() and kind != ".parquet":
         if column and kind not in SUFFIXES:
             raise CheckpointError(f"calibration file {path} is read as one text, without columns; omit :{column}")
-        documents = _rows(path, column or "text") if kind in SUFFIXES else _text(path)
+        documents = _read_rows(path, column or "text") if kind in SUFFIXES else _read_text(path)
         Random(seed).shuffle(documents)
         yield from documents
     else:
-        yield from _data_set(source, seed)
+        yield from _read_data_set(source, seed)
 
 
-def _text(path: Path) -> list[Document]:
+def _read_text(path: Path) -> list[Document]:
     """Large pieces of a text, so that their boundaries matter little."""
     text = read_text(path)
     if "\0" in text:
         raise CheckpointError(f"calibration file {path} is binary; specify a text file")
-    return [Document(text[start : start + _PIECE]) for start in range(0, len(text), _PIECE)]
+    return [Document(text[start : start + _PIECE_CHARACTERS]) for start in range(0, len(text), _PIECE_CHARACTERS)]
 
 
-def _rows(path: Path, column: str) -> list[Document]:
-    return [_document(row, column, where, str(path), path.parent) for where, row in read_rows(path, MAX_TEXT)]
+def _read_rows(path: Path, column: str) -> list[Document]:
+    return [_to_document(row, column, where, str(path), path.parent) for where, row in read_rows(path, MAX_TEXT)]
 
 
-def _document(row: Any, column: str, where: str, source: str, folder: Path = Path()) -> Document:
+def _to_document(row: Any, column: str, where: str, source: str, folder: Path = Path()) -> Document:
     """The text or the chat, a list of messages, in a column of a row, and the images that go with it."""
     value: Any = row.get(column) if isinstance(row, dict) else None
     is_chat = isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
     if not (isinstance(value, str) or is_chat):
-        others = [name for name in row if name != column] if isinstance(row, dict) else [_named(row)]
-        has = f"only {', '.join(others)}" if others else f"but {_named(value)}"
+        others = [name for name in row if name != column] if isinstance(row, dict) else [_type_name(row)]
+        has = f"only {', '.join(others)}" if others else f"but {_type_name(value)}"
         raise CheckpointError(f"{where} has no text in {column!r}, {has}; specify the column: {source}:COLUMN")
-    images: Any = () if is_chat and any(is_image(part) for said in value for part in parts_of(said)) else None
-    if beside := next((name for name in IMAGE_COLUMNS if name in row and name != column), None):
-        given = row[beside] if isinstance(row[beside], list | tuple) else [row[beside]]
+    images: Any = (
+        () if is_chat and any(is_image(part) for message in value for part in message_parts(message)) else None
+    )
+    if image_column := next((name for name in IMAGE_COLUMNS if name in row and name != column), None):
+        given = row[image_column] if isinstance(row[image_column], list | tuple) else [row[image_column]]
         images = tuple(image for image in given if image)
     return Document(value, images, where, folder)
 
 
-def _named(value: Any) -> str:
+def _type_name(value: Any) -> str:
     return JSON_TYPES.get(type(value), type(value).__name__)  # data sets hold values of other types, too
 
 
-def parts_of(message: dict[str, Any]) -> list[Any]:
+def message_parts(message: dict[str, Any]) -> list[Any]:
     """The parts of a message of a chat; plain text has none."""
     content = message.get("content")
     return content if isinstance(content, list) else []
@@ -138,13 +140,13 @@ def refuse_postscript() -> None:
     except ImportError:  # then no image is read either
         return
 
-    def refused(*_: Any, **__: Any) -> Any:
+    def refuse(*_: Any, **__: Any) -> Any:
         raise OSError("it is PostScript, a program, which is not run")
 
-    EpsImagePlugin.Ghostscript = refused
+    EpsImagePlugin.Ghostscript = refuse
 
 
-def _data_set(source: str, seed: int) -> Iterator[Document]:
+def _read_data_set(source: str, seed: int) -> Iterator[Document]:
     try:
         from datasets import load_dataset
     except ImportError:
@@ -155,7 +157,7 @@ def _data_set(source: str, seed: int) -> Iterator[Document]:
     split, _, column = rest.partition(":")
     name, _, config = name.partition("@")
     split, column = split or "train", column or "text"
-    if split.partition("[")[0] in _HELD_BACK:
+    if split.partition("[")[0] in _EVAL_SPLITS:
         logger.warning("calibration uses the %s split of %s; don't evaluate on it afterwards", split, name)
     streamed: dict[str, Any] = {"split": split, "streaming": True}  # only the rows that are used are downloaded
     with boundary(f"can't read calibration {source}"):
@@ -170,4 +172,4 @@ def _data_set(source: str, seed: int) -> Iterator[Document]:
         else:
             rows = load_dataset(name, config or None, trust_remote_code=False, **streamed)
         for row in rows.shuffle(seed, buffer_size=_BUFFER):
-            yield _document(row, column, name, f"{name}:{split}")
+            yield _to_document(row, column, name, f"{name}:{split}")

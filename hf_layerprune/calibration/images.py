@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import CheckpointError, CutError, boundary
-from ..families.multimodal import placeholders
+from ..families.multimodal import placeholder_tokens
 from ..options import pluralize
-from ..runtime.loading import chats
-from .documents import Document, is_image, open_image, parts_of
+from ..runtime.loading import has_chat_template
+from .documents import Document, is_image, message_parts, open_image
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 # The outputs of a processor that have one entry per token.
-_FOR_EACH_TOKEN = ("attention_mask", "token_type_ids", "mm_token_type_ids")
-_LEAST = 2  # tokens in a row: one, and the one to predict
+_PER_TOKEN = ("attention_mask", "token_type_ids", "mm_token_type_ids")
+_MIN_TOKENS = 2  # tokens in a row: one, and the one to predict
 
 
 def image_rows(
@@ -45,7 +45,7 @@ def image_rows(
     """
     if model is None or load_processor is None:
         raise CutError(f"calibration={source!r} has images, which need the model and its processor")
-    tokens = placeholders(model.config)
+    tokens = placeholder_tokens(model.config)
     if not tokens:
         raise CutError(
             f"{source} has images, but {model.name_or_path or 'the model'} is a {model.config.model_type} model that "
@@ -56,15 +56,15 @@ def image_rows(
     longest = left_out = 0
     for document in documents:
         with boundary(f"the processor can't read {document.where}"):
-            ids, media = _processed(processor, document)
+            ids, media = _process(processor, document)
         places = torch.isin(ids[0], torch.tensor(tokens)).nonzero()
         if document.images and not len(places):
             raise CheckpointError(f"{document.where} has an image, but the chat template gives it no place")
         end = int(places[-1]) + 1 if len(places) else 0
-        if end > length or ids.shape[1] < _LEAST:
+        if end > length or ids.shape[1] < _MIN_TOKENS:
             longest, left_out = max(longest, end), left_out + 1
             continue
-        cut = {name: value[:, :length] for name, value in media.items() if name in _FOR_EACH_TOKEN}
+        cut = {name: value[:, :length] for name, value in media.items() if name in _PER_TOKEN}
         rows.append((ids[:, :length], media | cut))
         if len(rows) == samples:
             break
@@ -77,56 +77,62 @@ def image_rows(
     return rows
 
 
-def _processed(processor: Any, document: Document) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _process(processor: Any, document: Document) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The tokens `[1, seq]` of an example, and the model's other inputs."""
     given = list(document.images or ())
-    if isinstance(document.text, str) and (not chats(processor) or _holds_places(processor, document.text)):
+    if isinstance(document.text, str) and (
+        not has_chat_template(processor) or _has_image_token(processor, document.text)
+    ):
         text = document.text
-        if not _holds_places(processor, text):
+        if not _has_image_token(processor, text):
             text = processor.image_token * len(given) + text
-        images = [_opened(image, document) for image in given] or None
-        made = processor(text=[text], images=images, return_tensors="pt")
+        images = [_open(image, document) for image in given] or None
+        encoded = processor(text=[text], images=images, return_tensors="pt")
     else:
         chat = [{"role": "user", "content": document.text}] if isinstance(document.text, str) else document.text
-        made = processor.apply_chat_template(
-            _filled(chat, given, document), tokenize=True, return_dict=True, return_tensors="pt"
+        encoded = processor.apply_chat_template(
+            _fill_placeholders(chat, given, document), tokenize=True, return_dict=True, return_tensors="pt"
         )
-    tensors = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+    tensors = {name: value for name, value in encoded.items() if isinstance(value, torch.Tensor)}
     tensors.pop("labels", None)  # PaliGemma's processor makes them, and the model would compute a loss
     return tensors.pop("input_ids"), tensors
 
 
-def _holds_places(processor: Any, text: str) -> bool:
+def _has_image_token(processor: Any, text: str) -> bool:
     return bool(getattr(processor, "image_token", None)) and processor.image_token in text
 
 
-def _filled(chat: list[dict[str, Any]], images: list[Any], document: Document) -> list[dict[str, Any]]:
+def _fill_placeholders(chat: list[dict[str, Any]], images: list[Any], document: Document) -> list[dict[str, Any]]:
     """A chat whose messages are lists of parts, with the images in place of their placeholders."""
     messages = [
-        said | {"content": [dict(part) for part in parts_of(said)] or [{"type": "text", "text": said["content"]}]}
-        for said in chat
+        message
+        | {
+            "content": [dict(part) for part in message_parts(message)]
+            or [{"type": "text", "text": message["content"]}]
+        }
+        for message in chat
     ]
-    if not any(is_image(part) for said in messages for part in said["content"]):
-        first = next((said for said in messages if said["role"] == "user"), messages[0])
+    if not any(is_image(part) for message in messages for part in message["content"]):
+        first = next((message for message in messages if message["role"] == "user"), messages[0])
         first["content"][:0] = [{"type": "image"} for _ in images]
-    places = [part for said in messages for part in said["content"] if is_image(part)]
-    held = [_held(part) for part in places]
-    if (empty := held.count(None)) != len(images):
+    places = [part for message in messages for part in message["content"] if is_image(part)]
+    sources = [_image_source(part) for part in places]
+    if (empty := sources.count(None)) != len(images):
         raise CheckpointError(
             f"{document.where} has {pluralize(len(images), 'image')} for {pluralize(empty, 'place')} in its messages; give each image one place"
         )
-    left = iter(images)
-    for part, image in zip(places, held, strict=True):
+    remaining = iter(images)
+    for part, image in zip(places, sources, strict=True):
         part.clear()
-        part |= {"type": "image", "image": _opened(next(left) if image is None else image, document)}
+        part |= {"type": "image", "image": _open(next(remaining) if image is None else image, document)}
     return messages
 
 
-def _held(part: dict[str, Any]) -> Any:
+def _image_source(part: dict[str, Any]) -> Any:
     return next((part[name] for name in ("image", "path", "url", "base64") if part.get(name) is not None), None)
 
 
-def _opened(image: Any, document: Document) -> Any:
+def _open(image: Any, document: Document) -> Any:
     """Open an image, in whatever form the data set stores it."""
     if isinstance(image, dict):  # of a data set whose images are not decoded
         image = BytesIO(image["bytes"]) if image.get("bytes") else image.get("path")

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import CheckpointError, CutError, boundary
-from ..families.multimodal import placeholders
+from ..families.multimodal import placeholder_tokens
 from ..options import pluralize
 from ..records.names import strip_local_path
-from ..runtime.loading import chats
-from ..runtime.windows import check_context, special_prefix, windows_of
-from .documents import Document, documents_of
+from ..runtime.loading import has_chat_template
+from ..runtime.windows import check_context, special_prefix, split_into_windows
+from .documents import Document, read_documents
 from .images import image_rows
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 SELF = "self"
 # How many times the required number of tokens is read, so that rows don't all come from the first documents.
-_POOL = 4
+_OVERSAMPLING = 4
 _PROBE_TOKENS = 32
 
 Media = dict[str, torch.Tensor]
@@ -105,7 +105,7 @@ class CalibrationSet:
 
     def first(self, rows: int) -> CalibrationSet:
         """A set of the first rows."""
-        return self._part(0, rows)
+        return self._slice(0, rows)
 
     def split(self, held_out: float) -> tuple[CalibrationSet, CalibrationSet]:
         """Hold out a share of the rows; returns the other rows, and the held-out ones. Both are at least one row.
@@ -116,9 +116,9 @@ class CalibrationSet:
         if len(self) < 2:
             raise CutError("one calibration row can't be split; raise calibration_samples")
         count = held_out_rows(held_out, len(self))
-        return self._part(0, len(self) - count), self._part(len(self) - count, len(self))
+        return self._slice(0, len(self) - count), self._slice(len(self) - count, len(self))
 
-    def _part(self, start: int, end: int) -> CalibrationSet:
+    def _slice(self, start: int, end: int) -> CalibrationSet:
         media, lengths = self.media[start:end], self.lengths[start:end]
         return CalibrationSet.from_ids(self.input_ids[start:end], self.source, self.seed, media, lengths)
 
@@ -173,16 +173,16 @@ def load_calibration(
     if source == SELF:
         if model is None:
             raise CutError('calibration="self" is text written by the dense model; pass the model')
-        from .self_text import write_text_with
+        from .self_text import generate_text
 
         logger.info("the dense model writes %s of %d tokens to calibrate on", pluralize(samples, "row"), length)
-        return CalibrationSet.from_ids(write_text_with(model, tokenizer, samples, length, seed), source, seed)
+        return CalibrationSet.from_ids(generate_text(model, tokenizer, samples, length, seed), source, seed)
     if tokenizer is None:
         raise CutError(f"calibration={source!r} needs the model's tokenizer")
-    documents = documents_of(source, seed)
+    documents = read_documents(source, seed)
     start = next(documents, None)
     documents = chain([] if start is None else [start], documents)
-    reads_images = model is not None and bool(placeholders(model.config))
+    reads_images = model is not None and bool(placeholder_tokens(model.config))
     if start is not None and (start.images or (reads_images and start.images is not None)):
         rows = image_rows(documents, source, samples, length, model, processor)
         lengths = [ids.shape[1] for ids, _ in rows]
@@ -190,13 +190,13 @@ def load_calibration(
         calibration = CalibrationSet.from_ids(padded, source, seed, [media for _, media in rows], lengths)
     else:
         calibration = CalibrationSet.from_ids(
-            _windows(documents, tokenizer, source, samples, length, seed), source, seed
+            _sample_windows(documents, tokenizer, source, samples, length, seed), source, seed
         )
     check_vocabulary(calibration, model)
     return calibration
 
 
-def _windows(
+def _sample_windows(
     documents: Iterator[Document],
     tokenizer: PreTrainedTokenizerBase,
     source: str,
@@ -205,8 +205,8 @@ def _windows(
     seed: int,
 ) -> torch.Tensor:
     """A random sample of the windows of text, `[samples, length]`, in their order."""
-    ids = _tokens(documents, tokenizer, samples * length * _POOL)
-    windows = windows_of(ids, length, special_prefix(tokenizer))
+    ids = _tokenize(documents, tokenizer, samples * length * _OVERSAMPLING)
+    windows = split_into_windows(ids, length, special_prefix(tokenizer))
     rows = len(windows)
     if rows < samples:
         raise CheckpointError(
@@ -233,9 +233,9 @@ def check_vocabulary(calibration: CalibrationSet, model: PreTrainedModel | None)
         )
 
 
-def _tokens(documents: Iterator[Document], tokenizer: PreTrainedTokenizerBase, enough: int) -> list[int]:
+def _tokenize(documents: Iterator[Document], tokenizer: PreTrainedTokenizerBase, needed: int) -> list[int]:
     ids: list[int] = []
-    between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for document in documents:
         if document.images:
             raise CheckpointError(f"{document.where} has images, and the first row has none; use rows of one kind")
@@ -243,8 +243,8 @@ def _tokens(documents: Iterator[Document], tokenizer: PreTrainedTokenizerBase, e
             if not document.text.strip():  # as between the paragraphs of some corpora; not the end of a document
                 continue
             with boundary("the tokenizer can't read the calibration set"):
-                ids += tokenizer(document.text, add_special_tokens=False, verbose=False).input_ids + between
-        elif not chats(tokenizer):
+                ids += tokenizer(document.text, add_special_tokens=False, verbose=False).input_ids + separator
+        elif not has_chat_template(tokenizer):
             raise CheckpointError(
                 "the calibration set has conversations, but the tokenizer has no chat template; specify a set with plain text"
             )
@@ -252,6 +252,6 @@ def _tokens(documents: Iterator[Document], tokenizer: PreTrainedTokenizerBase, e
             with boundary("the tokenizer's chat template can't render the calibration set", "name plain text instead"):
                 chat: Any = tokenizer.apply_chat_template(document.text, return_dict=True)
             ids += chat.input_ids
-        if len(ids) >= enough:
+        if len(ids) >= needed:
             break
     return ids

@@ -12,7 +12,7 @@ import torch
 from transformers import LogitsProcessor
 
 from ..errors import UnsupportedModelError, boundary
-from ..runtime.loading import chats
+from ..runtime.loading import has_chat_template
 from ..runtime.memory import free_bytes, in_batches
 from ..runtime.windows import check_context
 from ..screen import progress_bar
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 # The most rows at a time. On a GPU, a step of decoding takes about as long for a thousand rows as for a hundred.
-_AT_ONCE, _AT_ONCE_ON_DEVICE = 128, 1024
+_MAX_ROWS, _MAX_ROWS_ON_DEVICE = 128, 1024
 _MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 
 @torch.no_grad()
-def write_text_with(
+def generate_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, samples: int, length: int, seed: int
 ) -> torch.Tensor:
     """Sample rows of text from a model, which is left unchanged: token ids `[samples, length]`, the prompt included.
@@ -44,7 +44,7 @@ def write_text_with(
     check_context(model.config, length, "self_length")
     from transformers import GenerationConfig, LogitsProcessorList
 
-    start = _beginning(model, tokenizer)[: length - 1]
+    start = _prompt_ids(model, tokenizer)[: length - 1]
     # Drawn in advance, so that the numbers don't depend on the batch size.
     draws = torch.rand(samples, length - len(start), generator=torch.Generator().manual_seed(seed))
     size = model.config.get_text_config().vocab_size
@@ -64,10 +64,10 @@ def write_text_with(
                     attention_mask=torch.ones_like(prompt),
                     max_new_tokens=part.shape[1],
                     do_sample=False,  # the processor below leaves only the sampled token
-                    logits_processor=LogitsProcessorList([_Draw(part.to(model.device), len(start), known, bar)]),
+                    logits_processor=LogitsProcessorList([_Sampler(part.to(model.device), len(start), known, bar)]),
                 ).cpu()
 
-            return torch.cat([*in_batches(draws, _rows_at_once(model, length), write, "write shorter rows")])
+            return torch.cat([*in_batches(draws, _max_batch_size(model, length), write, "write shorter rows")])
     except (AttributeError, NotImplementedError, TypeError) as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} can't write its own calibration text ({str(error)[:120]}); specify a text "
@@ -78,7 +78,7 @@ def write_text_with(
         model.train(was_training)
 
 
-class _Draw(LogitsProcessor):
+class _Sampler(LogitsProcessor):
     """Samples a token for each row, and masks all others."""
 
     def __init__(self, draws: torch.Tensor, start: int, known: int, bar: tqdm) -> None:
@@ -92,9 +92,9 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0)
 
 
-def _beginning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+def _prompt_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     """The start of an empty user turn, or the beginning-of-text token."""
-    if tokenizer is not None and chats(tokenizer):
+    if tokenizer is not None and has_chat_template(tokenizer):
         with boundary(
             "the tokenizer's chat template can't be rendered", "specify a text or a data set with --calibration"
         ):
@@ -109,7 +109,7 @@ def _beginning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     return [0]
 
 
-def _rows_at_once(model: PreTrainedModel, length: int) -> int:
+def _max_batch_size(model: PreTrainedModel, length: int) -> int:
     """As many rows as fit into half of the free memory."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 1) or 1
@@ -118,5 +118,5 @@ def _rows_at_once(model: PreTrainedModel, length: int) -> int:
     # Keys and values, twice while the cache grows, and a few copies of the logits.
     cache = 4 * config.num_hidden_layers * heads * shared * width * length * model.dtype.itemsize
     row = cache + 4 * 4 * config.vocab_size
-    most = _AT_ONCE if model.device.type == "cpu" else _AT_ONCE_ON_DEVICE
-    return int(max(1, min(most, free_bytes(model.device) // 2 // row)))
+    limit = _MAX_ROWS if model.device.type == "cpu" else _MAX_ROWS_ON_DEVICE
+    return int(max(1, min(limit, free_bytes(model.device) // 2 // row)))

@@ -19,7 +19,7 @@ from ..errors import CutError, LayerPruneError
 from ..families.layout import find_decoder_layers
 from ..families.multimodal import path_to_text
 from ..families.types import proven_versions
-from ..runtime.parts import TrialError, evaluating, hooked, probe_ids, trial, unmasked
+from ..runtime.parts import TrialError, evaluation_mode, probe_ids, scoped_hooks, trial, zero_masked
 from ..versions import installed
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def bypassed_logits(model: PreTrainedModel, layers: Sequence[int]) -> torch.Tens
             logits = probe_logits(model)
     except TrialError as error:
         raise CannotCheckError(f"the dense model does not run on tokens alone ({error})") from error
-    compared = unmasked(logits, logits)
+    compared = zero_masked(logits, logits)
     if compared is None or not compared[0].any():  # a wrong cut would have the same
         raise CannotCheckError(
             "the dense model's logits without these layers are all zero or not finite: it overflows "
@@ -73,7 +73,7 @@ def bypassed_logits(model: PreTrainedModel, layers: Sequence[int]) -> torch.Tens
 
 def probe_logits(model: PreTrainedModel) -> torch.Tensor:
     """Logits of a few fixed tokens, `[1, seq, vocab]`, in evaluation mode and without a cache or gradients."""
-    with evaluating(model):
+    with evaluation_mode(model):
         return model(input_ids=probe_ids(model, _TOKENS), use_cache=False).logits
 
 
@@ -91,7 +91,7 @@ def check_logits(pruned: PreTrainedModel, expected: torch.Tensor) -> None:
     expected = expected.to(logits.device)
     if logits.shape != expected.shape:
         raise WrongCutError(_mismatch(pruned.config, f"logits are {tuple(logits.shape)}, not {tuple(expected.shape)}"))
-    if (compared := unmasked(logits, expected)) is None:
+    if (compared := zero_masked(logits, expected)) is None:
         raise WrongCutError(_mismatch(pruned.config, "other logits are masked or infinite"))
     difference, scale = (compared[0] - compared[1]).abs().max().item(), compared[1].abs().max().item()
     if difference > _TOLERANCE.get(logits.dtype, _DEFAULT_TOLERANCE) * max(scale, 1e-6):
@@ -166,7 +166,7 @@ def _bypassed(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[None]:
         return (*inputs[:count], *output[count:])
 
     stack = find_decoder_layers(model).layers
-    with hooked(*[stack[i].register_forward_hook(return_input, with_kwargs=True) for i in layers]):
+    with scoped_hooks(*[stack[i].register_forward_hook(return_input, with_kwargs=True) for i in layers]):
         yield
 
 

@@ -26,7 +26,7 @@ from ..errors import CheckpointError, boundary
 from ..families.layout import find_decoder_layers
 from ..families.quantization import names_layers
 from ..layer_ranges import describe_layers
-from ..runtime.loading import check_complete, check_config_of, is_hub_id, resolve_base
+from ..runtime.loading import check_complete, is_hub_id, read_checked_config, resolve_base
 from ..runtime.model_class import model_class_of
 from .base import Base, read_weights
 from .check import warn_if_unproven
@@ -148,7 +148,7 @@ def _load_config(source: Base, hub: dict[str, Any], kwargs: dict[str, Any]) -> t
     explicit = {"dtype": dtype, "quantization_config": kwargs.pop("quantization_config", None)}
     config = kwargs.pop("config", None)
     if not isinstance(config, PreTrainedConfig):
-        check_config_of(str(config or source.name), trust_remote_code=False, **hub)
+        read_checked_config(str(config or source.name), trust_remote_code=False, **hub)
         with boundary(f"no model config at {source.name}"):
             config, kwargs = AutoConfig.from_pretrained(
                 config or source.name, return_unused_kwargs=True, trust_remote_code=False, **hub, **kwargs

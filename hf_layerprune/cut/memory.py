@@ -29,7 +29,7 @@ from ..families.multimodal import path_to_text
 from ..layer_ranges import describe_layers
 from ..options.kinds import LAYERS, check_value
 from ..runtime.devices import is_offloaded
-from ..runtime.model_class import model_without_weights, whole_models
+from ..runtime.model_class import model_without_weights, without_zero3
 from .check import CannotCheckError, bypassed_logits, check_logits
 
 if TYPE_CHECKING:
@@ -334,7 +334,7 @@ def dry_run_cut(
 
 def dry_run_cut_of_config(config: PreTrainedConfig, new_config: PreTrainedConfig, cut: families.Cut) -> None:
     """Make the checks of `dry_run_cut`, for the class that a config is loaded as."""
-    with boundary("no model can be built from the config"), whole_models():
+    with boundary("no model can be built from the config"), without_zero3():
         model = model_without_weights(config)
         part = families.text_config(new_config) if type(model.config) is not type(config) else new_config
     dry_run_cut(type(model), model.config, part, cut)
@@ -350,7 +350,7 @@ def _empty_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -
         if part is not None and isinstance(dtype, str):  # as it is saved; not every class accepts the name of a dtype
             part.dtype = getattr(torch, dtype)
     what = "no model can be built from the config"
-    with boundary(what), torch.random.fork_rng(devices=[]), torch.device("meta"), whole_models():
+    with boundary(what), torch.random.fork_rng(devices=[]), torch.device("meta"), without_zero3():
         return model_class(config)
 
 

@@ -30,7 +30,7 @@ from ..families.layout import (
 )
 from ..runtime.loading import is_hub_id
 from ..runtime.model_class import model_without_weights
-from ..runtime.windows import length_within
+from ..runtime.windows import resolve_length
 from .base import Base, Weights, read_headers
 from .header import FLOATS, Tensor
 from .plan import WeightsPlan, plan_weights
@@ -132,7 +132,7 @@ class Sizes:
         Raises:
             CutError: More is requested than the model's context.
         """
-        return length_within(self.config, requested, default, "context")
+        return resolve_length(self.config, requested, default, "context")
 
     @property
     def dtype(self) -> torch.dtype:

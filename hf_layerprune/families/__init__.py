@@ -14,7 +14,7 @@ from ..errors import CutError, UnsupportedModelError
 from ..records.quantized import describe_quantization
 from ..versions import installed
 from .fields import COUNT_FIELDS, Cut, cut_without, rewrite_fields
-from .multimodal import path_to_text, protected_by_towers, rewrite_outside
+from .multimodal import path_to_text, protected_by_towers, rewrite_outer_fields
 from .special import SPECIAL, Family, WideTensor
 from .types import (
     AFTER_PADDING,
@@ -23,7 +23,7 @@ from .types import (
     REFUSED_AT,
     STAGES,
     UNREPAIRABLE,
-    is_wrong_with,
+    is_known_broken,
     proven,
     proven_stages,
     proven_versions,
@@ -95,14 +95,14 @@ def check_supported(config: PreTrainedConfig) -> None:
                 f"model type {part.model_type!r} is not among the {len(proven())} proven ones (docs/architectures.md), "
                 "and a cut of an unknown layout could change silently on reload; choose a model of a proven type"
             )
-        if is_wrong_with(version, part.model_type):
+        if is_known_broken(version, part.model_type):
             raise UnsupportedModelError(
                 f"a cut of model type {part.model_type!r} is known to go wrong with transformers {version}; install one of "
                 f"those that it is proven with: {', '.join(proven_versions(part.model_type))}"
             )
     part = text_config(config)
     family = _family(part)
-    if family.requires and (reason := family.requires(part.to_dict())):
+    if family.refusal and (reason := family.refusal(part.to_dict())):
         raise UnsupportedModelError(f"this {part.model_type} model can't be pruned: {reason}")
 
 
@@ -180,15 +180,15 @@ def cut_config(config: PreTrainedConfig, cut: Cut) -> PreTrainedConfig:
         family.check(fields, cut)
     _check_attention_left(old_part, cut)
     changed = rewrite_fields(fields, cut, family.rules, skip=(count,))
-    if family.couple:
-        changed |= family.couple(fields, cut)
+    if family.rewrite_together:
+        changed |= family.rewrite_together(fields, cut)
     if count:
         changed[count] = len(cut.keep)
     rebuilt = _rebuild(old_part, fields | changed)
     _check_kept(rebuilt, changed)
     vars(part).clear()
     vars(part).update(vars(rebuilt))
-    rewrite_outside(new, cut)
+    rewrite_outer_fields(new, cut)
     _cut_quantization(config, new, cut)
     setattr(new, MARKER, {"drop_layers": list(cut.drop), "num_base_layers": cut.num_layers})
     return new

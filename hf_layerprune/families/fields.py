@@ -75,7 +75,7 @@ def cut_without(drop_layers: Sequence[int], num_layers: int) -> Cut:
 Rule = Callable[[Any, Cut], Any]
 
 
-def select(value: Any, cut: Cut) -> Any:
+def select_kept(value: Any, cut: Cut) -> Any:
     """A list with one entry per layer: take those of the kept layers. A scalar applies to all layers."""
     if not isinstance(value, list | tuple):
         return value
@@ -90,7 +90,7 @@ def remap(value: Any, cut: Cut) -> Any:
     return None if value is None else [cut.new_index[i] for i in value if i in cut.new_index]
 
 
-def sources(value: Any, cut: Cut) -> Any:
+def remap_sources(value: Any, cut: Cut) -> Any:
     """For each layer, the index of the layer whose results it reads, which must stay."""
     if value is None:
         return None
@@ -122,12 +122,12 @@ def count_last(value: Any, cut: Cut) -> Any:
     return None if value is None else sum(i >= cut.num_layers - value for i in cut.keep)
 
 
-def spell_out_pattern(value: Any, cut: Cut) -> Any:
+def expand_pattern(value: Any, cut: Cut) -> Any:
     """A pattern that repeats over the layers: write out the kept layers as one pattern."""
     return None if not value else [value[i % len(value)] for i in cut.keep]
 
 
-def spell_out_runs(value: Any, cut: Cut) -> Any:
+def expand_runs(value: Any, cut: Cut) -> Any:
     """Nested runs `[[[kind, ...], repeats], ...]`: write out the kept layers as one run."""
     if not value:
         return value
@@ -140,7 +140,7 @@ def rescale_depth(value: Any, cut: Cut) -> Any:
     return None if value is None else value / math.sqrt(cut.num_layers) * math.sqrt(len(cut.keep))
 
 
-def none_left(value: Any, cut: Cut) -> Any:
+def remove_all(value: Any, cut: Cut) -> Any:
     """A number of multi-token prediction layers. They were trained on the dense model, so a cut removes them."""
     return 0 if isinstance(value, int) else value
 
@@ -152,27 +152,27 @@ def unchanged(value: Any, cut: Cut) -> Any:
 
 _RULES: tuple[tuple[Rule, str], ...] = (
     # One entry per layer.
-    (select, """
+    (select_kept, """
         layer_types mlp_layer_types layers_block_type no_rope_layers indexer_types num_attention_heads_per_layer
         layer_rope_theta attention_layers activation_sparsity_pattern
     """),
     # Scalars in most families, one entry per layer in some.
-    (select, "intermediate_size num_experts moe_topk moe_intermediate_size num_shared_expert"),
+    (select_kept, "intermediate_size num_experts moe_topk moe_intermediate_size num_shared_expert"),
     # Layer indices.
     (remap, """
         attn_layer_indices mlp_only_layers moe_layers cross_attention_layers full_attn_idxs hybrid_layer_ids
         local_layer_ids rope_scaling_layers
     """),
     (remap_one_based, "ple_layer_ids"),
-    (sources, "kv_source_layers"),
+    (remap_sources, "kv_source_layers"),
     (remap_keys, "per_layer_config"),
     # Thresholds and counts.
     (count_below, "first_k_dense_replace num_dense_layers max_window_layers num_hash_layers"),
     (count_last, "num_kv_shared_layers"),
-    (none_left, "num_nextn_predict_layers num_mtp_layers"),
+    (remove_all, "num_nextn_predict_layers num_mtp_layers"),
     # Patterns.
-    (spell_out_pattern, "block_types"),
-    (spell_out_runs, "attention_types"),
+    (expand_pattern, "block_types"),
+    (expand_runs, "attention_types"),
     (rescale_depth, "scale_depth"),
     # Seeds of explicit lists.
     (unchanged, """

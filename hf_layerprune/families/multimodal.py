@@ -20,7 +20,7 @@ TEXT_SECTIONS = ("text_config", "thinker_config", "decoder")
 
 # Types whose multimodal model fails uncut with the newest transformers, so that a checkpoint of it is loaded as its
 # text model.
-TEXT_ALONE = ("llama4",)
+TEXT_ONLY_TYPES = ("llama4",)
 
 
 def path_to_text(config: PreTrainedConfig) -> list[PreTrainedConfig]:
@@ -36,7 +36,7 @@ def path_to_text(config: PreTrainedConfig) -> list[PreTrainedConfig]:
             return path
 
 
-def placeholders(config: PreTrainedConfig) -> list[int]:
+def placeholder_tokens(config: PreTrainedConfig) -> list[int]:
     """The placeholder tokens for the features of images, video and audio; none for a text model."""
     names = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
     found = [getattr(part, name, None) for part in path_to_text(config)[:-1] for name in names]
@@ -49,7 +49,7 @@ def _remap_targets(value: Any, cut: Cut) -> Any:
 
 
 # Fields outside the decoder's section that mention layers, and how a cut changes them.
-OUTSIDE: dict[str, Rule] = {
+OUTER_FIELDS: dict[str, Rule] = {
     "deepstack_layer_map": _remap_targets,
     "spatial_target_layers": remap,
     # Layers of a tower.
@@ -79,7 +79,7 @@ def protected_by_towers(config: PreTrainedConfig) -> dict[int, str]:
     return found
 
 
-def rewrite_outside(config: PreTrainedConfig, cut: Cut) -> None:
+def rewrite_outer_fields(config: PreTrainedConfig, cut: Cut) -> None:
     """Rewrite, in place, the fields of a composite config that refer to decoder layers outside the decoder's section.
 
     Raises:
@@ -89,7 +89,7 @@ def rewrite_outside(config: PreTrainedConfig, cut: Cut) -> None:
         for name, value in part.to_dict().items():
             if name in part.sub_configs:
                 continue
-            rule = OUTSIDE.get(name)
+            rule = OUTER_FIELDS.get(name)
             if rule is not None:
                 new = rule(value, cut)
                 if new != value:

@@ -19,14 +19,14 @@ from .fields import LIST_NAMES, NOT_TEXT, Cut, looks_per_layer
 # Characters that distinguish a regular expression from a module name, with or without wildcards.
 _REGEX = re.compile(r"[\\^$()|+{\[]")
 # Fields whose keys are regular expressions even if they look like names: GPTQModel's and Gemma's.
-_PATTERNS = ("dynamic", "module_quant_configs")
+_PATTERN_FIELDS = ("dynamic", "module_quant_configs")
 # The quantisers whose stars match any text, as in file names; all others take what has a star as a regular expression.
 _WITH_WILDCARDS = ("modelopt", "quark")
 # Words that identify the decoder of a multimodal model among its other stacks, and where else it may be.
 _TEXT = re.compile(r"language|text|decoder|llm")
 _PLAIN = ("model", "transformer", "thinker.model")
 # A layer's index in a form that is not a module's name, such as `layer_3`, `blk.3` or `3.mlp`.
-_ODD = re.compile(r"(?<![a-z])(?:layers?|blocks?|blk)[\W_]*[0-9]|^[0-9]+\.(?!dev|post|rc)[a-z_]", re.IGNORECASE)
+_INDEX = re.compile(r"(?<![a-z])(?:layers?|blocks?|blk)[\W_]*[0-9]|^[0-9]+\.(?!dev|post|rc)[a-z_]", re.IGNORECASE)
 _INDICES = re.compile(r"[0-9][0-9\s,:;-]*")
 _ANY_DIGIT = re.compile(r"(?<!\{)(?<!,)(?:\\d|[0-9]+)")
 # A segment that matches any index. A second dot beside it could stand for one of the digits.
@@ -66,7 +66,7 @@ def names_layers(value: Any) -> bool:
     return isinstance(value, str) and bool(_LIST.search(value)) and any(char.isdecimal() for char in value)
 
 
-def _is_elsewhere(pattern: str) -> bool:
+def _is_outside_decoder(pattern: str) -> bool:
     """Whether a regular expression can only mean stacks for other modalities, in each of its alternatives."""
     ends = [match.start() for match in _LIST.finditer(pattern)]
     before = pattern[: ends[-1]] if ends else ""
@@ -85,51 +85,51 @@ class _Rewriter:
             return self._walk_dict(value, where)
         listed = value if isinstance(value, list | tuple) else [value] if isinstance(value, str) else []
         if "layer" in where.lower() and any(_INDICES.fullmatch(str(one)) for one in listed):
-            raise self._by_index(where, "may list layers by index")
+            raise self._ambiguous(where, "may list layers by index")
         if isinstance(value, list | tuple):
             new: list[Any] = []
             for item in value:
-                new += self._texts(item, where) if isinstance(item, str) else [self.walk(item, where)]
+                new += self._rewrite_text(item, where) if isinstance(item, str) else [self.walk(item, where)]
             return new
         if isinstance(value, str):
-            texts = self._texts(value, where)
+            texts = self._rewrite_text(value, where)
             if len(texts) != 1:
-                raise self._refuse(value, f"field {where!r} can hold only one name, but {len(texts)} would be needed")
+                raise self._refusal(value, f"field {where!r} can hold only one name, but {len(texts)} would be needed")
             return texts[0]
         return value
 
     def _walk_dict(self, value: dict[str, Any], where: str) -> dict[str, Any]:
         if "layer" in where.lower() and any(re.fullmatch(r"[0-9]+", str(key)) for key in value):
-            raise self._by_index(where, "has keys that may be layers")
+            raise self._ambiguous(where, "has keys that may be layers")
         new: dict[str, Any] = {}
         for key, item in value.items():
             field = "" if "." in str(key) else str(key).lower()
             short = isinstance(item, list) and (len(item) < 3 or str in map(type, item))  # such as a block's size
             if not short and (why := looks_per_layer(field, item, self._cut.num_layers)):
-                raise self._by_index(str(key), why)
-            for text in self._texts(key, where) if isinstance(key, str) else [key]:
+                raise self._ambiguous(str(key), why)
+            for text in self._rewrite_text(key, where) if isinstance(key, str) else [key]:
                 rewritten = self.walk(item, key if isinstance(key, str) else where)
                 if new.setdefault(text, rewritten) != rewritten:
-                    raise self._refuse(key, f"{text!r} would get two settings")
+                    raise self._refusal(key, f"{text!r} would get two settings")
         return new
 
-    def _texts(self, text: str, where: str) -> list[str]:
+    def _rewrite_text(self, text: str, where: str) -> list[str]:
         """Rewrite a string: none if it only names dropped layers, several if a wildcard has to be written out."""
         if where == "version":
             return [text]
-        if _ONE_DIGIT.search(text) and not _is_elsewhere(text):
-            raise self._refuse(text, "it may pick layers by their index, or by its length")
+        if _ONE_DIGIT.search(text) and not _is_outside_decoder(text):
+            raise self._refusal(text, "it may pick layers by their index, or by its length")
         body = text.removeprefix("re:").removeprefix("+:").removeprefix("-:")
-        if body != text or where in _PATTERNS or _REGEX.search(body):
+        if body != text or where in _PATTERN_FIELDS or _REGEX.search(body):
             self._check_no_index(text, body)
             return [text]
         if not any(char.isdecimal() for char in body):
             return [text]
-        return self._name(text)
+        return self._rewrite_name(text)
 
     # --- names, with or without wildcards --------------------------------------------------------------------
 
-    def _name(self, text: str) -> list[str]:
+    def _rewrite_name(self, text: str) -> list[str]:
         parts = text.split(".")
         for place, part in enumerate(parts[:-1]):
             index, before = parts[place + 1], ".".join(parts[:place])
@@ -141,22 +141,22 @@ class _Rewriter:
                 self._check_stack(text, before, "*" in part)
                 return self._numbered(text, parts, place + 1)
             if re.fullmatch(r"[*?]*[0-9]+[*?]*", index) and (not part or "*" in part or "?" in part):
-                raise self._refuse(text, "its index may belong to a layer")
-        odd = _ODD.search(text)
+                raise self._refusal(text, "its index may belong to a layer")
+        odd = _INDEX.search(text)
         if re.fullmatch(r"[*?]+[0-9]+[*?]*", parts[0]) or (odd and not NOT_TEXT.search(text[: odd.start()])):
-            raise self._refuse(text, "its index may belong to a layer")
+            raise self._refusal(text, "its index may belong to a layer")
         return [text]
 
     def _numbered(self, text: str, parts: list[str], place: int) -> list[str]:
         head, index, tail = ".".join(parts[:place]), parts[place], parts[place + 1 :]
         if not self._wildcards and (index.endswith("*") or (tail and tail[0].startswith("*"))):
-            raise self._refuse(text, "it could be a wildcard or a regular expression")
+            raise self._refusal(text, "it could be a wildcard or a regular expression")
         if len(index) < 10 and index.isascii() and index.isdecimal():
-            return [".".join([head, str(new), *tail]) for new in self._new([int(index)])]
+            return [".".join([head, str(new), *tail]) for new in self._new_indices([int(index)])]
         if not re.fullmatch(r"[0-9]+\*", index):
-            raise self._refuse(text, f"{index!r} is not a plain index")
+            raise self._refusal(text, f"{index!r} is not a plain index")
         # A star also matches dots: it stands for more digits, and for any module inside the layer.
-        indices = self._new(i for i in range(self._cut.num_layers) if str(i).startswith(index[:-1]))
+        indices = self._new_indices(i for i in range(self._cut.num_layers) if str(i).startswith(index[:-1]))
         return [".".join([head, str(new), *rest]) for new in indices for rest in (tail, ["*", *tail])]
 
     # --- regular expressions ---------------------------------------------------------------------------------
@@ -175,25 +175,25 @@ class _Rewriter:
             owner = _OWNER.search(opened)
             if owner and owner[1] not in LIST_NAMES:
                 continue
-            if _is_elsewhere(pattern):
+            if _is_outside_decoder(pattern):
                 continue
-            raise self._refuse(text, f"{match[0]!r} may pick layers by their index")
+            raise self._refusal(text, f"{match[0]!r} may pick layers by their index")
 
     # --- common ----------------------------------------------------------------------------------------------
 
-    def _new(self, layers: Iterable[int]) -> list[int]:
+    def _new_indices(self, layers: Iterable[int]) -> list[int]:
         return [self._cut.new_index[i] for i in layers if i in self._cut.new_index]
 
     def _check_stack(self, text: str, before: str, wild: bool) -> None:
         if self._several_stacks and not _TEXT.search(before) and (wild or before not in _PLAIN):
-            raise self._refuse(text, "it may also match layers outside the decoder")
+            raise self._refusal(text, "it may also match layers outside the decoder")
 
-    def _by_index(self, where: str, why: str) -> CutError:
+    def _ambiguous(self, where: str, why: str) -> CutError:
         return CutError(f"{self._holder} field {where!r} {why}, which is ambiguous; list modules instead")
 
-    def _refuse(self, text: str, why: str) -> CutError:
-        shown = repr(text if len(text) <= 200 else text[:197] + "...")
+    def _refusal(self, text: str, why: str) -> CutError:
+        quoted = repr(text if len(text) <= 200 else text[:197] + "...")
         return CutError(
-            f"{self._holder} names layers by {shown}, which can't be rewritten exactly for the kept layers: "
+            f"{self._holder} names layers by {quoted}, which can't be rewritten exactly for the kept layers: "
             f"{why}; list the modules one by one in the base's config"
         )

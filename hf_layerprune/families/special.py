@@ -36,19 +36,19 @@ class Family:
 
     Args:
         rules (`dict[str, Rule]`): Field rules that replace those in `FIELDS`.
-        couple (`Callable`, *optional*): Rewrites fields that depend on each other; returns the changed ones.
+        rewrite_together (`Callable`, *optional*): Rewrites fields that depend on each other; returns the changed ones.
         check (`Callable`, *optional*): Raises `CutError` for a cut that is not possible.
         protect (`Callable`, *optional*): Layers that can never be dropped: the reason, by base index.
-        requires (`Callable`, *optional*): The reason to refuse a config, or `None`.
+        refusal (`Callable`, *optional*): The reason to refuse a config, or `None`.
         wide (`tuple[WideTensor, ...]`): Tensors to slice along with the layers.
         count_field (`str`, *optional*): The field with the layer count; `""` if the count is the length of a list.
     """
 
     rules: dict[str, Rule] = field(default_factory=dict)
-    couple: Callable[[Fields, Cut], Fields] | None = None
+    rewrite_together: Callable[[Fields, Cut], Fields] | None = None
     check: Callable[[Fields, Cut], None] | None = None
     protect: Callable[[Fields, int], dict[int, str]] | None = None
-    requires: Callable[[Fields], str | None] | None = None
+    refusal: Callable[[Fields], str | None] | None = None
     wide: tuple[WideTensor, ...] = ()
     count_field: str | None = None
 
@@ -63,10 +63,12 @@ def _sparse_step(fields: Fields, cut: Cut) -> Fields:
     return {"decoder_sparse_step": 1, "mlp_only_layers": remap(dense, cut)}
 
 
-SPARSE_STEP = Family(rules={"decoder_sparse_step": unchanged, "mlp_only_layers": unchanged}, couple=_sparse_step)
+SPARSE_STEP = Family(
+    rules={"decoder_sparse_step": unchanged, "mlp_only_layers": unchanged}, rewrite_together=_sparse_step
+)
 
 
-def _refit(flags: list[bool], what: str, period: int, offset: int) -> tuple[int, int]:
+def _fit_period(flags: list[bool], what: str, period: int, offset: int) -> tuple[int, int]:
     """The period and offset that give these flags: the old ones if they still do, otherwise the shortest period."""
     candidates = [(period, offset), *((p, o) for p in range(1, len(flags) + 1) for o in range(p))]
     for p, o in candidates:
@@ -83,7 +85,7 @@ def _two_periods(fields: Fields, cut: Cut) -> Fields:
     for kind, what in (("attn", "attention"), ("expert", "expert")):
         names = f"{kind}_layer_period", f"{kind}_layer_offset"
         period, offset = (fields[name] for name in names)
-        new = _refit([i % period == offset for i in cut.keep], what, period, offset)
+        new = _fit_period([i % period == offset for i in cut.keep], what, period, offset)
         changed.update(zip(names, new, strict=True))
     return changed
 
@@ -92,7 +94,7 @@ TWO_PERIODS = Family(
     rules=dict.fromkeys(
         ("attn_layer_period", "attn_layer_offset", "expert_layer_period", "expert_layer_offset"), unchanged
     ),
-    couple=_two_periods,
+    rewrite_together=_two_periods,
 )
 
 
@@ -116,13 +118,13 @@ def _interval_between(fields: Fields, cut: Cut) -> Fields:
 
 INTERVAL_BETWEEN = Family(
     rules=dict.fromkeys(("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"), unchanged),
-    couple=_interval_between,
+    rewrite_together=_interval_between,
 )
 
 # --- key-value sharing --------------------------------------------------------------------------------------
 
 
-def _sharing_check(fields: Fields, cut: Cut) -> None:
+def _check_sharing(fields: Fields, cut: Cut) -> None:
     """Sharing layers at the end read the keys and values of the last earlier layer of their type, which must stay."""
     types, shared = fields["layer_types"], fields.get("num_kv_shared_layers") or 0
     first = cut.num_layers - shared
@@ -136,8 +138,8 @@ def _sharing_check(fields: Fields, cut: Cut) -> None:
             )
 
 
-def _full_attention_last(fields: Fields, cut: Cut) -> None:
-    _sharing_check(fields, cut)
+def _check_full_attention_last(fields: Fields, cut: Cut) -> None:
+    _check_sharing(fields, cut)
     types = fields["layer_types"]
     if types[cut.keep[-1]] != "full_attention":
         full = [i for i in range(cut.num_layers) if types[i] == "full_attention"]
@@ -147,7 +149,7 @@ def _full_attention_last(fields: Fields, cut: Cut) -> None:
         )
 
 
-def _indexer_check(fields: Fields, cut: Cut) -> None:
+def _check_indexer(fields: Fields, cut: Cut) -> None:
     """A layer with a shared indexer uses the tokens selected by the nearest earlier full indexer, which must stay."""
     types, kinds = fields.get("indexer_types") or [], fields.get("layer_types") or []
     attend = [i for i in range(len(types)) if kinds[i : i + 1] != ["linear_attention"]]
@@ -163,17 +165,17 @@ _PER_LAYER_EMBEDDINGS = (
     WideTensor("per_layer_model_projection.weight", 0, "hidden_size_per_layer_input"),
 )
 
-SHARED_KV = Family(check=_sharing_check, wide=_PER_LAYER_EMBEDDINGS)
-SHARED_KV_FULL_LAST = Family(check=_full_attention_last, wide=_PER_LAYER_EMBEDDINGS)
+SHARED_KV = Family(check=_check_sharing, wide=_PER_LAYER_EMBEDDINGS)
+SHARED_KV_FULL_LAST = Family(check=_check_full_attention_last, wide=_PER_LAYER_EMBEDDINGS)
 
 # --- layers that must keep their position --------------------------------------------------------
 
 
-def _first(reason: str) -> Callable[[Fields, int], dict[int, str]]:
+def _protect_first(reason: str) -> Callable[[Fields, int], dict[int, str]]:
     return lambda fields, num_layers: {0: reason}
 
 
-def _last(reason: str) -> Callable[[Fields, int], dict[int, str]]:
+def _protect_last(reason: str) -> Callable[[Fields, int], dict[int, str]]:
     return lambda fields, num_layers: {num_layers - 1: reason}
 
 
@@ -191,7 +193,7 @@ def _must_be_decoder(fields: Fields) -> str | None:
     return "it is an encoder (config.is_decoder is false), and only decoders can be pruned; set is_decoder=True"
 
 
-DECODER_ONLY = Family(requires=_must_be_decoder)
+DECODER_ONLY = Family(refusal=_must_be_decoder)
 
 
 def _scaled_by_index(fields: Fields) -> str | None:
@@ -215,11 +217,11 @@ SPECIAL: dict[str, Family] = {
     "gemma4_unified_text": SHARED_KV_FULL_LAST,
     **dict.fromkeys(
         ("glm5_next_text", "glm_moe_dsa", "hy_v4", "hy_v4_vl_text", "mistral_large4_text"),
-        Family(check=_indexer_check),
+        Family(check=_check_indexer)
     ),
-    "modernbert-decoder": Family(protect=_first("it is the only layer without an attention norm")),
-    "zaya": Family(protect=_first("its router alone does not average with that of an earlier layer")),
-    "gpt_neox_japanese": Family(protect=_last("it is the only layer with an output bias")),
+    "modernbert-decoder": Family(protect=_protect_first("it is the only layer without an attention norm")),
+    "zaya": Family(protect=_protect_first("its router alone does not average with that of an earlier layer")),
+    "gpt_neox_japanese": Family(protect=_protect_last("it is the only layer with an output bias")),
     "qwen4_exp_text": Family(protect=_ngram_layers),
     "nemotron_h": Family(count_field=""),
     # Each layer counts as two hidden layers, in a separate field until transformers 5.16.
@@ -230,9 +232,9 @@ SPECIAL: dict[str, Family] = {
     # The widths of two kinds of experts, not one for each layer.
     "ernie4_5_vl_moe_text": Family(rules={"moe_intermediate_size": unchanged}),
     "xlstm": Family(rules={"num_blocks": lambda value, cut: len(cut.keep)}),
-    "gpt2": Family(requires=_scaled_by_index),
-    "gpt-sw3": Family(requires=_scaled_by_index),
-    "big_bird": Family(requires=_random_attention),
+    "gpt2": Family(refusal=_scaled_by_index),
+    "gpt-sw3": Family(refusal=_scaled_by_index),
+    "big_bird": Family(refusal=_random_attention),
     **dict.fromkeys(
         (
             "bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",

@@ -107,7 +107,7 @@ _UNRANKED: dict[str, str] = {
     "chameleon": "it masks logits of image tokens by index, so it can't run without its output head",
 }
 
-_BEHIND = (
+_NO_PROJECTION = (
     "no output projection of its layers writes into the hidden states, directly or through an RMS norm: it belongs to a "
     "mixture of experts, is followed by another norm, or is not a plain matrix"
 )
@@ -129,7 +129,7 @@ REFUSED_AT: dict[str, dict[str, str]] = {
     "rank": _UNRANKED,
     # Types without any layer that can be repaired. If some layers can be, only cuts at the others are refused.
     "repair": _UNRANKED
-    | {t: _BEHIND for t, stages in proven_stages().items() if "repair" not in stages and t not in _UNRANKED},
+    | {t: _NO_PROJECTION for t, stages in proven_stages().items() if "repair" not in stages and t not in _UNRANKED},
     "heal": {
         "git": "its output embedding shares its name with modules inside its layers, so PEFT can't train it alone",
         **dict.fromkeys(
@@ -152,14 +152,14 @@ def proven() -> frozenset[str]:
 
 
 @cache
-def _table() -> dict[str, dict[str, Any]]:
+def _version_table() -> dict[str, dict[str, Any]]:
     """By version of transformers: the `proven` types, and why the `failed` ones are not."""
     return json.loads(files(__package__).joinpath("versions.json").read_text())
 
 
-def is_wrong_with(version: str, model_type: str) -> bool:
+def is_known_broken(version: str, model_type: str) -> bool:
     """Whether a cut of a type that is proven elsewhere is known to change the model with a version of transformers."""
-    return _table().get(version, {}).get("failed", {}).get(model_type, "").startswith("WRONG")
+    return _version_table().get(version, {}).get("failed", {}).get(model_type, "").startswith("WRONG")
 
 
 def proven_versions(*model_types: str) -> list[str]:
@@ -168,4 +168,4 @@ def proven_versions(*model_types: str) -> list[str]:
     `versions.json` in this folder lists the proven and failed types for each version that was tested; `make compat`
     writes it.
     """
-    return [version for version, row in _table().items() if set(row["proven"]).issuperset(model_types)]
+    return [version for version, row in _version_table().items() if set(row["proven"]).issuperset(model_types)]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..calibration.documents import IMAGE_COLUMNS, refuse_postscript
 from ..errors import CheckpointError, CutError, boundary
 from ..files.data_sets import SUFFIXES, find_json_files, read_json_files
-from ..runtime.loading import chats
+from ..runtime.loading import has_chat_template
 from ..screen import progress_bar
 from .row_checks import check_text
 
@@ -175,7 +175,7 @@ def shape_rows(
     images = [column for column in IMAGE_COLUMNS if column in columns]
     if images and load_processor is None:
         raise CutError(f"{name} has {', '.join(images)}, and the model reads only text; leave that column out")
-    chatting = chats(load_processor() if images and load_processor else tokenizer)
+    chatting = has_chat_template(load_processor() if images and load_processor else tokenizer)
     if images:
         with _rows_of(name):
             rows = _opened(rows, images, Path(name).expanduser().parent)

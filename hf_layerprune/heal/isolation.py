@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..families.layout import find_decoder_layers
-from ..runtime.parts import TrialError, close, hooked, trial
+from ..runtime.parts import TrialError, agree, scoped_hooks, trial
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Isolation:
         mixed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         alone = [self._states([row])[0] for row in rows]
         together = [part.to(dtype=mixed) for part in self._states(rows)]
-        if all(map(close, alone, together)):
+        if all(map(agree, alone, together)):
             return True
         try:
             with trial():
@@ -70,7 +70,7 @@ class Isolation:
             factors = 1 + scale * torch.randn(hidden.shape, generator=noise, device=self._device)
             return hidden * factors.to(hidden.dtype)
 
-        with hooked(*(_before(layer, disturbed) for layer in layers)):
+        with scoped_hooks(*(_before(layer, disturbed) for layer in layers)):
             return [self._states([row])[0] for row in rows]
 
     def _passes_no_gradients(self, rows: Sequence[int], layer: nn.Module) -> bool:
@@ -93,7 +93,7 @@ class Isolation:
             return self._parted(of, rows)
 
         with torch.inference_mode(False), torch.enable_grad():
-            with hooked(_before(layer, start)):
+            with scoped_hooks(_before(layer, start)):
                 parts = self._states(rows)
             for row, part in enumerate(parts):
                 if any(bool(one.any()) for other, one in enumerate(reached(part)) if other != row):

@@ -71,7 +71,7 @@ def compute_in_forward(trainer: HealTrainer, output: OutputHead) -> None:
 
     def forward(self_: PreTrainedModel, *args: Any, heal: LossInputs | None = None, **kwargs: Any) -> Any:
         precomputed = trainer.data_collator.precomputed
-        if precomputed.prefix is not None and not precomputed.prefix.serves(
+        if precomputed.prefix is not None and not precomputed.prefix.holds_output_for(
             args[0] if args else kwargs.get("input_ids")
         ):
             raise LayerPruneError(

@@ -17,7 +17,7 @@ import torch
 
 from ..errors import LayerPruneError
 from ..runtime.head import Head
-from ..runtime.parts import TrialError, close, evaluating, trial
+from ..runtime.parts import TrialError, agree, evaluation_mode, trial
 from ..runtime.prefix import Prefix, first_trained_layer
 from .batches import Precomputed
 from .isolation import Isolation
@@ -135,7 +135,7 @@ class _Run:
         rows = list(range(min(2, len(self.datasets[0]))))
         inputs, output = self._inputs(rows), self.trainer.output_head
         with self._inference():
-            with prefix.recorded() as states:
+            with prefix.record() as states:
                 wanted = output.states(**inputs, use_cache=False)
             recorded = states[prefix.depth]
             self.state_bytes = recorded.shape[-1] * recorded.dtype.itemsize
@@ -144,13 +144,13 @@ class _Run:
             self.model.train()
             again = prefix.run(**inputs)[prefix.depth]
             self.model.eval()
-            if not close(again, recorded):
+            if not agree(again, recorded):
                 return "their output differs in training mode, as with dropout"
             if not self._are_apart(lambda inputs, _: prefix.run(**inputs)[prefix.depth], self.model):
                 return "their output for a row depends on the other rows of the batch"
             prefix.skip()
-            states = output.states(**prefix.put(recorded, inputs), use_cache=False)
-        return "" if close(states, wanted) else "layers pass more than hidden states to each other"
+            states = output.states(**prefix.set_output(recorded, inputs), use_cache=False)
+        return "" if agree(states, wanted) else "layers pass more than hidden states to each other"
 
     # --- the passes --------------------------------------------------------------------------------------
 
@@ -212,7 +212,7 @@ class _Run:
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        with evaluating(self.model), torch.inference_mode(), self.accelerator.autocast():
+        with evaluation_mode(self.model), torch.inference_mode(), self.accelerator.autocast():
             yield
 
     def _inputs(self, rows: Sequence[int]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ..families import check_stage, check_trainable, layer_count
 from ..families.fields import cut_without
 from ..options import AMOUNTS, CutOptions, option_fields, refuse_unused
 from ..runtime.loading import is_hub_id, load_config
-from ..runtime.model_class import model_without_weights, whole_models
+from ..runtime.model_class import model_without_weights, without_zero3
 from ..runtime.windows import check_context
 from ..select.sets import drop_count
 from .features import trained_places
@@ -244,7 +244,7 @@ def check_teacher(
     check_dense(load_config(name, revision=revision), config, name, features=args.features > 0)
 
 
-@whole_models()
+@without_zero3()
 def dry_run_training(
     args: HealConfig, model_args: ModelConfig, config: PreTrainedConfig, rows: Dataset, evaluated: Any, processor: Any
 ) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 
 from ..errors import CutError, LayerPruneError
-from ..runtime.windows import context_of
+from ..runtime.windows import max_positions
 from ..versions import trl_drops_rows_without_labels
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def check_lengths(train: Dataset, evaluated: Any, config: PreTrainedConfig, args
         CutError: A row, or a text packed into one, has more tokens than the model has positions.
     """
     others = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
-    most, limit = context_of(config), None if args.padding_free else args.max_length
+    most, limit = max_positions(config), None if args.padding_free else args.max_length
     for rows in (train, *others):
         if most is None or not isinstance(rows, Dataset):
             continue

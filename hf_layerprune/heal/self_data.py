@@ -19,13 +19,13 @@ import torch
 from accelerate import PartialState
 from torch.nn.utils.rnn import pad_sequence
 
-from ..calibration.self_text import write_text_with
+from ..calibration.self_text import generate_text
 from ..errors import CheckpointError, CutError, boundary
 from ..files.copy import write_text
 from ..files.json_file import parse_json
 from ..files.text_file import read_text
 from ..runtime.memory import in_batches
-from ..runtime.windows import context_of
+from ..runtime.windows import max_positions
 from ..screen import progress_bar
 from .data import FOR_TEMPLATES
 from .store import hash_tensors
@@ -64,7 +64,7 @@ class Writer:
         def make(part: int) -> list[list[int]]:
             size = min(in_a_part, count - part * in_a_part)
             begins = self.tokenizer if part % 2 == 0 else None
-            return write_text_with(self.model, begins, size, length, self.seed + part).tolist()
+            return generate_text(self.model, begins, size, length, self.seed + part).tolist()
 
         settings = ("rows", count, length, str(self.tokenizer.chat_template))
         made = self._in_parts(-(-count // in_a_part), make, *settings)
@@ -96,7 +96,7 @@ class Writer:
             )
         with boundary("can't make prompts of the rows"):
             prompts = [self._ids_of(row) for row in rows]
-        context = context_of(self.model.config)
+        context = max_positions(self.model.config)
         fitting = [i for i, ids in enumerate(prompts) if context is None or len(ids) + max_tokens <= context]
         if not fitting:
             raise CutError(

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CutError
-from ..families.multimodal import placeholders
+from ..families.multimodal import placeholder_tokens
 from ..runtime.loading import load_config, load_processor
 from .data import has_images, load_mixture, load_rows, pick_split, shape_rows
 from .row_checks import check_chats, check_rows
@@ -64,7 +64,7 @@ class Sources:
         name = "+".join(part["path"] for part in parts)
         config = load_config(model, revision=revision)
         vocabulary = getattr(config.get_text_config(), "vocab_size", None)
-        processor = partial(load_processor, model, revision=revision) if placeholders(config) else None
+        processor = partial(load_processor, model, revision=revision) if placeholder_tokens(config) else None
         field, whole = args.dataset_text_field, args.assistant_only_loss and not row_args.rewrite_answers
 
         def shaped(split: str) -> Dataset:

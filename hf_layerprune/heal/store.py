@@ -26,7 +26,7 @@ from ..errors import CheckpointError
 from ..files.copy import check_space, write_error
 from ..files.folders import lock_folder, unlock_folder
 from ..records.figures.numbers import format_size
-from ..runtime.memory import free_memory, halved
+from ..runtime.memory import free_memory, halve_batch
 from ..screen import progress_bar
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class StateCache:
                     try:
                         parts = [part.to("cpu", copy=True) for part in run(rows)]
                     except (RuntimeError, MemoryError) as error:
-                        max_tokens = halved(error, len(rows), "row; use a smaller --max_length") * longest
+                        max_tokens = halve_batch(error, len(rows), "row; use a smaller --max_length") * longest
                     else:
                         states |= {str(row): part for row, part in zip(rows, parts, strict=True)}
                         left = left[len(rows) :]

@@ -18,7 +18,7 @@ from ..records.fingerprints import CONFIG, is_hashed, is_part
 from ..records.lineage import Lineage
 from ..records.names import is_gguf_name
 from ..runtime.loading import is_hub_id, load_base, load_config
-from ..runtime.model_class import model_without_weights, stored_names, whole_models
+from ..runtime.model_class import model_without_weights, stored_names, without_zero3
 from .methods import Method, choose_method, parse_method
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def adapter_config(student: Student, method: Method, settings: ModelConfig) -> P
     return config
 
 
-@whole_models()
+@without_zero3()
 def _repaired_modules(student: Student) -> list[str] | None:
     """Full names of the modules that a repair changed."""
     if not student.repaired:

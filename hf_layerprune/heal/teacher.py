@@ -16,7 +16,7 @@ from ..errors import LayerPruneError
 from ..runtime.head import Head, OutputHead
 from ..runtime.loading import load_base
 from ..runtime.memory import free_memory
-from ..runtime.parts import TrialError, close, probe_ids, trial
+from ..runtime.parts import TrialError, agree, probe_ids, trial
 from ..runtime.prefix import Prefix
 from .placement import is_spread, runnable_where_it_is
 from .store import hash_tensors
@@ -73,7 +73,7 @@ class Teacher:
         if prefix is None or source is student:
             return
         own = Prefix(source, prefix.depth, needs_ids=prefix.needs_ids)
-        if own.computes_as(prefix) and self._starts_from(own):
+        if own.is_equivalent(prefix) and self._starts_from(own):
             own.unload()
             self._prefix = own
         else:
@@ -84,13 +84,13 @@ class Teacher:
         inputs = {"input_ids": probe_ids(self.model, 8)}
         try:
             with trial(), torch.inference_mode(), runnable_where_it_is(self.model):
-                with prefix.recorded() as states:
+                with prefix.record() as states:
                     wanted = self._output.states(**inputs, use_cache=False)
                 prefix.skip()
-                found = self._output.states(**prefix.put(states[prefix.depth], inputs), use_cache=False)
+                found = self._output.states(**prefix.set_output(states[prefix.depth], inputs), use_cache=False)
         except TrialError:
             return False
-        return close(found, wanted)
+        return agree(found, wanted)
 
     @property
     def shares(self) -> bool:
@@ -109,10 +109,10 @@ class Teacher:
         them.
         """
         if self._prefix is not None and shared is not None:
-            inputs = self._prefix.put(shared, inputs)
+            inputs = self._prefix.set_output(shared, inputs)
         if self._middle is None:
             return self._output.states(**inputs, use_cache=False).to(self.model.dtype)
-        with self._middle.recorded(self._features) as found:
+        with self._middle.record(self._features) as found:
             last = self._output.states(**inputs, use_cache=False)
         shape = (*last.shape[:-1], self.layer_width)
         if any(states.shape != shape for states in found.values()):

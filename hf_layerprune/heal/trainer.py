@@ -250,7 +250,7 @@ class HealTrainer(SavingTrainer):
         features, taught = self._parted(taught)
         if prefix is not None and self.data_collator.precomputed.prefix is not None:
             prefix.requires_grad_(self._reentrant)  # such checkpointing gives gradients only where the input has one
-            inputs = self.data_collator.precomputed.prefix.put(prefix, inputs)
+            inputs = self.data_collator.precomputed.prefix.set_output(prefix, inputs)
         outputs = None
         if self._leaves_loss_to_trl or return_outputs:
             count = None if num_items_in_batch is None else num_items_in_batch[0]

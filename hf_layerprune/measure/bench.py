@@ -15,7 +15,7 @@ import torch
 
 from ..errors import CutError, LayerPruneError, boundary
 from ..records.metrics import Metrics
-from ..runtime.windows import context_of
+from ..runtime.windows import max_positions
 from ..screen import progress_bar
 from .cost import cache_bytes, decode_bytes, prefill_flops
 from .engine_bench import EngineBench
@@ -54,7 +54,7 @@ class _Bench(Measurement):
         self.machine = {"threads": torch.get_num_threads()} if self.device == "cpu" else {}
         longest = max(request.prompt_lengths) + request.new_tokens
         for subject in self.subjects:
-            if (most := context_of(subject.config())) is not None and longest > most:
+            if (most := max_positions(subject.config())) is not None and longest > most:
                 raise CutError(
                     f"{subject.name} has a context of {most} tokens, but prompts with new tokens are {longest} long; "
                     "use shorter --prompt-lengths or fewer --new-tokens"

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..families import check_stage
-from ..runtime.divergence import Reference, diverge
+from ..runtime.divergence import Reference, compute_divergence
 from ..runtime.head import OutputHead
-from ..runtime.memory import in_batches, positions_at_once
-from ..runtime.parts import evaluating
+from ..runtime.memory import in_batches, positions_per_chunk
+from ..runtime.parts import evaluation_mode
 from ..screen import progress_bar
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def window_means(
         if base_output:
             base_states = base_output.states(input_ids=ids.to(base_output.device), use_cache=False)
         sums: dict[str, torch.Tensor] = {}
-        size = positions_at_once(ids.shape[1], len(ids), output.vocabulary)
+        size = positions_per_chunk(ids.shape[1], len(ids), output.vocabulary)
         for start in range(0, predicted, size):
             positions = slice(start, min(start + size, predicted))
             targets = ids[:, positions.start + 1 : positions.stop + 1].flatten()
@@ -62,8 +62,8 @@ def window_means(
             if base_head is not None:
                 base_logits = base_head.logits(base_states[:, positions]).flatten(0, 1).to(output.device)
                 reference = Reference(base_logits)
-                values["base_nll"] = diverge(base_logits, targets).nll
-            ours = diverge(head.logits(states[:, positions]).flatten(0, 1), targets, reference)
+                values["base_nll"] = compute_divergence(base_logits, targets).nll
+            ours = compute_divergence(head.logits(states[:, positions]).flatten(0, 1), targets, reference)
             values["nll"] = ours.nll
             if ours.kl is not None and ours.agrees is not None:
                 values |= {"kl": ours.kl, "top1_agreement": ours.agrees}
@@ -73,7 +73,7 @@ def window_means(
 
     models = [model] if base is None else [model, base]
     batches: list[dict[str, torch.Tensor]] = []
-    with evaluating(*models), progress_bar(total=len(rows), desc="text", unit="window") as bar:
+    with evaluation_mode(*models), progress_bar(total=len(rows), desc="text", unit="window") as bar:
         for sums in in_batches(rows, 1, run, "use shorter windows"):
             batches.append(sums)
             bar.update(len(sums["nll"]))

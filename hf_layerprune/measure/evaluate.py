@@ -14,7 +14,7 @@ from ..errors import CutError, LayerPruneError, boundary
 from ..options import refuse_unused
 from ..records.metrics import Metrics
 from ..records.requirements import check_measurable
-from ..runtime.windows import length_within
+from ..runtime.windows import resolve_length
 from .answers import answers_file, find_answers, keep_answers
 from .image_tasks import asks_about_media, check_media_tasks
 from .measurement import Measurement
@@ -129,7 +129,7 @@ class _Evaluation(Measurement):
     def _rows(self, text: Text) -> tuple[torch.Tensor, dict[str, Any]]:
         """A text as windows, and the settings to record with their results."""
         asked = self.request.length
-        length = min(length_within(one.config(), asked, DEFAULT_LENGTH, "length") for one in self.subjects)
+        length = min(resolve_length(one.config(), asked, DEFAULT_LENGTH, "length") for one in self.subjects)
         tokenizer = self.tokenizers[self.model.weights]
         rows, begun = windows(text.text, tokenizer, length, self.request.windows, text.name)
         if self.vocabulary is not None and (highest := int(rows.max())) >= self.vocabulary:

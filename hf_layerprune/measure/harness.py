@@ -23,7 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import set_seed
 
 from ..errors import LayerPruneError, boundary
-from ..runtime.memory import free_memory, halved
+from ..runtime.memory import free_memory, halve_batch
 from .image_tasks import asks_about_media, plain
 from .tasks import SEED, require_harness
 
@@ -117,7 +117,7 @@ class Harness(Runs, HFLM):
             try:
                 return super()._loglikelihood_tokens(*args, **kwargs)
             except (RuntimeError, MemoryError) as error:
-                self.batch_size_per_gpu = halved(error, self.batch_size, "question; use a GPU with more memory")
+                self.batch_size_per_gpu = halve_batch(error, self.batch_size, "question; use a GPU with more memory")
             free_memory()
 
 

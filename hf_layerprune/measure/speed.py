@@ -14,7 +14,7 @@ import torch
 
 from ..runtime.devices import synchronise, token_times
 from ..runtime.memory import free_memory, is_out_of_memory
-from ..runtime.parts import evaluating
+from ..runtime.parts import evaluation_mode
 from ..screen import progress_bar
 from .cost import read_prompt
 from .requests import Workload
@@ -39,7 +39,7 @@ def time_models(
     timed: dict[Workload, dict[str, list[dict[str, float]]]] = {}
     names = list(models)
     with (
-        evaluating(*models.values()),
+        evaluation_mode(*models.values()),
         progress_bar(total=len(workloads) * (repeats + 1) * len(names), desc="timing", unit="run") as bar,
     ):
         for work in workloads:

@@ -25,7 +25,7 @@ from ..records.fingerprints import (
 )
 from ..records.lineage import Lineage
 from ..runtime.devices import pick_device
-from ..runtime.loading import UNPACKED, is_hub_id, load_config, load_processor, resolve_base
+from ..runtime.loading import UNPACKED_DTYPE, is_hub_id, load_config, load_processor, resolve_base
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -84,7 +84,7 @@ class Subject:
 
         from ..runtime.precision import warn_if_slow
 
-        name = UNPACKED if dtype == "auto" and Path(self.source).is_file() else dtype
+        name = UNPACKED_DTYPE if dtype == "auto" and Path(self.source).is_file() else dtype
         kwargs: dict[str, Any] = self._at | {"dtype": name if name == "auto" else getattr(torch, name)}
         device = pick_device(device, spread=True)
         if device != "cpu":

@@ -77,14 +77,14 @@ def windows(
         CutError: The special tokens leave no room for text.
         LayerPruneError: The text is too short for one window.
     """
-    from ..runtime.windows import special_prefix, windows_of
+    from ..runtime.windows import special_prefix, split_into_windows
 
     begin = special_prefix(tokenizer)
     if most is not None:  # tokens average far fewer than 64 characters, so this part is enough
         text = text[: most * length * 64]
     # Texts are longer than a model's context on purpose; `verbose=False` suppresses the warning.
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    rows = windows_of(ids, length, begin)[:most]
+    rows = split_into_windows(ids, length, begin)[:most]
     if not len(rows):
         raise LayerPruneError(
             f"{name} has {len(ids)} tokens, but a window has {length}; specify a longer text, or give --length {len(ids)}"

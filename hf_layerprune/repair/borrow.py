@@ -27,7 +27,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import CutError
-from ..runtime.parts import close
+from ..runtime.parts import agree
 from ..runtime.walk import Batch, LayerWalk
 from .linear import (
     STRENGTHS,
@@ -124,7 +124,7 @@ def find_readers(layer: nn.Module, writer: Writer, run: Run, batch: Batch) -> Re
         with swap_parameters(layer, readers.to_parameters(layer, rows)):
             run(batch.hidden, batch)
     before, after = activations
-    return readers if before.any() and close(after, before[..., drawn.to(before.device)]) else None
+    return readers if before.any() and agree(after, before[..., drawn.to(before.device)]) else None
 
 
 class BorrowFitter(LinearFitter):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from ..runtime.parts import close, hooked
+from ..runtime.parts import agree, scoped_hooks
 
 # The least scale of a channel, relative to the mean. Values are divided by it, and a norm may all but silence a channel.
 _MIN_SCALE = 1e-2
@@ -66,7 +66,7 @@ def find_norm(layer: nn.Module, x: torch.Tensor, run: Callable[[], object]) -> N
         for name, module in layer.named_modules()
         if [(kind, value.shape) for kind, value in module.named_parameters()] == [("weight", x.shape[-1:])]
     ]
-    with hooked(*norms):
+    with scoped_hooks(*norms):
         run()
     if len(readers) != 1 or not x.any():
         return None
@@ -81,4 +81,4 @@ def find_norm(layer: nn.Module, x: torch.Tensor, run: Callable[[], object]) -> N
         return None
     norm = Norm(name, module, round((without * unit).sum().item() / unit.square().sum().item(), 2))
     wanted = x.float() / x.float().square().mean(-1, keepdim=True).sqrt()
-    return norm if norm.offset in (0.0, 1.0) and close(wanted, unit.to(x.dtype)) else None
+    return norm if norm.offset in (0.0, 1.0) and agree(wanted, unit.to(x.dtype)) else None

@@ -14,7 +14,7 @@ from ..layer_ranges import MAX_LAYERS
 if TYPE_CHECKING:
     from jsonschema.protocols import Validator
 
-_MOST_TOKENS = 2**31
+_MAX_TOKENS = 2**31
 # Fields that may name a repository with code.
 _KERNELS = ("attn_implementation", "experts_implementation")
 # Nested configs.
@@ -56,7 +56,7 @@ def _validator() -> Validator:
     patterns = {
         "layers?$|^depth$": {"maximum": MAX_LAYERS},
         "^(num|n)_": {"maximum": 10_000_000},
-        "(size|dim|length|embeddings|positions)$": {"maximum": _MOST_TOKENS},
+        "(size|dim|length|embeddings|positions)$": {"maximum": _MAX_TOKENS},
     }
     config = {"type": "object", "properties": fields, "patternProperties": patterns}
     return Draft202012Validator({"$ref": "#/$defs/config", "$defs": {"config": config}})

@@ -41,18 +41,18 @@ class Reference:
         self.excludes = bool(self.logits.amin().isneginf())  # whether any token has probability 0
 
 
-def diverge(logits: torch.Tensor, targets: torch.Tensor, reference: Reference | None = None) -> Divergence:
+def compute_divergence(logits: torch.Tensor, targets: torch.Tensor, reference: Reference | None = None) -> Divergence:
     """Losses of some tokens, and their divergence from a reference for the same tokens: one value for each token.
 
     The logits are `[tokens, vocabulary]`, of any type. There may be fewer targets, each the token after one of the
     first tokens.
     """
-    parts = [_of_piece(logits[piece].float(), targets[piece], reference, piece) for piece in _pieces(logits)]
+    parts = [_piece_divergence(logits[piece].float(), targets[piece], reference, piece) for piece in _pieces(logits)]
     nll, *others = map(torch.cat, zip(*parts, strict=True))
     return Divergence(nll, *others)
 
 
-def _of_piece(
+def _piece_divergence(
     logits: torch.Tensor, targets: torch.Tensor, reference: Reference | None, piece: slice
 ) -> tuple[torch.Tensor, ...]:
     norms = logits.logsumexp(-1)

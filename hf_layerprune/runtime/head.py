@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import UnsupportedModelError
-from .parts import TrialError, close, evaluating, input_device, probe_ids, replaced_forward, trial
+from .parts import TrialError, agree, evaluation_mode, input_device, probe_ids, replace_forward, trial
 from .precision import is_packed
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class OutputHead:
         self._module = model.get_output_embeddings()
         self._transform: LogitTransform | None = None
         ids = probe_ids(model, _PROBE_TOKENS)
-        with evaluating(model):
+        with evaluation_mode(model):
             try:
                 with trial():
                     own = model(input_ids=ids, use_cache=False).logits
@@ -106,9 +106,9 @@ class OutputHead:
             if own.shape[:2] != ids.shape:
                 raise self._refusal(f"for input_ids of shape {list(ids.shape)} its logits have {list(own.shape)}")
             self.vocabulary: int = own.shape[-1]
-            self.why_not = self._why_not(ids, own)
-        if self.why_not:
-            logger.info("using the logits of %s as the model computes them: %s", type(model).__name__, self.why_not)
+            self.not_linear = self._why_not_linear(ids, own)
+        if self.not_linear:
+            logger.info("using the logits of %s as the model computes them: %s", type(model).__name__, self.not_linear)
 
     @property
     def is_linear(self) -> bool:
@@ -131,11 +131,11 @@ class OutputHead:
             return run(*args, **kwargs).logits
         kept: list[torch.Tensor] = []
 
-        def keep(states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        def record(states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             kept.append(states)
             return states[..., :1].detach()  # a placeholder: the logits are discarded
 
-        with replaced_forward([self._module], keep):
+        with replace_forward([self._module], record):
             run(*args, **kwargs)
         return kept[0]
 
@@ -160,7 +160,7 @@ class OutputHead:
             return self._module.modules_to_save[self._module.active_adapters[0]]
         return getattr(self._module, "original_module", self._module)
 
-    def _why_not(self, ids: torch.Tensor, own: torch.Tensor) -> str:
+    def _why_not_linear(self, ids: torch.Tensor, own: torch.Tensor) -> str:
         """Why states can't be the input of the output embedding; empty if they can."""
         linear = self._linear
         if linear is None or type(linear).forward is not nn.Linear.forward or is_packed(linear.weight):
@@ -169,41 +169,41 @@ class OutputHead:
             return "its output embedding is offloaded, and in memory only while it runs"
         try:
             with trial():
-                self._transform = self._measured(ids)
+                self._transform = self._measure_transform(ids)
                 if self._transform is None:
                     return "it does more after its output embedding than scale and softcap"
                 logits = self.head().logits(self.states(input_ids=ids, use_cache=False))
         except TrialError as error:
             self._transform = None
             return f"it can't be run without its output embedding ({error})"
-        if not close(logits, own):
+        if not agree(logits, own):
             self._transform = None
             return "its logits depend on more than its output embedding"
         return ""
 
-    def _measured(self, ids: torch.Tensor) -> LogitTransform | None:
+    def _measure_transform(self, ids: torch.Tensor) -> LogitTransform | None:
         """What the model does after the product with its head, if that is a scale and possibly a softcap."""
-        words = self._linear.weight.shape[0]
+        vocabulary = self._linear.weight.shape[0]
         generator = torch.Generator().manual_seed(0)
-        shape = (*ids.shape, words)
+        shape = (*ids.shape, vocabulary)
         signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
         sizes = torch.empty(shape).uniform_(generator=generator)
         raw = (signs * _SMALL * (_LARGE / _SMALL) ** sizes).to(self._linear.weight.device)
         raw[..., :2] = torch.tensor([_SMALL, _LARGE])
         calls: list[Any] = []
 
-        def put_in(states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        def inject(states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             calls.append(states.shape)
             return raw.clone()
 
-        with replaced_forward([self._module], put_in):
-            made = self.model(input_ids=ids, use_cache=False).logits
-        if len(calls) != 1 or calls[0][:-1] != ids.shape or (made.shape, made.dtype) != (raw.shape, raw.dtype):
+        with replace_forward([self._module], inject):
+            logits = self.model(input_ids=ids, use_cache=False).logits
+        if len(calls) != 1 or calls[0][:-1] != ids.shape or (logits.shape, logits.dtype) != (raw.shape, raw.dtype):
             return None
-        scale = _rounded((made[..., 0] / raw[..., 0]).median().item())
-        largest = _rounded(made[..., 1].abs().max().item())
+        scale = _round_off((logits[..., 0] / raw[..., 0]).median().item())
+        largest = _round_off(logits[..., 1].abs().max().item())
         transform = LogitTransform(scale, largest if largest < 0.9 * abs(scale) * _LARGE else None)
-        return transform if torch.allclose(transform.forward(raw.clone()), made, rtol=1e-2, atol=0) else None
+        return transform if torch.allclose(transform.forward(raw.clone()), logits, rtol=1e-2, atol=0) else None
 
     def _refusal(self, why: str) -> UnsupportedModelError:
         return UnsupportedModelError(
@@ -212,7 +212,7 @@ class OutputHead:
         )
 
 
-def _rounded(number: float) -> float:
+def _round_off(number: float) -> float:
     """A short number that differs only by the rounding of float32, such as 1.6 for 1.600000024, if there is one."""
     short = float(f"{number:.6g}")
     return short if math.isclose(short, number, rel_tol=2e-7) else number

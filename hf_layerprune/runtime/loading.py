@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 
-UNPACKED = "bfloat16"  # the type of a model that is unpacked from a GGUF file
+UNPACKED_DTYPE = "bfloat16"  # the type of a model that is unpacked from a GGUF file
 # Causal masks, which older versions of transformers saved with each layer. Not every class that had them ignores them.
 _OLD_MASKS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")
 # The arguments of `from_pretrained` that locate files.
-WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+LOCATION_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 # Options that make `cached_file` return None, instead of raising, if a file is missing or not in the cache when offline.
-_IF_ANY = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+_OPTIONAL = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 
 def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, str | None]:
@@ -108,13 +108,13 @@ def load_config(base: str | Path, **kwargs: Any) -> PreTrainedConfig:
     if gguf_file is not None:
         kwargs["gguf_file"] = gguf_file
     else:
-        check_config_of(name, **kwargs)
+        read_checked_config(name, **kwargs)
     trust = kwargs.pop("trust_remote_code", False)
     with boundary(f"no model config at {base}"):
         return AutoConfig.from_pretrained(name, trust_remote_code=trust, **kwargs)
 
 
-def check_config_of(name: str, **kwargs: Any) -> dict[str, Any]:
+def read_checked_config(name: str, **kwargs: Any) -> dict[str, Any]:
     """Check and return the `config.json` of a folder or a Hub repository before anything is built from it.
 
     Args:
@@ -125,7 +125,7 @@ def check_config_of(name: str, **kwargs: Any) -> dict[str, Any]:
         CheckpointError: There is no config, or its model can't be loaded without running code from the repository.
     """
     with boundary(f"no model config at {name}"):
-        path = _fetched(name, "config.json", kwargs)
+        path = _fetch(name, "config.json", kwargs)
     if path is None:
         raise CheckpointError(f"no model config at {name}: it has no config.json")
     fields = read_config_file(Path(path))
@@ -134,11 +134,11 @@ def check_config_of(name: str, **kwargs: Any) -> dict[str, Any]:
     return fields
 
 
-def _fetched(name: str, file: str, kwargs: dict[str, Any], **options: bool) -> str | None:
+def _fetch(name: str, file: str, kwargs: dict[str, Any], **options: bool) -> str | None:
     """The path of a file of a folder or a Hub repository, which is downloaded if necessary."""
     from transformers.utils.hub import cached_file
 
-    where = {key: kwargs[key] for key in WHERE if kwargs.get(key) is not None}
+    where = {key: kwargs[key] for key in LOCATION_ARGUMENTS if kwargs.get(key) is not None}
     return cached_file(name, file, **where, **options)
 
 
@@ -160,9 +160,9 @@ def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
         kwargs = gguf_options() | kwargs | {"gguf_file": gguf_file}
     else:
         kwargs["use_safetensors"] = True  # a pickle can run code
-        fields = check_config_of(name, **kwargs)
+        fields = read_checked_config(name, **kwargs)
         with boundary(f"can't load {base}"):
-            index = _fetched(name, INDEX, kwargs, **_IF_ANY)
+            index = _fetch(name, INDEX, kwargs, **_OPTIONAL)
         if index is not None:  # transformers reads whatever files it names
             shard_names(read_object(Path(index), max_bytes=MAX_INDEX), index)
         if not kwargs.get("trust_remote_code"):
@@ -273,9 +273,9 @@ def load_processor(model: str | Path, **kwargs: Any) -> ProcessorMixin:
     return processor
 
 
-def chats(talker: PreTrainedTokenizerBase | ProcessorMixin) -> bool:
+def has_chat_template(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> bool:
     """Whether a tokenizer or a processor has a default chat template; one with several named ones may have none."""
-    template = talker.chat_template
+    template = tokenizer.chat_template
     return "default" in template if isinstance(template, dict) else template is not None
 
 

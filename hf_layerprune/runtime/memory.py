@@ -20,16 +20,16 @@ Result = TypeVar("Result")
 # 2 GB.
 LOGITS_BYTES = 64 << 20
 # What errors say, in addition to those that accelerate knows.
-_FULL = ("not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_OUT_OF_MEMORY_MESSAGES = ("not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
-def positions_at_once(length: int, batch: int, vocabulary: int, budget: int = LOGITS_BYTES) -> int:
+def positions_per_chunk(length: int, batch: int, vocabulary: int, budget: int = LOGITS_BYTES) -> int:
     """How many positions of a text go through the head at a time, so that these chunks are of even size.
 
     Several chunks are rounded up to a multiple of 32, which processors multiply faster, even beyond the budget.
     """
-    most = max(1, budget // (4 * batch * vocabulary))
-    chunks = -(-length // most)
+    limit = max(1, budget // (4 * batch * vocabulary))
+    chunks = -(-length // limit)
     even = -(-length // chunks)
     return even if chunks == 1 else min(-(-even // 32) * 32, length)
 
@@ -57,7 +57,7 @@ def in_batches(
         try:
             result = run(batch)
         except (RuntimeError, MemoryError) as error:
-            size = halved(error, len(batch), f"text of {batch.shape[-1]} tokens; {advice}")
+            size = halve_batch(error, len(batch), f"text of {batch.shape[-1]} tokens; {advice}")
         else:
             start += len(batch)
             yield result
@@ -65,7 +65,7 @@ def in_batches(
         free_memory()
 
 
-def halved(error: BaseException, size: int, single: str) -> int:
+def halve_batch(error: BaseException, size: int, single: str) -> int:
     """The batch size to continue with after an error, once [`free_memory`] has run.
 
     The error is raised again if memory did not run out. `single` says what a batch of one is, and what to do if even
@@ -95,7 +95,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, Exception) and (
-        should_reduce_batch_size(error) or any(words in str(error) for words in _FULL)
+        should_reduce_batch_size(error) or any(words in str(error) for words in _OUT_OF_MEMORY_MESSAGES)
     )
 
 

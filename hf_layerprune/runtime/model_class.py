@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
-from ..families.multimodal import TEXT_ALONE
+from ..families.multimodal import TEXT_ONLY_TYPES
 from ..families.types import ENCODER_DECODER
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def auto_class_for(model_type: str, architectures: Sequence[str] | None) -> Any:
 
     whole = names.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(model_type)
     has_text_class = model_type in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if whole and (not has_text_class or (whole in (architectures or ()) and model_type not in TEXT_ALONE)):
+    if whole and (not has_text_class or (whole in (architectures or ()) and model_type not in TEXT_ONLY_TYPES)):
         return AutoModelForMultimodalLM
     return AutoModelForCausalLM
 
@@ -122,7 +122,7 @@ def stored_parts(
 
 
 @contextmanager
-def whole_models() -> Iterator[None]:
+def without_zero3() -> Iterator[None]:
     """Build and load whole models under DeepSpeed ZeRO-3 too.
 
     There, transformers splits every new model over the processes, each of which has to take part; but rehearsals have no

@@ -35,7 +35,7 @@ def trial() -> Iterator[None]:
 
 
 @contextmanager
-def replaced_forward(modules: Sequence[nn.Module], *forwards: Callable[..., Any]) -> Iterator[None]:
+def replace_forward(modules: Sequence[nn.Module], *forwards: Callable[..., Any]) -> Iterator[None]:
     """Replace the forward methods of modules inside a `with` block, by one function for all or one for each."""
     each = forwards * len(modules) if len(forwards) == 1 else forwards
     with ExitStack() as stack:
@@ -49,7 +49,7 @@ def replaced_forward(modules: Sequence[nn.Module], *forwards: Callable[..., Any]
 
 
 @contextmanager
-def hooked(*handles: Any) -> Iterator[None]:
+def scoped_hooks(*handles: Any) -> Iterator[None]:
     """Remove hooks, as returned by `register_forward_hook`, at the end of a `with` block."""
     try:
         yield
@@ -59,7 +59,7 @@ def hooked(*handles: Any) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
+def evaluation_mode(*models: nn.Module) -> Iterator[None]:
     """Put models into evaluation mode, without gradients, inside a `with` block; then restore each module's mode."""
     before = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
@@ -77,20 +77,21 @@ def hidden_of(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple | list) else output
 
 
-def returned(output: Any) -> int | None:
+def value_count(output: Any) -> int | None:
     """How many values a layer returns; `None` for a bare tensor."""
     return len(output) if isinstance(output, tuple | list) else None
 
 
 def layer_stub(
-    instead: Callable[[torch.Tensor, tuple[Any, ...], dict[str, Any]], torch.Tensor], returns: Callable[[], int | None]
+    replacement: Callable[[torch.Tensor, tuple[Any, ...], dict[str, Any]], torch.Tensor],
+    returns: Callable[[], int | None],
 ) -> Callable[..., Any]:
     """A forward method that stands in for a layer's.
 
     Args:
-        instead (`Callable`): Takes the layer's input hidden states and its other arguments, positional and keyword,
+        replacement (`Callable`): Takes the layer's input hidden states and its other arguments, positional and keyword,
             and returns the layer's output hidden states.
-        returns (`Callable`): How many values the layer returns, see [`returned`].
+        returns (`Callable`): How many values the layer returns, see [`value_count`].
 
     Returns:
         `Callable`: It has the layer's arguments and return values, with `None` for every value but the hidden states.
@@ -98,10 +99,10 @@ def layer_stub(
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if args:
-            hidden = instead(args[0], args[1:], kwargs)
+            hidden = replacement(args[0], args[1:], kwargs)
         else:
             others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            hidden = instead(kwargs["hidden_states"], (), others)
+            hidden = replacement(kwargs["hidden_states"], (), others)
         count = returns()
         return hidden if count is None else (hidden, *[None] * (count - 1))
 
@@ -123,7 +124,7 @@ def probe_ids(model: Any, tokens: int) -> torch.Tensor:
 _LARGEST = 1e15
 
 
-def unmasked(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+def zero_masked(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Two tensors of one shape in float32, with 0 in place of what both mask, or where neither is a number.
 
     Returns:
@@ -137,9 +138,9 @@ def unmasked(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torc
     return one.where(compared, 0), other.where(compared, 0)
 
 
-def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+def agree(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors agree to the precision of the second one's type."""
     tolerance = {torch.float64: 1e-6, torch.float32: 1e-4}.get(other.dtype, 2e-2)
-    if one.shape != other.shape or (both := unmasked(one, other)) is None:
+    if one.shape != other.shape or (both := zero_masked(one, other)) is None:
         return False
     return bool((both[0] - both[1]).norm() <= tolerance * both[1].norm())

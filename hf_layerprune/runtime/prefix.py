@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..families.layout import DecoderStack, find_decoder_layers, find_final_norm, find_output_head
-from .parts import hidden_of, hooked, input_device, layer_stub, replaced_forward, returned
+from .parts import hidden_of, input_device, layer_stub, replace_forward, scoped_hooks, value_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +28,7 @@ def first_trained_layer(model: PreTrainedModel) -> int:
     It is the number of layers if only the final norm or the head is trained, and 0 if anything before the layers is.
     """
     stack = find_decoder_layers(model)
-    behind = tuple(f"{name}." for name in _behind(model, stack))
+    behind = tuple(f"{name}." for name in _modules_after_layers(model, stack))
     first = len(stack.layers)
     for name, parameter in model.named_parameters():  # a tied head has the name of the embeddings
         if not parameter.requires_grad:
@@ -40,12 +40,12 @@ def first_trained_layer(model: PreTrainedModel) -> int:
     return first
 
 
-def _behind(model: PreTrainedModel, stack: DecoderStack) -> list[str]:
+def _modules_after_layers(model: PreTrainedModel, stack: DecoderStack) -> list[str]:
     """Names of the modules that follow the layers."""
     return [name for name in (find_final_norm(model, stack), find_output_head(model)) if name]
 
 
-class _Enough(Exception):
+class _StopForward(Exception):
     """Raised to end a forward pass early."""
 
 
@@ -64,7 +64,7 @@ class Prefix:
         self.depth = depth
         self.needs_ids = needs_ids
         self._layers = list(find_decoder_layers(model).layers[:depth])
-        # How many values each layer returns, see [`returned`]; known once the prefix has run.
+        # How many values each layer returns, see [`value_count`]; known once the prefix has run.
         self.returns: list[int | None] = [None] * depth
         self._hidden: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
         self._device = input_device(model)
@@ -76,7 +76,7 @@ class Prefix:
         """Names and values of all weights and buffers that decide the prefix's output."""
         stack = find_decoder_layers(self.model)
         after = tuple(f"{stack.path}.{i}." for i in range(self.depth, len(stack.layers)))
-        behind = tuple(f"{name}." for name in _behind(self.model, stack))
+        behind = tuple(f"{name}." for name in _modules_after_layers(self.model, stack))
         table: Any = self.model.get_input_embeddings()
         embeddings = table.weight
         yield "embeddings", embeddings
@@ -85,7 +85,7 @@ class Prefix:
                 yield name, tensor
 
     @contextmanager
-    def recorded(self, depths: tuple[int, ...] = (), stop: bool = False) -> Iterator[dict[int, torch.Tensor]]:
+    def record(self, depths: tuple[int, ...] = (), stop: bool = False) -> Iterator[dict[int, torch.Tensor]]:
         """Record the output of some of the layers inside a `with` block.
 
         Args:
@@ -99,32 +99,32 @@ class Prefix:
         depths = depths or (self.depth,)
         states: dict[int, torch.Tensor] = {}
 
-        def note(depth: int) -> Callable[..., None]:
+        def make_hook(depth: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
-                self.returns[depth - 1] = returned(output)
+                self.returns[depth - 1] = value_count(output)
                 if depth in depths:
                     states[depth] = hidden_of(output).clone()  # the next module may change it in place
                     if stop and depth == max(depths):
-                        raise _Enough
+                        raise _StopForward
 
             return hook
 
         layers = enumerate(self._layers[: max(depths)], 1)
-        with hooked(*[layer.register_forward_hook(note(depth)) for depth, layer in layers]):
+        with scoped_hooks(*[layer.register_forward_hook(make_hook(depth)) for depth, layer in layers]):
             yield states
 
     def run(
         self, depths: tuple[int, ...] = (), *, forward: Callable[..., Any] | None = None, **inputs: Any
     ) -> dict[int, torch.Tensor]:
-        """Run the prefix alone on the model's arguments; see [`recorded`] for `depths` and what is returned.
+        """Run the prefix alone on the model's arguments; see [`record`] for `depths` and what is returned.
 
         `forward` is called in place of the model, such as its own forward method from inside a replaced one.
         """
-        with self.recorded(depths, stop=True) as states, suppress(_Enough):
+        with self.record(depths, stop=True) as states, suppress(_StopForward):
             (forward or self.model)(**(inputs | {"use_cache": False}))
         return states
 
-    def computes_as(self, other: Prefix) -> bool:
+    def is_equivalent(self, other: Prefix) -> bool:
         """Whether another model's prefix has the same layers (classes, attributes, weights) and surroundings."""
         parts = [[part for layer in prefix._layers for part in layer.modules()] for prefix in (self, other)]
         if [(type(part), _attributes(part)) for part in parts[0]] != [(type(p), _attributes(p)) for p in parts[1]]:
@@ -142,15 +142,15 @@ class Prefix:
     # --- running without the prefix ----------------------------------------------------------------------
 
     def skip(self) -> None:
-        """Skip the prefix: from now on it returns the states given to [`put`]. It must have run once before."""
+        """Skip the prefix: from now on it returns the states given to [`set_output`]. It must have run once before."""
 
         def stub(index: int) -> Callable[..., Any]:
             last = index == self.depth - 1
-            return layer_stub(lambda hidden, *_: self._kept() if last else hidden, lambda: self.returns[index])
+            return layer_stub(lambda hidden, *_: self._output() if last else hidden, lambda: self.returns[index])
 
-        self._skipping.enter_context(replaced_forward(self._layers, *map(stub, range(self.depth))))
+        self._skipping.enter_context(replace_forward(self._layers, *map(stub, range(self.depth))))
 
-    def put(self, state: torch.Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
+    def set_output(self, state: torch.Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
         """Set the prefix's output `[batch, seq, hidden]` for the next forward pass; returns the arguments for it."""
         self._state = state
         if self.needs_ids:
@@ -159,8 +159,8 @@ class Prefix:
         # The layers ignore it; it only avoids the embeddings and their memory.
         return {name: value for name, value in inputs.items() if name != "input_ids"} | {"inputs_embeds": self._state}
 
-    def serves(self, input_ids: torch.Tensor | None) -> bool:
-        """Whether the last states given to [`put`] are those of a forward pass with these token ids, or with none."""
+    def holds_output_for(self, input_ids: torch.Tensor | None) -> bool:
+        """Whether the last states given to [`set_output`] are those of a forward pass with these token ids, or with none."""
         if input_ids is None or self._ids is None:
             return input_ids is self._ids
         return input_ids is self._ids or torch.equal(input_ids, self._ids)
@@ -211,7 +211,7 @@ class Prefix:
                     found[f"{names[id(module)]}.{name}"] = tensor.detach()
         return found
 
-    def _kept(self) -> torch.Tensor:
+    def _output(self) -> torch.Tensor:
         assert self._state is not None, "the prefix is skipped without its states"
         # Reentrant checkpointing makes what a layer returns its own output, which must not be what it returns again.
         return self._state.view_as(self._state)

@@ -36,10 +36,20 @@ from torch import nn
 from ..errors import LayerPruneError, UnsupportedModelError
 from ..families import check_stage, protected_layers
 from ..families.layout import find_decoder_layers
-from ..families.multimodal import placeholders
+from ..families.multimodal import placeholder_tokens
 from .devices import moved_to
 from .memory import free_memory, is_out_of_memory
-from .parts import TrialError, close, hidden_of, hooked, layer_stub, probe_ids, replaced_forward, returned, trial
+from .parts import (
+    TrialError,
+    agree,
+    hidden_of,
+    layer_stub,
+    probe_ids,
+    replace_forward,
+    scoped_hooks,
+    trial,
+    value_count,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,17 +68,17 @@ class Batch:
         input_ids (`torch.Tensor`): Token ids `[batch, seq]`.
         hidden (`torch.Tensor`): The input hidden states `[batch, seq, hidden]` of the next layer.
         calls (`list[tuple[tuple, dict]]`): Each layer's arguments other than the hidden states.
-        asked (`torch.Tensor`): Positions whose next token is text, boolean `[batch, seq]`; all without images.
-        before (`dict[int, torch.Tensor]`): Features that are added to the input of a layer, by its index.
-        behind (`dict[int, torch.Tensor]`): Features that are added to the output of a layer.
+        text_positions (`torch.Tensor`): Positions whose next token is text, boolean `[batch, seq]`; all without images.
+        added_before (`dict[int, torch.Tensor]`): Features that are added to the input of a layer, by its index.
+        added_after (`dict[int, torch.Tensor]`): Features that are added to the output of a layer.
     """
 
     input_ids: torch.Tensor
     hidden: torch.Tensor
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
-    asked: torch.Tensor
-    before: dict[int, torch.Tensor] = field(default_factory=dict)
-    behind: dict[int, torch.Tensor] = field(default_factory=dict)
+    text_positions: torch.Tensor
+    added_before: dict[int, torch.Tensor] = field(default_factory=dict)
+    added_after: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class LayerWalk:
@@ -90,24 +100,24 @@ class LayerWalk:
         self.layers: nn.ModuleList = self.stack.layers
         self.num_layers = len(self.layers)
         self._device = torch.device(device) if device is not None else None
-        self._home = next(self.layers[0].parameters()).device
+        self._source = next(self.layers[0].parameters()).device
         self._tried_media = False
-        # How many values each layer returns, see [`returned`].
+        # How many values each layer returns, see [`value_count`].
         self._returns: list[int | None] = [None] * self.num_layers
-        if self._device is not None and self._device != self._home:
+        if self._device is not None and self._device != self._source:
             self._move_surroundings()
-        self._try_out(probe_ids(model, _PROBE_TOKENS).to(self.device), {})
+        self._check_layerwise(probe_ids(model, _PROBE_TOKENS).to(self.device), {})
 
     @property
     def device(self) -> torch.device:
         """The device of the hidden states."""
-        return self._device or self._home
+        return self._device or self._source
 
     @property
     def reloads_weights(self) -> bool:
         """Whether each pass over the layers has to load their weights again."""
         size = self.model.get_memory_footprint(return_buffers=False)
-        return self._streams or size > psutil.virtual_memory().available // 2
+        return self._is_streaming or size > psutil.virtual_memory().available // 2
 
     def begin(self, input_ids: torch.Tensor, media: Mapping[str, torch.Tensor] | None = None) -> Batch:
         """Embed rows of tokens `[batch, seq]` without padding, and the model's other inputs, such as `pixel_values`.
@@ -115,10 +125,10 @@ class LayerWalk:
         Raises:
             UnsupportedModelError: With these media, the layers can't be run one at a time.
         """
-        media = {name: self._placed(value) for name, value in (media or {}).items()}
+        media = {name: self._to_device(value) for name, value in (media or {}).items()}
         if media and not self._tried_media:
             self._tried_media = True
-            self._try_out(input_ids.to(self.device), media)
+            self._check_layerwise(input_ids.to(self.device), media)
         return self._begin(input_ids.to(self.device), media)
 
     @contextmanager
@@ -133,21 +143,21 @@ class LayerWalk:
 
         def run(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
             args, kwargs = batch.calls[index]
-            if index in batch.before:
-                hidden = hidden + batch.before[index]
+            if index in batch.added_before:
+                hidden = hidden + batch.added_before[index]
             after = hidden_of(layer(hidden, *args, **kwargs))
-            return after + batch.behind[index] if index in batch.behind else after
+            return after + batch.added_after[index] if index in batch.added_after else after
 
-        with self._moved(layer):
+        with self._on_device(layer):
             yield run
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The final norm, the head, and whatever the model does to its logits, on the last layer's output."""
 
-        def put_in(index: int, before: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+        def inject(index: int, before: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
             return hidden if index == self.num_layers - 1 else before
 
-        with self._replaced(put_in):
+        with self._replace_layers(inject):
             return self._forward(torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device))
 
     def with_whole_model(self, work: Callable[[], Result]) -> Result:
@@ -156,15 +166,15 @@ class LayerWalk:
         That is the device of the walk or, if the model does not fit there, the one where its layers are kept.
         """
         try:
-            with self._moved(self.model):
+            with self._on_device(self.model):
                 return work()
         except (RuntimeError, MemoryError, LayerPruneError) as error:
-            if not (self._streams and is_out_of_memory(error)):
+            if not (self._is_streaming and is_out_of_memory(error)):
                 raise
         finally:
             free_memory()
-        logger.warning("%s is too small for the whole model, so it runs on %s for now", self._device, self._home)
-        with moved_to(self._home, self.model):
+        logger.warning("%s is too small for the whole model, so it runs on %s for now", self._device, self._source)
+        with moved_to(self._source, self.model):
             return work()
 
     # --- internals ---------------------------------------------------------------------------------------
@@ -173,82 +183,82 @@ class LayerWalk:
         calls: list[Any] = [None] * self.num_layers
         entering: list[Any] = [None] * self.num_layers
 
-        def hand_on(index: int, before: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+        def record(index: int, before: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
             calls[index], entering[index] = (args, kwargs), before
             # After zeros, whatever enters the next layer was added by the model in between.
             return torch.zeros_like(before) if media else before
 
-        with torch.no_grad(), self._replaced(hand_on), self._headless():
+        with torch.no_grad(), self._replace_layers(record), self._skip_head():
             self._forward(input_ids, logits_to_keep=1, **media)
         if any(call is None for call in calls):
             raise self._refusal("not every layer is called")
         batch = Batch(input_ids, entering[0], calls, torch.ones_like(input_ids, dtype=torch.bool))
         if media:
-            tokens = torch.tensor(placeholders(self.model.config), device=input_ids.device)
-            batch.asked[:, :-1] = ~torch.isin(input_ids[:, 1:], tokens)
+            tokens = torch.tensor(placeholder_tokens(self.model.config), device=input_ids.device)
+            batch.text_positions[:, :-1] = ~torch.isin(input_ids[:, 1:], tokens)
             for index in range(1, self.num_layers):
                 if entering[index].any():
-                    self._note_added(batch, index, entering[index])
+                    self._record_added(batch, index, entering[index])
         return batch
 
-    def _note_added(self, batch: Batch, index: int, added: torch.Tensor) -> None:
+    def _record_added(self, batch: Batch, index: int, added: torch.Tensor) -> None:
         """Features belong to the layer, of the two around them, that can't be dropped."""
         protected = protected_layers(self.model.config)
         if index - 1 in protected:
-            batch.behind[index - 1] = added
+            batch.added_after[index - 1] = added
         elif index in protected:
-            batch.before[index] = added
+            batch.added_before[index] = added
         else:
             raise self._refusal(
                 f"features are added between layers {index - 1} and {index}, neither of which has to stay"
             )
 
-    def _placed(self, value: torch.Tensor) -> torch.Tensor:
+    def _to_device(self, value: torch.Tensor) -> torch.Tensor:
         """A tensor on the device and, if it holds no indices, in the type of the weights."""
         return value.to(self.device, self.model.dtype) if value.is_floating_point() else value.to(self.device)
 
     def _forward(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return self.model(input_ids=input_ids, use_cache=False, return_dict=True, **kwargs).logits
 
-    def _replaced(
-        self, instead: Callable[[int, torch.Tensor, tuple, dict], torch.Tensor]
+    def _replace_layers(
+        self, replacement: Callable[[int, torch.Tensor, tuple, dict], torch.Tensor]
     ) -> AbstractContextManager[None]:
         """Call a function in place of every layer."""
 
         def stub(index: int) -> Callable[..., Any]:
-            return layer_stub(functools.partial(instead, index), lambda: self._returns[index])
+            return layer_stub(functools.partial(replacement, index), lambda: self._returns[index])
 
-        return replaced_forward(list(self.layers), *map(stub, range(self.num_layers)))
+        return replace_forward(list(self.layers), *map(stub, range(self.num_layers)))
 
-    def _headless(self) -> AbstractContextManager[None]:
+    def _skip_head(self) -> AbstractContextManager[None]:
         """Skip the head where its logits are not used: its product is slow for a few rows, and on some CPUs takes ten
         times the memory of its weights.
         """
         head = self.model.get_output_embeddings()
-        return replaced_forward([] if head is None else [head], lambda hidden, *args, **kwargs: hidden)
+        return replace_forward([] if head is None else [head], lambda hidden, *args, **kwargs: hidden)
 
-    def _try_out(self, ids: torch.Tensor, media: Mapping[str, torch.Tensor]) -> None:
+    def _check_layerwise(self, ids: torch.Tensor, media: Mapping[str, torch.Tensor]) -> None:
         """Run a row normally and layer by layer, and refuse a model for which the results differ."""
         order: list[int] = []
 
-        def note(index: int) -> Callable[..., None]:
+        def make_hook(index: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 order.append(index)
-                self._returns[index] = returned(output)
+                self._returns[index] = value_count(output)
 
             return hook
 
-        def moved(layer: nn.Module) -> Callable[..., Any]:
+        def on_device(layer: nn.Module) -> Callable[..., Any]:
             own = layer.forward
 
             def forward(*args: Any, **kwargs: Any) -> Any:
-                with self._moved(layer):
+                with self._on_device(layer):
                     return own(*args, **kwargs)
 
             return forward
 
-        notes = hooked(*[layer.register_forward_hook(note(index)) for index, layer in enumerate(self.layers)])
-        with notes, torch.no_grad(), replaced_forward(list(self.layers), *map(moved, self.layers)):
+        notes = scoped_hooks(*[one.register_forward_hook(make_hook(i)) for i, one in enumerate(self.layers)])
+        with notes, torch.no_grad(), replace_forward(list(self.layers), *map(on_device, self.layers)):
             wanted = self._forward(ids, **media)
         if order != list(range(self.num_layers)):
             raise self._refusal("they are not run once each, in order")
@@ -263,7 +273,7 @@ class LayerWalk:
                 logits = self.logits(batch.hidden)
         except TrialError as error:
             raise self._refusal(f"one fails when it is run alone ({error})") from error
-        if not close(logits, wanted):
+        if not agree(logits, wanted):
             raise self._refusal("they pass more than hidden states to each other")
 
     def _refusal(self, why: str) -> UnsupportedModelError:
@@ -273,8 +283,8 @@ class LayerWalk:
         )
 
     @property
-    def _streams(self) -> bool:
-        return self._device is not None and self._device != self._home
+    def _is_streaming(self) -> bool:
+        return self._device is not None and self._device != self._source
 
     def _move_surroundings(self) -> None:
         """Move everything but the layers to the device, permanently."""
@@ -289,6 +299,6 @@ class LayerWalk:
                         else:
                             tensors[name] = tensor.to(self._device)
 
-    def _moved(self, module: nn.Module) -> AbstractContextManager[None]:
+    def _on_device(self, module: nn.Module) -> AbstractContextManager[None]:
         """Move a layer, or the whole model, to the device inside a `with` block, if its layers are elsewhere."""
-        return moved_to(self._device if self._streams else None, module)
+        return moved_to(self._device if self._is_streaming else None, module)

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
-def context_of(config: PreTrainedConfig) -> int | None:
+def max_positions(config: PreTrainedConfig) -> int | None:
     """How many tokens a model has positions for; `None` if its config does not say."""
     part = text_config(config)
-    most = getattr(part, "max_position_embeddings", None) or getattr(part, "max_target_positions", None)
-    if not isinstance(most, int) or most <= 0:
+    limit = getattr(part, "max_position_embeddings", None) or getattr(part, "max_target_positions", None)
+    if not isinstance(limit, int) or limit <= 0:
         return None
-    return most - part.pad_token_id - 1 if part.model_type in AFTER_PADDING else most
+    return limit - part.pad_token_id - 1 if part.model_type in AFTER_PADDING else limit
 
 
 def check_context(config: PreTrainedConfig, length: int, what: str) -> None:
@@ -30,21 +30,21 @@ def check_context(config: PreTrainedConfig, length: int, what: str) -> None:
     Raises:
         CutError: The rows are too long.
     """
-    most = context_of(config)
-    if most is not None and length > most:
-        raise CutError(f"{what}={length} is more than the {most} positions of the model; use {most} or less")
+    limit = max_positions(config)
+    if limit is not None and length > limit:
+        raise CutError(f"{what}={length} is more than the {limit} positions of the model; use {limit} or less")
 
 
-def length_within(config: PreTrainedConfig, asked: int | None, default: int, what: str) -> int:
+def resolve_length(config: PreTrainedConfig, requested: int | None, default: int, what: str) -> int:
     """As many tokens as are asked for, or the default, or fewer if the model's context is shorter.
 
     Raises:
         CutError: More are asked for than the model has positions for.
     """
-    if asked is None:
-        return min(default, context_of(config) or default)
-    check_context(config, asked, what)
-    return asked
+    if requested is None:
+        return min(default, max_positions(config) or default)
+    check_context(config, requested, what)
+    return requested
 
 
 def special_prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -58,18 +58,18 @@ def special_prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(with_them[: next(starts, 1)])
 
 
-def windows_of(ids: Sequence[int], length: int, begin: Sequence[int]) -> torch.Tensor:
+def split_into_windows(ids: Sequence[int], length: int, prefix: Sequence[int]) -> torch.Tensor:
     """Cut the tokens of a text into consecutive windows `[windows, length]`; an incomplete one at the end is left out.
 
-    Each begins with the special tokens in `begin`, since a model that was trained with them predicts badly without.
+    Each begins with the special tokens in `prefix`, since a model that was trained with them predicts badly without.
 
     Raises:
         CutError: The special tokens leave no room for text.
     """
     import torch
 
-    own = length - len(begin)
-    if own < 1:
-        raise CutError(f"{length} tokens are {len(begin)} special tokens and no text; use {len(begin) + 1} or more")
-    rows = torch.tensor(ids[: len(ids) // own * own], dtype=torch.int64).view(-1, own)
-    return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(len(rows), -1), rows], 1)
+    width = length - len(prefix)
+    if width < 1:
+        raise CutError(f"{length} tokens are {len(prefix)} special tokens and no text; use {len(prefix) + 1} or more")
+    rows = torch.tensor(ids[: len(ids) // width * width], dtype=torch.int64).view(-1, width)
+    return torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(len(rows), -1), rows], 1)

@@ -52,7 +52,7 @@ def score(
         recorder = _InputRecorder(device)
         run_pass(walk, calibration, [recorder], alive, rows)
         batches, layer_inputs = recorder.batches, recorder.layer_inputs
-        asked = [int(batch.asked[:, :-1].sum()) for batch in batches]
+        asked = [int(batch.text_positions[:, :-1].sum()) for batch in batches]
         shares = [1.0 if variant == PAPER else tokens / sum(asked) for tokens in asked]
         output_gradients = [_loss_gradient(walk, batch, tokens) for batch, tokens in zip(batches, asked, strict=True)]
         scores: list[float | None] = [None] * walk.num_layers
@@ -137,7 +137,7 @@ def _loss_gradient(walk: LayerWalk, batch: Batch, tokens: int) -> torch.Tensor:
     for row, ids in enumerate(batch.input_ids):
         for start in range(0, len(ids) - 1, HEAD_TOKENS):
             targets = ids[start + 1 : start + 1 + HEAD_TOKENS]
-            asked = batch.asked[row, start : start + len(targets)]
+            asked = batch.text_positions[row, start : start + len(targets)]
             piece = batch.hidden[row : row + 1, start : start + len(targets)].detach().requires_grad_(True)
             with torch.enable_grad():
                 loss = F.cross_entropy(walk.logits(piece)[0].float()[asked], targets[asked], reduction="sum") / tokens

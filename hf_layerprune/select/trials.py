@@ -21,7 +21,7 @@ from torch import nn
 from ..calibration.rows import CalibrationSet
 from ..errors import CheckpointError
 from ..options import pluralize
-from ..runtime.divergence import Reference, diverge
+from ..runtime.divergence import Reference, compute_divergence
 from ..runtime.memory import free_bytes
 from ..runtime.walk import Batch, LayerWalk
 from ..screen import progress_bar
@@ -193,7 +193,7 @@ def _compare_with_dense(walk: LayerWalk, batch: Batch, states: Sequence[torch.Te
     sums = torch.zeros(len(cuts), rows, 3, dtype=torch.float32 if walk.device.type == "mps" else torch.float64)
     sums[[state is None for state in cuts]] = math.nan
     sums = sums.to(walk.device)
-    asked = batch.asked
+    asked = batch.text_positions
     for row, ids in enumerate(batch.input_ids):
         for start in range(0, length, HEAD_TOKENS):
             end = min(start + HEAD_TOKENS, length)
@@ -207,7 +207,7 @@ def _compare_with_dense(walk: LayerWalk, batch: Batch, states: Sequence[torch.Te
             for state, sums_of in zip(cuts, sums[:, row], strict=True):
                 if state is None:
                     continue
-                of_tokens = diverge(walk.logits(state[row : row + 1, start:end])[0], targets, reference)
+                of_tokens = compute_divergence(walk.logits(state[row : row + 1, start:end])[0], targets, reference)
                 assert of_tokens.kl is not None
                 assert of_tokens.agrees is not None
                 parts = (of_tokens.nll[counts[: len(targets)]], of_tokens.kl[counts], of_tokens.agrees[counts])

@@ -32,7 +32,7 @@ from ..options import (
 from ..records.curve import final_quality
 from ..records.figures.numbers import format_number
 from ..runtime.loading import load_config
-from ..runtime.windows import context_of
+from ..runtime.windows import max_positions
 from ..select.sets import drop_count, free_layers
 from .requests import AdviseRequest, PruneRequest
 
@@ -155,7 +155,7 @@ def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
             "target_speedup is not available here; find the number of layers with hf-layerprune rank --curve, and pass it as drop"
         )
     families.check_stage(config, "rank")  # for the criterion, and to be timed layer by layer
-    n, length = families.layer_count(config), min(_LENGTH, context_of(config) or _LENGTH)
+    n, length = families.layer_count(config), min(_LENGTH, max_positions(config) or _LENGTH)
     curve = curve_in(request.from_curve.expanduser(), request).points if request.from_curve is not None else None
     walk = open_walk(request, *open_base(request))
     seconds = forward_seconds(walk, length)  # to read a token on this machine

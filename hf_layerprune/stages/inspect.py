@@ -11,7 +11,7 @@ from .. import families
 from ..cut.gguf import plan_gguf_cut
 from ..cut.sizes import Sizes
 from ..errors import CutError, LayerPruneError, cause_of
-from ..families.engines import WAY_OUT, counted, misread
+from ..families.engines import REMEDY, describe_misread_layers, describe_period_rule
 from ..families.layout import count_by_layer, count_parameters, find_decoder_layers, ties_head
 from ..layer_ranges import describe_layers
 from ..options import CutOptions, format_bytes, format_percent, pluralize
@@ -118,7 +118,7 @@ def inspect_model(request: InspectRequest) -> Anatomy:
         dropped_before=list((getattr(config, families.MARKER, None) or {}).get("drop_layers", [])),
         refused_at=_refused_at(config),
         repairs=list(families.proven_stages().get(model_type, {}).get("repair", ())),
-        counted=misread(config) or counted(config),
+        counted=describe_misread_layers(config) or describe_period_rule(config),
     )
     try:
         families.check_supported(model.config)
@@ -190,7 +190,7 @@ def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
     if anatomy.dropped_before:
         lines.append(f"  it is a cut model, without {describe_layers(anatomy.dropped_before)} of its base")
     if anatomy.counted:
-        lines.append(f"  {anatomy.counted}; {WAY_OUT}")
+        lines.append(f"  {anatomy.counted}; {REMEDY}")
     lines += [f"  layer {i} must stay: {reason}" for i, reason in sorted(anatomy.protected.items())]
     if anatomy.refusal:
         return "\n".join([*lines, f"It can't be pruned: {anatomy.refusal}"])

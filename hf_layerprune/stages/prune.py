@@ -16,7 +16,7 @@ from ..cut.gguf import cut_gguf, gguf_layer_count, is_gguf, plan_gguf_cut
 from ..cut.gguf.modelfile import make_modelfile
 from ..cut.patch import check_repairable_weights, match_layers, patch_layers
 from ..errors import CheckpointError, CutError
-from ..families.engines import WAY_OUT, misread
+from ..families.engines import REMEDY, describe_misread_layers
 from ..files.copy import check_file_target, write_text
 from ..files.folders import check_target, new_folder
 from ..files.gguf_header import read_header
@@ -25,7 +25,7 @@ from ..options import AMOUNTS, TARGET_SETTINGS, copy_fields, format_bytes, refus
 from ..records.fingerprints import uncached_weights_hash
 from ..records.lineage import Lineage, stage
 from ..records.names import is_gguf_name, strip_local_path
-from ..runtime.loading import UNPACKED, is_hub_id, load_base, load_config, load_tokenizer, resolve_base
+from ..runtime.loading import UNPACKED_DTYPE, is_hub_id, load_base, load_config, load_tokenizer, resolve_base
 from ..select import find_criterion, needs_model, select_layers
 from ..select.targets import Target
 from .provenance import has_same_rows, is_same_base, write_lineage
@@ -133,8 +133,8 @@ def prune_to(request: PruneRequest) -> Pruned:
         check_repairable_weights(hub or Base.open(source), config)
     dropped, prepared, target = _choose(request, config)
     cut = families.make_cut(config, dropped)
-    if warning := misread(config, cut.keep):
-        logger.warning("%s; %s", warning, WAY_OUT)
+    if warning := describe_misread_layers(config, cut.keep):
+        logger.warning("%s; %s", warning, REMEDY)
     from ..cut.memory import dry_run_cut_of_config  # imports torch, which cutting a GGUF file does not need
 
     # Everything that can be refused is refused before a weight is read.
@@ -262,7 +262,7 @@ def _gguf_target(request: PruneRequest, base: Path, num_layers: int) -> Target |
 def _dtype(request: PruneRequest) -> str:
     """The type in which the base is loaded."""
     unpacks = request.dtype == "auto" and resolve_base(request.base)[1] is not None
-    return UNPACKED if unpacks else request.dtype
+    return UNPACKED_DTYPE if unpacks else request.dtype
 
 
 def _config(request: PruneRequest, dropped: list[int] | None) -> LayerDropConfig:
