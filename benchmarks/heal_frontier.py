@@ -108,12 +108,12 @@ def forward_seconds_of(args: argparse.Namespace) -> float:
     from heal_quality import dense_folder
 
     from hf_layerprune.runtime.loading import load_base
-    from hf_layerprune.runtime.precision import in_fast_precision
+    from hf_layerprune.runtime.precision import to_fast_precision
     from hf_layerprune.runtime.walk import LayerWalk
     from hf_layerprune.select import cost
 
     torch.set_num_threads(args.threads)
-    walk = LayerWalk(in_fast_precision(load_base(dense_folder(args), dtype="auto")))
+    walk = LayerWalk(to_fast_precision(load_base(dense_folder(args), dtype="auto")))
     cost.perf_counter = time.process_time
     return cost.forward_seconds(walk, 256)
 

@@ -3,7 +3,7 @@
     python benchmarks/precision.py
     python benchmarks/precision.py --model SmolLM2-135M-Instruct --tokens 512
 
-Times a forward pass of a model in both types, and of the bfloat16 model after `in_fast_precision`, in turn. Without
+Times a forward pass of a model in both types, and of the bfloat16 model after `to_fast_precision`, in turn. Without
 `--model`, it is a Llama with random weights and the shape of SmolLM2-135M.
 """
 
@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_layerprune.runtime.loading import load_base
-from hf_layerprune.runtime.precision import in_fast_precision
+from hf_layerprune.runtime.precision import to_fast_precision
 
 SHAPE = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -44,7 +44,7 @@ def main() -> None:
     models = {
         "float32": load(args.model, torch.float32),
         "bfloat16": load(args.model, torch.bfloat16),
-        "bfloat16, after in_fast_precision": in_fast_precision(load(args.model, torch.bfloat16)),
+        "bfloat16, after in_fast_precision": to_fast_precision(load(args.model, torch.bfloat16)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in models}
     ids = torch.randint(3, models["float32"].config.vocab_size, (1, args.tokens))

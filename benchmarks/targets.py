@@ -25,7 +25,7 @@ from hf_layerprune.cut.sizes import Sizes
 from hf_layerprune.layer_ranges import format_layers
 from hf_layerprune.options import CutOptions
 from hf_layerprune.runtime.loading import load_base, load_config, load_tokenizer
-from hf_layerprune.runtime.precision import in_fast_precision
+from hf_layerprune.runtime.precision import to_fast_precision
 from hf_layerprune.runtime.walk import LayerWalk
 from hf_layerprune.select import decode_times
 from hf_layerprune.select.runner import choose_layers
@@ -79,7 +79,7 @@ def filled(model: Any, context: int) -> int:
 
 def budget(args: argparse.Namespace) -> None:
     """Compare the choice within a budget with others of the same size."""
-    model = in_fast_precision(load_base(args.model, dtype="auto"))
+    model = to_fast_precision(load_base(args.model, dtype="auto"))
     tokenizer = load_tokenizer(args.model)
     text = load_calibration(args.calibration, tokenizer, samples=args.rows, length=args.length, model=model)
     walk = LayerWalk(model)

@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 
 @cache
-def installed(distribution: str) -> Version:
+def installed_version(distribution: str) -> Version:
     """The installed version of a distribution."""
     from importlib.metadata import version
 
@@ -27,7 +27,7 @@ def installed(distribution: str) -> Version:
 
 
 def _is_at_least(distribution: str, floor: str) -> bool:
-    return installed(distribution) >= Version(floor)
+    return installed_version(distribution) >= Version(floor)
 
 
 # --- PEFT -------------------------------------------------------------------------------------------------

@@ -258,12 +258,12 @@ def write_rows(
     from hf_layerprune.heal.self_data import Writer
     from hf_layerprune.heal.stage import weights_dtype
     from hf_layerprune.runtime.loading import load_base
-    from hf_layerprune.runtime.precision import in_fast_precision
+    from hf_layerprune.runtime.precision import to_fast_precision
 
     # In the student's type, since the weights of a GGUF file would be unpacked to float32.
     source, revision = str(training_args.teacher), training_args.teacher_revision
     dense: Any = load_base(source, revision=revision, dtype=weights_dtype(student))
-    dense = in_fast_precision(dense.to(training_args.device))
+    dense = to_fast_precision(dense.to(training_args.device))
     folder = Path(str(training_args.output_dir)) / "self"
     writer = Writer(dense, tokenizer, folder, training_args.row_seed)
     if rows is None:
@@ -273,10 +273,10 @@ def write_rows(
 
 def train(trainer: HealTrainer, run: RunSettings) -> dict[str, Any]:
     """Train to the end. Returns the entry in the history."""
-    from hf_layerprune.records.lineage import stage
+    from hf_layerprune.records.lineage import stage_entry
 
     trainer.add_callback(run)
-    with stage("heal", run.settings) as entry:
+    with stage_entry("heal", run.settings) as entry:
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     steps, end = trainer.state.global_step, trainer.state.max_steps
     if steps < end:  # such as by SIGTERM with --enable_jit_checkpoint

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_layerprune.publish.card.render import Card
-from hf_layerprune.records.fingerprints import Identity, fingerprint, identity, weights_hash
+from hf_layerprune.records.fingerprints import Identity, compute_identity, fingerprint, weights_hash
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.records.metrics import Metrics
 
@@ -128,7 +128,7 @@ def measure_by_hand(folder: Path) -> None:
     layers = lineage.entries[-1]["layers"]
     metrics = Metrics(own)
     for weights, role, count, value in ((base, "dense", layers["base"], 0.5), (own, "cut", layers["left"], 0.4)):
-        model = identity(folder) if weights == own else Identity(weights)
+        model = compute_identity(folder) if weights == own else Identity(weights)
         metrics.add_model(model, role=role, name="tiny", layers=count, parameters=1000 * count)
         result = {"weights": weights, "kind": "accuracy", "task": "piqa", "metric": "acc", "value": value,
                   "stderr": 0.03, "chance": 0.5, "samples": 200, "date": "2026-11-24", "versions": {}}  # fmt: skip

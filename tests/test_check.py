@@ -218,7 +218,7 @@ def test_what_can_not_be_run_here_is_not_checked(
 class TestAnUnprovenVersion:
     @pytest.fixture(autouse=True)
     def _newer(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(check, "installed", lambda name: Version("5.99.0"))
+        monkeypatch.setattr(check, "installed_version", lambda name: Version("5.99.0"))
         monkeypatch.setattr(check, "_warned_types", set())
 
     def test_is_told_once(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -236,7 +236,7 @@ class TestAnUnprovenVersion:
 
 
 def test_a_type_that_goes_wrong_with_this_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(families, "installed", lambda _: Version("5.16.1"))
+    monkeypatch.setattr(families, "installed_version", lambda _: Version("5.16.1"))
     families.check_supported(tiny_config("llama"))
     with pytest.raises(
         UnsupportedModelError, match=r"'paligemma' is known to go wrong with transformers 5.16.1; .*5.24.0"

@@ -31,7 +31,7 @@ from hf_layerprune.heal.student import Student, adapter_config, load_student
 from hf_layerprune.measure.requests import EvalRequest
 from hf_layerprune.runtime.loading import load_config
 from hf_layerprune.runtime.model_class import without_zero3
-from hf_layerprune.versions import installed
+from hf_layerprune.versions import installed_version
 
 from .heal_makers import load_recipe, rows, word_tokenizer
 from .tiny_models import tiny_model
@@ -201,7 +201,7 @@ def test_refused_before_the_cut(
     message: str,
     code: int,
 ) -> None:
-    if message in OF_NEWER_TRL and installed("trl") < Version("1.10"):
+    if message in OF_NEWER_TRL and installed_version("trl") < Version("1.10"):
         pytest.skip("TRL 1.0 accepts it, or says so in other words")
     monkeypatch.setattr(sys, "argv", ["sft_tail.py", *words(folder, tmp_path / "run", **settings)])
     assert recipe.run() == code

@@ -22,7 +22,7 @@ from hf_layerprune.heal.trainer import HealTrainer
 from hf_layerprune.publish.requests import VerifyRequest
 from hf_layerprune.publish.verify.verdict import verify
 from hf_layerprune.records.history import read_history
-from hf_layerprune.records.lineage import Lineage, stage
+from hf_layerprune.records.lineage import Lineage, stage_entry
 from hf_layerprune.stages.prune import PruneRequest, prune_to
 
 from .heal_makers import rows, word_tokenizer
@@ -39,7 +39,7 @@ def train(student: Student, method: Method, folder: Path) -> dict[str, Any]:
             if parameter.requires_grad:
                 parameter.add_(0.01)
     model.save_pretrained(folder)
-    with stage("heal", {}) as entry:
+    with stage_entry("heal", {}) as entry:
         pass
     return entry
 
@@ -61,7 +61,7 @@ def test_only_a_model_that_was_cut_once_is_an_adapter_of_its_base(tmp_path: Path
                 parameter.add_(0.01)
         wanted = model(ids).logits
     model.save_pretrained(tmp_path / "trained")
-    with stage("heal", {}) as entry:
+    with stage_entry("heal", {}) as entry:
         pass
     write_healed(student, tmp_path / "trained", tmp_path / "healed", entry, adapter=tmp_path / "adapter")
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_a_base_with_names_and_masks_of_an_old_transformers(tmp_path: Path) -> N
     with torch.no_grad():
         model.transformer.ln_f.weight.add_(0.01)
     model.save_pretrained(tmp_path / "trained")
-    with stage("heal", {}) as entry:
+    with stage_entry("heal", {}) as entry:
         pass
     write_healed(Student.at(cut), tmp_path / "trained", healed, entry)
     assert entry["changed_tensors"] == ["transformer.ln_f.weight"]
@@ -164,7 +164,7 @@ def test_what_training_left_as_it_was_is_not_healed(tmp_path: Path) -> None:
     student, method = Student.at(tmp_path / "cut"), parse_method("last1")
     model = get_peft_model(load_student(student, method), adapter_config(student, method, ModelConfig()))
     model.save_pretrained(tmp_path / "trained")
-    with stage("heal", {}) as entry:
+    with stage_entry("heal", {}) as entry:
         pass
     with pytest.raises(LayerPruneError, match=r"training changed no weight of .*cut, so nothing was healed"):
         write_healed(student, tmp_path / "trained", tmp_path / "healed", entry, adapter=tmp_path / "adapter")

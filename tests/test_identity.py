@@ -19,7 +19,7 @@ from hf_layerprune.errors import CheckpointError
 from hf_layerprune.measure.evaluate import EvalRequest, evaluate
 from hf_layerprune.measure.store import Store
 from hf_layerprune.measure.subject import identify
-from hf_layerprune.records.fingerprints import identity, is_part
+from hf_layerprune.records.fingerprints import compute_identity, is_part
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.records.locked import locked
 from hf_layerprune.records.metrics import Metrics
@@ -53,9 +53,9 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_numbers_of_what_was_edited_since(cut: Path, change: str, capsys: pytest.CaptureFixture[str]) -> None:
-    before = identity(cut)
+    before = compute_identity(cut)
     CHANGES[change](cut)
-    after = identity(cut)
+    after = compute_identity(cut)
     assert before.weights == after.weights
     assert before.digest != after.digest
     assert main(["card", str(cut)]) == 1
@@ -112,7 +112,7 @@ def test_answers_are_those_to_the_same_prompts(tmp_path: Path) -> None:
 
 
 def _add(folder: Path, number: int) -> None:
-    own = identity(folder).weights
+    own = compute_identity(folder).weights
 
     def change(metrics: Metrics | None) -> Metrics:
         assert metrics is not None
@@ -148,7 +148,7 @@ def test_stores_that_are_open_at_once_keep_each_others_numbers(cut: Path) -> Non
     """`eval` and `bench` at the same time."""
     one, other = Store(identify(cut)), Store(identify(cut))
     for store, task in ((one, "first"), (other, "second"), (one, "third")):
-        weights = identity(cut).weights
+        weights = compute_identity(cut).weights
         store.add(results=[{"weights": weights, "kind": "accuracy", "task": task, "metric": "acc", "value": 0.5}])
     assert {"piqa", "first", "second", "third"} <= {record["task"] for record in Metrics.load(cut).results}
 

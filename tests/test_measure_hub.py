@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hf_layerprune.cli import main
-from hf_layerprune.records.fingerprints import fingerprint, identity, weights_hash
+from hf_layerprune.records.fingerprints import compute_identity, fingerprint, weights_hash
 from hf_layerprune.records.metrics import Metrics
 
 from .hub_server import HubServer, client_env
@@ -111,7 +111,7 @@ def test_six_of_the_papers_tasks_and_wikitext2(
     assert found.weights == weights_hash(fingerprint(repos["org/cut"]))
     assert weights_hash(fingerprint(repos["org/base"])) in found.models
     assert found.models[found.weights] | {"parameters": 0} == {
-        "role": "cut", "name": "org/cut", "layers": 6, "parameters": 0, "identity": identity(repos["org/cut"]).parts,
+        "role": "cut", "name": "org/cut", "layers": 6, "parameters": 0, "identity": compute_identity(repos["org/cut"]).parts
     }  # fmt: skip
     for task in SIX:
         record = find(found, found.weights, "acc", task)

@@ -14,7 +14,7 @@ from hf_layerprune import CheckpointError, LayerPruneError
 from hf_layerprune.cli import main
 from hf_layerprune.measure.subject import identify
 from hf_layerprune.records.fingerprints import fingerprint, weights_hash
-from hf_layerprune.records.lineage import Lineage, stage
+from hf_layerprune.records.lineage import Lineage, stage_entry
 from hf_layerprune.records.metrics import Metrics
 
 from .measure_models import measure, write_model
@@ -98,7 +98,7 @@ def test_numbers_of_earlier_stages_are_taken_over(base: Path, cut: Path, tasks: 
     with torch.no_grad():
         model.lm_head.weight.mul_(1.1)
     model.save_pretrained(healed)
-    with stage("heal", {}) as entry:
+    with stage_entry("heal", {}) as entry:
         pass
     Lineage.load(healed).record(healed, entry)
     found = measure(healed, tasks, tasks=("asked",), texts=(), history=(cut,))

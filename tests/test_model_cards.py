@@ -18,12 +18,12 @@ from hf_layerprune.errors import CheckpointError
 from hf_layerprune.options import options_from_args
 from hf_layerprune.publish.requests import VerifyRequest
 from hf_layerprune.publish.verify.verdict import verify
-from hf_layerprune.records.fingerprints import identity_of
+from hf_layerprune.records.fingerprints import identity_from_hashes
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.records.metrics import Metrics
 from hf_layerprune.stages.prune import settings_of
 from hf_layerprune.stages.requests import PruneRequest
-from hf_layerprune.versions import installed
+from hf_layerprune.versions import installed_version
 from model_cards import __main__ as command
 from model_cards import make
 
@@ -47,7 +47,7 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     lineage.entries[0]["repair"]["input_weights"] = "b" * 64
     lineage.write(folder)
     metrics = metrics_of(lineage)
-    metrics.models[metrics.weights]["identity"] = identity_of(lineage.entries[-1]["files"]).parts
+    metrics.models[metrics.weights]["identity"] = identity_from_hashes(lineage.entries[-1]["files"]).parts
     metrics.write(folder)
     monkeypatch.setattr(command, "HERE", folder.parent)
     return folder
@@ -101,7 +101,7 @@ CUTS = [folder for folder in KEPT if folder.name in (make.LAST.name, make.HEALED
 
 # Older versions unpack another tokenizer from a GGUF file, or none.
 @pytest.mark.skipif(
-    installed("transformers") < Version("5.17"), reason="this transformers unpacks a GGUF file in another way"
+    installed_version("transformers") < Version("5.17"), reason="this transformers unpacks a GGUF file in another way"
 )
 @pytest.mark.parametrize("folder", CUTS, ids=lambda folder: folder.name)
 def test_the_records_agree_with_the_base(folder: Path) -> None:

@@ -20,9 +20,9 @@ from hf_layerprune.heal.stage import write_healed
 from hf_layerprune.heal.student import Student, adapter_config, load_student
 from hf_layerprune.heal.trainer import HealTrainer
 from hf_layerprune.measure.evaluate import EvalRequest, evaluate
-from hf_layerprune.records.lineage import stage
+from hf_layerprune.records.lineage import stage_entry
 from hf_layerprune.runtime import precision
-from hf_layerprune.runtime.precision import in_fast_precision
+from hf_layerprune.runtime.precision import to_fast_precision
 from hf_layerprune.stages.prune import PruneRequest, prune_to
 from hf_layerprune.stages.rank import RankRequest, rank
 
@@ -54,7 +54,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_a_model_is_changed_where_that_is_faster(slow: bool, dtype: torch.dtype) -> None:
-    model = in_fast_precision(tiny_model("llama").to(dtype))
+    model = to_fast_precision(tiny_model("llama").to(dtype))
     assert model.dtype == (torch.float32 if slow else dtype)
     wanted = tiny_model("llama").to(dtype).to(model.dtype)
     assert torch.equal(model(tiny_input()).logits, wanted(tiny_input()).logits)
@@ -66,7 +66,7 @@ def test_a_model_is_changed_where_that_is_faster(slow: bool, dtype: torch.dtype)
 def test_a_model_in_float32_stays(slow: bool) -> None:
     model = tiny_model("llama")
     before = {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()}
-    in_fast_precision(model)
+    to_fast_precision(model)
     assert {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()} == before
 
 
@@ -77,7 +77,7 @@ def test_where_memory_is_short_it_stays_and_that_is_said(
     memory = type("Memory", (), {"available": 1000})
     monkeypatch.setattr(precision.psutil, "virtual_memory", lambda: memory)
     with caplog.at_level(logging.WARNING, "hf_layerprune"):
-        model = in_fast_precision(tiny_model("llama").bfloat16())
+        model = to_fast_precision(tiny_model("llama").bfloat16())
     assert model.dtype == torch.bfloat16
     assert "not enough memory" in caplog.text
 
@@ -146,7 +146,7 @@ def test_training(slow: bool, base: Path, tmp_path: Path, method: str) -> None:
     frozen = [p for p in trainer.model.parameters() if not p.requires_grad]
     assert {p.dtype for p in trained} == {torch.float32}
     assert {p.dtype for p in frozen} <= {torch.float32 if slow else torch.bfloat16}
-    with stage("heal", {}) as entry:
+    with stage_entry("heal", {}) as entry:
         trainer.train()
     assert trainer.data_collator.precomputed.teacher_head.weight.dtype == (torch.float32 if slow else torch.bfloat16)
     trainer.save_model(str(tmp_path / "trained"))

@@ -18,7 +18,7 @@ from hf_layerprune.cli import main
 from hf_layerprune.cut.lazy import load_pruned
 from hf_layerprune.errors import CheckpointError
 from hf_layerprune.runtime.loading import load_tokenizer
-from hf_layerprune.versions import GGUF_TOKENIZERS, installed
+from hf_layerprune.versions import GGUF_TOKENIZERS, installed_version
 
 from .gguf_makers import misreads_gguf_tokenizers, smollm2
 
@@ -184,7 +184,7 @@ def test_quantised_base_can_be_cut_but_not_tuned(base: Path, ids: torch.Tensor, 
 
 
 @pytest.mark.skipif(
-    installed("transformers") < Version(GGUF_TOKENIZERS),
+    installed_version("transformers") < Version(GGUF_TOKENIZERS),
     reason="this transformers misreads the tokenizer in a GGUF file",
 )
 def test_the_tokenizer_is_saved_alike_with_and_without_the_hub(

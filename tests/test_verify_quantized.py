@@ -24,7 +24,7 @@ from hf_layerprune.publish.verify.verdict import verify
 from hf_layerprune.records.fingerprints import fingerprint, weights_hash
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.runtime.loading import load_base
-from hf_layerprune.versions import installed
+from hf_layerprune.versions import installed_version
 
 from .publish_models import base_on_hub
 from .tiny_models import tiny_model
@@ -366,7 +366,7 @@ def test_a_cut_of_a_quantised_base(place, tmp_path, capsys):
 
 
 needs_no_gpu = pytest.mark.skipif(
-    installed("transformers") < Version("5.17"), reason="this transformers may need a GPU's packages for FP8"
+    installed_version("transformers") < Version("5.17"), reason="this transformers may need a GPU's packages for FP8"
 )
 
 

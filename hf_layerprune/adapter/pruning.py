@@ -15,7 +15,7 @@ from ..cut.memory import LayerCut, check_plain_model
 from ..errors import CheckpointError, LayerPruneError, boundary
 from ..families.layout import find_decoder_layers
 from ..runtime.loading import LOCATION_ARGUMENTS, UNPACKED_DTYPE, as_path, is_hub_id, load_base, resolve_base
-from ..runtime.precision import in_fast_precision
+from ..runtime.precision import to_fast_precision
 from ..select.targets import Target
 from .config import LayerDropConfig
 from .prepare import CUT, PREPARED, Prepared, needs_dense_model, needs_text, prepare
@@ -155,7 +155,7 @@ def prepare_from_base(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepar
     # The new weights are stored in the types of the old ones, whatever they are computed in.
     types = [{name: p.dtype for name, p in layer.named_parameters()} for layer in find_decoder_layers(model).layers]
     if device is None and needs_text(config):
-        in_fast_precision(model)
+        to_fast_precision(model)
     prepared = prepare(config, model, target=target, device=device)
     if prepared.repair is not None:
         new = prepared.repair.tensors

@@ -56,10 +56,10 @@ def measurement_result(
     """The result of a command that measured a model, with the requirements that the model misses."""
     folder = Path(request.model).expanduser()
     own = folder / "metrics.json"
-    place = request.output or (own if folder.is_dir() else None)
-    summary = f"the numbers are in {place}" if place else ""
+    target = request.output or (own if folder.is_dir() else None)
+    summary = f"the numbers are in {target}" if target else ""
     # A card shows the folder's own numbers.
-    ready = place == own and (folder / "lineage.json").is_file() and not missed
+    ready = target == own and (folder / "lineage.json").is_file() and not missed
     follow_up = suggest("card", request.model) if ready else ()
     errors = (f"missed: {', '.join(missed)}",) if missed else ()
     return Result(summary, text, metrics.record, follow_up, errors, exit_code=1 if missed else 0)

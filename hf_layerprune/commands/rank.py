@@ -23,10 +23,10 @@ def run(request: Request) -> Result:
         curve = make_curve(request)
         summary = f"the curve is in {request.output}" if request.output else ""
         count = curve.chosen or curve.knee or len(curve.points)
-        if (asked := request.budget or request.target) and curve.chosen is None:
+        if (limit := request.budget or request.target) and curve.chosen is None:
             # Without a point that meets it, the end of the curve on which a budget or a target would be met.
             count, end = (1, "shallowest") if request.budget else (len(curve.points), "deepest")
-            missed = f"no cut on it meets --{asked.replace('_', '-')}, and the command is for the {end}"
+            missed = f"no cut on it meets --{limit.replace('_', '-')}, and the command is for the {end}"
             summary = f"{summary or 'a curve was measured'}; {missed}"
         point = curve.points[count - 1]
         repair = curve.record["repair"] if "repaired" in point else None

@@ -20,7 +20,7 @@ from ..families.layout import find_decoder_layers
 from ..families.multimodal import path_to_text
 from ..families.types import proven_versions
 from ..runtime.parts import TrialError, evaluation_mode, probe_ids, scoped_hooks, trial, zero_masked
-from ..versions import installed
+from ..versions import installed_version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -123,7 +123,7 @@ def check_cut(dense: PreTrainedModel, pruned: PreTrainedModel) -> None:
 def warn_if_unproven(config: PreTrainedConfig) -> None:
     """Warn, once for each model type, if a cut is not proven with the installed version of transformers."""
     model_type = families.text_config(config).model_type
-    version, proven = str(installed("transformers")), proven_versions(*_model_types(config))
+    version, proven = str(installed_version("transformers")), proven_versions(*_model_types(config))
     if version in proven or model_type in _warned_types:
         return
     _warned_types.add(model_type)
@@ -144,7 +144,7 @@ def _mismatch(config: PreTrainedConfig, what: str) -> str:
     part = families.text_config(config)
     proven = proven_versions(*_model_types(config))
     return (
-        f"this cut of a {part.model_type} model is wrong with transformers {installed('transformers')}: {what}, against "
+        f"this cut of a {part.model_type} model is wrong with transformers {installed_version('transformers')}: {what}, against "
         f"the dense model with its dropped layers bypassed; nothing was kept. Cuts of this type are proven with "
         f"transformers {', '.join(proven) or 'no listed version'}; install one of these"
     )

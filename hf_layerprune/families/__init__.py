@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CutError, UnsupportedModelError
 from ..records.quantized import describe_quantization
-from ..versions import installed
+from ..versions import installed_version
 from .fields import COUNT_FIELDS, Cut, cut_without, rewrite_fields
 from .multimodal import path_to_text, protected_by_towers, rewrite_outer_fields
 from .special import SPECIAL, Family, WideTensor
@@ -83,7 +83,7 @@ def check_supported(config: PreTrainedConfig) -> None:
         UnsupportedModelError: The model type is refused (with the reason) or unknown, or this config enables a
             feature that a cut would break.
     """
-    version = str(installed("transformers"))
+    version = str(installed_version("transformers"))
     for part in path_to_text(config):
         reason, known = REFUSED.get(part.model_type), part.model_type in proven()
         if not known and getattr(part, "is_encoder_decoder", False):

@@ -56,7 +56,7 @@ class Family:
 # --- mixtures of experts whose dense layers follow a period -------------------------------------------------
 
 
-def _sparse_step(fields: Fields, cut: Cut) -> Fields:
+def _list_dense_layers(fields: Fields, cut: Cut) -> Fields:
     """Replace `decoder_sparse_step`, which makes layer i sparse if it divides i + 1, by a list of the dense layers."""
     step, listed = fields["decoder_sparse_step"], fields.get("mlp_only_layers") or []
     dense = [i for i in range(cut.num_layers) if i in listed or (i + 1) % step]
@@ -64,7 +64,7 @@ def _sparse_step(fields: Fields, cut: Cut) -> Fields:
 
 
 SPARSE_STEP = Family(
-    rules={"decoder_sparse_step": unchanged, "mlp_only_layers": unchanged}, rewrite_together=_sparse_step
+    rules={"decoder_sparse_step": unchanged, "mlp_only_layers": unchanged}, rewrite_together=_list_dense_layers
 )
 
 
@@ -80,7 +80,7 @@ def _fit_period(flags: list[bool], what: str, period: int, offset: int) -> tuple
     )
 
 
-def _two_periods(fields: Fields, cut: Cut) -> Fields:
+def _fit_two_periods(fields: Fields, cut: Cut) -> Fields:
     changed: Fields = {}
     for kind, what in (("attn", "attention"), ("expert", "expert")):
         names = f"{kind}_layer_period", f"{kind}_layer_offset"
@@ -94,11 +94,11 @@ TWO_PERIODS = Family(
     rules=dict.fromkeys(
         ("attn_layer_period", "attn_layer_offset", "expert_layer_period", "expert_layer_offset"), unchanged
     ),
-    rewrite_together=_two_periods,
+    rewrite_together=_fit_two_periods,
 )
 
 
-def _interval_between(fields: Fields, cut: Cut) -> Fields:
+def _fit_interval(fields: Fields, cut: Cut) -> Fields:
     """Expert layers: every n-th one between a first and a last index."""
     names = "moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"
     start, end, interval = (fields[name] for name in names)
@@ -118,7 +118,7 @@ def _interval_between(fields: Fields, cut: Cut) -> Fields:
 
 INTERVAL_BETWEEN = Family(
     rules=dict.fromkeys(("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"), unchanged),
-    rewrite_together=_interval_between,
+    rewrite_together=_fit_interval,
 )
 
 # --- key-value sharing --------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def _protect_last(reason: str) -> Callable[[Fields, int], dict[int, str]]:
     return lambda fields, num_layers: {num_layers - 1: reason}
 
 
-def _ngram_layers(fields: Fields, num_layers: int) -> dict[int, str]:
+def _protect_ngram_layers(fields: Fields, num_layers: int) -> dict[int, str]:
     reason = "it holds an n-gram table, whose hashes depend on how many such layers precede it"
     return {i - 1: reason for i in fields.get("ple_layer_ids") or []}
 
@@ -187,25 +187,25 @@ def _ngram_layers(fields: Fields, num_layers: int) -> dict[int, str]:
 # --- configs that can't be pruned --------------------------------------------
 
 
-def _must_be_decoder(fields: Fields) -> str | None:
+def _refuse_encoder(fields: Fields) -> str | None:
     if fields.get("is_decoder") or fields.get("is_causal"):
         return None
     return "it is an encoder (config.is_decoder is false), and only decoders can be pruned; set is_decoder=True"
 
 
-DECODER_ONLY = Family(refusal=_must_be_decoder)
+DECODER_ONLY = Family(refusal=_refuse_encoder)
 
 
-def _scaled_by_index(fields: Fields) -> str | None:
+def _refuse_index_scaling(fields: Fields) -> str | None:
     if fields.get("scale_attn_by_inverse_layer_idx"):
         return "scale_attn_by_inverse_layer_idx divides attention by the layer's index, which a cut changes"
     return None
 
 
-def _random_attention(fields: Fields) -> str | None:
+def _refuse_random_attention(fields: Fields) -> str | None:
     if fields.get("attention_type") == "block_sparse":
         return 'attention_type="block_sparse" draws random blocks from the layer\'s index; use "original_full"'
-    return _must_be_decoder(fields)
+    return _refuse_encoder(fields)
 
 
 SPECIAL: dict[str, Family] = {
@@ -222,7 +222,7 @@ SPECIAL: dict[str, Family] = {
     "modernbert-decoder": Family(protect=_protect_first("it is the only layer without an attention norm")),
     "zaya": Family(protect=_protect_first("its router alone does not average with that of an earlier layer")),
     "gpt_neox_japanese": Family(protect=_protect_last("it is the only layer with an output bias")),
-    "qwen4_exp_text": Family(protect=_ngram_layers),
+    "qwen4_exp_text": Family(protect=_protect_ngram_layers),
     "nemotron_h": Family(count_field=""),
     # Each layer counts as two hidden layers, in a separate field until transformers 5.16.
     "longcat_flash": Family(
@@ -232,9 +232,9 @@ SPECIAL: dict[str, Family] = {
     # The widths of two kinds of experts, not one for each layer.
     "ernie4_5_vl_moe_text": Family(rules={"moe_intermediate_size": unchanged}),
     "xlstm": Family(rules={"num_blocks": lambda value, cut: len(cut.keep)}),
-    "gpt2": Family(refusal=_scaled_by_index),
-    "gpt-sw3": Family(refusal=_scaled_by_index),
-    "big_bird": Family(refusal=_random_attention),
+    "gpt2": Family(refusal=_refuse_index_scaling),
+    "gpt-sw3": Family(refusal=_refuse_index_scaling),
+    "big_bird": Family(refusal=_refuse_random_attention),
     **dict.fromkeys(
         (
             "bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",

@@ -148,27 +148,27 @@ class Repo:
         offline = offline or ("local_files_only is set" if local_files_only else None)
         with boundary(f"{name} is not a Hub id"):
             validate_repo_id(name)
-        place = None if cache_dir is None else str(cache_dir)
+        cache = None if cache_dir is None else str(cache_dir)
         if offline is None:
             try:
                 with hub_errors(name, revision):
                     # Remembers the commit in the cache, so that the revision can be resolved offline later.
-                    commit = HfApi().resolve_revision(name, revision=revision, token=token, cache_dir=place)
+                    commit = HfApi().resolve_revision(name, revision=revision, token=token, cache_dir=cache)
                     info = HfApi().model_info(name, revision=commit.resolved, files_metadata=True, token=token)
                     files = {
                         one.rfilename: HubFile(int(one.size or 0), one.lfs.sha256 if one.lfs else None, one.blob_id)
                         for one in info.siblings or ()
                     }
-                return cls(name, str(info.sha), files, None, token, place)
+                return cls(name, str(info.sha), files, None, token, cache)
             except UnreachableError as error:
                 offline = str(error)
                 logger.info("%s; looking in the cache", error)
-        cached = _cached(name, revision, place)
+        cached = _cached_files(name, revision, cache)
         if cached is None:
             raise CheckpointError(
                 f"{name} is not in the cache, and the Hub can't be reached ({offline}); go online, or specify a folder"
             )
-        return cls(name, cached[0], cached[1], offline, token, place)
+        return cls(name, cached[0], cached[1], offline, token, cache)
 
     def is_released(self) -> bool:
         """Whether its commit is in the history of a branch or a tag. The Hub also serves commits of pull requests, which
@@ -264,7 +264,7 @@ class Repo:
         return known
 
 
-def _cached(repo: str, revision: str | None, cache_dir: str | None) -> tuple[str, dict[str, HubFile]] | None:
+def _cached_files(repo: str, revision: str | None, cache_dir: str | None) -> tuple[str, dict[str, HubFile]] | None:
     """The commit of a revision according to the cache, and its files in the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import CutError, LayerPruneError
 from ..options import check_options, documented, refuse_unused
-from ..runtime.precision import slow_in_16_bits
+from ..runtime.precision import is_slow_in_16_bits
 from ..versions import trl_pads_by_itself
 from .methods import parse_method
 from .options import HealOptions
@@ -55,7 +55,7 @@ class HealConfig(HealOptions, SFTConfig):  # type: ignore[misc]
             raise CutError(
                 "fp16 needs a GPU, and training would run on the CPU; use --fp16 false, and --bf16 true or false"
             )
-        if self.bf16 is None and not self.fp16 and on_cpu and slow_in_16_bits():
+        if self.bf16 is None and not self.fp16 and on_cpu and is_slow_in_16_bits():
             self.bf16 = False
         # NEFTune scales its noise by the length of the batch, padding included.
         unpadded = self.packing or self.padding_free or self.neftune_noise_alpha is not None

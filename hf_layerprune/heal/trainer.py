@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ..errors import CutError, LayerPruneError
 from ..families import check_stage
 from ..runtime.head import OutputHead
-from ..runtime.precision import in_fast_precision
+from ..runtime.precision import to_fast_precision
 from .batches import Precomputed, StateCollator, real_tokens, taught_positions, token_counts
 from .checkpoints import checkpoint_to_resume
 from .config import HealConfig
@@ -90,7 +90,7 @@ class HealTrainer(SavingTrainer):
         if args.float32_weights and not (args.bf16 or args.fp16) and args.device.type == "cpu":
             for one in (model, teacher):
                 if one is not None:
-                    in_fast_precision(one)
+                    to_fast_precision(one)
         recompute: Any = args.gradient_checkpointing_kwargs or {}
         self._reentrant = bool(args.gradient_checkpointing and recompute.get("use_reentrant"))
         if args.gradient_checkpointing and not self._reentrant:

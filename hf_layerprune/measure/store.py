@@ -13,8 +13,8 @@ from typing import Any
 from ..errors import CheckpointError, LayerPruneError
 from ..files.copy import check_file_target
 from ..options import join_words
-from ..records.fingerprints import identity
-from ..records.lineage import versions
+from ..records.fingerprints import compute_identity
+from ..records.lineage import package_versions
 from ..records.metrics import FILE_NAME, Metrics
 from ..records.requirements import Bound
 from .subject import Subject
@@ -65,7 +65,7 @@ class Store:
         self.metrics, self._replace = before or Metrics(model.weights), before is None
         self.new = Metrics(model.weights)
         self.bounds: tuple[Bound, ...] | None = None
-        self.versions = versions()
+        self.versions = package_versions()
         for folder in history:
             _copy_numbers(self.new, model, folder.expanduser())
         self._merge_into(self.metrics)
@@ -186,7 +186,7 @@ def _copy_numbers(metrics: Metrics, model: Subject, folder: Path) -> None:
     earlier = Metrics.load(folder)
     if earlier is None:
         raise CheckpointError(f"{folder} has no {FILE_NAME}; measure it with hf-layerprune eval {folder}")
-    now_there = identity(folder)
+    now_there = compute_identity(folder)
     if earlier.weights != now_there.weights or earlier.changed_since(now_there):
         raise CheckpointError(f"{folder / FILE_NAME} was measured on an earlier state of the folder; measure it again")
     known = model.known_weights

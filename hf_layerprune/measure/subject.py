@@ -16,10 +16,10 @@ from ..records.fingerprints import (
     CONFIG,
     Identity,
     base_of_adapter,
+    compute_identity,
     hash_hub_files,
     holds_weights,
-    identity,
-    identity_of,
+    identity_from_hashes,
     is_model_file,
     model_files,
 )
@@ -155,7 +155,7 @@ def identify(source: str | Path, revision: str | None = None) -> Subject:
     if not sizes:
         raise CheckpointError(f"{path} has no safetensors weights; save it with save_pretrained")
     lineage, folder = (Lineage.load(path), path) if path.is_dir() else (None, None)
-    return Subject(str(path), path.resolve().name, identity(path), lineage, folder, None, sum(sizes))
+    return Subject(str(path), path.resolve().name, compute_identity(path), lineage, folder, None, sum(sizes))
 
 
 def _on_hub(repo: str, revision: str | None) -> Subject:
@@ -165,7 +165,7 @@ def _on_hub(repo: str, revision: str | None) -> Subject:
         _check_adapter(adapter, repo, hub.files)
     names = [name for name in hub.files if is_model_file(name)]
     hashes, folder = hash_hub_files(hub, names)
-    model = identity_of(hashes, base_of_adapter(folder) if adapter is not None else None)
+    model = identity_from_hashes(hashes, base_of_adapter(folder) if adapter is not None else None)
     size = sum(hub.files[name].size for name in names if holds_weights(name))
     return Subject(repo, repo, model, Lineage.load(folder), None, hub.commit, size)
 

@@ -234,7 +234,7 @@ class Identity:
         )
 
 
-def identity_of(hashes: Mapping[str, str], base: str | None = None) -> Identity:
+def identity_from_hashes(hashes: Mapping[str, str], base: str | None = None) -> Identity:
     """The identity of a model, from the sha256 of each file by relative path, and from the base of an adapter."""
     weights: dict[str, str] = {}
     template: dict[str, str] = {}
@@ -256,16 +256,16 @@ def identity_of(hashes: Mapping[str, str], base: str | None = None) -> Identity:
     )
 
 
-def identity(path: Path) -> Identity:
+def compute_identity(path: Path) -> Identity:
     """The identity of a model folder, an adapter's folder, or a GGUF file.
 
     Raises:
         CheckpointError: An entry is a broken link, or `adapter_config.json` can't be read.
     """
     if path.is_file():
-        return identity_of({path.name: sha256_of(path)})
+        return identity_from_hashes({path.name: sha256_of(path)})
     hashes = hash_files(model_files(path))
-    return identity_of(hashes, base_of_adapter(path) if ADAPTER_CONFIG in hashes else None)
+    return identity_from_hashes(hashes, base_of_adapter(path) if ADAPTER_CONFIG in hashes else None)
 
 
 def base_of_adapter(folder: Path) -> str | None:
@@ -282,7 +282,7 @@ def base_of_adapter(folder: Path) -> str | None:
         return None
     local = Path(name).expanduser()
     if local.exists():
-        return identity(local).digest if local.resolve() != folder.resolve() else None
+        return compute_identity(local).digest if local.resolve() != folder.resolve() else None
     if not isinstance(revision, str) or not _COMMIT.fullmatch(revision):
         cached = try_to_load_from_cache(name, CONFIG, revision=revision) if is_hub_name(name) else None
         revision = Path(cached).parent.name if isinstance(cached, str) else revision

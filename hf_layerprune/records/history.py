@@ -45,7 +45,7 @@ class Stage:
             one | {"name": OWN_TEXT} if one.get("name") == "self" else one for one in self.entry.get("data") or []
         ]
         calibration = self.entry.get("calibration")
-        return texts + ([_calibration(calibration)] if calibration else [])
+        return texts + ([_calibration_data(calibration)] if calibration else [])
 
 
 @dataclass(frozen=True)
@@ -247,12 +247,12 @@ def read_history(lineage: Lineage) -> History:
     stages = []
     for number, entry in enumerate(lineage.entries):
         later = [stay for at, stay in cuts if at > number]
-        for name, part in _parts(entry):
+        for name, part in _with_repair(entry):
             stages.append(Stage(name, part, frozenset(_rename_after_cuts(later, part.get("changed_tensors") or []))))
     return History(lineage, n, tuple(kept), tuple(stages))
 
 
-def _parts(entry: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _with_repair(entry: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """An entry, followed by its repair, if any, as a separate stage."""
     yield str(entry.get("stage")), entry
     if repair := entry.get("repair"):
@@ -260,7 +260,7 @@ def _parts(entry: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "repair", {"settings": settings} | {name: repair.get(name) for name in ("changed_tensors", "seconds")}
 
 
-def _calibration(record: dict[str, Any]) -> dict[str, Any]:
+def _calibration_data(record: dict[str, Any]) -> dict[str, Any]:
     """A calibration set in the form in which the card lists data."""
     source = str(record.get("source") or "")
     name, _, part = source.partition(":")

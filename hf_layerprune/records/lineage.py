@@ -106,7 +106,7 @@ class Lineage:
         return known | ({weights_hash(self.base["files"])} if self.base.get("files") else set())
 
     def record(self, folder: Path, entry: dict[str, Any]) -> None:
-        """Append an entry (see [`stage`]), and write the history into the stage's output.
+        """Append an entry (see [`stage_entry`]), and write the history into the stage's output.
 
         This is the last thing that a stage does. Added to the entry are `input_weights`, the hash of the weights from the previous stage; `weights`, the hash of
         the weights from this stage; and `files`, the sha256 of every other file that affects the model's behaviour:
@@ -134,7 +134,7 @@ def _schema() -> Any:
 
 
 @contextmanager
-def stage(name: str, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def stage_entry(name: str, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Time a stage and describe it by its name, such as `"prune"`, and all settings that determine the result.
 
     Yields:
@@ -144,7 +144,7 @@ def stage(name: str, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
         "stage": name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": settings,
-        "versions": versions(),
+        "versions": package_versions(),
     }
     start = time.perf_counter()
     yield entry
@@ -169,7 +169,7 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """The versions of Python and of the installed packages that affect results."""
     installed = {"python": platform.python_version()}
     for package in _PACKAGES:

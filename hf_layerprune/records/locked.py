@@ -20,14 +20,14 @@ def locked(path: Path, timeout: float = TIMEOUT) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    place = path.with_name(f".{path.name}.lock")
-    lock = FileLock(place)
+    lock_path = path.with_name(f".{path.name}.lock")
+    lock = FileLock(lock_path)
     try:
         lock.acquire(timeout=timeout)
     except Timeout as error:
         raise CheckpointError(
             f"{path} has been locked by another process for more than {timeout:.0f} s; wait for it, or remove "
-            f"{place.name} if that process no longer exists"
+            f"{lock_path.name} if that process no longer exists"
         ) from error
     except OSError as error:
         raise CheckpointError(
@@ -37,5 +37,5 @@ def locked(path: Path, timeout: float = TIMEOUT) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):  # a waiting process notices that the lock file is gone and creates a new one
-            place.unlink()
+            lock_path.unlink()
         lock.release()

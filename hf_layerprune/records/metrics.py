@@ -18,7 +18,7 @@ from ..files.copy import write_text
 from ..files.json_file import check_schema, load_schema, read_object
 from ..options import join_words
 from .figures.results import CONDITIONS
-from .fingerprints import Identity, identity, identity_of
+from .fingerprints import Identity, compute_identity, identity_from_hashes
 from .lineage import Lineage
 from .locked import locked
 from .requirements import Bound, Outcome, check_bounds, parse_bounds
@@ -145,7 +145,7 @@ class Metrics:
         """
         last = lineage.entries[-1]
         base = self.models.get(last["weights"], {}).get("identity", {}).get("base")
-        return replace(identity_of(last["files"], base), weights=last["weights"])
+        return replace(identity_from_hashes(last["files"], base), weights=last["weights"])
 
     def check_belongs(self, folder: Path, lineage: Lineage | None) -> None:
         """Refuse numbers that contradict the model in a folder or its history; see [`mismatch`].
@@ -153,7 +153,7 @@ class Metrics:
         Raises:
             CheckpointError: They do.
         """
-        if text := self.mismatch(identity(folder), lineage):
+        if text := self.mismatch(compute_identity(folder), lineage):
             raise CheckpointError(
                 f"{folder / FILE_NAME} {text}; measure again with hf-layerprune eval {folder} --force"
             )

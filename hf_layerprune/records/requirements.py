@@ -138,10 +138,10 @@ class RequireOptions(Options):
 
 def check_bounds(bounds: Iterable[Bound], metrics: Metrics) -> list[Outcome]:
     """Check each bound against the newest numbers of a model."""
-    return [Outcome(bound, tuple(_measured(bound, metrics))) for bound in bounds]
+    return [Outcome(bound, tuple(_measured_values(bound, metrics))) for bound in bounds]
 
 
-def _measured(bound: Bound, metrics: Metrics) -> list[tuple[str, float]]:
+def _measured_values(bound: Bound, metrics: Metrics) -> list[tuple[str, float]]:
     """What a bound is about, and its numbers."""
     own = [one for one in metrics.results if one["weights"] == metrics.weights]
     task, _, metric = bound.plain.rpartition(":")
@@ -155,13 +155,13 @@ def _measured(bound: Bound, metrics: Metrics) -> list[tuple[str, float]]:
     for record in records:
         run = [f"{name} {record['settings'][name]}" for name in _RUN_SETTINGS if name in record.get("settings", {})]
         where = record["task"] if "task" in record and record["task"] not in (task, bound.plain) else ", ".join(run)
-        value = _ratio(record, metrics) if bound.is_ratio else record["value"]
+        value = _ratio_to_dense(record, metrics) if bound.is_ratio else record["value"]
         if value is not None:
             values[where] = value
     return list(values.items())
 
 
-def _ratio(record: dict[str, Any], metrics: Metrics) -> float | None:
+def _ratio_to_dense(record: dict[str, Any], metrics: Metrics) -> float | None:
     """A number divided by the dense model's, as it was recorded with it."""
     same = ("weights", "kind", "metric", "task", "settings")
     for paired in reversed(metrics.comparisons):

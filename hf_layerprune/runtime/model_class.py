@@ -99,8 +99,8 @@ def stored_names(config: PreTrainedConfig, names: Collection[str]) -> dict[str, 
 
     Names that the model doesn't have, or does not store under one name, are left out.
     """
-    made = stored_parts(config, dict.fromkeys(names))
-    return {name: next(iter(parts)) for name, parts in made.items() if len(parts) == 1}
+    stored = stored_parts(config, dict.fromkeys(names))
+    return {name: next(iter(parts)) for name, parts in stored.items() if len(parts) == 1}
 
 
 def stored_parts(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def slow_in_16_bits() -> bool:
+def is_slow_in_16_bits() -> bool:
     """Whether the CPU lacks fast bfloat16 multiplication, which x86 has from AVX-512 on.
 
     Without it, torch falls back to plain loops, which take 4 to 9 times as long as float32.
@@ -28,8 +28,8 @@ def slow_in_16_bits() -> bool:
 
 def warn_if_slow(model: PreTrainedModel) -> None:
     """Warn once about a 16-bit model on a CPU without fast 16-bit multiplication."""
-    if model.dtype in (torch.bfloat16, torch.float16) and model.device.type == "cpu" and slow_in_16_bits():
-        what = f"this CPU has no fast {_name(model.dtype)} multiplication, so this is slow"
+    if model.dtype in (torch.bfloat16, torch.float16) and model.device.type == "cpu" and is_slow_in_16_bits():
+        what = f"this CPU has no fast {_dtype_name(model.dtype)} multiplication, so this is slow"
         _warn_once(f"{what}; --dtype float32 is faster but needs twice the memory")
 
 
@@ -38,7 +38,7 @@ def _warn_once(text: str) -> None:
     logger.warning("%s", text)
 
 
-def _name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -47,7 +47,7 @@ def is_packed(weight: torch.Tensor) -> bool:
     return not weight.is_floating_point() or weight.dtype.itemsize < 2 or type(weight).__module__.startswith("torchao")
 
 
-def in_fast_precision(model: PreTrainedModel) -> PreTrainedModel:
+def to_fast_precision(model: PreTrainedModel) -> PreTrainedModel:
     """Convert a 16-bit model on a CPU without fast 16-bit multiplication to float32 in place, which is exact.
 
     Any other model is left unchanged. If memory is short, a warning is logged and nothing changes.
@@ -57,10 +57,10 @@ def in_fast_precision(model: PreTrainedModel) -> PreTrainedModel:
         not weights
         or weights[0].device.type != "cpu"
         or getattr(model, "is_quantized", False)
-        or not slow_in_16_bits()
+        or not is_slow_in_16_bits()
     ):
         return model
-    name = _name(weights[0].dtype)
+    name = _dtype_name(weights[0].dtype)
     if 4 * sum(weight.numel() for weight in weights) > psutil.virtual_memory().available // 2:
         logger.warning(
             "this CPU has no fast %s multiplication, and not enough memory for float32: the model will be slow", name

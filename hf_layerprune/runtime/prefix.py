@@ -28,14 +28,14 @@ def first_trained_layer(model: PreTrainedModel) -> int:
     It is the number of layers if only the final norm or the head is trained, and 0 if anything before the layers is.
     """
     stack = find_decoder_layers(model)
-    behind = tuple(f"{name}." for name in _modules_after_layers(model, stack))
+    following = tuple(f"{name}." for name in _modules_after_layers(model, stack))
     first = len(stack.layers)
     for name, parameter in model.named_parameters():  # a tied head has the name of the embeddings
         if not parameter.requires_grad:
             continue
         if name.startswith(f"{stack.path}."):
             first = min(first, int(name[len(stack.path) + 1 :].partition(".")[0]))
-        elif not name.startswith(behind):
+        elif not name.startswith(following):
             return 0
     return first
 
@@ -76,12 +76,12 @@ class Prefix:
         """Names and values of all weights and buffers that decide the prefix's output."""
         stack = find_decoder_layers(self.model)
         after = tuple(f"{stack.path}.{i}." for i in range(self.depth, len(stack.layers)))
-        behind = tuple(f"{name}." for name in _modules_after_layers(self.model, stack))
+        following = tuple(f"{name}." for name in _modules_after_layers(self.model, stack))
         table: Any = self.model.get_input_embeddings()
         embeddings = table.weight
         yield "embeddings", embeddings
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
-            if tensor is not embeddings and not name.startswith((*after, *behind)):
+            if tensor is not embeddings and not name.startswith((*after, *following)):
                 yield name, tensor
 
     @contextmanager

@@ -23,7 +23,7 @@ from ..files.gguf_header import read_header
 from ..layer_ranges import describe_layers
 from ..options import AMOUNTS, TARGET_SETTINGS, copy_fields, format_bytes, refuse_unused
 from ..records.fingerprints import uncached_weights_hash
-from ..records.lineage import Lineage, stage
+from ..records.lineage import Lineage, stage_entry
 from ..records.names import is_gguf_name, strip_local_path
 from ..runtime.loading import UNPACKED_DTYPE, is_hub_id, load_base, load_config, load_tokenizer, resolve_base
 from ..select import find_criterion, needs_model, select_layers
@@ -140,7 +140,7 @@ def prune_to(request: PruneRequest) -> Pruned:
     # Everything that can be refused is refused before a weight is read.
     dry_run_cut_of_config(config, families.cut_config(config, cut), cut)
     with new_folder(output, force=request.force, source=source) as folder:
-        with stage("prune", settings_of(request, list(cut.drop))) as entry:
+        with stage_entry("prune", settings_of(request, list(cut.drop))) as entry:
             if prepared is None and request.repair:
                 prepared = _prepare(request, list(cut.drop))
             if request.adapter:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from ..records.fingerprints import CONFIG, fingerprint, weights_hash
-from ..records.lineage import FILE_NAME, Lineage, stage
+from ..records.lineage import FILE_NAME, Lineage, stage_entry
 from ..records.quantized import is_repeatable_method, quantization_method
 from ..runtime.config_file import read_config_file
 
@@ -56,7 +56,7 @@ def record_quantized(source: str | Path, folder: str | Path) -> None:
     details = {"method": method, "quantization_config": settings, "dtype": new.get("dtype")}
     if name := lineage.published.get("repo_id"):
         details["from"] = name
-    with stage("quantize", details) as entry:
+    with stage_entry("quantize", details) as entry:
         copy_beside_weights(before, after)
         if not is_repeatable_method(settings):
             entry["changed_tensors"] = changed_tensors(before, after)

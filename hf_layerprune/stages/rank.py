@@ -20,7 +20,7 @@ from ..files.copy import write_text
 from ..files.folders import check_target, new_folder
 from ..layer_ranges import describe_layers, format_layers
 from ..options import AMOUNTS, CutOptions, copy_fields
-from ..records.lineage import peak_rss, versions
+from ..records.lineage import package_versions, peak_rss
 from ..runtime.loading import load_base, load_config
 from ..select import CRITERIA, drop_count, find_criterion
 from ..select.sets import check_lengths, free_layers
@@ -184,7 +184,7 @@ def rank(request: RankRequest) -> Ranking:
         "protect": {name: [i for i in range(n) if i not in layers] for name, layers in free.items() if name in found},
         "calibration": calibration.record() if calibration is not None else None,
         "criteria": {name: one | {"drop_layers": drops[name]} for name, one in found.items()},
-        "versions": versions(),
+        "versions": package_versions(),
         "seconds": round(time.perf_counter() - start, 3),
         "peak_memory_bytes": peak_rss(),
     }
@@ -290,11 +290,11 @@ def open_base(request: WalkRequest) -> tuple[Any, torch.device]:
 
 def open_walk(request: WalkRequest, model: Any, device: torch.device) -> LayerWalk:
     """Prepare the model from [`open_base`] to be run layer by layer on that device."""
-    from ..runtime.precision import in_fast_precision
+    from ..runtime.precision import to_fast_precision
     from ..runtime.walk import LayerWalk
 
     if request.dtype == "auto" and device.type == "cpu":
-        in_fast_precision(model)
+        to_fast_precision(model)
     return LayerWalk(model, device=device)
 
 

@@ -10,7 +10,7 @@ from ...options import join_words
 from ...records.figures import numbers
 from ...records.figures.results import Cell, Results, Row
 from ...records.history import History
-from .escape import prose
+from .escape import escape_text
 
 # Above this ratio of its perplexity to the dense model's, the model no longer predicts text in any useful sense.
 _BROKEN = 10.0
@@ -27,7 +27,7 @@ def describe_limits(results: Results, history: History) -> list[Markup]:
     sentences = _lost_quality(results)
     cuts = [stage.entry for stage in history.stages if stage.name == "prune"]
     if misread := cuts[-1].get("misread") if cuts else None:
-        sentences.append(Markup(f"**Another model in some engines**: {prose(misread)}, without a warning."))
+        sentences.append(Markup(f"**Another model in some engines**: {escape_text(misread)}, without a warning."))
     return sentences
 
 
@@ -49,14 +49,14 @@ def _accuracy_losses(rows: list[Row], own: str) -> Iterator[Markup]:
         cell = row.cells[own]
         if row.key[0] != "accuracy":
             continue
-        task = prose(row.task)
+        task = escape_text(row.task)
         if cell.noise:
             same.append(task)
         elif cell.change.startswith(numbers.MINUS):
             chance = _is_chance(cell)
             end = f", indistinguishable from chance ({row.chance} %)" if chance else ""
             yield Markup(
-                f"**{task}**: {prose(row.metric)} fell by {cell.change.lstrip(numbers.MINUS)} points, to "
+                f"**{task}**: {escape_text(row.metric)} fell by {cell.change.lstrip(numbers.MINUS)} points, to "
                 f"{cell.value.partition(' ')[0]} %{end}."
             )
     if same:
@@ -82,13 +82,13 @@ def _text_losses(rows: list[Row], own: str, results: Results) -> Iterator[Markup
             if after <= before * _WORSE:
                 continue
             end = "; at that level it hardly predicts text any more" if after > _BROKEN * before else ""
-            on = f" on {prose(row.task)}" if row.task else ""
+            on = f" on {escape_text(row.task)}" if row.task else ""
             yield Markup(
                 f"**Perplexity**{on} rose from {numbers.format_number(before)} to {numbers.format_number(after)}, "
                 f"{numbers.format_ratio(after / before)}{end}."
             )
         elif metric == "top1_agreement":
-            on = f" of {prose(row.task)}" if row.task else ""
+            on = f" of {escape_text(row.task)}" if row.task else ""
             other = numbers.format_percent(1 - cell.record["value"])
             yield Markup(
                 f"**Top-1 agreement**: at {other} % of the tokens{on}, its likeliest next token differs from the dense "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ...records.figures import numbers
 from ...records.figures.results import Results, Row
 from ...records.names import is_hub_name
-from .escape import plain
+from .escape import clean_line
 
 if TYPE_CHECKING:
     from .render import Card
@@ -34,23 +34,23 @@ def card_metadata(card: Card) -> dict[str, Any]:
         kind = "quantized" if history.quantized else "finetune"
         fields["base_model_relation"] = "adapter" if history.form == "adapter" else kind
     if licence.known:
-        fields["license"] = plain(licence.id)
+        fields["license"] = clean_line(licence.id)
         if licence.id == "other" or licence.name:
-            fields["license_name"] = plain(licence.name or "unnamed")
+            fields["license_name"] = clean_line(licence.name or "unnamed")
         if licence.id == "other" and licence.link:
-            fields["license_link"] = plain(licence.link)
+            fields["license_link"] = clean_line(licence.link)
     declared = history.lineage.base.get("language") or []
-    languages = [plain(one, 20) for one in ([declared] if isinstance(declared, str) else declared)]
+    languages = [clean_line(one, 20) for one in ([declared] if isinstance(declared, str) else declared)]
     # The data sets on the Hub that a repair or training used.
     fitted = [one for one in history.stages if one.name != "prune" or one.entry.get("repair")]
     named = [str(one.get("id", "")) for stage in fitted for one in stage.data]
     return ModelCardData(
         language=languages or None,
         library_name="peft" if history.form == "adapter" else "transformers",
-        pipeline_tag=plain(history.lineage.base.get("pipeline_tag", "text-generation")),
+        pipeline_tag=clean_line(history.lineage.base.get("pipeline_tag", "text-generation")),
         datasets=list(dict.fromkeys(name for name in named if is_hub_name(name)))[:_MAX_DATASETS] or None,
         tags=[*TAGS, *(["conversational"] if card.chats else [])],
-        model_name=plain(card.name) if card.results else None,
+        model_name=clean_line(card.name) if card.results else None,
         eval_results=eval_results(card.results) or None,
         **fields,
     ).to_dict()
@@ -81,16 +81,18 @@ def eval_results(results: Results) -> list[Any]:
     for row, record in _own_records(results, results.rows):
         kind, task, metric = row.key
         settings: dict[str, Any] = {name: record[name] for name in ("stderr", "samples") if name in record}
-        settings |= {name: plain(record[name]) for name in ("device", "dtype") if name in record}
+        settings |= {name: clean_line(record[name]) for name in ("device", "dtype") if name in record}
         entries.append(
             EvalResult(
                 task_type="text-generation",
-                task_name=plain(row.task) if row.task else "Text generation",
-                dataset_type=plain(_data_set(record) or task or kind),
-                dataset_name=plain(row.task or (f"{kind} on {record['device']}" if record.get("device") else kind)),
+                task_name=clean_line(row.task) if row.task else "Text generation",
+                dataset_type=clean_line(_data_set(record) or task or kind),
+                dataset_name=clean_line(
+                    row.task or (f"{kind} on {record['device']}" if record.get("device") else kind)
+                ),
                 dataset_args={"num_few_shot": record["shots"]} if "shots" in record else dict(row.run) or None,
-                metric_type=plain(metric),
-                metric_name=plain(row.metric),
+                metric_type=clean_line(metric),
+                metric_name=clean_line(row.metric),
                 metric_value=record["value"],
                 metric_args=settings or None,
             )

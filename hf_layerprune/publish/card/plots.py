@@ -15,7 +15,7 @@ from ...records.curve import read_curve
 from ...records.figures.results import Results, Row
 from ...records.history import History
 from .curve_plot import draw_curve
-from .escape import plain
+from .escape import clean_line
 from .style import DASHED, INK, ROLE_COLOURS, ROLE_MARKERS, draw_bars, draw_grid, new_figure
 
 # The most tiles in a row of the layer map, so that their numbers stay readable on a phone.
@@ -169,5 +169,5 @@ def _scores_of(entry: dict[str, Any], history: History) -> tuple[str, list[float
     values = selection.get("scores", {}).get("layers") or []
     if len(values) != history.num_base_layers:
         return None
-    name = plain(selection.get("criterion", "score"), 40).replace("_", " ")
+    name = clean_line(selection.get("criterion", "score"), 40).replace("_", " ")
     return name.replace("$", ""), values

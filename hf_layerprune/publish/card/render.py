@@ -136,7 +136,7 @@ class Card:
 
 
 def _context(card: Card) -> dict[str, Any]:
-    history, results, repairs = card.history, card.results, _repairs(card.history)
+    history, results, repairs = card.history, card.results, _used_repairs(card.history)
     quantized = history.quantized
     # A cut of a quantised base stays as it is, unless its weights were converted.
     packed = "" if quantized or history.dtype else str(history.lineage.base.get("quantized", ""))
@@ -152,14 +152,14 @@ def _context(card: Card) -> dict[str, Any]:
         "every": results.table(QUALITY, every=True),
         "cost": results.table(COST),
         "every_cost": results.table(COST, every=True),
-        "timed": _timed(results),
-        "means": _means(results),
+        "timed": _describe_timed_runs(results),
+        "means": _mean_accuracies(results),
         "noise": _has_noise(results, QUALITY),
         "scatter": _has_noise(results, COST),
         "chances": any(row.chance for row in results.table(QUALITY)),
         "repaired_with": repairs[-1].description if repairs else "",
         "trained": [stage for stage in history.stages if stage.data],
-        "versions": _versions(history),
+        "versions": _describe_versions(history),
         "limits": describe_limits(results, history),
         "quantized": describe_quantization(settings) if quantized else "",
         "quantized_from": card.quantized_from,
@@ -170,32 +170,32 @@ def _context(card: Card) -> dict[str, Any]:
         "pictures": card.pictures,
         "dropped": format_layers(history.dropped).replace(",", ", "),
         "done": [stage.name for stage in history.stages],
-        "papers": _papers(history),
+        "papers": _cited_papers(history),
         "measured_with": describe_conditions(results) if results else [],
         "no_repeat": NO_REPEAT_NGRAM,
         "model_id": card.repo_id or f"path/to/{card.name}",
     }
 
 
-def _repairs(history: History) -> list[RepairMethod]:
+def _used_repairs(history: History) -> list[RepairMethod]:
     """The repairs that were used; those of other versions, which are not in the registry, are left out."""
     names = [str(stage.settings.get("method")) for stage in history.stages if stage.name == "repair"]
     return [REPAIRS[name] for name in names if name in REPAIRS]
 
 
-def _papers(history: History) -> str:
+def _cited_papers(history: History) -> str:
     """The papers of the method, and of the criteria and repairs that were used, in BibTeX."""
     entries = files(__package__).joinpath("papers.bib").read_text(encoding="utf-8").strip().split("\n\n")
     by_id = {identifier: entry for entry in entries for identifier in re.findall(r"eprint += {(.+)}", entry)}
     names = [stage.settings.get("criterion") for stage in history.stages]
     names += [stage.entry.get("selection", {}).get("criterion") for stage in history.stages]
     sources = [CRITERIA[name].source for name in names if name in CRITERIA]
-    sources += [repair.source for repair in _repairs(history)]
+    sources += [repair.source for repair in _used_repairs(history)]
     used = [_METHOD, *re.findall(r"arXiv:([\d.]+)", " ".join(sources))]
     return "\n\n".join(by_id[identifier] for identifier in dict.fromkeys(used))
 
 
-def _means(results: Results) -> list[Markup]:
+def _mean_accuracies(results: Results) -> list[Markup]:
     """Mean accuracy of the model and of the dense model, if both were measured."""
     means, columns = results.mean_accuracy(), [one for one in (results.own, results.dense) if one]
     return [_with_error(*means[one.weights]) for one in columns] if means and len(columns) == 2 else []
@@ -206,7 +206,7 @@ def _has_noise(results: Results, kinds: tuple[str, ...]) -> bool:
     return any(cell.noise for row in results.table(kinds, every=True) for cell in row.cells.values())
 
 
-def _timed(results: Results) -> str:
+def _describe_timed_runs(results: Results) -> str:
     """The settings that all timed runs share."""
     if not results.usual_run:
         return ""
@@ -216,12 +216,12 @@ def _timed(results: Results) -> str:
     return ", ".join([describe_run(results.usual_run), *on])
 
 
-def _versions(history: History) -> str:
+def _describe_versions(history: History) -> str:
     versions = history.lineage.entries[-1].get("versions", {})
     return ", ".join(f"{name} {number}" for name, number in versions.items())
 
 
-def _settings(stage: Stage) -> str:
+def _settings_yaml(stage: Stage) -> str:
     """All settings of a stage, as YAML."""
     from huggingface_hub.utils import yaml_dump
 
@@ -235,7 +235,9 @@ def _environment() -> jinja2.Environment:
     """A Jinja environment that escapes everything as prose unless it is `Markup`."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, "templates"),
-        finalize=lambda value: value if isinstance(value, Markup) else "" if value is None else escape.prose(value),
+        finalize=lambda value: (
+            value if isinstance(value, Markup) else "" if value is None else escape.escape_text(value)
+        ),
         undefined=jinja2.StrictUndefined,
         autoescape=True,
         trim_blocks=True,
@@ -243,18 +245,18 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     environment.filters |= {
-        "code": escape.code,
-        "fenced": escape.fenced,
-        "string": escape.string,
+        "code": escape.code_span,
+        "fenced": escape.code_block,
+        "string": escape.python_literal,
         "hub": escape.hub_link,
         "count": numbers.format_count,
-        "settings": _settings,
+        "settings": _settings_yaml,
         "line": tables.stage_line,
         "ours": Markup,  # our own text, which may contain Markdown
     }
     environment.globals |= {
         "link": escape.link,
-        "command": escape.command,
+        "command": escape.shell_command,
         "requirements_table": tables.requirements_table,
         "results_table": tables.results_table,
         "data_table": tables.data_table,

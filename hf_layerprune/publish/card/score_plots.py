@@ -9,7 +9,7 @@ from typing import Any
 
 from ...select.registry import CRITERIA
 from ...select.scores import Scores
-from .style import DASHED, FAINT, INK, ROLE_COLOURS, draw_bars, new_figure, spread
+from .style import DASHED, FAINT, INK, ROLE_COLOURS, draw_bars, dynamic_range, new_figure
 
 _COLUMNS = 2
 _DROPPED = {"facecolor": f"{ROLE_COLOURS['cut']}2e", **DASHED}
@@ -42,9 +42,9 @@ def draw_block_scores(scores: Scores, drops: Sequence[int], path: Path) -> None:
     """Draw the scores of blocks, and the block that would be dropped: a heat map, or bars if all have the same length."""
     lengths = sorted({len(block) for block in scores.blocks})
     if len(lengths) == 1:
-        _bars(scores, drops, lengths[0], path)
+        _draw_block_bars(scores, drops, lengths[0], path)
     else:
-        _heat_map(scores, drops, path)
+        _draw_heat_map(scores, drops, path)
 
 
 def draw_choices(drops: Mapping[str, Sequence[int]], num_layers: int, path: Path) -> None:
@@ -77,7 +77,7 @@ def draw_choices(drops: Mapping[str, Sequence[int]], num_layers: int, path: Path
         axes.set_xlabel("decoder layer of the base")
 
 
-def _bars(scores: Scores, drops: Sequence[int], length: int, path: Path) -> None:
+def _draw_block_bars(scores: Scores, drops: Sequence[int], length: int, path: Path) -> None:
     starts = {block[0]: score for block, score in scores.blocks.items()}
     with new_figure(path, height=2.3) as (_, axes):
         draw_bars(axes, starts, drops[:1])
@@ -88,7 +88,7 @@ def _bars(scores: Scores, drops: Sequence[int], length: int, path: Path) -> None
         axes.set_xlim(-0.8, len(scores.alive) - 0.2)
 
 
-def _heat_map(scores: Scores, drops: Sequence[int], path: Path) -> None:
+def _draw_heat_map(scores: Scores, drops: Sequence[int], path: Path) -> None:
     position = {layer: i for i, layer in enumerate(scores.alive)}
     n, most = len(scores.alive), max(len(block) for block in scores.blocks)
     cells = [[math.nan] * n for _ in range(most)]
@@ -98,7 +98,7 @@ def _heat_map(scores: Scores, drops: Sequence[int], path: Path) -> None:
         from matplotlib.colors import LogNorm
         from matplotlib.patches import Rectangle
 
-        norm = LogNorm() if spread(scores.blocks.values()) > 300 else None
+        norm = LogNorm() if dynamic_range(scores.blocks.values()) > 300 else None
         edges = [i - 0.5 for i in range(n + 1)], [k + 0.5 for k in range(most + 1)]
         # Rasterised, because thousands of cells would make a heavy SVG.
         mesh = axes.pcolormesh(*edges, cells, cmap="cividis", norm=norm, rasterized=True)

@@ -95,19 +95,21 @@ def read_digest(path: Path) -> str | None:
         return None
 
 
-def draw_bars(axes: Axes, values: Mapping[int, float], gone: Collection[int], label: str = "would be dropped") -> None:
+def draw_bars(
+    axes: Axes, values: Mapping[int, float], dropped: Collection[int], label: str = "would be dropped"
+) -> None:
     """Draw a score for each layer, with those that are dropped outlined; `label` is what the legend says of these."""
-    kept, chosen = ([i for i in values if (i in gone) is dropped] for dropped in (False, True))
+    kept, chosen = ([i for i in values if (i in dropped) is flag] for flag in (False, True))
     axes.bar(kept, [values[i] for i in kept], 0.78, label="kept", color=CYCLE[4])
     axes.bar(chosen, [values[i] for i in chosen], 0.78, label=label, facecolor=f"{ROLE_COLOURS['cut']}2e", **DASHED)
-    if spread(values.values()) > WIDE:
+    if dynamic_range(values.values()) > WIDE:
         axes.set_yscale("log")
     else:
         axes.axhline(0, color=FAINT, lw=0.8)
     draw_grid(axes, "y")
 
 
-def spread(values: Collection[float]) -> float:
+def dynamic_range(values: Collection[float]) -> float:
     """The ratio of the largest to the smallest value; 0 if they are not all positive."""
     return max(values) / min(values) if values and min(values) > 0 else 0.0
 

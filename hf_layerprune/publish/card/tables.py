@@ -15,7 +15,7 @@ from ...records.figures.results import ResultColumn, Results, Row, describe_run
 from ...records.history import QUANTIZE, Stage
 from ...records.quantized import describe_quantization
 from ...records.requirements import Outcome
-from .escape import code, hub_link, prose
+from .escape import code_span, escape_text, hub_link
 
 _NBSP = "\u00a0"
 # The most important settings of a training run.
@@ -43,10 +43,10 @@ def table(header: Sequence[Any], align: str, rows: Sequence[Sequence[Any]]) -> M
     if not filled:
         return Markup("")
     lines: list[list[str]] = [
-        [prose(header[index]) for index in filled],
+        [escape_text(header[index]) for index in filled],
         [{"l": ":---", "r": "---:"}[align[index]] for index in filled],
     ]
-    lines += [[prose(row[index]) for index in filled] for row in rows]
+    lines += [[escape_text(row[index]) for index in filled] for row in rows]
     return Markup("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
@@ -54,16 +54,18 @@ def results_table(rows: Sequence[Row], results: Results) -> Markup:
     """One row per number and one column per stage; below each value, its difference from the dense model's."""
     columns = results.columns
     # The values come first, because a phone shows only the first two or three columns without scrolling.
-    roles = [Markup(f"{prose(one.role)}<br><sub>this{_NBSP}model</sub>" if one.own else one.role) for one in columns]
+    roles = [
+        Markup(f"{escape_text(one.role)}<br><sub>this{_NBSP}model</sub>" if one.own else one.role) for one in columns
+    ]
     header = ["", *roles, "chance", "n"]
     lines = []
     several = len({row.run for row in rows if row.run}) > 1
     for row in rows:
-        name = f"{prose(row.metric)}{_NBSP}{row.better}"
+        name = f"{escape_text(row.metric)}{_NBSP}{row.better}"
         if several and row.run:
             name += f"<br><sub>{describe_run(row.run)}</sub>"
         if row.task:
-            name = f"**{prose(row.task)}**{_NBSP}{row.better}<br><sub>{prose(row.metric)}</sub>"
+            name = f"**{escape_text(row.task)}**{_NBSP}{row.better}<br><sub>{escape_text(row.metric)}</sub>"
         samples = f"{row.samples:,}" if row.samples else ""
         lines.append([Markup(name), *(_cell(row, one) for one in columns), row.chance, samples])
     return table(header, "l" + "r" * (len(columns) + 2), lines)
@@ -89,7 +91,7 @@ def requirements_table(outcomes: Sequence[Outcome]) -> Markup:
             f"{numbers.format_number(value)}{f' ({where})' if where else ''}" for where, value in outcome.measured
         ]
         verdict = "yes" if outcome.met else Markup("**no**")
-        rows.append([code(str(outcome.bound)), ", ".join(values) or "not measured", verdict])
+        rows.append([code_span(str(outcome.bound)), ", ".join(values) or "not measured", verdict])
     return table(["required", "measured", "met"], "lll", rows)
 
 
@@ -98,14 +100,14 @@ def data_table(stages: Sequence[Stage]) -> Markup:
     rows = []
     for stage in stages:
         for one in stage.data:
-            name = hub_link(str(one["id"]), "datasets") if one.get("id") else code(one.get("name", "unnamed"))
+            name = hub_link(str(one["id"]), "datasets") if one.get("id") else code_span(one.get("name", "unnamed"))
             if one.get("answers"):
-                name = Markup(f"{name}, answers {prose(str(one['answers']))}")
+                name = Markup(f"{name}, answers {escape_text(str(one['answers']))}")
             pin = one.get("revision") or one.get("sha256")
             rows.append(
                 [
-                    _use(stage),
-                    Markup(f"{name} {code(str(pin)[:12])}" if pin else name),
+                    _purpose(stage),
+                    Markup(f"{name} {code_span(str(pin)[:12])}" if pin else name),
                     f"{one['rows']:,}" if one.get("rows") else "",
                     numbers.format_count(one["tokens"]) if one.get("tokens") else "",
                     one.get("license") or "",
@@ -114,7 +116,7 @@ def data_table(stages: Sequence[Stage]) -> Markup:
     return table(["used to", "data", "rows", "tokens", "licence"], "llrrl", rows)
 
 
-def _use(stage: Stage) -> str:
+def _purpose(stage: Stage) -> str:
     """The purpose for which a stage used its data."""
     if stage.name != "prune":
         return stage.name
@@ -128,10 +130,10 @@ def training_table(stage: Stage) -> Markup:
     each = [settings[name] for name in _STEP if name in settings]
     if len(each) == len(_STEP):
         settings["rows_a_step"] = prod(each)
-    told = {words: settings.get(name) for name, words in _TRAINING.items()}
+    facts = {words: settings.get(name) for name, words in _TRAINING.items()}
     rows = [
-        [words, code(f"{value:.3g}" if isinstance(value, float) else value)]
-        for words, value in told.items()
+        [words, code_span(f"{value:.3g}" if isinstance(value, float) else value)]
+        for words, value in facts.items()
         if value not in (None, "", [], -1)
     ]
     return table([stage.name, ""], "ll", rows)
@@ -141,18 +143,18 @@ def stage_line(stage: Stage) -> Markup:
     """One line about a stage: what was done, how many tensors changed, how long it took."""
     settings, entry = stage.settings, stage.entry
     chosen = entry.get("selection", {})
-    line = f"**{prose(stage.name)}**"
+    line = f"**{escape_text(stage.name)}**"
     if stage.name == "prune":
         line += f": {describe_layers(settings.get('drop_layers') or ())} dropped"
         if chosen.get("why"):
             why = str(chosen["why"])
-            line += f" ({prose(why.partition(': ')[2] if why.startswith(('layer ', 'layers ')) else why)})"
+            line += f" ({escape_text(why.partition(': ')[2] if why.startswith(('layer ', 'layers ')) else why)})"
         elif settings.get("criterion"):
-            line += f", chosen by {code(settings['criterion'])}"
+            line += f", chosen by {code_span(settings['criterion'])}"
     elif stage.name == QUANTIZE:
-        line += f": {code(describe_quantization(settings.get('quantization_config')))}"
+        line += f": {code_span(describe_quantization(settings.get('quantization_config')))}"
     elif settings.get("method"):
-        line += f": {code(settings['method'])}"
+        line += f": {code_span(settings['method'])}"
     if stage.changed:
         line += f"; {pluralize(len(stage.changed), 'tensor')} changed"
     facts = []
@@ -163,5 +165,5 @@ def stage_line(stage: Stage) -> Markup:
     if "peak_memory_bytes" in entry:
         facts.append(f"{numbers.format_size(entry['peak_memory_bytes'])} of memory")
     if entry.get("date"):
-        facts.append(prose(str(entry["date"])[:10]))
+        facts.append(escape_text(str(entry["date"])[:10]))
     return Markup(f"{line}. <sub>{', '.join(facts)}</sub>" if facts else line)

@@ -35,7 +35,7 @@ PICTURES = ("layers", "scores", "accuracy", "tradeoff", "curve")
 EVAL_MARK = "# by hf-layerprune, from metrics.json\n"
 # Text that libraries add to a card template that nobody has filled in.
 _ADDED = re.compile(r"#+ Framework versions|- \w+ [\w.+]+|")
-# What `_notice` writes.
+# What `_write_notice` writes.
 _NOTICES = re.compile(
     rf"(?:{'|'.join(re.escape(row.notice) for row in TABLE.values() if row.notice)})\s+"
     r"This model is a modified copy of .+: \d+ of its decoder layers (?:was|were) removed\.(\n*)"
@@ -78,7 +78,7 @@ def record_declarations(request: CardRequest, published: dict[str, str] | None =
             if not is_hub_name(hub_id):
                 raise CheckpointError(f"{hub_id!r} is not a Hub id; specify the base as org/name")
             if not base.get("commit"):
-                _name_in_commands(lineage, str(base.get("id")), base_name(base))
+                _rename_base_in_commands(lineage, str(base.get("id")), base_name(base))
                 base |= {"id": base_name(base), "hub_id": hub_id}
             elif hub_id != base.get("id"):
                 raise CheckpointError(
@@ -93,7 +93,7 @@ def record_declarations(request: CardRequest, published: dict[str, str] | None =
     Lineage.update(folder, change)
 
 
-def _name_in_commands(lineage: Lineage, path: str, name: str) -> None:
+def _rename_base_in_commands(lineage: Lineage, path: str, name: str) -> None:
     """Name the base in the recorded commands as in the history, which knows by it that they start from the base."""
     for entry in lineage.entries:
         with suppress(KeyError, ValueError):  # no command; or a text that is not a command line, which is kept
@@ -154,8 +154,8 @@ def write_card(folder: Path, *, force: bool = False, weights: bool = True) -> li
     card = read_card(folder, weights=weights)
     readme = compose_card(card, read_text(folder / CARD), where=str(folder / CARD), force=force)
     changed = _draw(card, folder, force)
-    changed += _notice(card, folder)
-    changed += _eval_results(card, folder)
+    changed += _write_notice(card, folder)
+    changed += _write_eval_results(card, folder)
     # Last, so that it never refers to a missing file.
     return changed + _write(folder, CARD, readme)
 
@@ -206,12 +206,12 @@ def _draw(card: Card, folder: Path, force: bool) -> list[str]:
     return changed
 
 
-def _notice(card: Card, folder: Path) -> list[str]:
+def _write_notice(card: Card, folder: Path) -> list[str]:
     """Write what the licence requires into the NOTICE file, in place of what another one did; other text is kept."""
-    sentence, gone = card.licence.row.notice if card.licence.row else None, len(card.history.dropped)
+    sentence, count = card.licence.row.notice if card.licence.row else None, len(card.history.dropped)
     base = card.history.base_on_hub or card.history.base_id
-    made = f"This model is a modified copy of {base}: {gone} of its decoder layers {'was' if gone == 1 else 'were'} removed."
-    ours = f"{sentence}\n\n{made}" if sentence else ""
+    change = f"This model is a modified copy of {base}: {count} of its decoder layers {'was' if count == 1 else 'were'} removed."
+    ours = f"{sentence}\n\n{change}" if sentence else ""
     before: dict[str, str] = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and is_licence_file(path.name) and path.name.upper().startswith(NOTICE):
@@ -230,10 +230,10 @@ def _notice(card: Card, folder: Path) -> list[str]:
     return changed
 
 
-def _eval_results(card: Card, folder: Path) -> list[str]:
+def _write_eval_results(card: Card, folder: Path) -> list[str]:
     wanted = metadata.eval_files(card.results)
-    place, changed = folder / EVAL_RESULTS, []
-    present = {f"{EVAL_RESULTS}/{path.name}": path for path in (place.glob("*.yaml") if place.is_dir() else ())}
+    results, changed = folder / EVAL_RESULTS, []
+    present = {f"{EVAL_RESULTS}/{path.name}": path for path in (results.glob("*.yaml") if results.is_dir() else ())}
     theirs = {name for name, path in present.items() if not path.is_file() or not is_our_result(path)}
     for name in sorted(present.keys() - wanted.keys() - theirs):
         present[name].unlink()

@@ -60,12 +60,12 @@ def run_checks(contents: Contents, request: PushRequest) -> list[Check]:
     return [one for one in outcomes if one.level != OK or one.name not in refused]
 
 
-def _repository(contents: Contents, request: PushRequest) -> Outcome:
+def _check_repository(contents: Contents, request: PushRequest) -> Outcome:
     check_repository(request.repo_id)
     yield OK, request.repo_id
 
 
-def _weights(contents: Contents, request: PushRequest) -> Outcome:
+def _check_weights(contents: Contents, request: PushRequest) -> Outcome:
     """Check that the weights are sound, complete, and as the last stage wrote them."""
     from ...cut.base import Base, read_weights
     from ...cut.header import read_header
@@ -91,7 +91,7 @@ def _weights(contents: Contents, request: PushRequest) -> Outcome:
         )
     if not contents.is_adapter and layer_count(load_config(folder)) != len(read_history(lineage).kept):
         raise CheckpointError(f"config.json and {LINEAGE} disagree on the number of layers; one of them was edited")
-    yield from _other_files(contents, last, request.include)
+    yield from _check_other_files(contents, last, request.include)
     size = numbers.format_size(sum(contents.files[name] for name in contents.weights))
     yield (
         OK,
@@ -99,7 +99,7 @@ def _weights(contents: Contents, request: PushRequest) -> Outcome:
     )
 
 
-def _other_files(contents: Contents, last: dict[str, Any], named: Collection[str]) -> Outcome:
+def _check_other_files(contents: Contents, last: dict[str, Any], named: Collection[str]) -> Outcome:
     """Check that the config, the tokenizer and so on are as the last stage wrote them."""
     here: dict[str, str] = behaviour_hashes(contents.folder)
     recorded: dict[str, str] = last.get("files", here)
@@ -122,7 +122,7 @@ def _other_files(contents: Contents, last: dict[str, Any], named: Collection[str
             yield REFUSAL, f"{text}; restore it"
 
 
-def _metrics(contents: Contents, request: PushRequest) -> Outcome:
+def _check_metrics(contents: Contents, request: PushRequest) -> Outcome:
     metrics = Metrics.load(contents.folder)
     if metrics is None:
         yield WARNING, f"there is no {METRICS}: the card will say that nothing was measured (hf-layerprune eval)"
@@ -139,7 +139,7 @@ def _metrics(contents: Contents, request: PushRequest) -> Outcome:
     yield OK, f"{len(metrics.results)} numbers, measured on these weights and earlier stages"
 
 
-def _requirements(contents: Contents, request: PushRequest) -> Outcome:
+def _check_requirements(contents: Contents, request: PushRequest) -> Outcome:
     metrics = Metrics.load(contents.folder)
     for outcome in metrics.outcomes if metrics else ():
         if outcome.met:
@@ -150,7 +150,7 @@ def _requirements(contents: Contents, request: PushRequest) -> Outcome:
             yield REFUSAL, f"{outcome.text}; improve the model, or publish it all the same with --allow-miss"
 
 
-def _base(contents: Contents, request: PushRequest) -> Outcome:
+def _check_base(contents: Contents, request: PushRequest) -> Outcome:
     base = Lineage.load_required(contents.folder).base
     if is_local(base):
         text = (
@@ -167,7 +167,7 @@ def _base(contents: Contents, request: PushRequest) -> Outcome:
             )
 
 
-def _licence(contents: Contents, request: PushRequest) -> Outcome:
+def _check_licence(contents: Contents, request: PushRequest) -> Outcome:
     licence = DeclaredLicence.from_base(Lineage.load_required(contents.folder).base)
     row, at = licence.row, f" ({licence.link})" if licence.link else ""
     namespace, _, name = request.repo_id.rpartition("/")
@@ -202,7 +202,7 @@ def _licence(contents: Contents, request: PushRequest) -> Outcome:
     yield OK, row.title
 
 
-def _secrets(contents: Contents, request: PushRequest) -> Outcome:
+def _check_secrets(contents: Contents, request: PushRequest) -> Outcome:
     secrets = list(islice(leaks.find_secrets(contents.folder, contents.files, request.include), _MAX_LEAKS))
     for leak in secrets:
         what = f"contains what looks like a secret ({leak.what}); remove it, and revoke it if it is real"
@@ -213,7 +213,7 @@ def _secrets(contents: Contents, request: PushRequest) -> Outcome:
         yield WARNING, f"{leak.file} line {leak.line} reveals {leak.what}"
 
 
-def _loading(contents: Contents, request: PushRequest) -> Outcome:
+def _check_loading(contents: Contents, request: PushRequest) -> Outcome:
     """Check that others can load the model."""
     if contents.is_adapter:
         return
@@ -226,12 +226,12 @@ def _loading(contents: Contents, request: PushRequest) -> Outcome:
 
 
 _CHECKS: dict[str, Callable[[Contents, PushRequest], Outcome]] = {
-    "repository": _repository,
-    "weights": _weights,
-    "metrics": _metrics,
-    "requirements": _requirements,
-    "base": _base,
-    "licence": _licence,
-    "secrets": _secrets,
-    "loading": _loading,
+    "repository": _check_repository,
+    "weights": _check_weights,
+    "metrics": _check_metrics,
+    "requirements": _check_requirements,
+    "base": _check_base,
+    "licence": _check_licence,
+    "secrets": _check_secrets,
+    "loading": _check_loading,
 }

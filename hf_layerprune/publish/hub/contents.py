@@ -82,7 +82,7 @@ def list_contents(folder: Path, request: PushRequest) -> Contents:
     left_out: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):  # which follows no links
         name = os.fsencode(path.relative_to(folder).as_posix()).decode(errors="replace")
-        kind = _kind(path)
+        kind = _file_kind(path)
         if name in (ASSETS, EVAL_RESULTS, TEMPLATES) and kind != "a folder":
             raise CheckpointError(f"{path} must be a folder, not {kind}; remove it")
         reason = _exclusion_reason(name, path, request.adapter_only, name in request.include)
@@ -106,7 +106,7 @@ def _exclusion_reason(name: str, path: Path, adapter_only: bool, named: bool) ->
         return "may hold a pickle, which can run code when it is loaded"
     if adapter_only and (holds_weights(name) or name in (INDEX, CONFIG)) and name != ADAPTER_WEIGHTS:
         return "belongs to the whole model, and only the adapter is published"
-    theirs = name.startswith(f"{EVAL_RESULTS}/") and _kind(path) == "a file" and not is_our_result(path)
+    theirs = name.startswith(f"{EVAL_RESULTS}/") and _file_kind(path) == "a file" and not is_our_result(path)
     if named or (is_managed(name) and not theirs):
         return None
     if "/" in name:
@@ -114,7 +114,7 @@ def _exclusion_reason(name: str, path: Path, adapter_only: bool, named: bool) ->
     return "not part of the model; publish it with --include"
 
 
-def _kind(path: Path) -> str:
+def _file_kind(path: Path) -> str:
     if path.is_symlink():
         return "a link"
     return "a folder" if path.is_dir() else "a file" if path.is_file() else "a device or a pipe"

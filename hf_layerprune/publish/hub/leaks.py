@@ -61,14 +61,14 @@ def find_secrets(folder: Path, files: Iterable[str], named: Collection[str] = ()
 def find_paths(folder: Path, files: Iterable[str]) -> Iterator[Leak]:
     """Find paths into a home folder; yields the first one of each file."""
     for name in files:
-        text = _text(folder / name)
+        text = _searchable_text(folder / name)
         if match := _PATHS.search(text):
             yield Leak(name, _line_number(text, match), f"the path {match[0]}")
 
 
 def _find_known_formats(path: Path) -> Iterator[tuple[int, str]]:
     """Lines that match a known format."""
-    text = _text(path)
+    text = _searchable_text(path)
     for what, pattern in _patterns():
         for match in pattern.finditer(text):
             yield _line_number(text, match), what
@@ -103,13 +103,13 @@ def _run_all_detectors(path: Path) -> Iterator[tuple[int, str]]:
 
     with tempfile.TemporaryDirectory() as place, default_settings():
         copy = Path(place, f"file{path.suffix}")
-        copy.write_text(_text(path), encoding="utf-8")
+        copy.write_text(_searchable_text(path), encoding="utf-8")
         for secret in scan_file(str(copy)):
             if secret.type not in _IGNORED_PATTERNS:
                 yield secret.line_number, secret.type
 
 
-def _text(path: Path) -> str:
+def _searchable_text(path: Path) -> str:
     """A file as text, with escape sequences replaced: of a safetensors file its header, of other weights and pictures
     nothing. Zero bytes are removed, so that ASCII in UTF-16 and UTF-32 can be read too.
     """

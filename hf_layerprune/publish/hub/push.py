@@ -87,7 +87,7 @@ def push(request: PushRequest) -> tuple[Plan, UploadResult]:
         UnreachableError: The Hub could not be reached.
         CheckpointError: There is no model, or its card can't be written.
     """
-    with _staged(request) as (plan, home):
+    with _staged(request) as (plan, source):
         if plan.refusals:
             raise PushRefusedError(plan.refusals)
         contents, api = plan.contents, log_in(request.token)
@@ -112,36 +112,36 @@ def push(request: PushRequest) -> tuple[Plan, UploadResult]:
             sha256=contents.sha256,
         )
         done = upload(job, api)
-        _copy_back(contents, home)
+        _copy_back(contents, source)
         return plan, done
 
 
 @contextmanager
 def _staged(request: PushRequest) -> Iterator[tuple[Plan, Path]]:
     """Prepare and check the files in a staging folder, with the new card and records; also yield the model's own folder."""
-    home = find_model(request)
-    listed = list_contents(home, request)
-    with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as place:
-        staging = Path(place, "staging", home.resolve().name)
+    source = find_model(request)
+    listed = list_contents(source, request)
+    with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as temporary:
+        staging = Path(temporary, "staging", source.resolve().name)
         staging.mkdir(parents=True)
         for name in listed.files:
-            _copy_or_link(home / name, staging / name)
+            _copy_or_link(source / name, staging / name)
         try:
             published = {"repo_id": request.repo_id} | ({"space": request.space} if request.space else {})
             record_declarations(CardRequest(staging), published=published)
             _record_requirements(request, staging)
             write_card(staging, weights=False)  # the checks compare the records with the weights
         except CheckpointError as error:
-            raise type(error)(str(error).replace(str(staging), str(home))) from error
+            raise type(error)(str(error).replace(str(staging), str(source))) from error
         files = sorted(path for path in staging.rglob("*") if path.is_file())
         sizes = {path.relative_to(staging).as_posix(): path.stat().st_size for path in files}
         hashes = hash_files({name: staging / name for name in listed.weights})
         contents = replace(listed, folder=staging, files=sizes, sha256=hashes)
         # Messages name the user's folder, not the staging folder.
         checks = [
-            replace(one, text=one.text.replace(str(staging), str(home))) for one in run_checks(contents, request)
+            replace(one, text=one.text.replace(str(staging), str(source))) for one in run_checks(contents, request)
         ]
-        yield Plan(contents, checks), home
+        yield Plan(contents, checks), source
 
 
 def _record_requirements(request: PushRequest, staging: Path) -> None:
@@ -165,16 +165,16 @@ def _copy_or_link(path: Path, target: Path) -> None:
         raise CheckpointError(f"{path} became a link while it was read; replace it with the file itself")
 
 
-def _copy_back(contents: Contents, home: Path) -> None:
+def _copy_back(contents: Contents, source: Path) -> None:
     """Copy new files from the staging folder to the model's own folder."""
     for name in contents.files:
-        path, target = contents.folder / name, home / name
+        path, target = contents.folder / name, source / name
         if path.is_symlink() or (target.is_file() and target.read_bytes() == path.read_bytes()):
             continue
         target.parent.mkdir(exist_ok=True)
-        write_bytes(target, path.read_bytes(), inside=home)
+        write_bytes(target, path.read_bytes(), inside=source)
     for part in (ASSETS, EVAL_RESULTS):
-        for path in (home / part).glob("*") if (home / part).is_dir() else ():
+        for path in (source / part).glob("*") if (source / part).is_dir() else ():
             name = f"{part}/{path.name}"
             if is_managed(name) and name not in contents.files and (part == ASSETS or is_our_result(path)):
                 path.unlink()
@@ -209,12 +209,12 @@ def _merge_remote_card(request: PushRequest, staging: Path, path: Path | None) -
         write_text(staging / CARD, text)
 
 
-def _download(name: str, request: PushRequest, api: HfApi, place: Path) -> Path | None:
+def _download(name: str, request: PushRequest, api: HfApi, temporary: Path) -> Path | None:
     """The current version of a file in the repository; `None` if it does not exist."""
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
     with push_errors(request.repo_id):
         try:
-            return Path(api.hf_hub_download(request.repo_id, name, revision=request.revision, local_dir=place))
+            return Path(api.hf_hub_download(request.repo_id, name, revision=request.revision, local_dir=temporary))
         except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
             return None

@@ -30,7 +30,7 @@ _RETRY_HINT = "run the same command again: files that have arrived are not sent 
 # What the Hub's refusals mean, by their status.
 _STATUS_MESSAGES = {
     401: "the token for {repo} is not valid, or has expired; log in again with `hf auth login`",
-    403: "this token may not write to {repo} ({says}); use one that may, push to another repository, or open a pull request "
+    403: "this token may not write to {repo} ({reason}); use one that may, push to another repository, or open a pull request "
     "with --create-pr",
     412: "somebody else changed {repo} in the meantime; run the command again",
 }
@@ -169,17 +169,17 @@ def _check_card(path: Path, kind: str, api: HfApi) -> None:
     """Ask the Hub whether it accepts the metadata of a card."""
     from huggingface_hub import get_session, hf_raise_for_status
 
-    asked = {"repoType": kind, "content": path.read_text(encoding="utf-8")}
-    answer = get_session().post(f"{api.endpoint}/api/validate-yaml", json=asked)
+    payload = {"repoType": kind, "content": path.read_text(encoding="utf-8")}
+    answer = get_session().post(f"{api.endpoint}/api/validate-yaml", json=payload)
     if answer.status_code == 400:
         try:
-            says = "; ".join(error["message"] for error in answer.json()["errors"])
+            reason = "; ".join(error["message"] for error in answer.json()["errors"])
         except (ValueError, TypeError, LookupError):
             text = (
                 f"the answer to a check of {CARD} is not the Hub's ({answer.text[:200]}); look for a proxy in between"
             )
             raise PushError(text) from None
-        raise PushError(f"the Hub does not accept the metadata of {CARD} ({says}); correct it in that file")
+        raise PushError(f"the Hub does not accept the metadata of {CARD} ({reason}); correct it in that file")
     hf_raise_for_status(answer)
 
 
@@ -246,15 +246,15 @@ def push_errors(repo_id: str) -> Iterator[None]:
     except Exception as raised:
         # The client wraps what fails while it uploads in a RuntimeError.
         error: Any = raised.__cause__ if isinstance(raised, RuntimeError) and raised.__cause__ else raised
-        says, response = cause_of(error), getattr(error, "response", None)
+        reason, response = cause_of(error), getattr(error, "response", None)
         status = 0 if response is None else response.status_code
         if isinstance(error, transport_error()):
-            raise UnreachableError(f"can't reach the Hub for {repo_id} ({says}); {_RETRY_HINT}") from raised
+            raise UnreachableError(f"can't reach the Hub for {repo_id} ({reason}); {_RETRY_HINT}") from raised
         if status in _TEMPORARY_STATUSES:
             pause = error.response.headers.get("Retry-After")
             later = f"wait {pause} s, and then " if pause else ""
             raise UnreachableError(f"the Hub answers {status} for {repo_id}; {later}{_RETRY_HINT}") from raised
         if isinstance(error, errors.RevisionNotFoundError):
             raise PushError(f"{repo_id} has no such branch or pull request; check --revision") from raised
-        text = _STATUS_MESSAGES.get(status, "{repo} was not pushed: {says}")
-        raise PushError(text.format(repo=repo_id, says=says)) from raised
+        text = _STATUS_MESSAGES.get(status, "{repo} was not pushed: {reason}")
+        raise PushError(text.format(repo=repo_id, reason=reason)) from raised

@@ -29,7 +29,7 @@ from ..requests import VerifyRequest
 
 
 @dataclass(frozen=True)
-class Place:
+class ModelLocation:
     """A model in a folder or on the Hub.
 
     Args:
@@ -51,7 +51,7 @@ class Place:
         revision: str | None = None,
         token: str | bool | None = None,
         counts: Callable[[str], bool] = lambda name: not is_inert(name),
-    ) -> Place:
+    ) -> ModelLocation:
         """Locate a model and hash the files that count. For weights on the Hub, the hashes that the Hub lists are used.
 
         Raises:
@@ -115,7 +115,7 @@ class Base:
     token: str | bool | None = field(default=None, repr=False)
 
     @classmethod
-    def find(cls, history: History, request: VerifyRequest, place: Place) -> Base:
+    def find(cls, history: History, request: VerifyRequest, model: ModelLocation) -> Base:
         """Locate the base that the lineage of a model names, or the user.
 
         Raises:
@@ -126,7 +126,7 @@ class Base:
         path = Path(where).expanduser()
         if where and path.exists() and (named or not recorded.get("commit")):
             # Whoever made the model made that too.
-            if not named and path.resolve().is_relative_to(place.folder.resolve()):
+            if not named and path.resolve().is_relative_to(model.folder.resolve()):
                 raise CheckpointError(
                     f"{path}, which the lineage names, is part of the model; give a base with --base"
                 )
@@ -175,7 +175,7 @@ def _loaded_hashes(source: str, revision: str | None, token: str | bool | None) 
     path = Path(source).expanduser()
     if path.is_file():  # of whatever name
         return {"its content": sha256_of(path)}
-    return Place.open(source, revision, token, is_model_file).hashes
+    return ModelLocation.open(source, revision, token, is_model_file).hashes
 
 
 def _content_key(entry: Mapping[str, Any] | None) -> tuple[Any, ...] | None:

@@ -163,8 +163,8 @@ def rebuild(history: History, base: Base) -> Expected:
     """
     if not history.dropped:
         raise CheckpointError("lineage.json does not drop any layers")
-    with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as place:
-        folder = Path(place, "cut")
+    with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as temporary:
+        folder = Path(temporary, "cut")
         folder.mkdir()
         cut = (_convert_cut if base.packed or history.dtype is not None else _copy_cut)(history, base, folder)
         return _quantize_cut(history, folder, cut)

@@ -19,62 +19,66 @@ from ...runtime.loading import ignored_names, load_config
 from ...runtime.model_class import model_class_of, model_without_weights, stored_names, stored_parts
 from .fields import differences, unties
 from .outcome import Verification
-from .places import Place
+from .places import ModelLocation
 from .rebuild import Expected, TensorHash, WeightFile, notes_in
 
 _ADAPTER_PREFIX = "base_model.model."
 _NO_MODEL = "no model can be built from the base's config"
 
 
-def weight_files(place: Place) -> tuple[list[str], dict[str, Any] | None]:
+def weight_files(model: ModelLocation) -> tuple[list[str], dict[str, Any] | None]:
     """The names of the weight files that loaders read, and the index that lists them, if there is one.
 
     Raises:
         CheckpointError: There are none, or loaders differ in which files they read.
     """
-    if place.is_adapter:
+    if model.is_adapter:
         return [ADAPTER_WEIGHTS], None
-    name = find_weights([name for name in place.hashes if "/" not in name], place.name)
+    name = find_weights([name for name in model.hashes if "/" not in name], model.name)
     if name != INDEX:
         return [name], None
-    index = read_object(place.path(INDEX), max_bytes=MAX_INDEX)
+    index = read_object(model.path(INDEX), max_bytes=MAX_INDEX)
     if "metadata" not in index:
         raise CheckpointError(f"{INDEX} has no metadata, without which transformers does not load the model")
-    return shard_names(index, f"{place.name}/{INDEX}"), index
+    return shard_names(index, f"{model.name}/{INDEX}"), index
 
 
-def read_weights(place: Place, expected: Expected) -> dict[str, WeightFile]:
+def read_weights(model: ModelLocation, expected: Expected) -> dict[str, WeightFile]:
     """The files that loaders read, by name. Those with the expected hash are not read.
 
     Raises:
         CheckpointError: They are not complete, or contradict each other.
     """
-    names, index = weight_files(place)
+    names, index = weight_files(model)
     files: dict[str, WeightFile] = {}
     for name in names:
-        if name not in place.hashes:
-            raise CheckpointError(f"{place.name} lacks {name}, so it is not complete")
-        same = place.hashes[name] == expected.files.get(name)
-        files[name] = expected.weights[name] if same else WeightFile.read(place.path(name))
+        if name not in model.hashes:
+            raise CheckpointError(f"{model.name} lacks {name}, so it is not complete")
+        same = model.hashes[name] == expected.files.get(name)
+        files[name] = expected.weights[name] if same else WeightFile.read(model.path(name))
     if index is not None:
-        check_index(index["weight_map"], {name: file.tensors for name, file in files.items()}, f"{place.name}/{INDEX}")
+        check_index(index["weight_map"], {name: file.tensors for name, file in files.items()}, f"{model.name}/{INDEX}")
     return files
 
 
-def adapter_tensors(place: Place, expected: Expected) -> dict[str, TensorHash]:
+def adapter_tensors(model: ModelLocation, expected: Expected) -> dict[str, TensorHash]:
     """The tensors of an adapter, by their modules' names in the cut model.
 
     Raises:
         CheckpointError: There are none, or PEFT would not load one.
     """
-    tensors = read_weights(place, expected)[ADAPTER_WEIGHTS].tensors
+    tensors = read_weights(model, expected)[ADAPTER_WEIGHTS].tensors
     if stray := next((name for name in tensors if not name.startswith(_ADAPTER_PREFIX)), None):
         raise CheckpointError(f"{stray} does not begin with {_ADAPTER_PREFIX}, so PEFT would not load it")
     return {name.removeprefix(_ADAPTER_PREFIX): tensor for name, tensor in tensors.items()}
 
 
 def check_tensors(
-    place: Place, history: History, expected: Expected, modules: Mapping[str, TensorHash] | None, outcome: Verification
+    model: ModelLocation,
+    history: History,
+    expected: Expected,
+    modules: Mapping[str, TensorHash] | None,
+    outcome: Verification,
 ) -> None:
     """Check that every tensor is the base's or was changed by a recorded stage, and that none is missing or extra.
 
@@ -93,13 +97,13 @@ def check_tensors(
     files: dict[str, WeightFile] = {}
     if modules is not None:
         unknown = [name for name in modules if in_cut(name) not in tensors and in_cut(name) not in changed]
-        stored = [*_to_stored_names(place, expected, modules, unknown).items()]
+        stored = [*_to_stored_names(model, expected, modules, unknown).items()]
     else:
-        files = read_weights(place, expected)
+        files = read_weights(model, expected)
         stored = [one for file in files.values() for one in file.tensors.items()]
     found = {in_cut(name): tensor for name, tensor in stored}
     if len(found) < len(stored):
-        raise CheckpointError(f"{place.name} holds a tensor under two names")
+        raise CheckpointError(f"{model.name} holds a tensor under two names")
     tied = (
         {in_cut(name): in_cut(other) for name, other in _tied(expected).items()}
         if found.keys() ^ tensors.keys()
@@ -125,7 +129,7 @@ def check_tensors(
     else:
         packed = {_owner(name, owners) for name, by in changed.items() if QUANTIZE in by and name in found}
         missing = _missing(expected, found, tied, packed)
-        if _is_untied(place, expected) and not any("lm_head" in name.split(".") for name in found):
+        if _is_untied(model, expected) and not any("lm_head" in name.split(".") for name in found):
             wrong.append(f"lm_head.weight is missing, and {CONFIG} no longer ties it to the embeddings")
     wrong += [f"{name} is missing" for name in missing]
     if history.quantized and not again and not any(QUANTIZE in changed[name] for name in recorded):
@@ -196,7 +200,7 @@ def _tied(expected: Expected) -> dict[str, str]:
 
 
 def _to_stored_names(
-    place: Place, expected: Expected, modules: Mapping[str, TensorHash], unknown: Collection[str]
+    model: ModelLocation, expected: Expected, modules: Mapping[str, TensorHash], unknown: Collection[str]
 ) -> dict[str, TensorHash]:
     """An adapter's tensors, of which the unknown ones get the names that its base's checkpoint gives them: some types
     have other names there, or several tensors for one, such as one for each expert.
@@ -207,7 +211,7 @@ def _to_stored_names(
     from safetensors import safe_open
 
     parts: dict[str, TensorHash] = {}
-    with boundary(_NO_MODEL), safe_open(place.path(ADAPTER_WEIGHTS), "pt") as file:
+    with boundary(_NO_MODEL), safe_open(model.path(ADAPTER_WEIGHTS), "pt") as file:
         values = {name: file.get_tensor(f"{_ADAPTER_PREFIX}{name}") for name in unknown}
         renamed = stored_parts(expected.model_config, values)
         for name, stored in renamed.items():
@@ -236,6 +240,6 @@ def _may_be_trained(name: str, tensor: TensorHash, wanted: TensorHash | None) ->
     return tensor.shape == wanted.shape and (floats or tensor.dtype == wanted.dtype)
 
 
-def _is_untied(place: Place, expected: Expected) -> bool:
-    now = differences(expected.config, load_config(place.folder).to_dict())
+def _is_untied(model: ModelLocation, expected: Expected) -> bool:
+    now = differences(expected.config, load_config(model.folder).to_dict())
     return any(unties(path, *values) for path, values in now.items())

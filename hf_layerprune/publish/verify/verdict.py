@@ -31,7 +31,7 @@ from ...records.fingerprints import (
     QUANTISERS,
     base_of_adapter,
     holds_weights,
-    identity_of,
+    identity_from_hashes,
     weights_hash,
 )
 from ...records.history import History, read_history
@@ -41,14 +41,14 @@ from ...records.metrics import FILE_NAME as METRICS
 from ...records.quantized import describe_quantization, is_repeatable_method
 from ...runtime.config_file import read_config_file
 from ...runtime.loading import load_config
-from ...versions import installed
+from ...versions import installed_version
 from ..card.render import Card
 from ..card.writing import compose_card, read_text
 from ..requests import VerifyRequest
 from .adapters import adapter_differences, base_difference
 from .fields import differences, reads_another_tokenizer, unread_fields, unties
 from .outcome import BASE, Verification
-from .places import Base, Place
+from .places import Base, ModelLocation
 from .rebuild import Expected, TensorHash, rebuild
 from .tensors import adapter_tensors, check_tensors, weight_files
 
@@ -62,32 +62,32 @@ def verify(request: VerifyRequest) -> Verification:
     Raises:
         CheckpointError: The model does not exist or can't be read.
     """
-    place = Place.open(request.model, request.revision, request.token)
-    outcome = Verification(place.name, accept_trained=request.accept_trained, without_weights=not place.hashes)
+    model = ModelLocation.open(request.model, request.revision, request.token)
+    outcome = Verification(model.name, accept_trained=request.accept_trained, without_weights=not model.hashes)
     part = "lineage"
     try:
-        history = read_history(Lineage.load_required(place.folder, place.name))
+        history = read_history(Lineage.load_required(model.folder, model.name))
         _report_lineage(history, outcome)
-        _check_records(place, history, outcome)
-        _check_metrics(place, history.lineage, outcome)
-        _check_card(place, history.lineage, outcome)
+        _check_records(model, history, outcome)
+        _check_metrics(model, history.lineage, outcome)
+        _check_card(model, history.lineage, outcome)
         part, outcome.without_base = BASE, True
-        source = Base.find(history, request, place)
+        source = Base.find(history, request, model)
         outcome.without_base, outcome.base = False, str(source)
         _check_base(source, history, outcome)
-        if place.hashes or history.form == "model":
+        if model.hashes or history.form == "model":
             expected = rebuild(history, source)
-            part, modules = "adapter" if place.is_adapter else "config", None
-            if not place.hashes:
+            part, modules = "adapter" if model.is_adapter else "config", None
+            if not model.hashes:
                 _check_recorded_cut(history, expected, outcome)
-            elif place.is_adapter:
-                modules = _check_adapter(place, history, source, expected, request, outcome)
+            elif model.is_adapter:
+                modules = _check_adapter(model, history, source, expected, request, outcome)
             else:
-                _check_config(place, history, expected, outcome)
+                _check_config(model, history, expected, outcome)
             part = "tensors"
-            _check_files(place, history, expected, outcome)
-            if place.hashes:
-                check_tensors(place, history, expected, modules, outcome)
+            _check_files(model, history, expected, outcome)
+            if model.hashes:
+                check_tensors(model, history, expected, modules, outcome)
         outcome.complete = True
     except LayerPruneError as error:
         outcome.add(False, part, str(error))
@@ -110,7 +110,7 @@ def _report_lineage(history: History, outcome: Verification) -> None:
         outcome.add(True, "lineage", f"quantised: {describe_quantization(settings)}, {how}")
 
 
-def _check_records(place: Place, history: History, outcome: Verification) -> None:
+def _check_records(model: ModelLocation, history: History, outcome: Verification) -> None:
     """Check that each stage started from the output of the previous one, and that the files are those of the last."""
     entries = history.lineage.entries
     for before, after in pairwise(entries):
@@ -121,9 +121,9 @@ def _check_records(place: Place, history: History, outcome: Verification) -> Non
     stage, recorded = last["stage"], last.get("files")
     if not last.get("weights") or recorded is None:
         raise CheckpointError(f"{LINEAGE} does not record the weights, the config and other files; prune again")
-    if not place.hashes:
+    if not model.hashes:
         return
-    own = weights_hash({name: {"sha256": sha256} for name, sha256 in place.hashes.items() if "/" not in name})
+    own = weights_hash({name: {"sha256": sha256} for name, sha256 in model.hashes.items() if "/" not in name})
     if last["weights"] == own:
         outcome.add(True, "weights", f"their hash is {own[:12]}, as {LINEAGE} says")
     else:
@@ -132,7 +132,7 @@ def _check_records(place: Place, history: History, outcome: Verification) -> Non
             "" if history.quantized else "; if they were quantised, record that with hf_layerprune.record_quantized"
         )
         outcome.add(False, "weights", f"their hash is {own[:12]}, and {says}")
-    here = {name: sha256 for name, sha256 in place.hashes.items() if not holds_weights(name)}
+    here = {name: sha256 for name, sha256 in model.hashes.items() if not holds_weights(name)}
     texts = [
         f"{name} {'is missing' if name not in here else 'was added' if name not in recorded else 'was changed'} since "
         f"{stage} wrote the model"
@@ -142,31 +142,31 @@ def _check_records(place: Place, history: History, outcome: Verification) -> Non
     outcome.add_all("files", texts, f"besides the weights, {pluralize(len(here), 'file')} as {stage} wrote them")
 
 
-def _check_metrics(place: Place, lineage: Lineage, outcome: Verification) -> None:
+def _check_metrics(model: ModelLocation, lineage: Lineage, outcome: Verification) -> None:
     """Check that the numbers belong to the model, or to the one that records without weights describe."""
     try:
-        metrics = place.metrics()
+        metrics = model.metrics()
         if metrics is None:
             return
-        if place.hashes:
-            top = {name: hashed for name, hashed in place.hashes.items() if "/" not in name or name.endswith(".jinja")}
-            model = identity_of(top, base_of_adapter(place.folder) if place.is_adapter else None)
+        if model.hashes:
+            top = {name: hashed for name, hashed in model.hashes.items() if "/" not in name or name.endswith(".jinja")}
+            measured = identity_from_hashes(top, base_of_adapter(model.folder) if model.is_adapter else None)
         else:
-            model = metrics.recorded_identity(lineage)
-        texts = [f"{METRICS} {text}"] if (text := metrics.mismatch(model, lineage)) else []
+            measured = metrics.recorded_identity(lineage)
+        texts = [f"{METRICS} {text}"] if (text := metrics.mismatch(measured, lineage)) else []
     except CheckpointError as error:
         texts, metrics = [str(error)], None
     number = len(metrics.results) if metrics else 0
     outcome.add_all("metrics", texts, f"{number} numbers, of this model and its history; they are not measured again")
 
 
-def _check_card(place: Place, lineage: Lineage, outcome: Verification) -> None:
+def _check_card(model: ModelLocation, lineage: Lineage, outcome: Verification) -> None:
     """Say whether the card is the one that the records give; other versions of this package word it differently."""
-    if not place.hashes or not place.has(CARD):
+    if not model.hashes or not model.has(CARD):
         return
     try:
-        text = read_text(place.path(CARD).resolve())  # the Hub client's cache holds links
-        same = text == compose_card(Card.from_records(lineage, place.metrics()), text)
+        text = read_text(model.path(CARD).resolve())  # the Hub client's cache holds links
+        same = text == compose_card(Card.from_records(lineage, model.metrics()), text)
     except LayerPruneError:
         same = False
     shows = f"{CARD} shows what the records say; text outside its generated sections was not checked"
@@ -176,14 +176,15 @@ def _check_card(place: Place, lineage: Lineage, outcome: Verification) -> None:
 
 def _check_base(source: Base, history: History, outcome: Verification) -> None:
     """Check that a base is the one that a lineage names."""
-    told = history.lineage.base.get("files") or {}
-    if not any(holds_weights(name) for name in told):
+    recorded = history.lineage.base.get("files") or {}
+    if not any(holds_weights(name) for name in recorded):
         outcome.add(False, BASE, f"{LINEAGE} has no hashes of the base's weights")
-    elif differ := source.differences(told):
+    elif differ := source.differences(recorded):
         outcome.add(False, BASE, f"{source} is not the base that {LINEAGE} names: {', '.join(differ[:3])} differ")
     else:
         outcome.add(True, BASE, f"{source} is the one that {LINEAGE} names, by the hashes of its files")
-    here, then = str(installed("transformers")), (history.stages[0].entry.get("versions") or {}).get("transformers")
+    here = str(installed_version("transformers"))
+    then = (history.stages[0].entry.get("versions") or {}).get("transformers")
     if source.packed and then not in (None, here):
         text = f"transformers {here} unpacks it; {then} did so for the cut, and may have made another tokenizer of it"
         outcome.add(True, BASE, text)
@@ -214,13 +215,13 @@ def _check_cut(recorded: Mapping[str, Any], name: str, history: History, outcome
     outcome.add(False, "config", f"{says}, and {LINEAGE} says {wanted} of {of}: one was edited")
 
 
-def _check_config(place: Place, history: History, expected: Expected, outcome: Verification) -> None:
+def _check_config(model: ModelLocation, history: History, expected: Expected, outcome: Verification) -> None:
     """Check that the config is that of the repeated cut: an edited config makes another model of the same weights."""
-    if CONFIG not in place.hashes:
-        text = f"{place.name} has no {CONFIG}, so it is not a whole model; complete the download"
+    if CONFIG not in model.hashes:
+        text = f"{model.name} has no {CONFIG}, so it is not a whole model; complete the download"
         outcome.add(False, "config", text)
         return
-    raw, loaded = read_config_file(place.path(CONFIG)), load_config(place.folder)
+    raw, loaded = read_config_file(model.path(CONFIG)), load_config(model.folder)
     mark = raw.get(MARKER) or {}
     _check_cut(mark, CONFIG, history, outcome)
     differ = differences(expected.config, loaded.to_dict())
@@ -236,7 +237,7 @@ def _check_config(place: Place, history: History, expected: Expected, outcome: V
     texts += [
         f"{CONFIG} sets {'.'.join(path)[:150]}, which is not in what the cut leaves of the base's" for path in extra
     ]
-    settings = read_object(place.path(_TOKENIZER)) if _TOKENIZER in place.hashes else {}
+    settings = read_object(model.path(_TOKENIZER)) if _TOKENIZER in model.hashes else {}
     if reads_another_tokenizer(raw, expected.raw_config, settings):
         versions = (fields.get("transformers_version") for fields in (raw, expected.raw_config))
         texts.append("transformers_version is {} and was {}, which changes the tokenizer".format(*versions))
@@ -244,16 +245,21 @@ def _check_config(place: Place, history: History, expected: Expected, outcome: V
 
 
 def _check_adapter(
-    place: Place, history: History, source: Base, expected: Expected, request: VerifyRequest, outcome: Verification
+    model: ModelLocation,
+    history: History,
+    source: Base,
+    expected: Expected,
+    request: VerifyRequest,
+    outcome: Verification,
 ) -> dict[str, TensorHash]:
     """Check that an adapter names its base, this cut and this method, and loads what the cut wrote. Returns its tensors."""
-    config = read_object(place.path(ADAPTER_CONFIG))
+    config = read_object(model.path(ADAPTER_CONFIG))
     _check_cut(config, ADAPTER_CONFIG, history, outcome)
     if sum(stage.name == "prune" for stage in history.stages) > 1:
         text = _check_pruned_base(config, history, request, outcome)
     else:
         text = base_difference(config, history, source)
-    modules = adapter_tensors(place, expected)
+    modules = adapter_tensors(model, expected)
     wrong = [text] if text else adapter_differences(config, history, expected, modules.keys())
     good = f"{ADAPTER_CONFIG} names this base, and loads this cut"
     outcome.add_all("adapter", [f"{ADAPTER_CONFIG} {text}" for text in wrong], good)
@@ -266,7 +272,7 @@ def _check_pruned_base(
     """Verify the pruned model that an adapter is put on: it must be what the stages before the adapter's cut made."""
     name, revision = str(config.get("base_model_name_or_path")), config.get("revision")
     before = history.lineage.entries[: history.lineage.entries.index(history.since_last_cut[0].entry)]
-    pruned = Place.open(name, revision, request.token)
+    pruned = ModelLocation.open(name, revision, request.token)
     if Lineage.load_required(pruned.folder, pruned.name).entries != before:
         return f"names the base {name}, which is not the model that {LINEAGE} says was cut again"
     found = verify(replace(request, model=name, revision=revision if pruned.repo else None))
@@ -278,15 +284,15 @@ def _check_pruned_base(
     return None
 
 
-def _check_files(place: Place, history: History, expected: Expected, outcome: Verification) -> None:
+def _check_files(model: ModelLocation, history: History, expected: Expected, outcome: Verification) -> None:
     """Check all other files against the repeated cut: tokenizer, chat template, generation settings, ..."""
-    here, checked = place.hashes, {CONFIG, INDEX}
+    here, checked = model.hashes, {CONFIG, INDEX}
     if not here:
         here = history.lineage.entries[-1]["files"]
-    elif place.is_adapter:
+    elif model.is_adapter:
         checked = {ADAPTER_WEIGHTS, ADAPTER_CONFIG}
     else:
-        checked |= {*weight_files(place)[0]}
+        checked |= {*weight_files(model)[0]}
     if expected.quantizer is None and history.quantized and (settings := here.keys() & {*QUANTISERS}):
         outcome.add(None, "files", f"{', '.join(sorted(settings))}: of the quantiser, as {LINEAGE} records")
         checked |= settings
@@ -299,7 +305,7 @@ def _check_files(place: Place, history: History, expected: Expected, outcome: Ve
             texts.append(f"{name} is not a file that the cut leaves, and may change how the model behaves; remove it")
         elif wanted[name] != here[name]:
             texts.append(f"there is another {name} than the cut leaves of the base's")
-    if not place.is_adapter:
+    if not model.is_adapter:
         texts += [f"{name} is missing" for name in sorted(wanted.keys() - here.keys())]
     if expected.lacked:
         text = f"{LINEAGE} says that the copy of the base that was cut lacked {', '.join(expected.lacked)}"

@@ -170,7 +170,7 @@ def build_results(metrics: Metrics | None) -> Results:
     """Arrange measured numbers in a table."""
     if metrics is None or not metrics.results:
         return Results([], [], metrics)
-    results = Results(list(_columns(metrics)), [], metrics)
+    results = Results(list(_build_columns(metrics)), [], metrics)
     for one in metrics.comparisons:
         results.pairs.setdefault((one["weights"], *_metric_key(one)), []).append(one)
     alike: dict[str, dict[str, dict[str, Any]]] = {}
@@ -181,7 +181,7 @@ def build_results(metrics: Metrics | None) -> Results:
         partners = alike[json.dumps(_key(record), sort_keys=True)]
         key = json.dumps([_key(record), _conditions(record, partners, results)], sort_keys=True)
         grouped.setdefault(key, {})[record["weights"]] = record
-    rows = [_row(by_weights, results) for by_weights in grouped.values()]
+    rows = [_build_row(by_weights, results) for by_weights in grouped.values()]
     rows = list(_disambiguate([row for row in rows if row.cells]))
     order = {kind: index for index, kind in enumerate((*QUALITY, *COST))}
     results.rows.extend(sorted(rows, key=lambda row: order[row.key[0]]))
@@ -231,7 +231,7 @@ def _describe_condition(name: str, value: Any) -> str:
     return text.removesuffix("s") if value == 1 else text
 
 
-def _columns(metrics: Metrics) -> Iterator[ResultColumn]:
+def _build_columns(metrics: Metrics) -> Iterator[ResultColumn]:
     measured = {record["weights"] for record in metrics.results}
     for role in ROLES:
         present = [
@@ -244,7 +244,7 @@ def _columns(metrics: Metrics) -> Iterator[ResultColumn]:
             yield ResultColumn(role, weights, model["layers"], model["parameters"], own)
 
 
-def _row(by_weights: dict[str, dict[str, Any]], results: Results) -> Row:
+def _build_row(by_weights: dict[str, dict[str, Any]], results: Results) -> Row:
     sample = next(iter(by_weights.values()))
     kind, task, metric = sample["kind"], sample.get("task", ""), sample["metric"]
     known = get_metric(metric, kind, sample.get("unit"))
@@ -252,7 +252,7 @@ def _row(by_weights: dict[str, dict[str, Any]], results: Results) -> Row:
     if known.depends_on_file and results.packed:
         base = None  # quantised and unquantised files can't be compared in this metric
     columns = [column.weights for column in results.columns if column.weights in by_weights]
-    cells = {weights: _cell(by_weights[weights], base, results) for weights in columns}
+    cells = {weights: _build_cell(by_weights[weights], base, results) for weights in columns}
     chance, settings = sample.get("chance"), sample.get("settings") or {}
     engine = " ".join(
         str(settings[name]) for name in ("engine", "weights") if "engine" in settings and name in settings
@@ -270,7 +270,7 @@ def _row(by_weights: dict[str, dict[str, Any]], results: Results) -> Row:
     )
 
 
-def _cell(record: dict[str, Any], base: dict[str, Any] | None, results: Results) -> Cell:
+def _build_cell(record: dict[str, Any], base: dict[str, Any] | None, results: Results) -> Cell:
     kind, metric, value = record["kind"], record["metric"], record["value"]
     text, share = (
         numbers.format_metric(metric, value, kind, record.get("unit")),
