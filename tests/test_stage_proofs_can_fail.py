@@ -80,10 +80,10 @@ def kl_of_trials_with_swapped_arguments(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def a_dropped_layer_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = trials._advance
+    own = trials._run_trials
     undropped = lambda trial: replace(trial, drop=tuple(i for i in trial.drop if i != 5))  # noqa: E731
     monkeypatch.setattr(
-        trials, "_advance", lambda walk, batches, tried, bar: own(walk, batches, [undropped(t) for t in tried], bar)
+        trials, "_run_trials", lambda walk, batches, tried, bar: own(walk, batches, [undropped(t) for t in tried], bar)
     )
 
 
