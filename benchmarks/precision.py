@@ -44,7 +44,7 @@ def main() -> None:
     models = {
         "float32": load(args.model, torch.float32),
         "bfloat16": load(args.model, torch.bfloat16),
-        "bfloat16, after in_fast_precision": to_fast_precision(load(args.model, torch.bfloat16)),
+        "bfloat16, after to_fast_precision": to_fast_precision(load(args.model, torch.bfloat16)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in models}
     ids = torch.randint(3, models["float32"].config.vocab_size, (1, args.tokens))

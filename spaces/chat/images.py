@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoPro
 logger = logging.getLogger(__name__)
 
 # Types whose multimodal model fails with this version of transformers, so that their text model is loaded.
-TEXT_ALONE = ("llama4",)
+TEXT_ONLY_TYPES = ("llama4",)
 
 
 class Prompt(list):
@@ -33,7 +33,7 @@ def auto_class(config: Any) -> Any:
     if type(config) not in AutoModelForCausalLM._model_mapping:
         return AutoModelForMultimodalLM
     named = whole is not None and whole.__name__ in (config.architectures or ())
-    return AutoModelForMultimodalLM if named and config.model_type not in TEXT_ALONE else AutoModelForCausalLM
+    return AutoModelForMultimodalLM if named and config.model_type not in TEXT_ONLY_TYPES else AutoModelForCausalLM
 
 
 def processor_of(names: list[str], config: Any) -> Any:
