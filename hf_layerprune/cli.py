@@ -27,9 +27,9 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         values, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            meant = unknown[0].partition("=")[0].replace("_", "-")
-            near = get_close_matches(meant, self._option_string_actions, n=1, cutoff=0.8)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            option = unknown[0].partition("=")[0].replace("_", "-")
+            similar = get_close_matches(option, self._option_string_actions, n=1, cutoff=0.8)
+            hint = f"; did you mean {similar[0]}?" if similar else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return values, unknown
 

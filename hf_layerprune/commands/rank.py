@@ -33,7 +33,7 @@ def run(request: Request) -> Result:
         choice = ("--drop-layers", point["layers"], "--repair", repair, *(rows if repair else ()))
         if request.output is not None:
             choice = ("--from-curve", request.output, "--drop", count)
-        follow_up = suggest("prune", request.base, "pruned", *choice, *_where(request))
+        follow_up = suggest("prune", request.base, "pruned", *choice, *_base_arguments(request))
         return Result(summary, str(curve), curve.record, follow_up)
     from ..stages.rank import rank
 
@@ -49,16 +49,16 @@ def run(request: Request) -> Result:
         layers = format_layers(ranking.drops.get("auto") or next(iter(ranking.drops.values())))
         choice = ("--drop-layers", layers, "--repair", request.repair)
         follow_up = suggest(
-            "prune", request.base, "pruned", *choice, *(rows if request.repair else ()), *_where(request)
+            "prune", request.base, "pruned", *choice, *(rows if request.repair else ()), *_base_arguments(request)
         )
     return Result(summary, str(ranking), ranking.record, follow_up)
 
 
-def _where(request: Request) -> list[str]:
+def _base_arguments(request: Request) -> list[str]:
     """The base's options, with its type: the model in that type was looked at. A quantised one can't be converted."""
     from ..runtime.loading import load_config
 
-    stays = request.dtype == "auto" or hasattr(
+    unconverted = request.dtype == "auto" or hasattr(
         load_config(request.base, revision=request.revision), "quantization_config"
     )
-    return to_arguments(copy_fields(WalkOptions, request), "device", *(("dtype",) if stays else ()))
+    return to_arguments(copy_fields(WalkOptions, request), "device", *(("dtype",) if unconverted else ()))

@@ -53,7 +53,7 @@ def cut_without(drop_layers: Sequence[int], num_layers: int) -> Cut:
     Raises:
         CutError: An entry is not an index, out of range or given twice, or no layer or all of them would be dropped.
     """
-    gone: set[int] = set()
+    dropped: set[int] = set()
     for item in drop_layers:
         i = as_integer(item)
         if i is None:
@@ -62,14 +62,14 @@ def cut_without(drop_layers: Sequence[int], num_layers: int) -> Cut:
             )
         if not 0 <= i < num_layers:
             raise CutError(f"drop_layers has {i}, but the model's layers are 0..{num_layers - 1}")
-        if i in gone:
+        if i in dropped:
             raise CutError(f"drop_layers has {i} more than once; list each layer once")
-        gone.add(i)
-    if not gone:
+        dropped.add(i)
+    if not dropped:
         raise CutError("drop_layers is empty: nothing would be dropped; list at least one layer, or set drop")
-    if len(gone) == num_layers:
+    if len(dropped) == num_layers:
         raise CutError(f"drop_layers names all {num_layers} layers; at least one must stay")
-    return Cut(tuple(i for i in range(num_layers) if i not in gone), num_layers)
+    return Cut(tuple(i for i in range(num_layers) if i not in dropped), num_layers)
 
 
 Rule = Callable[[Any, Cut], Any]

@@ -82,8 +82,8 @@ def _decoder(non_finite: bool) -> json.JSONDecoder:
 def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"key {twice!r} is repeated")
+        duplicate = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"key {duplicate!r} is repeated")
     return content
 
 

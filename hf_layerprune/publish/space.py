@@ -177,13 +177,13 @@ def _requirements_of(model: Path | None, adapter: bool) -> list[str]:
     if adapter:
         return [f"hf-layerprune=={__version__}"]
     config = read_config_file(model / CONFIG) if model else {}
-    sees = ["torchvision"] if isinstance(config.get("vision_config"), dict) else []  # which most processors need
+    packages = ["torchvision"] if isinstance(config.get("vision_config"), dict) else []  # which most processors need
     settings = config.get("quantization_config")
     if not isinstance(settings, dict):
-        return sees
+        return packages
     if (package := quantization_package(settings)) is None:
         logger.warning(
             "the Space may need a package for %s weights; add it to its requirements.txt",
             quantization_method(settings),
         )
-    return [*sees, package] if package else sees
+    return [*packages, package] if package else packages

@@ -54,14 +54,14 @@ def draw_choices(drops: Mapping[str, Sequence[int]], num_layers: int, path: Path
         from matplotlib.patches import FancyBboxPatch
 
         for y, name in enumerate(names):
-            gone = set(drops[name])
+            dropped = set(drops[name])
             for i in range(num_layers):
-                style = _DROPPED if i in gone else {"facecolor": FAINT, "edgecolor": "none"}
+                style = _DROPPED if i in dropped else {"facecolor": FAINT, "edgecolor": "none"}
                 box = FancyBboxPatch(
                     (i + 0.08, y + 0.14), 0.84, 0.72, boxstyle="round,pad=0,rounding_size=0.12", **style
                 )
                 axes.add_patch(box)
-        agree = [sum(i in set(gone) for gone in drops.values()) for i in range(num_layers)]
+        agree = [sum(i in set(dropped) for dropped in drops.values()) for i in range(num_layers)]
         for i, votes in enumerate(agree):
             if votes and len(names) > 1:
                 axes.text(i + 0.5, len(names) + 0.45, str(votes), ha="center", va="center", fontsize=7.5, color=INK)

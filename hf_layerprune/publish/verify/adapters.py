@@ -68,9 +68,9 @@ def adapter_differences(
     texts = [f"has {name}={config.get(name)!r}, and the cut writes {wanted.get(name)!r}"[:300] for name in differ]
     prefixes = tuple(f"{name}." for name in wanted["modules_to_save"] or ())
     stray = sorted(name for name in names if not name.startswith(prefixes))
-    lacking = [prefix[:-1] for prefix in prefixes if not any(name.startswith(prefix) for name in names)]
+    missing = [prefix[:-1] for prefix in prefixes if not any(name.startswith(prefix) for name in names)]
     texts += [f"would not load {name}, which is in the weights" for name in stray[:5]]
-    return texts + [f"tunes {name}, which is not in the weights" for name in lacking[:5]]
+    return texts + [f"tunes {name}, which is not in the weights" for name in missing[:5]]
 
 
 def base_difference(config: dict[str, Any], history: History, compared: Base) -> str | None:

@@ -76,14 +76,14 @@ class WeightFile:
         # Strict: of two equal names, a loader may take the other one.
         entries = parse_json(header[8:], "a safetensors header")
         notes = entries.pop("__metadata__", None) or {}
-        for name, told in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            own, left = hashlib.sha256(), told["data_offsets"][1] - told["data_offsets"][0]
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            digest, left = hashlib.sha256(), entry["data_offsets"][1] - entry["data_offsets"][0]
             while left:
                 part = part or next(data)
-                for each in (own, whole):
+                for each in (digest, whole):
                     each.update(part[:left])
                 left, part = left - len(part[:left]), part[left:]
-            tensors[name] = TensorHash(told["dtype"], tuple(told["shape"]), own.hexdigest())
+            tensors[name] = TensorHash(entry["dtype"], tuple(entry["shape"]), digest.hexdigest())
         return cls(whole.hexdigest(), tensors, notes)
 
 
@@ -179,8 +179,8 @@ def _copy_cut(history: History, base: Base, folder: Path) -> Expected:
         )
     _check_bytes(plan, base.files)
     companions = [name for name, _ in plan.companions if not is_inert(name)]
-    had = history.lineage.base.get("companions", companions)
-    others = hash_files({name: plan.source / name for name in companions if name in had})
+    present = history.lineage.base.get("companions", companions)
+    others = hash_files({name: plan.source / name for name in companions if name in present})
     others |= {name: hashlib.sha256(content).hexdigest() for name, content in plan.files.items()}
     weights = {}
     for shard in plan.shards:
@@ -196,7 +196,7 @@ def _copy_cut(history: History, base: Base, folder: Path) -> Expected:
     else:
         (folder / CONFIG).write_bytes(plan.files[CONFIG])
     return replace(
-        Expected.from_folder(folder, weights, others), lacked=tuple(name for name in companions if name not in had)
+        Expected.from_folder(folder, weights, others), lacked=tuple(name for name in companions if name not in present)
     )
 
 
@@ -227,10 +227,12 @@ def _convert_cut(history: History, base: Base, folder: Path) -> Expected:
     with suppress(CheckpointError):  # a base may have no tokenizer
         load_tokenizer(base.source, revision=base.commit).save_pretrained(folder)
     # The settings of generation name the version of transformers that wrote them, and may do so alone.
-    wrote = history.stages[0].entry.get("versions", {}).get("transformers")
+    written_by = history.stages[0].entry.get("versions", {}).get("transformers")
     with suppress(FileNotFoundError, InvalidVersion):  # of a text that is more than a version
         settings = (folder / GENERATION).read_text()
-        ours, theirs = (f'"transformers_version": "{one}"' for one in (version("transformers"), Version(str(wrote))))
+        ours, theirs = (
+            f'"transformers_version": "{one}"' for one in (version("transformers"), Version(str(written_by)))
+        )
         (folder / GENERATION).write_text(settings.replace(ours, theirs))
     return Expected.from_folder(folder)
 

@@ -176,16 +176,16 @@ def _missing(
 ) -> set[str]:
     """The tensors that a whole model lacks: neither tied, nor ignored by loaders, nor of the modules that were packed."""
     tensors = expected.tensors
-    lacking = {name for name in tensors.keys() - found
+    missing = {name for name in tensors.keys() - found
                if tied.get(name) not in found or tensors.get(tied[name]) != tensors[name]}  # fmt: skip
-    lacking -= ignored_names(expected.model_config, lacking)
-    return {name for name in lacking if name.rpartition(".")[0] not in packed}
+    missing -= ignored_names(expected.model_config, missing)
+    return {name for name in missing if name.rpartition(".")[0] not in packed}
 
 
 def _missing_prefix(expected: Expected) -> str:
     """What transformers adds to the names of a checkpoint that was saved without its head, such as gpt2's."""
-    picked = model_class_of(expected.model_config)
-    prefix = f"{picked[0].base_model_prefix}." if picked else ""
+    model_class = model_class_of(expected.model_config)
+    prefix = f"{model_class[0].base_model_prefix}." if model_class else ""
     return "" if any(name.startswith(prefix) for name in expected.tensors) else prefix
 
 
