@@ -99,7 +99,7 @@ def cause_of(error: BaseException) -> str:
 
 
 def explain(error: BaseException, debug: str = f"{DEBUG}=1") -> tuple[str, int]:
-    """What a command says of an exception that ended it, and its exit code.
+    """The message and the exit code for an exception that ended a command.
 
     The code is 2 for wrong usage, 130 for an interrupt, and otherwise 1. `debug` is what makes the command show a traceback.
     """

@@ -1,4 +1,4 @@
-"""Enter the method into PEFT's mappings, without importing PEFT (and torch with it) before somebody needs it.
+"""Register the method with PEFT, without importing PEFT (and torch with it) before it is needed.
 
 `import hf_layerprune` must be enough for `PeftModel.from_pretrained` to understand a saved adapter, and must not
 cost the seconds that importing torch takes. So registration happens at once where PEFT is loaded already, and
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def register() -> None:
-    """Make PEFT know the method; a second call changes nothing."""
+    """Register the method with PEFT; a second call changes nothing."""
     from peft import mapping
 
     from .adapter.config import LayerDropConfig, LayerDropPeftType

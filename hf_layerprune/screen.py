@@ -1,4 +1,4 @@
-"""What reaches a person's screen: one kind of progress bar, our own lines, and none of the libraries' chatter.
+"""Output on the terminal: one kind of progress bar, this package's messages, and none of the libraries' own.
 
 The bars are those of the Hub client, as the `hf` command shows them: on a terminal only, gone when the work is done, and
 off where the Hub's are off (`HF_HUB_DISABLE_PROGRESS_BARS`, `huggingface_hub.utils.disable_progress_bars`).
@@ -24,7 +24,7 @@ _QUIET_DEFAULTS = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"
 
 
 def configure_output(*, quiet: bool = False) -> None:
-    """Settle what this process, and those that it starts, may show; for commands, before libraries are imported.
+    """Configure what this process and its children show; for commands, before libraries are imported.
 
     With `quiet`, only errors are shown: no progress bars, no remarks.
     """

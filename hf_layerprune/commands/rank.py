@@ -55,7 +55,7 @@ def run(request: Request) -> Result:
 
 
 def _base_arguments(request: Request) -> list[str]:
-    """The base's options, with its type: the model in that type was looked at. A quantised one can't be converted."""
+    """The options that load the base as it was scored. A quantised one can't be converted to another type."""
     from ..runtime.loading import load_config
 
     unconverted = request.dtype == "auto" or hasattr(

@@ -173,10 +173,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def check_no_overlap(target: Path, source: Path) -> None:
-    """Check that what is written is neither the file or folder that is read, nor inside it or around it.
+    """Check that a target and a source do not overlap: neither is the other, or inside it.
 
     Raises:
-        CheckpointError: It is.
+        CheckpointError: They overlap.
     """
     real, base = (Path(os.path.realpath(path)) for path in (target, source))
     if real == base or (source.is_file() and real.exists() and source.samefile(real)):

@@ -78,7 +78,7 @@ def _translate_error(error: Exception, repo: str, revision: str | None) -> Check
 
 
 def resolve_commit(repo: str, **kwargs: Any) -> str | None:
-    """The commit that a revision on the Hub points to; `None` for a folder, or where loading it will say what is wrong.
+    """The commit that a revision on the Hub points to; `None` for a folder, or if it can't be resolved.
 
     Args:
         repo (`str`): A Hub id, or a folder.

@@ -96,7 +96,7 @@ class AmountOptions:
             self.drop = DEFAULT_DROP
 
     def refuse_unused(self) -> None:
-        """Refuse what decides how a target is counted, if no target is counted by it.
+        """Refuse options that only affect how a target is counted, if that target is not set.
 
         Raises:
             CutError: One of these options is set.

@@ -134,7 +134,7 @@ def serve(request: ChatRequest) -> str:
 
 
 def stop_serving() -> NoReturn:
-    """End this process at once: a thread may still be loading weights, and Python's own way out can hang or abort then."""
+    """End this process at once: a thread may still be loading weights, and a regular exit can hang or abort then."""
     from gradio.tunneling import CURRENT_TUNNELS
 
     with redirect_stdout(io.StringIO()):

@@ -60,7 +60,7 @@ def last_part(path: str) -> str:
 
 
 def strip_local_path(word: str) -> str:
-    """A word without the folders of an absolute path; one below the working folder keeps those from there on."""
+    """Shorten an absolute path to its name or, below the working folder, to the relative path; keep any other word."""
     path, here = Path(word), Path.cwd()
     if not path.is_absolute():
         return word

@@ -1,4 +1,4 @@
-"""How a model was quantised, as its config says."""
+"""How a model was quantised, according to its config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Devices: find the specified one, move what is on the CPU there for a while, and time what runs on one."""
+"""Devices: find the specified one, move modules there temporarily, and time what runs on one."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class _Clock:
 
 
 def token_times(model: Any, ids: torch.Tensor, count: int) -> list[float]:
-    """When each of `count` tokens was there, as the model continues prompts `[batch, length]` greedily."""
+    """The times at which `count` tokens were generated, as the model continues prompts `[batch, length]` greedily."""
     clock = _Clock()
     model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False,
@@ -68,7 +68,7 @@ def token_times(model: Any, ids: torch.Tensor, count: int) -> list[float]:
 
 @contextmanager
 def moved_to(device: torch.device | None, *modules: nn.Module) -> Iterator[None]:
-    """Move modules to a device, if one is specified, inside a `with` block; after it, they have their own tensors again."""
+    """Move modules to a device, if one is specified, inside a `with` block; then restore their own tensors."""
     if device is None:
         yield
         return

@@ -83,7 +83,7 @@ def halve_batch(error: BaseException, size: int, single: str) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """The free memory of a device, with what torch holds for tensors to come; 8 GiB if it does not say."""
+    """The free memory of a device, including what torch has reserved for new tensors; 8 GiB if unknown."""
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held

@@ -123,7 +123,7 @@ def stored_parts(
 
 @contextmanager
 def without_zero3() -> Iterator[None]:
-    """Build and load whole models under DeepSpeed ZeRO-3 too.
+    """Build and load models without splitting them, even under DeepSpeed ZeRO-3.
 
     There, transformers splits every new model over the processes, each of which has to take part; but rehearsals have no
     weights, and pruning and evaluation are the work of one process.

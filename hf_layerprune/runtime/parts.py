@@ -21,7 +21,7 @@ class TrialError(Exception):
 
 @contextmanager
 def trial() -> Iterator[None]:
-    """Turn what a model that can't be run in parts may raise into one error. Running out of memory says nothing about it.
+    """Turn the exceptions of a model that can't be run in parts into one error; running out of memory is passed on.
 
     Raises:
         TrialError: The model failed.

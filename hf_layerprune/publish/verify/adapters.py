@@ -30,7 +30,7 @@ _TUNED = {"tune_layers", "tune_lm_head", "tune_final_norm"}  # their result is m
 def adapter_differences(
     config: dict[str, Any], history: History, expected: Expected, names: Collection[str]
 ) -> list[str]:
-    """What in an adapter's config would load otherwise than what the last cut wrote: texts to follow the file's name.
+    """Where an adapter's config would load something other than the last cut wrote: texts to follow the file's name.
 
     `config` has the fields of `adapter_config.json`, and `names` the tensors in the adapter's file, by their names in
     the cut model.
@@ -74,7 +74,7 @@ def adapter_differences(
 
 
 def base_difference(config: dict[str, Any], history: History, compared: Base) -> str | None:
-    """How the base that an adapter is put on differs from the one that it was compared with, to follow the file's name.
+    """How the base that an adapter is applied to differs from the one that it was compared with, to follow the file's name.
 
     Raises:
         CheckpointError: That base can't be read.
@@ -89,7 +89,7 @@ def base_difference(config: dict[str, Any], history: History, compared: Base) ->
         if not is_hub_id(name):
             return None
         where = f"{name} at {revision or 'the main branch'}"
-    if file := compared.differs_from(name, revision):
+    if file := compared.first_difference(name, revision):
         there = f"at {compared.commit}" if name == compared.source else f"in {compared}"
         return f"names the base {where}, where {file} is not as {there}; make the adapter again with that as its base"
     if commit != recorded.get("commit"):

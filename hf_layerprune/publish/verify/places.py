@@ -148,7 +148,7 @@ class Base:
         return cls(name, repo.commit, repo.fingerprint(), token)
 
     @property
-    def packed(self) -> bool:
+    def is_gguf(self) -> bool:
         """Whether the base is a GGUF file."""
         return isinstance(self.source, Path) and self.source.is_file()
 
@@ -161,8 +161,8 @@ class Base:
         return [name for name in recorded if (name in decisive or name in self.files)
                 and _content_key(self.files.get(name)) != _content_key(recorded[name])]  # fmt: skip
 
-    def differs_from(self, name: str, revision: str | None) -> str | None:
-        """A file that a loader reads here, and finds to be another one, or absent, in a folder or repository."""
+    def first_difference(self, name: str, revision: str | None) -> str | None:
+        """The first file, by name, that loaders read and that is another one in a folder or repository, or missing in one."""
         same = str(Path(name).expanduser()) == str(self.source)
         if same and (self.commit is None or self.commit == Repo.open(name, revision, token=self.token).commit):
             return None

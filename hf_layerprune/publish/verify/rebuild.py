@@ -166,7 +166,7 @@ def rebuild(history: History, base: Base) -> Expected:
     with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as temporary:
         folder = Path(temporary, "cut")
         folder.mkdir()
-        cut = (_convert_cut if base.packed or history.dtype is not None else _copy_cut)(history, base, folder)
+        cut = (_convert_cut if base.is_gguf or history.dtype is not None else _copy_cut)(history, base, folder)
         return _quantize_cut(history, folder, cut)
 
 

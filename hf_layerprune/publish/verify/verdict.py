@@ -185,7 +185,7 @@ def _check_base(source: Base, history: History, outcome: Verification) -> None:
         outcome.add(True, BASE, f"{source} is the one that {LINEAGE} names, by the hashes of its files")
     here = str(installed_version("transformers"))
     then = (history.stages[0].entry.get("versions") or {}).get("transformers")
-    if source.packed and then not in (None, here):
+    if source.is_gguf and then not in (None, here):
         text = f"transformers {here} unpacks it; {then} did so for the cut, and may have made another tokenizer of it"
         outcome.add(True, BASE, text)
 
@@ -269,7 +269,7 @@ def _check_adapter(
 def _check_pruned_base(
     config: dict[str, Any], history: History, request: VerifyRequest, outcome: Verification
 ) -> str | None:
-    """Verify the pruned model that an adapter is put on: it must be what the stages before the adapter's cut made."""
+    """Verify the pruned model that an adapter is applied to: it must be what the stages before the adapter's cut made."""
     name, revision = str(config.get("base_model_name_or_path")), config.get("revision")
     before = history.lineage.entries[: history.lineage.entries.index(history.since_last_cut[0].entry)]
     pruned = ModelLocation.open(name, revision, request.token)
