@@ -80,16 +80,14 @@ def image_rows(
 def _process(processor: Any, document: Document) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The tokens `[1, seq]` of an example, and the model's other inputs."""
     given = list(document.images or ())
-    if isinstance(document.text, str) and (
-        not has_chat_template(processor) or _has_image_token(processor, document.text)
-    ):
-        text = document.text
+    text = document.text
+    if isinstance(text, str) and (not has_chat_template(processor) or _has_image_token(processor, text)):
         if not _has_image_token(processor, text):
             text = processor.image_token * len(given) + text
         images = [_open(image, document) for image in given] or None
         encoded = processor(text=[text], images=images, return_tensors="pt")
     else:
-        chat = [{"role": "user", "content": document.text}] if isinstance(document.text, str) else document.text
+        chat = [{"role": "user", "content": text}] if isinstance(text, str) else text
         encoded = processor.apply_chat_template(
             _fill_placeholders(chat, given, document), tokenize=True, return_dict=True, return_tensors="pt"
         )
@@ -104,14 +102,10 @@ def _has_image_token(processor: Any, text: str) -> bool:
 
 def _fill_placeholders(chat: list[dict[str, Any]], images: list[Any], document: Document) -> list[dict[str, Any]]:
     """A chat whose messages are lists of parts, with the images in place of their placeholders."""
-    messages = [
-        message
-        | {
-            "content": [dict(part) for part in message_parts(message)]
-            or [{"type": "text", "text": message["content"]}]
-        }
-        for message in chat
-    ]
+    messages = []
+    for message in chat:
+        parts = [dict(part) for part in message_parts(message)]
+        messages.append(message | {"content": parts or [{"type": "text", "text": message["content"]}]})
     if not any(is_image(part) for message in messages for part in message["content"]):
         first = next((message for message in messages if message["role"] == "user"), messages[0])
         first["content"][:0] = [{"type": "image"} for _ in images]

@@ -77,7 +77,7 @@ def hidden_of(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple | list) else output
 
 
-def value_count(output: Any) -> int | None:
+def num_values(output: Any) -> int | None:
     """How many values a layer returns; `None` for a bare tensor."""
     return len(output) if isinstance(output, tuple | list) else None
 
@@ -91,7 +91,7 @@ def layer_stub(
     Args:
         replacement (`Callable`): Takes the layer's input hidden states and its other arguments, positional and keyword,
             and returns the layer's output hidden states.
-        returns (`Callable`): How many values the layer returns, see [`value_count`].
+        returns (`Callable`): How many values the layer returns, see [`num_values`].
 
     Returns:
         `Callable`: It has the layer's arguments and return values, with `None` for every value but the hidden states.

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..families.layout import DecoderStack, find_decoder_layers, find_final_norm, find_output_head
-from .parts import hidden_of, input_device, layer_stub, replace_forward, scoped_hooks, value_count
+from .parts import hidden_of, input_device, layer_stub, num_values, replace_forward, scoped_hooks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +64,7 @@ class Prefix:
         self.depth = depth
         self.needs_ids = needs_ids
         self._layers = list(find_decoder_layers(model).layers[:depth])
-        # How many values each layer returns, see [`value_count`]; known once the prefix has run.
+        # How many values each layer returns, see [`num_values`]; known once the prefix has run.
         self.returns: list[int | None] = [None] * depth
         self._hidden: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
         self._device = input_device(model)
@@ -101,7 +101,7 @@ class Prefix:
 
         def make_hook(depth: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
-                self.returns[depth - 1] = value_count(output)
+                self.returns[depth - 1] = num_values(output)
                 if depth in depths:
                     states[depth] = hidden_of(output).clone()  # the next module may change it in place
                     if stop and depth == max(depths):

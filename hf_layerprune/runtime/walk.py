@@ -44,11 +44,11 @@ from .parts import (
     agree,
     hidden_of,
     layer_stub,
+    num_values,
     probe_ids,
     replace_forward,
     scoped_hooks,
     trial,
-    value_count,
 )
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class LayerWalk:
         self._device = torch.device(device) if device is not None else None
         self._source = next(self.layers[0].parameters()).device
         self._tried_media = False
-        # How many values each layer returns, see [`value_count`].
+        # How many values each layer returns, see [`num_values`].
         self._returns: list[int | None] = [None] * self.num_layers
         if self._device is not None and self._device != self._source:
             self._move_surroundings()
@@ -244,7 +244,7 @@ class LayerWalk:
         def make_hook(index: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 order.append(index)
-                self._returns[index] = value_count(output)
+                self._returns[index] = num_values(output)
 
             return hook
 

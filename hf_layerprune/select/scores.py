@@ -45,7 +45,7 @@ def drop_non_finite(
     if newly_lost:
         logger.warning(
             "cuts whose %s is not finite are not chosen: %s; without these layers, the model overflows its data type, unlike in "
-            "%s", criterion, "; ".join(map(format_layers, newly_lost)), WIDER_DTYPES,
+            "%s", criterion, "; ".join(map(format_layers, newly_lost)), WIDER_DTYPES
         )  # fmt: skip
     return found
 

@@ -230,9 +230,8 @@ def _convert_cut(history: History, base: Base, folder: Path) -> Expected:
     written_by = history.stages[0].entry.get("versions", {}).get("transformers")
     with suppress(FileNotFoundError, InvalidVersion):  # of a text that is more than a version
         settings = (folder / GENERATION).read_text()
-        ours, theirs = (
-            f'"transformers_version": "{one}"' for one in (version("transformers"), Version(str(written_by)))
-        )
+        versions = (version("transformers"), Version(str(written_by)))
+        ours, theirs = (f'"transformers_version": "{one}"' for one in versions)
         (folder / GENERATION).write_text(settings.replace(ours, theirs))
     return Expected.from_folder(folder)
 

@@ -104,11 +104,8 @@ def check_tensors(
     found = {in_cut(name): tensor for name, tensor in stored}
     if len(found) < len(stored):
         raise CheckpointError(f"{model.name} holds a tensor under two names")
-    tied = (
-        {in_cut(name): in_cut(other) for name, other in _tied(expected).items()}
-        if found.keys() ^ tensors.keys()
-        else {}
-    )
+    ties = _tied(expected) if found.keys() ^ tensors.keys() else {}
+    tied = {in_cut(name): in_cut(other) for name, other in ties.items()}
     owners = {name.rpartition(".")[0] for name in plain}
     wrong, same, again = [], 0, 0
     recorded: dict[str, str] = {}  # by tensor, the stages that changed it

@@ -272,10 +272,8 @@ def _build_row(by_weights: dict[str, dict[str, Any]], results: Results) -> Row:
 
 def _build_cell(record: dict[str, Any], base: dict[str, Any] | None, results: Results) -> Cell:
     kind, metric, value = record["kind"], record["metric"], record["value"]
-    text, share = (
-        numbers.format_metric(metric, value, kind, record.get("unit")),
-        get_metric(metric, kind).unit == SHARE,
-    )
+    share = get_metric(metric, kind).unit == SHARE
+    text = numbers.format_metric(metric, value, kind, record.get("unit"))
     if record.get("stderr"):
         text = numbers.with_error(text, value, record["stderr"], share=share)
     if base is None or base is record:
@@ -290,9 +288,8 @@ def _build_cell(record: dict[str, Any], base: dict[str, Any] | None, results: Re
     elif kind == "distance" or not base["value"]:
         change = ""
     elif paired and paired.get("share") is not None:
-        change = numbers.format_ratio(
-            paired["share"]
-        )  # of runs in turn, in which whatever slowed down both cancels out
+        # Of runs in turn, in which whatever slowed down both cancels out.
+        change = numbers.format_ratio(paired["share"])
     else:
         # A time at which the dense model did not run in turn says more about the machine than about the model.
         change = "" if kind == "speed" else numbers.format_ratio(value / base["value"])
