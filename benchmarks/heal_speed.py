@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heal_parts.names import model_of
+from heal_parts.names import resolve_model
 
 from hf_layerprune.records.lineage import peak_rss
 
@@ -78,9 +78,9 @@ def run(way: str, pruned: str, data: str, count: int, epochs: int, length: int, 
         if way.startswith("ours"):
             trainer = ours(model, arguments | {"max_length": None, "pad_to_multiple_of": 8}, common, way)
         else:
-            by_hand(model)
+            freeze_by_hand(model)
             if way == "paper":
-                trainer = papers(model, arguments, common)
+                trainer = paper_trainer(model, arguments, common)
             else:
                 settings = {
                     "max_length": None,
@@ -127,7 +127,7 @@ def prepared(tokenizer: Any, rows: list[dict[str, str]], length: int) -> list[di
     return made
 
 
-def by_hand(model: Any) -> None:
+def freeze_by_hand(model: Any) -> None:
     """Choose the trained parameters as one would without this package."""
     import torch
 
@@ -141,7 +141,7 @@ def by_hand(model: Any) -> None:
 def ours(model: Any, arguments: dict[str, Any], common: dict[str, Any], way: str) -> Any:
     from hf_layerprune.heal.config import HealConfig
     from hf_layerprune.heal.methods import parse_method
-    from hf_layerprune.heal.student import cut_of
+    from hf_layerprune.heal.student import recorded_cut
     from hf_layerprune.heal.trainer import HealTrainer
 
     method = f"lm_head+last{LAST}"
@@ -150,11 +150,11 @@ def ours(model: Any, arguments: dict[str, Any], common: dict[str, Any], way: str
         "cache": "off" if way == "ours-uncached" else "on",
     }
     args = HealConfig(**arguments, method=method)
-    peft_config = parse_method(method).tail_config(cut_of(model.config), None)
+    peft_config = parse_method(method).tail_config(recorded_cut(model.config), None)
     return HealTrainer(model, args, peft_config=peft_config, **common)
 
 
-def papers(model: Any, arguments: dict[str, Any], common: dict[str, Any]) -> Any:
+def paper_trainer(model: Any, arguments: dict[str, Any], common: dict[str, Any]) -> Any:
     """Transformers' `Trainer`, set up as in the paper's code."""
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
@@ -228,7 +228,7 @@ def main() -> None:
         results: dict[str, list[dict[str, Any]]] = {way: [] for way in args.ways}
         for _ in range(args.repeats):
             for way in args.ways:
-                results[way].append(in_a_process(way, pruned, args))
+                results[way].append(run_in_subprocess(way, pruned, args))
                 print(f"{way}: {json.dumps(results[way][-1])}", flush=True)
     report(results, args.epochs)
 
@@ -237,11 +237,11 @@ def prune(model: str | None, folder: Path) -> Path:
     """Drop the last quarter of the model's layers, and return the folder."""
     from hf_layerprune.stages.prune import PruneRequest, prune_to
 
-    print(prune_to(PruneRequest(base=model_of(model), output=str(folder / "pruned"))), flush=True)
+    print(prune_to(PruneRequest(base=resolve_model(model), output=str(folder / "pruned"))), flush=True)
     return folder / "pruned"
 
 
-def in_a_process(way: str, pruned: Path, args: argparse.Namespace) -> dict[str, Any]:
+def run_in_subprocess(way: str, pruned: Path, args: argparse.Namespace) -> dict[str, Any]:
     words = [sys.executable, __file__, "--way", way, "--pruned", str(pruned), "--data", args.data]
     for name in ("rows", "length", "epochs", "threads"):
         words += [f"--{name}", str(getattr(args, name))]

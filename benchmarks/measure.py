@@ -104,11 +104,11 @@ def compare_text(args: argparse.Namespace, text: Text) -> None:
     import torch
 
     from hf_layerprune.measure.distance import text_metrics, window_means
-    from hf_layerprune.measure.texts import windows
+    from hf_layerprune.measure.texts import split_windows
     from hf_layerprune.runtime.loading import load_base, load_tokenizer
 
     model = load_base(args.model, dtype=torch.bfloat16)
-    rows, _ = windows(text.text, load_tokenizer(args.model), args.length, args.windows)
+    rows, _ = split_windows(text.text, load_tokenizer(args.model), args.length, args.windows)
     times: dict[str, list[float]] = {"ours": [], "textbook": []}
     for _ in range(args.repeats):
         start = time.perf_counter()

@@ -43,7 +43,7 @@ def spearman(x: list[float], y: list[float]) -> float:
     return torch.corrcoef(ranks)[0, 1].item()
 
 
-def numbers(outcome: Outcome) -> dict[str, float]:
+def figures(outcome: Outcome) -> dict[str, float]:
     return {"kl": outcome.kl, "perplexity": outcome.perplexity}
 
 
@@ -62,7 +62,7 @@ class Study:
     def save(self) -> None:
         self.output.write_text(json.dumps(self.results, indent=1))
 
-    def chose(self, name: str, drop: list[int], seconds: float) -> None:
+    def record_choice(self, name: str, drop: list[int], seconds: float) -> None:
         self.sets.setdefault(tuple(drop), []).append(name)
         self.results["criteria"][name] = {"layers": format_layers(drop), "seconds": round(seconds, 1)}
         print(f"{name:32} {format_layers(drop):24} {seconds:.0f} s", flush=True)
@@ -78,7 +78,7 @@ def choose(study: Study, few: CalibrationSet) -> Scores:
         names = [name for name in ALL if name not in ("perplexity", "kl")]
         if variant == "paper":
             # Taylor's variants differ only by a factor and by which layers are protected.
-            study.chose("taylor (paper)", scores["taylor"].pick(count, free), 0)
+            study.record_choice("taylor (paper)", scores["taylor"].pick(count, free), 0)
             names = ["random", "magnitude_l1", "magnitude_l2", "block_influence"]
         start = time.process_time()
         scores = score_layers(walk, text, names, variant=variant, drop=count)
@@ -86,25 +86,25 @@ def choose(study: Study, few: CalibrationSet) -> Scores:
         for name in names:
             guarded = variant == "original" and name in ("taylor", "magnitude_l1", "magnitude_l2")
             drop = scores[name].pick(count, set(range(4, n - 2)) if guarded else free)
-            study.chose(name if variant == "original" else f"{name} (paper)", drop, seconds / len(names))
+            study.record_choice(name if variant == "original" else f"{name} (paper)", drop, seconds / len(names))
             if name == "repairability":
                 study.results["shares"] = {format_layers(b): s for b, s in scores[name].blocks.items()}
     start = time.process_time()
     tried = score_layers(walk, few, ["perplexity", "kl"], drop=count, lengths=[count])
     seconds = time.process_time() - start
     for name in ("perplexity", "kl"):
-        study.chose(name, tried[name].pick(count, free), seconds / 4)
-        study.chose(f"{name}, contiguous", tried[name].pick(count, free, contiguous=True), seconds / 4)
+        study.record_choice(name, tried[name].pick(count, free), seconds / 4)
+        study.record_choice(f"{name}, contiguous", tried[name].pick(count, free, contiguous=True), seconds / 4)
     study.results["raw_kl"] = {format_layers(b): s for b, s in tried["kl"].blocks.items()}
     for repair in (None, *_FITTED):
         start = time.process_time()
         choice = choose_layers(walk, text, CutOptions(drop=count, criterion="auto", repair=repair))
-        study.chose(f"auto, repair={repair}", choice.drop_layers, time.process_time() - start)
+        study.record_choice(f"auto, repair={repair}", choice.drop_layers, time.process_time() - start)
         study.results[f"auto_{repair}"] = choice.record()
         print("  ", choice.why, flush=True)
     start = time.process_time()
     greedy = choose_layers(walk, text.first(4), CutOptions(drop=count, criterion="kl", steps=count))
-    study.chose("kl, one after the other", greedy.drop_layers, time.process_time() - start)
+    study.record_choice("kl, one after the other", greedy.drop_layers, time.process_time() - start)
     return tried["kl"]
 
 
@@ -120,7 +120,7 @@ def compare_choices(study: Study) -> None:
     outcomes = evaluate_trials(study.walk, study.report, [*cuts, *repaired.values(), Trial(())])
     dense = outcomes.pop()
     after = dict(zip(repaired, outcomes[len(cuts) :], strict=True))
-    study.results["dense"] = numbers(dense)
+    study.results["dense"] = figures(dense)
     heads = " | ".join(f"KL, {name} | perplexity, {name}" for name in ("cut", *_FITTED))
     print(f"\ndense perplexity {dense.perplexity:.2f}\n\n| criterion | layers | {heads} |")
     print("|---" * (2 * len(_FITTED) + 4) + "|")
@@ -128,7 +128,7 @@ def compare_choices(study: Study) -> None:
         for name in study.sets[cut.drop]:
             entry = study.results["criteria"][name]
             ways = {"cut": outcome} | {m: after[cut.drop, m] for m in _FITTED if (cut.drop, m) in after}
-            entry |= {way: numbers(one) for way, one in ways.items()}
+            entry |= {way: figures(one) for way, one in ways.items()}
             cells = [
                 f"{ways[w].kl:.3f} | {ways[w].perplexity:.3g}" if w in ways else "- | -" for w in ("cut", *_FITTED)
             ]
@@ -143,7 +143,7 @@ def compare_blocks(study: Study, by_kl: Scores) -> None:
     blocks = [
         block for block in consecutive_blocks(range(study.walk.num_layers), study.count) if block in observer.fits
     ]
-    folded = [Trial(block, {observer.fits[block].before: observer.fits[block].applied}) for block in blocks]
+    folded = [Trial(block, {observer.fits[block].before: observer.fits[block].apply}) for block in blocks]
     truth = evaluate_trials(study.walk, study.report, [*[Trial(block) for block in blocks], *folded])
     raw, fixed = truth[: len(blocks)], truth[len(blocks) :]
     shares, kls = [observer.shares[block] for block in blocks], [by_kl.blocks[block] for block in blocks]
@@ -175,7 +175,7 @@ def compare_blocks(study: Study, by_kl: Scores) -> None:
     study.results["blocks"] = []
     for block, cut, repaired, share, kl in zip(blocks, raw, fixed, shares, kls, strict=True):
         layers = format_layers(block)
-        entry = {"layers": layers, "cut": numbers(cut), "repaired": numbers(repaired), "share": share, "raw_kl": kl}
+        entry = {"layers": layers, "cut": figures(cut), "repaired": figures(repaired), "share": share, "raw_kl": kl}
         study.results["blocks"].append(entry)
         before = f"{cut.kl:.2f} | {cut.perplexity:.3g}"
         print(f"| {layers} | {before} | {share:.2f} | {repaired.kl:.3f} | {repaired.perplexity:.1f} |")

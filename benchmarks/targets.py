@@ -59,7 +59,7 @@ def predict(args: argparse.Namespace) -> None:
             rows = [
                 (sizes.parameters(drop), cut.num_parameters()),
                 (sizes.file_bytes(drop), written),
-                (sizes.memory_bytes(drop, context=args.context), filled(cut, args.context)),
+                (sizes.memory_bytes(drop, context=args.context), filled_cache_bytes(cut, args.context)),
             ]
             real = [decode_times.time_decoding(one, args.context).total for one in (dense, cut, dense)]
         name, value = next(iter(target.items()))
@@ -69,7 +69,7 @@ def predict(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def filled(model: Any, context: int) -> int:
+def filled_cache_bytes(model: Any, context: int) -> int:
     """Bytes of the weights and of a filled cache."""
     cache = model(input_ids=torch.ones(1, context, dtype=torch.long), use_cache=True).past_key_values
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]

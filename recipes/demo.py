@@ -32,7 +32,7 @@ MARKER = ".made_by_the_demo"  # in its output folder
 START = time.perf_counter()
 
 
-def make_room(output: Path) -> None:
+def empty_output(output: Path) -> None:
     """Empty the output folder, if an earlier demo made it.
 
     Raises:
@@ -66,9 +66,9 @@ def prepare_base(base: str | None, folder: Path) -> None:
 
 def run(*words: object) -> None:
     """Print a command with the time since the start, and run it in this process."""
-    said = [str(word) for word in words]
-    tell("hf-layerprune", *said)
-    if code := hf_layerprune(said):
+    arguments = [str(word) for word in words]
+    print_command("hf-layerprune", *arguments)
+    if code := hf_layerprune(arguments):
         sys.exit(code)
 
 
@@ -84,18 +84,18 @@ def heal(model: Path, output: Path, rows: int) -> None:
     }  # fmt: skip
     words = ["accelerate", "launch", "--config_file", engine, RECIPES / "sft_tail.py", *chain(*settings.items())]
     command = [str(word) for word in words]
-    tell(*command)
+    print_command(*command)
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     if code := subprocess.run([str(Path(sys.executable).with_name(command[0])), *command[1:]]).returncode:
         sys.exit(code)
 
 
-def tell(*command: str) -> None:
+def print_command(*command: str) -> None:
     """Print a command, and how many seconds have passed."""
     print(f"\n[{time.perf_counter() - START:.0f} s] $ {shlex.join(command)}", flush=True)
 
 
-def answer(folder: Path) -> str:
+def generate_answer(folder: Path) -> str:
     """The greedy answer to the question, by plain transformers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -104,8 +104,8 @@ def answer(folder: Path) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     chat = [{"role": "user", "content": QUESTION}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    made = model.generate(**prompt, max_new_tokens=32, do_sample=False)
-    return " ".join(tokenizer.decode(made[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).split())
+    generated = model.generate(**prompt, max_new_tokens=32, do_sample=False)
+    return " ".join(tokenizer.decode(generated[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).split())
 
 
 def main() -> None:
@@ -116,7 +116,7 @@ def main() -> None:
     args = parser.parse_args()
     configure_output()
     try:
-        make_room(args.output)
+        empty_output(args.output)
     except CutError as error:
         parser.error(str(error))
     base, curve, pick, quarter, healed = (
@@ -133,7 +133,7 @@ def main() -> None:
     models = {"dense": base, "within the budget": pick, "25 % dropped": quarter, "... and healed": healed}
     print(f"\n{QUESTION}")
     for name, folder in models.items():
-        print(f"  {name:>17}: {answer(folder)[:160] or '(nothing)'}")
+        print(f"  {name:>17}: {generate_answer(folder)[:160] or '(nothing)'}")
     text = ["--text", RECIPES.parent / "README.md", "--length", 256, "--windows", 8, "--tasks", "none"]
     for model in (pick, quarter, healed):
         run("eval", model, "--base", base, *text)

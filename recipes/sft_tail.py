@@ -117,7 +117,7 @@ def main(
     from hf_layerprune.heal import preflight
     from hf_layerprune.heal.checkpoints import RunSettings
     from hf_layerprune.heal.data import has_images
-    from hf_layerprune.heal.describe import describe_command, describe_rows, row_settings, settings_of
+    from hf_layerprune.heal.describe import describe_command, describe_rows, row_settings, training_settings
     from hf_layerprune.heal.progress import show_progress
     from hf_layerprune.heal.sources import Sources
     from hf_layerprune.heal.student import adapter_config, load_student
@@ -129,7 +129,7 @@ def main(
     output = Path(str(training_args.output_dir))
     student = preflight.check_run(script_args, training_args, model_args, dataset_args, cut_args, row_args)
     hub = push_request(training_args, output / "model")
-    named, revision = str(model_args.model_name_or_path), preflight.revision_of(model_args)
+    named, revision = str(model_args.model_name_or_path), preflight.model_revision_of(model_args)
     dense = training_args.teacher or (student.base if student else named)
     evaluation = eval_request(output / "model", dense, measure_args)
     tokenizer = load_tokenizer(named, revision=revision)
@@ -145,10 +145,10 @@ def main(
     student = student or prune(model_args, cut_args, training_args)
     method = student.method(training_args.method)
     training_args.method = method.name
-    student.let_base_teach(training_args)
+    student.use_base_as_teacher(training_args)
     rows = data.train
     if rows is None or row_args.rewrite_answers:
-        rows = write_rows(rows, row_args, training_args, student, tokenizer)
+        rows = generate_rows(rows, row_args, training_args, student, tokenizer)
 
     kwargs: dict[str, Any] = {"dtype": model_args.dtype, "trust_remote_code": False}
     if model_args.attn_implementation:
@@ -165,7 +165,7 @@ def main(
             peft_config=peft_config,
         )
         show_progress(trainer)
-        settings = settings_of(training_args, model_args, script_args, dataset_args)
+        settings = training_settings(training_args, model_args, script_args, dataset_args)
         settings |= row_settings(row_args, written=data.train is None)
         if training_args.teacher != student.base:
             settings["teacher"] = strip_local_path(str(training_args.teacher))
@@ -175,7 +175,7 @@ def main(
     if entry is not None:
         save(trainer, student, entry | {"command": describe_command(Path(__file__), sys.argv[1:])})
     else:
-        complete(trainer, student, run)
+        check_completed(trainer, student, run)
 
     accelerator = trainer.accelerator
     accelerator.free_memory()  # its references to the model and the optimizer
@@ -219,9 +219,9 @@ def eval_request(folder: Path, base: str | None, measure_args: MeasureArguments)
     request = EvalRequest(
         str(folder),
         base=base,
-        tasks=_names(measure_args.eval_tasks),
+        tasks=_split_names(measure_args.eval_tasks),
         tasks_from=Path(measure_args.eval_from) if measure_args.eval_from else None,
-        texts=_names(measure_args.eval_texts),
+        texts=_split_names(measure_args.eval_texts),
         limit=measure_args.eval_limit,
         require=measure_args.require,
     )
@@ -232,22 +232,22 @@ def eval_request(folder: Path, base: str | None, measure_args: MeasureArguments)
 @without_zero3()
 def prune(model_args: ModelArguments, cut_args: CutOptions, training_args: HealConfig) -> Student:
     """Prune the model, unless an earlier start of this run did."""
-    from hf_layerprune.heal.preflight import revision_of
+    from hf_layerprune.heal.preflight import model_revision_of
     from hf_layerprune.heal.student import Student
-    from hf_layerprune.stages.prune import prune_to, was_made
+    from hf_layerprune.stages.prune import is_already_pruned, prune_to
 
     folder = Path(str(training_args.output_dir)) / "pruned"
-    named = {"base": model_args.model_name_or_path, "output": str(folder), "revision": revision_of(model_args)}
+    named = {"base": model_args.model_name_or_path, "output": str(folder), "revision": model_revision_of(model_args)}
     request = copy_fields(PruneRequest, cut_args, seed=training_args.seed, **named)
     with training_args.main_process_first(local=False, desc="pruning"):
-        if training_args.process_index == 0 and not was_made(request, folder):
+        if training_args.process_index == 0 and not is_already_pruned(request, folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             logger.info("%s", prune_to(request))
-    return Student.at(folder)
+    return Student.load(folder)
 
 
 @without_zero3()
-def write_rows(
+def generate_rows(
     rows: Dataset | None,
     row_args: RowOptions,
     training_args: HealConfig,
@@ -255,7 +255,7 @@ def write_rows(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Dataset:
     """Rows that the dense model writes, or whose answers it rewrites; all processes share the work."""
-    from hf_layerprune.heal.self_data import Writer
+    from hf_layerprune.heal.self_data import RowWriter
     from hf_layerprune.heal.stage import weights_dtype
     from hf_layerprune.runtime.loading import load_base
     from hf_layerprune.runtime.precision import to_fast_precision
@@ -265,10 +265,10 @@ def write_rows(
     dense: Any = load_base(source, revision=revision, dtype=weights_dtype(student))
     dense = to_fast_precision(dense.to(training_args.device))
     folder = Path(str(training_args.output_dir)) / "self"
-    writer = Writer(dense, tokenizer, folder, training_args.row_seed)
+    writer = RowWriter(dense, tokenizer, folder, training_args.row_seed)
     if rows is None:
-        return writer.rows(row_args.self_rows, row_args.self_length)
-    return writer.rewritten(rows, row_args.rewrite_max_tokens, row_args.rewrite_temperature)
+        return writer.generate_rows(row_args.self_rows, row_args.self_length)
+    return writer.rewrite_answers(rows, row_args.rewrite_max_tokens, row_args.rewrite_temperature)
 
 
 def train(trainer: HealTrainer, run: RunSettings) -> dict[str, Any]:
@@ -311,7 +311,7 @@ def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> Path:
     return output / "model"
 
 
-def complete(trainer: HealTrainer, student: Student, run: RunSettings) -> None:
+def check_completed(trainer: HealTrainer, student: Student, run: RunSettings) -> None:
     """Check a model that an earlier start of this run completed, and write its adapter if that start was killed before."""
     from hf_layerprune.heal.stage import write_adapter
 
@@ -354,7 +354,7 @@ def finish(
     return missed
 
 
-def _names(words: str | None) -> tuple[str, ...] | None:
+def _split_names(words: str | None) -> tuple[str, ...] | None:
     return tuple(word.strip() for word in words.split(",")) if words else None
 
 

@@ -21,7 +21,7 @@ from hf_layerprune.layer_ranges import parse_layers
 from hf_layerprune.options import options_from_args
 from hf_layerprune.repair.fit import check_repair
 from hf_layerprune.runtime.loading import load_config
-from hf_layerprune.stages.advise import _like_the_paper, advise
+from hf_layerprune.stages.advise import _advise_paper_recipe, advise
 from hf_layerprune.stages.requests import AdviseRequest, PruneRequest
 
 from .heal_makers import load_recipe
@@ -34,21 +34,21 @@ def said(capsys: pytest.CaptureFixture[str], *words: object) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("frontier", Frontier.every(), ids=lambda one: one.source["heal"]["repair"])
+@pytest.mark.parametrize("frontier", Frontier.load_all(), ids=lambda one: one.source["heal"]["repair"])
 def test_measured_points_are_returned_as_they_are(frontier: Frontier) -> None:
     for point in frontier.points:
-        found = frontier.expected(point["dropped"] / point["layers"], point["tokens"])
+        found = frontier.expected_loss(point["dropped"] / point["layers"], point["tokens"])
         assert (found.kl, found.ln_ratio) == pytest.approx((point["kl"], point["ln_ratio"]))
-        assert not found.beyond
+        assert not found.is_extrapolated
 
 
-@given(st.sampled_from(Frontier.every()), st.floats(0.001, 0.25), st.floats(0, 1e6))
+@given(st.sampled_from(Frontier.load_all()), st.floats(0.001, 0.25), st.floats(0, 1e6))
 def test_a_loss_lies_between_those_of_its_neighbours(frontier: Frontier, share: float, tokens: float) -> None:
     kls = [point["kl"] for point in frontier.points]
-    assert 0 < frontier.expected(share, tokens).kl <= max(kls)
-    more = frontier.expected(share, tokens + 1000)
+    assert 0 < frontier.expected_loss(share, tokens).kl <= max(kls)
+    more = frontier.expected_loss(share, tokens + 1000)
     assert math.isfinite(more.perplexity_ratio)
-    assert frontier.expected(share / 2, tokens).kl < frontier.expected(share, tokens).kl
+    assert frontier.expected_loss(share / 2, tokens).kl < frontier.expected_loss(share, tokens).kl
 
 
 def test_more_time_heals_more_tokens_and_allows_more(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,5 +201,5 @@ def test_at_the_papers_size_the_papers_word(tmp_path: Path, capsys: pytest.Captu
     assert "target_params=1M can't be met" in capsys.readouterr().err
     assert main(["advise", str(tmp_path), "--from-curve", str(tmp_path)]) == 2
     assert "from_curve has no effect for 5 billion" in capsys.readouterr().err
-    of_a_branch = _like_the_paper(AdviseRequest("org/model", revision="v1"), load_config(folder))
+    of_a_branch = _advise_paper_recipe(AdviseRequest("org/model", revision="v1"), load_config(folder))
     assert "hf-layerprune rank org/model curve --curve --revision v1" in of_a_branch.text

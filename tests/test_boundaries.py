@@ -25,7 +25,7 @@ from hf_layerprune.cli import main
 from hf_layerprune.errors import CheckpointError, boundary
 from hf_layerprune.files.json_file import read_object
 from hf_layerprune.files.text_file import read_text, read_yaml
-from hf_layerprune.measure.answers import answers_file, find_answers, keep_answers
+from hf_layerprune.measure.answers import answers_file, load_answers, save_answers
 from hf_layerprune.measure.harness import Score, TaskRun
 from hf_layerprune.records.declared import declared_fields, split_front_matter
 from hf_layerprune.runtime.loading import _check_saved, as_path, load_base, load_config
@@ -429,12 +429,12 @@ def test_a_name_that_is_no_text_is_refused() -> None:
 def test_stored_answers_are_read_back_or_not_used(tmp_path: Path) -> None:
     path = answers_file(tmp_path, {"task": "piqa"})
     run = TaskRun({"acc": Score(0.5, 0.1, True, 0.5, {"0": 1.0})}, samples=1, shots=0, version=1.0, seconds=2.0)
-    keep_answers(path, run)
-    assert find_answers(path) == run
+    save_answers(path, run)
+    assert load_answers(path) == run
     for old, new in (('"seconds": 2.0', '"seconds": "long"'), ('"scores"', '"points"')):
         path.write_text(path.read_text().replace(old, new))
-        assert find_answers(path) is None
-        keep_answers(path, run)
+        assert load_answers(path) is None
+        save_answers(path, run)
 
 
 def test_an_assertion_without_words_says_what_was_asserted(tmp_path: Path) -> None:

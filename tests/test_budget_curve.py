@@ -263,7 +263,7 @@ def test_a_curve_goes_on_where_it_stopped(
 def test_what_a_curve_can_not_answer_is_refused_before_it_is_made(
     base: Path, monkeypatch: pytest.MonkeyPatch, amount: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr(stage, "_continue", lambda *_: pytest.fail("the curve was begun"))
+    monkeypatch.setattr(stage, "_extend", lambda *_: pytest.fail("the curve was begun"))
     with pytest.raises(CutError, match=message):
         quality_curve(str(base), **FEW | amount)
 

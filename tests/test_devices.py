@@ -20,8 +20,8 @@ from hf_layerprune.adapter.reading import load_adapter
 from hf_layerprune.heal import placement
 from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.methods import parse_method
-from hf_layerprune.heal.placement import runnable_where_it_is, use_one_gpu
-from hf_layerprune.heal.precompute import _Run
+from hf_layerprune.heal.placement import eager_attention_on_cpu, use_one_gpu
+from hf_layerprune.heal.precompute import _Precomputation
 from hf_layerprune.heal.teacher import Teacher
 from hf_layerprune.heal.trainer import HealTrainer
 from hf_layerprune.runtime.head import Head
@@ -39,11 +39,11 @@ def test_a_teacher_that_was_passed_goes_back_in_one_piece(tmp_path: Path) -> Non
     prefix = Prefix(student, 4)
     prefix.run(input_ids=torch.tensor([[3, 4, 5]]))
     teacher = Teacher(bench.dense, student, prefix)
-    assert teacher.shares
-    teacher._home = torch.device("meta")
+    assert teacher.shares_prefix
+    teacher._device = torch.device("meta")
     wanted = bench.dense.lm_head.weight.detach().clone()
     names = set(AutoModelForCausalLM.from_pretrained(tmp_path / "dense").state_dict())
-    head = teacher.let_go(torch.device("cpu"), Head())
+    head = teacher.release(torch.device("cpu"), Head())
     assert {p.device.type for p in (*bench.dense.parameters(), *bench.dense.buffers())} == {"meta"}
     assert set(bench.dense.state_dict()) == names
     assert head.weight is not None
@@ -170,7 +170,7 @@ def test_a_full_card_does_not_turn_the_cache_off(llama: Bench, monkeypatch: pyte
         prefix.skip()
         raise torch.OutOfMemoryError(MESSAGE)
 
-    monkeypatch.setattr(_Run, "_try_out", full)
+    monkeypatch.setattr(_Precomputation, "_check_prefix", full)
     trainer = llama.trainer("last1", cache="auto")
     with pytest.raises(torch.OutOfMemoryError):
         trainer.train()
@@ -195,7 +195,7 @@ def test_an_adapter_is_loaded_where_its_base_is(llama: Bench, tmp_path: Path, mo
 
 def test_attention_for_gpus_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The dense model's head is tried out before the model is on the card."""
-    monkeypatch.setattr(placement, "_FOR_GPUS", "card_alone")  # transformers would look for a kernel for "flash"
+    monkeypatch.setattr(placement, "_GPU_ATTENTION", "card_alone")  # transformers would look for a kernel for "flash"
     calls = []
 
     def on_a_card(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -212,7 +212,7 @@ def test_attention_for_gpus_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(RuntimeError, match="only supports CUDA"):
         teacher.model(tiny_input())
     assert calls == ["cpu"]
-    with runnable_where_it_is(student):
+    with eager_attention_on_cpu(student):
         assert student.config._attn_implementation == "eager"
         assert student(tiny_input()).logits.isfinite().all()
     assert student.config._attn_implementation == "card_alone"

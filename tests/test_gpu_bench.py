@@ -92,7 +92,7 @@ def test_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--work", str(tmp_path)])
     start = time.monotonic()
-    found = gpu.in_a_process(
+    found = gpu.run_in_subprocess(
         gpu.Step("c-drive", lambda setting: {}, 1, "it goes on later"), 0.02
     )  # before Python is up
     assert found["unfinished"] == "not done after 0 s; it goes on later"
@@ -108,7 +108,7 @@ def test_workers_in_sessions_of_their_own_are_ended_too() -> None:
     assert process.stdout.readline() == "up\n"
     started = psutil.Process(process.pid).children(recursive=True)
     assert started
-    gpu.end(process)
+    gpu.kill_tree(process)
     process.wait(20)
     assert not psutil.wait_procs(started, timeout=20)[1]
 

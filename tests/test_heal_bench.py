@@ -177,7 +177,7 @@ def test_a_run_is_known_by_all_that_decides_it(data: Path, tmp_path: Path) -> No
             "batch": 2,
             "calibration": 4,
         }
-        return heal_quality.key_of("ours", ARMS["ours"], 0, argparse.Namespace(**plain | more))
+        return heal_quality.run_key("ours", ARMS["ours"], 0, argparse.Namespace(**plain | more))
 
     other = Path(shutil.copytree(data, tmp_path / "data"))
     assert key(data=other) == key(), "the same texts in another place"
@@ -206,20 +206,20 @@ def test_a_token_is_timed_with_the_threads_that_are_reported(
     monkeypatch.setattr("hf_layerprune.select.cost.forward_seconds", lambda *_: seen.append(torch.get_num_threads()))
     before = torch.get_num_threads()
     try:
-        heal_frontier.forward_seconds_of(argparse.Namespace(model=str(setting.base), threads=before + 1))
+        heal_frontier.measure_forward_seconds(argparse.Namespace(model=str(setting.base), threads=before + 1))
     finally:
         torch.set_num_threads(before)
     assert seen == [before + 1]
 
 
 def test_changes_of_an_arm() -> None:
-    arm = heal_quality.changed(ARMS["ours"], ["repair=linear", "kd_temperature=2", "learning_rate=1e-3"])
+    arm = heal_quality.apply_changes(ARMS["ours"], ["repair=linear", "kd_temperature=2", "learning_rate=1e-3"])
     assert arm.repair == "linear"
     assert arm.settings == ARMS["ours"].settings | {"kd_temperature": 2, "learning_rate": 1e-3}
     with pytest.raises(
         SystemExit, match="--set learning_rat=1: neither an arm nor HealConfig has a field learning_rat"
     ):
-        heal_quality.changed(ARMS["ours"], ["learning_rat=1"])
+        heal_quality.apply_changes(ARMS["ours"], ["learning_rat=1"])
 
 
 @pytest.mark.parametrize("bench", [heal_quality, heal_frontier])
@@ -244,7 +244,7 @@ def test_a_report_is_of_one_table(
         if bench is heal_frontier:
             heal_quality.append(tmp_path / "frontier.jsonl", bench.point_key("4-5", 16_384, 0, args) | common)
         else:
-            key = heal_quality.key_of("ours", ARMS["ours"], 0, args, drop_layers=args.drop_layers)
+            key = heal_quality.run_key("ours", ARMS["ours"], 0, args, drop_layers=args.drop_layers)
             heal_quality.append(tmp_path / "runs.jsonl", key | common)
         common["windows"] = {name: {"kl": [5.0] * 3, "ln_ratio": [0.0] * 3} for name in texts.DOMAINS}
     assert "| 1.000 ± 0.000 |" in report()
@@ -266,7 +266,7 @@ def test_points_of_the_frontier(tmp_path: Path) -> None:
         run("13-15", [0, 1, 2], 0, 0.2),
         run("12-18", list(range(7)), 0, 0.7),
     ]
-    points = heal_frontier.points_of(runs)
+    points = heal_frontier.mean_points(runs)
     assert [(point["dropped"], point["tokens"], point["kl"]) for point in points] == [
         (3, 0, 0.2),
         (7, 0, 0.7),

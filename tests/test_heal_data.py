@@ -13,7 +13,7 @@ from hf_layerprune.calibration.documents import read_documents
 from hf_layerprune.errors import CheckpointError, CutError
 from hf_layerprune.heal.data import load_mixture, load_rows, pick_split, shape_rows
 from hf_layerprune.heal.row_checks import check_rows
-from hf_layerprune.heal.self_data import Writer
+from hf_layerprune.heal.self_data import RowWriter
 
 from .heal_makers import word_tokenizer
 from .tiny_models import tiny_model
@@ -295,7 +295,7 @@ def test_rows_of_an_earlier_run_that_are_damaged(tmp_path: Path, damage: str) ->
     model = tiny_model("llama")
 
     def write() -> Dataset:
-        return Writer(model, word_tokenizer(), tmp_path, 0).rows(2, 8)
+        return RowWriter(model, word_tokenizer(), tmp_path, 0).generate_rows(2, 8)
 
     rows = write().to_list()
     assert [len(row["input_ids"]) for row in rows] == [8, 8]
@@ -316,15 +316,15 @@ def test_answers_are_rewritten_by_greedy_decoding(tmp_path: Path) -> None:
         wanted[prompt] = own
     ends = wanted[prompts[0]][3]  # the first answer ends here, and others only if they say the same
     model.generation_config.eos_token_id = ends
-    writer = Writer(model, tokenizer, tmp_path, 0)
-    found = writer.rewritten(given, 6, 0.0).to_list()
+    writer = RowWriter(model, tokenizer, tmp_path, 0)
+    found = writer.rewrite_answers(given, 6, 0.0).to_list()
     expected = [
         {"prompt": prompt, "completion": tokenizer.decode(ids[: ids.index(ends)], skip_special_tokens=True)}
         for prompt, ids in wanted.items()
         if ends in ids[1:] and ids.index(ends)
     ]
     assert found == expected
-    assert writer.rewritten(given, 6, 0.0).to_list() == found  # from its parts
+    assert writer.rewrite_answers(given, 6, 0.0).to_list() == found  # from its parts
 
 
 def test_prompts_that_leave_no_room_for_an_answer_are_left_out(tmp_path: Path) -> None:
@@ -334,10 +334,10 @@ def test_prompts_that_leave_no_room_for_an_answer_are_left_out(tmp_path: Path) -
     model.generation_config.eos_token_id = next(token for token in own[1:] if token != own[0])
     model.config.max_position_embeddings = 9
     given = Dataset.from_list([{"prompt": prompt, "completion": "w3"} for prompt in ("w5 w6 w7", "w7 " * 6)])
-    writer = Writer(model, tokenizer, tmp_path, 0)
-    assert [row["prompt"] for row in writer.rewritten(given, 6, 0.0).to_list()] == ["w5 w6 w7"]
+    writer = RowWriter(model, tokenizer, tmp_path, 0)
+    assert [row["prompt"] for row in writer.rewrite_answers(given, 6, 0.0).to_list()] == ["w5 w6 w7"]
     with pytest.raises(CutError, match="no prompt leaves room for rewrite_max_tokens=7 among the 9 positions"):
-        writer.rewritten(given, 7, 0.0)
+        writer.rewrite_answers(given, 7, 0.0)
 
 
 def test_answers_are_rewritten_with_the_tools_of_their_rows(tmp_path: Path) -> None:
@@ -349,4 +349,6 @@ def test_answers_are_rewritten_with_the_tools_of_their_rows(tmp_path: Path) -> N
     row = {"prompt": [{"role": "user", "content": "w6 w7"}], "tools": [{"type": "function"}]}
     answer = {"role": "assistant", "content": tokenizer.decode(own[: own.index(end)], skip_special_tokens=True)}
     given = Dataset.from_list([row | {"completion": [answer | {"content": "w3"}], "id": 1}])
-    assert Writer(model, tokenizer, tmp_path, 0).rewritten(given, 6, 0.0).to_list() == [row | {"completion": [answer]}]
+    assert RowWriter(model, tokenizer, tmp_path, 0).rewrite_answers(given, 6, 0.0).to_list() == [
+        row | {"completion": [answer]}
+    ]

@@ -13,7 +13,7 @@ from trl import ModelConfig
 
 from hf_layerprune.errors import CutError
 from hf_layerprune.families import Cut
-from hf_layerprune.heal.features import RATE, boundaries, feature_loss, phased
+from hf_layerprune.heal.features import RATE, cut_boundaries, feature_loss, phased_schedule
 from hf_layerprune.heal.methods import parse_method
 
 from .heal_makers import Bench, losses, rows, tuned
@@ -30,12 +30,12 @@ def middle(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 def test_a_place_behind_each_dropped_block(drawn: tuple[int, set[int]]) -> None:
     count, kept = drawn
     cut = Cut(tuple(sorted(kept)), count)
-    for front, dense in boundaries(cut).items():
+    for front, dense in cut_boundaries(cut).items():
         assert cut.keep[front - 1] < dense - 1  # the block lies between the layer in front and the place
         assert not set(range(cut.keep[front - 1] + 1, dense)) & kept
         assert front == len(cut.keep) or cut.keep[front] == dense
     blocks = [i for i in cut.drop if i + 1 not in cut.drop]
-    assert len(boundaries(cut)) == sum(cut.keep[0] < last for last in blocks)
+    assert len(cut_boundaries(cut)) == sum(cut.keep[0] < last for last in blocks)
 
 
 def states_of(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -49,8 +49,8 @@ def wanted_loss(bench: Bench, trainer: Any) -> float:
     for row in trainer.numbered_datasets[0]["input_ids"]:
         ids = torch.tensor([row])
         ours, theirs = (states_of(model, ids) for model in (trainer.plain_model, bench.dense))
-        for front, dense in boundaries(bench.cut).items():
-            total += feature_loss(ours[front], theirs[dense]).sum().item() / len(boundaries(bench.cut))
+        for front, dense in cut_boundaries(bench.cut).items():
+            total += feature_loss(ours[front], theirs[dense]).sum().item() / len(cut_boundaries(bench.cut))
         count += len(row)
     return total / count
 
@@ -121,7 +121,7 @@ def test_places_without_a_trained_layer_in_front_do_not_count(tmp_path: Path) ->
     found = [bench.losses(**FEATURES | {"method": "last4", "cache": cache}) for cache in ("on", "off")]
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     alone = bench.trainer(**FEATURES | {"method": "last4"})
-    assert alone.feature_phase.wanted == (6,)
+    assert alone.feature_phase.teacher_depths == (6,)
 
 
 def test_an_evaluation_is_that_of_the_loss(middle: Bench) -> None:
@@ -186,7 +186,7 @@ def test_the_learning_rate_falls_with_the_time_and_is_higher_at_first(middle: Be
 
 
 def test_the_warm_up_keeps_its_steps() -> None:
-    rise = [phased(lambda step: min(1.0, step / 6), 40, 200, 6)(step) for step in range(200)]
+    rise = [phased_schedule(lambda step: min(1.0, step / 6), 40, 200, 6)(step) for step in range(200)]
     assert rise[:7] == pytest.approx([RATE * step / 6 for step in range(7)])
     assert rise[39:41] == [RATE, 1.0]
 
@@ -201,7 +201,7 @@ def test_the_schedule_and_the_steps_agree(middle: Bench, share: float, steps: in
     for step in range(steps):
         trainer.state.global_step = step
         factor = trainer.lr_scheduler.lr_lambdas[0](step)
-        rates.append((trainer.reproduces_features, factor > 1))
+        rates.append((trainer.is_feature_step, factor > 1))
         if step > steps / 2:
             break
     assert all(first == higher for first, higher in rates)

@@ -45,10 +45,10 @@ BOTH = """
 import runpy, sys
 from hf_layerprune.errors import CheckpointError
 from hf_layerprune.heal.student import Student
-student = Student.at("org/cut")
+student = Student.load("org/cut")
 print(len(student.cut.keep), *sorted(path.name for path in student.folder.iterdir()))
 try:
-    Student.at("org/none")
+    Student.load("org/none")
 except CheckpointError as error:
     print(error)
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -17,7 +17,7 @@ from trl import ModelConfig
 
 from hf_layerprune.errors import CheckpointError, LayerPruneError
 from hf_layerprune.heal.methods import parse_method
-from hf_layerprune.heal.precompute import _Run, precompute
+from hf_layerprune.heal.precompute import _Precomputation, precompute
 from hf_layerprune.runtime.prefix import Prefix
 
 from .heal_makers import Bench, losses, rows, trl_computes_losses, tuned
@@ -241,9 +241,11 @@ def test_rounding_is_not_taken_for_rows_that_see_each_other(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, model_type: str, bf16: bool
 ) -> None:
     """In a mixture of experts, its effect has no bound: it sends tokens to other experts."""
-    bench, states, off = Bench(tmp_path, model_type), _Run._states, 1.025 if bf16 else 1.001
+    bench, states, off = Bench(tmp_path, model_type), _Precomputation._compute_states, 1.025 if bf16 else 1.001
     monkeypatch.setattr(
-        _Run, "_states", lambda *run: [state * (off if len(run[-1]) == 1 else 1) for state in states(*run)]
+        _Precomputation,
+        "_compute_states",
+        lambda *run: [state * (off if len(run[-1]) == 1 else 1) for state in states(*run)],
     )
     settings = {"loss": "kd", "packing": True, "max_steps": 1, "bf16": bf16}
     if model_type == "bloom":

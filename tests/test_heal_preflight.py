@@ -259,7 +259,7 @@ def test_the_dense_model_writes_whole_under_zero3(
 ) -> None:
     said = words(folder, tmp_path / "run", dataset_name="self", self_rows=2, self_length=8, teacher=folder / "base")
     _, training, _, _, _, rows_, _ = recipe.make_parser().parse_args_and_config(said)
-    student = Student.at(folder / "pruned")
+    student = Student.load(folder / "pruned")
     assert len(recipe.write_rows(None, rows_, training, student, word_tokenizer())) == 2
 
 
@@ -267,7 +267,7 @@ def test_a_whole_model_is_merged_and_evaluated_under_zero3(
     recipe: ModuleType, folder: Path, tmp_path: Path, zero3: _ZeRO3
 ) -> None:
     with without_zero3():
-        student = Student.at(folder / "pruned")
+        student = Student.load(folder / "pruned")
         method = parse_method("last2")
         model = get_peft_model(
             load_student(student, method, dtype="auto"), adapter_config(student, method, ModelConfig())
@@ -359,10 +359,10 @@ def test_the_demo_removes_nothing_of_others(tmp_path: Path) -> None:
     (tmp_path / "models" / "mine").touch()
     for other in ("models", "models/mine"):
         with pytest.raises(CutError, match="was not made by the demo; choose another --output, or remove it"):
-            demo.make_room(tmp_path / other)
+            demo.empty_output(tmp_path / other)
     assert (tmp_path / "models" / "mine").is_file()
     for _ in range(2):
-        demo.make_room(tmp_path / "new")
+        demo.empty_output(tmp_path / "new")
         (tmp_path / "new" / "base").mkdir()
-    demo.make_room(tmp_path / "new")
+    demo.empty_output(tmp_path / "new")
     assert not (tmp_path / "new" / "base").exists()

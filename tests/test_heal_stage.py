@@ -14,7 +14,7 @@ from trl import ModelConfig
 
 from hf_layerprune.errors import LayerPruneError
 from hf_layerprune.heal.config import HealConfig
-from hf_layerprune.heal.describe import describe_command, describe_rows, settings_of
+from hf_layerprune.heal.describe import describe_command, describe_rows, training_settings
 from hf_layerprune.heal.methods import Method, parse_method
 from hf_layerprune.heal.stage import write_healed
 from hf_layerprune.heal.student import Student, adapter_config, load_student
@@ -51,7 +51,7 @@ def test_only_a_model_that_was_cut_once_is_an_adapter_of_its_base(tmp_path: Path
     ids = torch.arange(3, 43)[None]
     for number in range(rounds):
         prune_to(PruneRequest(str(tmp_path / f"{number}"), str(tmp_path / f"{number + 1}"), drop_layers=[2]))
-    student = Student.at(tmp_path / f"{rounds}")
+    student = Student.load(tmp_path / f"{rounds}")
     assert student.whole_only == (rounds > 1)
     method = parse_method("last1")
     model = get_peft_model(load_student(student, method), adapter_config(student, method, ModelConfig()))
@@ -92,7 +92,7 @@ def test_the_adapter_has_the_records_of_its_model(
     word_tokenizer().save_pretrained(tmp_path / "base")
     asked = {"repair": repair, "calibration_samples": 4, "calibration_length": 8} if repair else {}
     prune_to(PruneRequest(str(tmp_path / "base"), str(tmp_path / "cut"), drop_layers=[3, 4], **asked))
-    student, tuning = Student.at(tmp_path / "cut"), parse_method(method)
+    student, tuning = Student.load(tmp_path / "cut"), parse_method(method)
     entry = train(student, tuning, tmp_path / "trained")
     write_healed(student, tmp_path / "trained", tmp_path / "healed", entry, adapter=tmp_path / "adapter")
     outcome = verify(VerifyRequest(str(tmp_path / "adapter")))
@@ -129,7 +129,7 @@ def test_a_base_with_names_and_masks_of_an_old_transformers(tmp_path: Path) -> N
     model.save_pretrained(tmp_path / "trained")
     with stage_entry("heal", {}) as entry:
         pass
-    write_healed(Student.at(cut), tmp_path / "trained", healed, entry)
+    write_healed(Student.load(cut), tmp_path / "trained", healed, entry)
     assert entry["changed_tensors"] == ["transformer.ln_f.weight"]
     outcome = verify(VerifyRequest(str(healed)))
     assert outcome.consistent, outcome.lines
@@ -146,7 +146,7 @@ def test_a_base_with_names_and_masks_of_an_old_transformers(tmp_path: Path) -> N
 def test_a_trained_head_of_a_multimodal_model_is_untied_in_each_section_of_the_config(tmp_path: Path) -> None:
     tiny_model("gemma3").save_pretrained(tmp_path / "base")
     prune_to(PruneRequest(str(tmp_path / "base"), str(tmp_path / "cut"), drop_layers=[2]))
-    student, method = Student.at(tmp_path / "cut"), parse_method("lm_head")
+    student, method = Student.load(tmp_path / "cut"), parse_method("lm_head")
     entry = train(student, method, tmp_path / "trained")
     write_healed(student, tmp_path / "trained", tmp_path / "healed", entry)
     outcome = verify(VerifyRequest(str(tmp_path / "healed")))
@@ -161,7 +161,7 @@ def test_a_trained_head_of_a_multimodal_model_is_untied_in_each_section_of_the_c
 def test_what_training_left_as_it_was_is_not_healed(tmp_path: Path) -> None:
     write_model(tmp_path / "base")
     prune_to(PruneRequest(str(tmp_path / "base"), str(tmp_path / "cut"), drop_layers=[2]))
-    student, method = Student.at(tmp_path / "cut"), parse_method("last1")
+    student, method = Student.load(tmp_path / "cut"), parse_method("last1")
     model = get_peft_model(load_student(student, method), adapter_config(student, method, ModelConfig()))
     model.save_pretrained(tmp_path / "trained")
     with stage_entry("heal", {}) as entry:
@@ -176,7 +176,7 @@ def test_an_evaluation_leaves_4_bit_weights_trainable(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     write_model(tmp_path / "base")
     prune_to(PruneRequest(str(tmp_path / "base"), str(tmp_path / "cut"), drop_layers=[2]))
-    student, method = Student.at(tmp_path / "cut"), parse_method("qlora")
+    student, method = Student.load(tmp_path / "cut"), parse_method("qlora")
     ids, found = torch.arange(3, 43)[None], []
     for evaluated in (False, True):
         torch.manual_seed(0)
@@ -200,24 +200,24 @@ def test_an_evaluation_leaves_4_bit_weights_trainable(tmp_path: Path) -> None:
 
 def test_options_that_decide_the_result_are_recorded(tmp_path: Path) -> None:
     args = HealConfig(output_dir=str(tmp_path), use_cpu=True, loss="ce+kd", kd_alone=0.85, learning_rate=1e-3)
-    found = settings_of(args)
+    found = training_settings(args)
     assert (found["kd_alone"], found["kd_share"], found["learning_rate"]) == (0.85, 0.5, 1e-3)
     assert "cache" not in found
     assert "label_smoothing_factor" not in found
     args = HealConfig(output_dir=str(tmp_path), use_cpu=True)
-    assert not [name for name in settings_of(args) if name.startswith("kd_")]
+    assert not [name for name in training_settings(args) if name.startswith("kd_")]
 
 
 def test_every_option_that_differs_is_recorded_unless_it_decides_nothing(tmp_path: Path) -> None:
     changed = {"label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0, "loss_type": "dft", "adam_beta2": 0.95}
     idle = {"logging_steps": 1, "save_strategy": "no", "hub_token": "hf_" + "a" * 30, "dataloader_num_workers": 1}
     common = {"output_dir": str(tmp_path), "use_cpu": True}
-    plain, found = (settings_of(HealConfig(**common, **more)) for more in ({}, changed | idle))
+    plain, found = (training_settings(HealConfig(**common, **more)) for more in ({}, changed | idle))
     assert found == plain | changed
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 5, "save_steps": 10}
-    assert best.items() <= settings_of(HealConfig(**common, **best)).items()
+    assert best.items() <= training_settings(HealConfig(**common, **best)).items()
     lora = ModelConfig(lora_r=4, use_dora=True, dtype="auto", model_name_or_path=str(tmp_path))
-    found = settings_of(HealConfig(**common, method="lora"), lora)
+    found = training_settings(HealConfig(**common, method="lora"), lora)
     assert (found["lora_r"], found["lora_alpha"], found["use_dora"]) == (4, 32, True)
     assert str(tmp_path) not in str(found)
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_layerprune.errors import CheckpointError
-from hf_layerprune.heal.store import StateCache, hash_rows, hash_tensors, make_room
+from hf_layerprune.heal.store import StateCache, create_cache_folders, hash_rows, hash_tensors
 
 WIDTH = 3
 
@@ -24,7 +24,7 @@ def states_of(row: int, length: int) -> torch.Tensor:
 
 def cache_of(folder: Path, lengths: list[int], shard_tokens: int = 100) -> StateCache:
     cache = StateCache(folder, lengths, WIDTH * 4, shard_tokens * WIDTH * 4)
-    make_room([cache])
+    create_cache_folders([cache])
     return cache
 
 
@@ -101,9 +101,9 @@ def test_only_its_own_folder_is_deleted(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="folders are locked with flock")
 def test_the_last_run_that_uses_a_folder_deletes_it(tmp_path: Path) -> None:
     first, second = (cache_of(tmp_path / "cache" / "states", [2]) for _ in range(2))
-    make_room([first])
+    create_cache_folders([first])
     filled(first, [2])
-    make_room([second])
+    create_cache_folders([second])
     first.delete()
     assert second.missing() == []
     second.delete()

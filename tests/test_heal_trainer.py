@@ -23,7 +23,7 @@ from hf_layerprune.errors import CheckpointError, CutError, LayerPruneError
 from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.losses import HeadLoss, head_loss
 from hf_layerprune.heal.precompute import precompute
-from hf_layerprune.heal.prepared import labelled_rows
+from hf_layerprune.heal.prepared import keep_labelled_rows
 from hf_layerprune.heal.trainer import HealTrainer
 from hf_layerprune.versions import trl_drops_rows_without_labels
 
@@ -239,8 +239,8 @@ def test_rows_longer_than_the_context(tmp_path: Path, settings: dict[str, Any]) 
 def test_answers_that_are_all_too_late() -> None:
     late = Dataset.from_list([{"input_ids": [5] * 8, "assistant_masks": [0] * 6 + [1] * 2}] * 3)
     with pytest.raises(LayerPruneError, match="none of the 3 training rows"):
-        labelled_rows(late, HealConfig(output_dir="none", max_length=4, use_cpu=True), late)
-    assert len(labelled_rows(late, HealConfig(output_dir="none", max_length=7, use_cpu=True), late)) == 3
+        keep_labelled_rows(late, HealConfig(output_dir="none", max_length=4, use_cpu=True), late)
+    assert len(keep_labelled_rows(late, HealConfig(output_dir="none", max_length=7, use_cpu=True), late)) == 3
 
 
 def test_offloaded_weights_are_not_trained(llama: Bench, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hf_layerprune import CheckpointError, LayerPruneError
 from hf_layerprune.cli import main
 from hf_layerprune.measure.evaluate import EvalRequest, evaluate
 from hf_layerprune.measure.harness import ImageHarness, prompts_hash
-from hf_layerprune.measure.tasks import dataset_of, read_tasks, task_set
+from hf_layerprune.measure.tasks import load_tasks, read_tasks, task_dataset
 from hf_layerprune.runtime.loading import load_base, load_processor
 
 from .measure_models import write_model
@@ -90,9 +90,9 @@ def test_another_picture_is_another_question(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         folder = write_task(tmp_path / name, [question(0, "w7")])
         noise(seed).save(folder / "pictures" / "0.png")
-        found = task_set(None, folder)
+        found = load_tasks(None, folder)
         seen = found["seen"]
-        hashes.append(dataset_of(seen))
+        hashes.append(task_dataset(seen))
         assert prompts_hash("seen", seen, None, None) == prompts_hash("seen", seen, None, None)
     assert hashes[0] == hashes[1] != hashes[2]
 
@@ -157,9 +157,9 @@ def test_images_of_questions_that_are_not_asked_are_not_read(cut: Path, tmp_path
     folder = write_task(tmp_path / "tasks", [question(seed, "w7") for seed in (0, 1, 2, 9)])
     (folder / "pictures" / "2.png").write_bytes(b"")
     evaluate(EvalRequest(str(cut), tasks_from=folder, limit=2, output=tmp_path / "numbers.json"))
-    two = dataset_of(task_set(None, folder, 2)["seen"])
+    two = task_dataset(load_tasks(None, folder, 2)["seen"])
     noise(3).save(folder / "pictures" / "1.png")
-    assert dataset_of(task_set(None, folder, 2)["seen"]) != two
+    assert task_dataset(load_tasks(None, folder, 2)["seen"]) != two
     with pytest.raises(LayerPruneError, match="line 3"):
         read_tasks(folder, limit=3)
 
@@ -174,7 +174,7 @@ def test_questions_with_and_without_images_are_not_mixed(tmp_path: Path) -> None
 def test_no_image_of_the_data_of_a_task_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The harness's own tasks decode their images as data sets do, whatever the first task is about."""
     ran = lay_postscript(tmp_path / "0.png", tmp_path, monkeypatch)
-    task_set(None, write_task(tmp_path / "tasks", [{"query": "w5", "choices": ["a", "b"], "gold": 0}]))
+    load_tasks(None, write_task(tmp_path / "tasks", [{"query": "w5", "choices": ["a", "b"], "gold": 0}]))
     data = Dataset.from_dict({"image": [str(tmp_path / "0.png")]}, Features({"image": Image()}))
     with pytest.raises(OSError, match="it is PostScript"):
         data[0]

@@ -25,7 +25,7 @@ from hf_layerprune.cli import main
 from hf_layerprune.measure.evaluate import EvalRequest, check_request
 from hf_layerprune.measure.harness import Harness
 from hf_layerprune.measure.subject import identify
-from hf_layerprune.measure.tasks import read_tasks, task_set
+from hf_layerprune.measure.tasks import load_tasks, read_tasks
 from hf_layerprune.records.fingerprints import fingerprint, weights_hash
 from hf_layerprune.records.metrics import Metrics
 
@@ -115,7 +115,7 @@ def test_the_paired_difference_is_over_the_same_questions(base: Path, cut: Path,
     """Held against the harness's own log of each question."""
     found = measure(cut, tasks, base=str(base), tasks=("asked",), texts=())
     right = []
-    asked = task_set(["asked"], tasks)["asked"]
+    asked = load_tasks(["asked"], tasks)["asked"]
     for folder in (cut, base):
         harness = Harness(load_model(folder), load_tokenizer(folder), 8)
         right.append(list(harness.run("asked", asked).scores["acc"].outcomes.values()))
@@ -176,7 +176,7 @@ def test_a_gguf_file(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert find(found, dense, "acc", "asked")["dtype"] == "bfloat16"
     # The same as the model that it unpacks to.
     model, tokenizer = load_model(path, dtype=torch.bfloat16), load_tokenizer(path)
-    asked = task_set(["asked"], tasks)["asked"]
+    asked = load_tasks(["asked"], tasks)["asked"]
     run = Harness(model, tokenizer, "auto").run("asked", asked, limit=8)
     assert run.scores["acc"].value == find(found, dense, "acc", "asked")["value"]
 
@@ -219,7 +219,7 @@ def test_batches_halve_where_memory_ends(
         if len(ids) > 2:
             torch.empty(1 << 60, dtype=torch.uint8)
 
-    asked = task_set(["asked"], tasks)["asked"]
+    asked = load_tasks(["asked"], tasks)["asked"]
     plain = Harness(model, load_tokenizer(base), 2).run("asked", asked)
     model.register_forward_pre_hook(forget, with_kwargs=True)
     harness = Harness(model, load_tokenizer(base), 8)

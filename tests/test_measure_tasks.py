@@ -15,8 +15,8 @@ from tokenizers import processors
 
 from hf_layerprune import CutError, LayerPruneError
 from hf_layerprune.measure import harness, tasks
-from hf_layerprune.measure.tasks import PAPER, read_task, read_tasks, task_set
-from hf_layerprune.measure.texts import check_same_tokens, find_text, windows
+from hf_layerprune.measure.tasks import PAPER, load_tasks, read_task, read_tasks
+from hf_layerprune.measure.texts import check_same_tokens, find_text, split_windows
 from hf_layerprune.runtime.windows import special_prefix
 
 from .measure_models import byte_tokenizer, write_tasks
@@ -33,7 +33,7 @@ def test_a_folder_of_tasks(tmp_path: Path) -> None:
     write_tasks(tmp_path)
     found = read_tasks(tmp_path)
     assert list(found) == ["asked", "begun", "mixed"]
-    assert list(task_set(["mixed", "asked"], tmp_path)) == ["mixed", "asked"]
+    assert list(load_tasks(["mixed", "asked"], tmp_path)) == ["mixed", "asked"]
     assert found["asked"].fields["doc_to_text"] == "{{query}}\nAnswer:"
     assert found["begun"].fields["doc_to_text"] == "query"
 
@@ -42,17 +42,17 @@ def test_a_file_that_is_not_asked_for_is_left_alone(tmp_path: Path) -> None:
     """Training rows may lie beside the questions."""
     write_tasks(tmp_path)
     write(tmp_path / "rows.jsonl", {"text": "Not a question."})
-    assert list(task_set(["asked"], tmp_path)) == ["asked"]
+    assert list(load_tasks(["asked"], tmp_path)) == ["asked"]
     with pytest.raises(LayerPruneError, match=r"rows.jsonl, line 1 .*: a question is"):
-        task_set(["rows"], tmp_path)
+        load_tasks(["rows"], tmp_path)
     with pytest.raises(LayerPruneError, match=r"rows.jsonl, line 1 .*: a question is"):
-        task_set(None, tmp_path)
+        load_tasks(None, tmp_path)
 
 
 def test_the_harness_asks_what_the_file_says(tmp_path: Path) -> None:
     write(tmp_path / "one.jsonl", QUESTION, {"query": "Question: {{7*7}}?", "choices": ["49", "7 {% x"], "gold": 1})
     write(tmp_path / "two.jsonl", {"query": "12", "choices": ["34", "[5]", "6"], "gold": 2.0})
-    found = task_set(None, tmp_path)
+    found = load_tasks(None, tmp_path)
     asked = {}
     for name, loaded in found.items():
         (task,) = loaded["tasks"].values()
@@ -63,12 +63,12 @@ def test_the_harness_asks_what_the_file_says(tmp_path: Path) -> None:
     assert asked["one"][2:] == [(text, " 49"), (text, " 7 {% x")]
     assert asked["two"] == [("12", " 34"), ("12", " [5]"), ("12", " 6")]
     assert read_task(tmp_path / "two.jsonl").rows[0]["gold"].__class__ is int  # pandas may write 2.0
-    assert all(len(tasks.dataset_of(loaded)) == 64 for loaded in found.values())
+    assert all(len(tasks.task_dataset(loaded)) == 64 for loaded in found.values())
 
 
 def test_a_question_is_not_among_its_own_examples(tmp_path: Path) -> None:
     write(tmp_path / "one.jsonl", *({"query": f"{i}:", "choices": ["a", "b"], "gold": i % 2} for i in range(6)))
-    loaded = task_set(None, tmp_path)["one"]
+    loaded = load_tasks(None, tmp_path)["one"]
     harness.prompts_hash("one", loaded, None, 4)
     (task,) = loaded["tasks"].values()
     assert all(one.args[0].count(one.doc["query"]) == 1 and one.args[0].count(":") == 5 for one in task.instances)
@@ -94,7 +94,7 @@ def test_a_file_beside_it_sets_the_prompt(tmp_path: Path) -> None:
     (tmp_path / "one.yaml").write_text(
         'doc_to_text: "Q {{query}} A"\ntarget_delimiter: ": "\nmetadata: {version: 7}\n'
     )
-    (task,) = task_set(["one"], tmp_path)["one"]["tasks"].values()
+    (task,) = load_tasks(["one"], tmp_path)["one"]["tasks"].values()
     task.build_all_requests(rank=0, world_size=1)
     assert task.instances[1].args == ("Q Question: Is it so? A", ": no")
     assert task.VERSION == 7
@@ -184,10 +184,10 @@ def test_names_of_the_harness(tmp_path: Path) -> None:
     for name, near in (("hellaswagg", "hellaswag"), ("arc_eesy", "arc_easy"), ("aksed", "asked"), ("papper", "paper")):
         message = f"'{name}' is neither a task of lm-evaluation-harness nor a .jsonl file in .*; did you mean .*{near}"
         with pytest.raises(LayerPruneError, match=message):
-            task_set(["asked", name], tmp_path)
+            load_tasks(["asked", name], tmp_path)
     with pytest.raises(LayerPruneError, match="'§§§' is not a task of the harness; lm-eval ls tasks"):
-        task_set(["§§§"])
-    manager = tasks._all_tasks()
+        load_tasks(["§§§"])
+    manager = tasks._task_manager()
     assert set(PAPER) <= set(manager.all_tasks)
     assert {"mmlu", "cmmlu"} <= set(manager.all_groups)
 
@@ -195,7 +195,7 @@ def test_names_of_the_harness(tmp_path: Path) -> None:
 def test_tasks_whose_data_is_far_away() -> None:
     message = "can't load task piqa: .*; go online, or specify files with --tasks-from FOLDER"
     with pytest.raises(LayerPruneError, match=message):
-        task_set(["paper"])
+        load_tasks(["paper"])
 
 
 # --- texts --------------------------------------------------------------------------------------------------
@@ -204,22 +204,22 @@ def test_tasks_whose_data_is_far_away() -> None:
 def test_windows_follow_each_other(tmp_path: Path) -> None:
     text = "".join(chr(97 + i % 26) for i in range(1000))
     tokenizer = byte_tokenizer()
-    rows, begun = windows(text, tokenizer, 64)
+    rows, begun = split_windows(text, tokenizer, 64)
     assert (rows.shape, begun) == ((15, 64), False)
     assert tokenizer.decode(rows.flatten()) == text[: 15 * 64]
-    few, _ = windows(text, tokenizer, 64, 3)
+    few, _ = split_windows(text, tokenizer, 64, 3)
     assert few.equal(rows[:3])
 
 
 def test_windows_begin_as_the_tokenizer_does() -> None:
     tokenizer = byte_tokenizer(bos=True)
     assert special_prefix(tokenizer) == (1,)
-    rows, begun = windows("abcdefgh" * 10, tokenizer, 9)
+    rows, begun = split_windows("abcdefgh" * 10, tokenizer, 9)
     assert begun
     assert rows.shape == (10, 9)
     assert set(rows[:, 0].tolist()) == {1}
     assert tokenizer.decode(rows[3, 1:]) == "abcdefgh"
-    assert windows("abc", tokenizer, 2)[0].tolist() == [[1, token] for token in tokenizer("abc").input_ids[1:]]
+    assert split_windows("abc", tokenizer, 2)[0].tolist() == [[1, token] for token in tokenizer("abc").input_ids[1:]]
 
 
 def test_windows_begin_with_all_that_the_tokenizer_puts_first() -> None:
@@ -227,16 +227,16 @@ def test_windows_begin_with_all_that_the_tokenizer_puts_first() -> None:
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
         single="<pad> <s> $A", special_tokens=[("<pad>", 0), ("<s>", 1)]
     )
-    rows, begun = windows("abc", tokenizer, 3)
+    rows, begun = split_windows("abc", tokenizer, 3)
     assert begun
     assert rows.tolist() == [[0, 1, token] for token in tokenizer("abc").input_ids[2:]]
     with pytest.raises(CutError, match="2 special tokens and no text; use 3 or more"):
-        windows("abc", tokenizer, 2)
+        split_windows("abc", tokenizer, 2)
 
 
 def test_bad_texts(tmp_path: Path) -> None:
     with pytest.raises(LayerPruneError, match="the text has 5 tokens, but a window has 64"):
-        windows("short", byte_tokenizer(), 64)
+        split_windows("short", byte_tokenizer(), 64)
     for name in ("nowhere.txt", str(tmp_path)):
         with pytest.raises(LayerPruneError, match=f"text {name} is not a file; specify one, or wikitext2"):
             find_text(name)

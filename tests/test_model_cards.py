@@ -21,7 +21,7 @@ from hf_layerprune.publish.verify.verdict import verify
 from hf_layerprune.records.fingerprints import identity_from_hashes
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.records.metrics import Metrics
-from hf_layerprune.stages.prune import settings_of
+from hf_layerprune.stages.prune import prune_settings
 from hf_layerprune.stages.requests import PruneRequest
 from hf_layerprune.versions import installed_version
 from model_cards import __main__ as command
@@ -92,7 +92,7 @@ def asked(model: make.Model) -> dict[str, Any]:
     else:
         words = ["--drop-layers", "0"] if model.same_layers else [*model.made]
     request = options_from_args(build_parser().parse_args(["prune", "base", "out", *words]), PruneRequest)
-    return settings_of(request.with_calibration(), [])
+    return prune_settings(request.with_calibration(), [])
 
 
 # Of the others, the cut is the same as that of one of these.

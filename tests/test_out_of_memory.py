@@ -17,9 +17,9 @@ import torch
 
 from hf_layerprune.cut.memory import drop_layers
 from hf_layerprune.errors import LayerPruneError
-from hf_layerprune.heal.isolation import Isolation
-from hf_layerprune.heal.self_data import Writer
-from hf_layerprune.heal.store import StateCache, make_room
+from hf_layerprune.heal.isolation import RowIsolation
+from hf_layerprune.heal.self_data import RowWriter
+from hf_layerprune.heal.store import StateCache, create_cache_folders
 from hf_layerprune.runtime.head import OutputHead
 from hf_layerprune.runtime.memory import free_bytes, is_out_of_memory
 from hf_layerprune.runtime.walk import LayerWalk
@@ -118,7 +118,7 @@ def test_what_is_computed_once(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 
     most = 2
     cache = StateCache(tmp_path / "states", lengths, 12)
-    make_room([cache])
+    create_cache_folders([cache])
     cache.fill(run, 1000, "test")
     assert sizes == [8, 4, 2, 2, 2, 2]  # no more tokens than two of the longest rows have
     assert "continuing with batches of 2" in caplog.text
@@ -134,8 +134,8 @@ def test_what_the_dense_model_writes(what: str, tmp_path: Path) -> None:
     model, tokenizer = tiny_model("llama"), word_tokenizer()
     prompts = [[3, 4], [5], [6, 7, 8]] * 2
     write: dict[str, Callable[[Path], Any]] = {
-        "rows": lambda folder: Writer(model, tokenizer, folder, 0).rows(7, 9)["input_ids"][:],
-        "answers": lambda folder: Writer(model, tokenizer, folder, 0)._answers(prompts, 6, 0.0),
+        "rows": lambda folder: RowWriter(model, tokenizer, folder, 0).generate_rows(7, 9)["input_ids"][:],
+        "answers": lambda folder: RowWriter(model, tokenizer, folder, 0)._generate_answers(prompts, 6, 0.0),
     }
     wanted = write[what](tmp_path / "all")
     with full(model.model.layers[0], 2) as refused:
@@ -189,7 +189,7 @@ def test_rows_are_not_said_to_see_each_other_where_the_gradients_do_not_fit(monk
     def grad(*args: Any, **kwargs: Any) -> Any:
         raise torch.OutOfMemoryError(MESSAGE)
 
-    apart = Isolation(states, lambda of, rows: list(of), model, 0, torch.device("cpu"))
+    apart = RowIsolation(states, lambda of, rows: list(of), model, 0, torch.device("cpu"))
     assert apart.holds([0, 1])
     monkeypatch.setattr(torch.autograd, "grad", grad)
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):

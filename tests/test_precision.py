@@ -128,7 +128,7 @@ def test_repair_and_ranking(slow: bool, base: Path, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("method", ["last1", "lm_head+last1", "full"])
 def test_training(slow: bool, base: Path, tmp_path: Path, method: str) -> None:
     prune_to(PruneRequest(str(base), str(tmp_path / "cut"), drop_layers=[1]))
-    student = Student.at(tmp_path / "cut")
+    student = Student.load(tmp_path / "cut")
     way = student.method(method)
     args = HealConfig(
         str(tmp_path / "run"), method=way.name, loss="kd", teacher=str(base), max_steps=2, use_cpu=True, report_to=[],

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_layerprune.errors import CheckpointError
 from hf_layerprune.stages import provenance
-from hf_layerprune.stages.prune import prune_to, was_made
+from hf_layerprune.stages.prune import is_already_pruned, prune_to
 from hf_layerprune.stages.requests import PruneRequest
 
 from .measure_models import write_model
@@ -48,17 +48,17 @@ def test_other_options_are_another_cut(
     monkeypatch.chdir(base.parent)
     folder = tmp_path / "pruned"
     request = PruneRequest(str(base), str(folder), **options)
-    assert not was_made(request, folder)
+    assert not is_already_pruned(request, folder)
     prune_to(request)
-    assert was_made(request, folder)
+    assert is_already_pruned(request, folder)
     with pytest.raises(CheckpointError, match="holds a different cut"):
-        was_made(PruneRequest(str(base), str(folder), **options | change), folder)
+        is_already_pruned(PruneRequest(str(base), str(folder), **options | change), folder)
 
 
 def test_what_is_not_used_may_differ(base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pruned"
     prune_to(PruneRequest(str(base), str(folder), drop_layers=[3]))
-    assert was_made(PruneRequest(str(base), str(folder), drop_layers=[3], seed=7, **FEW), folder)
+    assert is_already_pruned(PruneRequest(str(base), str(folder), drop_layers=[3], seed=7, **FEW), folder)
 
 
 def test_a_base_that_was_edited_is_another_base(base: Path, tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_base_that_was_edited_is_another_base(base: Path, tmp_path: Path) -> N
     save_file(weights, mine / "model.safetensors", metadata={"format": "pt"})
     assert (mine / "model.safetensors").stat().st_size == size
     with pytest.raises(CheckpointError, match="one of another base"):
-        was_made(request, tmp_path / "pruned")
+        is_already_pruned(request, tmp_path / "pruned")
 
 
 def test_a_calibration_file_that_was_edited_is_another_text(base: Path, tmp_path: Path) -> None:
@@ -80,10 +80,10 @@ def test_a_calibration_file_that_was_edited_is_another_text(base: Path, tmp_path
     shutil.copyfile(base.parent / "notes.txt", notes)
     request = PruneRequest(str(base), str(tmp_path / "pruned"), **REPAIRED, calibration=str(notes))
     prune_to(request)
-    assert was_made(request, tmp_path / "pruned")
+    assert is_already_pruned(request, tmp_path / "pruned")
     notes.write_text(notes.read_text().replace("cold", "warm"))
     with pytest.raises(CheckpointError, match="another base or calibration text"):
-        was_made(request, tmp_path / "pruned")
+        is_already_pruned(request, tmp_path / "pruned")
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_mistakes_are_off_unless_they_are_asked_for() -> None:
     ],
 )
 def test_mistakes_concern_the_rows_they_were_made_in(name: str, mistakes: list[str]) -> None:
-    assert plans.concerning(ROWS[name]) == mistakes
+    assert plans.relevant_mistakes(ROWS[name]) == mistakes
     right, wrong = (plans.make_plan(ROWS[name], plans.Options(mistakes=m)) for m in ((), EVERY_MISTAKE))
     assert wrong.mistakes == tuple(mistakes)
     assert (right.key == wrong.key) == (not mistakes)
@@ -142,7 +142,7 @@ def test_numbers_that_are_known_to_be_wrong_are_put_right() -> None:
     for name in wrong:
         assert ROWS[name].notes
         assert ROWS[name].figures()["mean"] != ROWS[name].paper["mean"]
-    cells = results.describe(results.lines_of(ROWS["table6/llama-taylor-05"], None)[0], None)
+    cells = results.format_line(results.make_lines(ROWS["table6/llama-taylor-05"], None)[0], None)
     assert cells == ["mean", "0.4796 (printed: 0.3600)", "not run", "", ""]
 
 
@@ -230,18 +230,18 @@ def test_a_difference_within_the_standard_error() -> None:
     row = ROWS["table1/llama-taylor"]
     for ours, verdict in ((0.4800, "yes"), (0.4700, "no, 4.8 s.e."), (0.4777, "yes"), (0.4774, "no, 1.1 s.e.")):
         found = {"values": {"mean": {"value": ours, "stderr": 0.002}}, "differences": [], "mistakes": []}
-        cells = results.describe(results.lines_of(row, found)[0], found)
+        cells = results.format_line(results.make_lines(row, found)[0], found)
         assert cells[1:4] == ["0.4796", f"{ours:.4f} ± 0.0020", f"{ours - 0.4796:+.4f}"]
         assert cells[4] == verdict
     found["differences"] = ["8 steps"]
-    assert results.describe(results.lines_of(row, found)[0], found)[4] == "not the same run"
+    assert results.format_line(results.make_lines(row, found)[0], found)[4] == "not the same run"
 
 
 def test_layers_of_several_rounds_are_counted_in_the_base() -> None:
-    dropped_of_base = import_module("stages").dropped_of_base
+    dropped_in_base = import_module("stages").dropped_in_base
     rounds = [{"layers": 8, "dropped": [0, 3]}, {"layers": 6, "dropped": [0, 1]}, {"layers": 4, "dropped": [3]}]
-    assert dropped_of_base(rounds[:1]) == [0, 3]
-    assert dropped_of_base(rounds) == [0, 1, 2, 3, 7]
+    assert dropped_in_base(rounds[:1]) == [0, 3]
+    assert dropped_in_base(rounds) == [0, 1, 2, 3, 7]
 
 
 @pytest.mark.parametrize(("drop", "rounds"), [(0.25, [20, 5]), (30, [20, 10]), (0.29, [20, 9])])

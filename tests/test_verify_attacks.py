@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune.cli import main
-from hf_layerprune.heal.stage import copy_beside_weights
+from hf_layerprune.heal.stage import copy_companion_files
 from hf_layerprune.publish.verify.fields import agrees_with_renamed, reads_another_tokenizer
 from hf_layerprune.records.fingerprints import behaviour_hashes, fingerprint, weights_hash
 from hf_layerprune.records.lineage import Lineage
@@ -283,7 +283,7 @@ def test_the_version_by_which_a_tokenizer_is_read(tmp_path: Path, capsys: pytest
     assert json.loads((cut / "config.json").read_text())["transformers_version"] == "4.57.3"
     assert says(cut, capsys)[0] == 0
     AutoModelForCausalLM.from_pretrained(cut).save_pretrained(healed)
-    copy_beside_weights(cut, healed)
+    copy_companion_files(cut, healed)
     assert json.loads((healed / "config.json").read_text())["transformers_version"] == "4.57.3"
     edit_json("config.json", transformers_version="5.24.0")(cut)
     forge(cut)

@@ -395,7 +395,7 @@ def test_a_repair_of_quantised_weights_is_refused_before_anything_is_copied(tmp_
     words[1] = in_fp8(tmp_path / "partly", "down_proj")
     assert main(words) == 1
     assert "down_proj.weight is F8_E4M3" in capsys.readouterr().err
-    monkeypatch.setattr("hf_layerprune.stages.prune._prepare", None)
+    monkeypatch.setattr("hf_layerprune.stages.prune._prepare_dense", None)
     words[1] = in_fp8(tmp_path / "base")
     assert main(words) == 1
     assert "the weights are quantised (fp8), and can't be repaired" in capsys.readouterr().err

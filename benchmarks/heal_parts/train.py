@@ -12,7 +12,7 @@ from typing import Any
 from heal_speed import prepared  # in the folder of `heal_quality.py`
 
 from .arms import STAND_IN, Arm
-from .names import data_hash, short
+from .names import data_hash, short_hash
 from .setting import Clock, Setting
 from .stand_in import train_stand_in
 from .texts import instructions, training_rows
@@ -36,7 +36,7 @@ def heal(arm: Arm, setting: Setting, seed: int, minutes: float, tokens: int | No
         The model, and a record of what was done.
     """
     dropped = list(setting.drop[arm.drop])
-    folder, charged = pruned(dropped, arm.repair, setting)
+    folder, charged = prune_cached(dropped, arm.repair, setting)
     clock = Clock(minutes, charged)
     record: dict[str, Any] = {"dropped": dropped, "repair_seconds": round(charged, 1)}
     if arm.method == STAND_IN:
@@ -55,13 +55,13 @@ def heal(arm: Arm, setting: Setting, seed: int, minutes: float, tokens: int | No
     return model, record | {"seconds": round(clock.spent, 1)}
 
 
-def pruned(dropped: list[int], repair: str, setting: Setting) -> tuple[Path, float]:
+def prune_cached(dropped: list[int], repair: str, setting: Setting) -> tuple[Path, float]:
     """The folder of a cut, and the CPU seconds that it took."""
     from hf_layerprune.layer_ranges import format_layers
     from hf_layerprune.stages.prune import PruneRequest, prune_to
 
     rows = f"{setting.calibration}x{setting.length}"
-    known = short(str(setting.base.resolve()), data_hash(setting.data))
+    known = short_hash(str(setting.base.resolve()), data_hash(setting.data))
     folder = setting.work / "-".join(["cut", format_layers(dropped), *([repair, rows] if repair else []), known])
     took = folder.with_name(f"{folder.name}.seconds")
     if not took.exists():
@@ -97,22 +97,22 @@ def _rows(arm: Arm, setting: Setting, clock: Clock, seed: int, tokens: int | Non
             written += _rewritten(some, setting, seed)
         return prepared(setting.tokenizer, written, 2 * setting.length)
     if arm.rows == "self":
-        return _self_written(count, setting, seed)
+        return _generate_rows(count, setting, seed)
     rows = "broad" if arm.rows == "broad and self" else arm.rows
     made = training_rows(setting.data, setting.tokenizer, rows, count, setting.length, seed)
     given = [{"input_ids": row, "labels": row} for row in made]
     # As many as the given rows fall short of.
-    return given + (_self_written(count - len(given), setting, seed) if rows != arm.rows else [])
+    return given + (_generate_rows(count - len(given), setting, seed) if rows != arm.rows else [])
 
 
-def _self_written(count: int, setting: Setting, seed: int) -> list[dict[str, Any]]:
-    from hf_layerprune.heal.self_data import Writer
+def _generate_rows(count: int, setting: Setting, seed: int) -> list[dict[str, Any]]:
+    from hf_layerprune.heal.self_data import RowWriter
 
     if count <= 0:
         return []
     folder = setting.work / f"self-{os.getpid()}"  # of its own, so that each run pays for its rows
     shutil.rmtree(folder, ignore_errors=True)
-    rows = Writer(setting.dense, setting.tokenizer, folder, seed).rows(count, setting.length)
+    rows = RowWriter(setting.dense, setting.tokenizer, folder, seed).generate_rows(count, setting.length)
     shutil.rmtree(folder)
     return [dict(row) for row in rows]
 
@@ -120,13 +120,13 @@ def _self_written(count: int, setting: Setting, seed: int) -> list[dict[str, Any
 def _rewritten(rows: list[dict[str, str]], setting: Setting, seed: int) -> list[dict[str, str]]:
     from datasets import Dataset
 
-    from hf_layerprune.heal.self_data import Writer
+    from hf_layerprune.heal.self_data import RowWriter
 
     folder = setting.work / "self"
     shutil.rmtree(folder, ignore_errors=True)
     prompts = [[{"role": "user", "content": f"{row['instruction']}\n\n{row['input']}".strip()}] for row in rows]
     asked = Dataset.from_list([{"prompt": prompt, "completion": ""} for prompt in prompts])
-    answered = Writer(setting.dense, setting.tokenizer, folder, seed).rewritten(asked, setting.length, 0.0)
+    answered = RowWriter(setting.dense, setting.tokenizer, folder, seed).rewrite_answers(asked, setting.length, 0.0)
     return [
         {"instruction": row["prompt"][0]["content"], "input": "", "output": row["completion"][0]["content"]}
         for row in answered
@@ -172,7 +172,7 @@ def _train(
             self._created_lr_scheduler = True
             return self.lr_scheduler
 
-    student = Student.at(folder)
+    student = Student.load(folder)
     method = student.method(arm.method)
     before = time.process_time()
     model = load_student(student, method, dtype="auto")

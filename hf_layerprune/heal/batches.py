@@ -56,27 +56,27 @@ class StateCollator:
         if rows:
             batch["rows"] = torch.tensor(rows)
             for name, cache in self.precomputed.caches.items():
-                batch[f"{name}_states"] = self.joined(cache.read(rows), batch)
+                batch[f"{name}_states"] = self.join(cache.read(rows), batch)
         return batch
 
-    def joined(self, states: list[torch.Tensor], inputs: dict[str, Any]) -> torch.Tensor:
+    def join(self, states: list[torch.Tensor], inputs: dict[str, Any]) -> torch.Tensor:
         """Combine states of rows `[tokens, width]` into a batch `[batch, seq, width]`, for the model's `inputs`."""
         if self.padding_free:
             states = [torch.cat(states)]
         batch = states[0].new_zeros(len(states), inputs["input_ids"].shape[1], states[0].shape[1])
-        for target, first, source in zip(batch, _starts(inputs, list(map(len, states))), states, strict=True):
+        for target, first, source in zip(batch, _row_starts(inputs, list(map(len, states))), states, strict=True):
             target[first : first + len(source)] = source
         return batch
 
-    def parted(self, batch: torch.Tensor, lengths: Sequence[int], inputs: dict[str, Any]) -> list[torch.Tensor]:
-        """Split a batch `[batch, seq, width]` into states of rows `[tokens, width]`, the inverse of [`joined`]."""
+    def split(self, batch: torch.Tensor, lengths: Sequence[int], inputs: dict[str, Any]) -> list[torch.Tensor]:
+        """Split a batch `[batch, seq, width]` into states of rows `[tokens, width]`, the inverse of [`join`]."""
         if self.padding_free:
             return list(batch[0, : sum(lengths)].split(list(lengths)))
-        places = zip(batch, _starts(inputs, lengths), lengths, strict=True)
+        places = zip(batch, _row_starts(inputs, lengths), lengths, strict=True)
         return [states[first : first + length] for states, first, length in places]
 
 
-def _starts(inputs: dict[str, Any], lengths: Sequence[int]) -> list[int]:
+def _row_starts(inputs: dict[str, Any], lengths: Sequence[int]) -> list[int]:
     """Where the rows of a batch start: at 0, unless a collator of the user's pads on the left."""
     mask, seq = inputs.get("attention_mask"), inputs["input_ids"].shape[1]
     if mask is None or mask.dim() != 2:
@@ -85,17 +85,17 @@ def _starts(inputs: dict[str, Any], lengths: Sequence[int]) -> list[int]:
     return [seq - length if at_end else 0 for length, at_end in zip(lengths, left.tolist(), strict=True)]
 
 
-def token_counts(batches: list[dict[str, Any]], args: HealConfig) -> torch.Tensor:
+def count_tokens(batches: list[dict[str, Any]], args: HealConfig) -> torch.Tensor:
     """How many tokens of the batches have a label, on how many the distillation loss is computed, and all, `[3]`."""
     counts = torch.zeros(3)
     for batch in batches:
         labels = batch["labels"][:, 1:]
-        masks = labels != -100, taught_positions(batch, labels, args), real_tokens(batch)
+        masks = labels != -100, distillation_mask(batch, labels, args), non_padding_mask(batch)
         counts += torch.stack([mask.sum() for mask in masks]).to(counts)
     return counts
 
 
-def real_tokens(inputs: dict[str, Any]) -> torch.Tensor:
+def non_padding_mask(inputs: dict[str, Any]) -> torch.Tensor:
     """Which tokens are not padding, boolean `[batch, seq]`."""
     if "attention_mask" in inputs:
         return inputs["attention_mask"] != 0
@@ -103,7 +103,7 @@ def real_tokens(inputs: dict[str, Any]) -> torch.Tensor:
     return inputs["position_ids"].flip(-1).cumsum(-1).flip(-1) != 0
 
 
-def taught_positions(inputs: dict[str, Any], labels: torch.Tensor, args: HealConfig) -> torch.Tensor:
+def distillation_mask(inputs: dict[str, Any], labels: torch.Tensor, args: HealConfig) -> torch.Tensor:
     """The positions of the distillation loss, `[batch, seq - 1]`: those with a next token in the same text."""
     if args.kd_tokens == "completion":
         return labels != -100

@@ -61,7 +61,7 @@ class RunSettings(TrainerCallback):
     def __init__(self, settings: dict[str, Any], data: list[dict[str, Any]]) -> None:
         self.settings, self.data, self.resumed = settings, data, list[dict[str, Any]]()
 
-    def changed(self, settings: dict[str, Any], data: Any) -> dict[str, Any]:
+    def changed_settings(self, settings: dict[str, Any], data: Any) -> dict[str, Any]:
         """The earlier values of the settings, and of the data, that have changed; `None` for one that was not recorded."""
         before, now = settings | {"data": data}, self.settings | {"data": self.data}
         return {name: before.get(name) for name in sorted(before | now) if before.get(name) != now.get(name)}
@@ -69,7 +69,7 @@ class RunSettings(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         known = state.stateful_callbacks.get(_STATE) or {"settings": self.settings, "data": self.data, "resumed": []}
         self.resumed = [*known["resumed"]]
-        if others := self.changed(known["settings"], known["data"]):
+        if others := self.changed_settings(known["settings"], known["data"]):
             logger.warning("training goes on with settings that have changed: %s", ", ".join(others))
             self.resumed.append({"after_step": state.global_step, "settings_before": others})
         state.stateful_callbacks[_STATE] = {"settings": self.settings, "data": self.data, "resumed": self.resumed}

@@ -23,7 +23,7 @@ except ImportError as error:
 _CPU_MULTIPLE = 64
 
 
-def _trls(name: str, default: Any) -> Any:
+def _trl_field(name: str, default: Any) -> Any:
     """A field of TRL's with another default. Older versions of TRL lack some of these fields."""
     known = SFTConfig.__dataclass_fields__.get(name)
     return field(default=default, metadata={} if known is None else known.metadata)
@@ -42,12 +42,12 @@ class HealConfig(HealOptions, SFTConfig):  # type: ignore[misc]
     learning rate from `method`.
     """
 
-    gradient_checkpointing: bool | None = _trls("gradient_checkpointing", None)  # type: ignore[assignment]
-    warmup_steps: float = _trls("warmup_steps", 0.03)
+    gradient_checkpointing: bool | None = _trl_field("gradient_checkpointing", None)  # type: ignore[assignment]
+    warmup_steps: float = _trl_field("warmup_steps", 0.03)
     # TRL's newest defaults, for every version: older defaults would leave the loss to TRL, or the field is missing.
-    loss_type: str = _trls("loss_type", "nll")
-    router_aux_loss_coef: float | None = _trls("router_aux_loss_coef", None)
-    pad_to_multiple_of: int | str | None = _trls("pad_to_multiple_of", "auto")
+    loss_type: str = _trl_field("loss_type", "nll")
+    router_aux_loss_coef: float | None = _trl_field("router_aux_loss_coef", None)
+    pad_to_multiple_of: int | str | None = _trl_field("pad_to_multiple_of", "auto")
 
     def __post_init__(self) -> None:
         self.use_cpu = on_cpu = self.use_cpu or not torch.accelerator.is_available()
@@ -59,11 +59,11 @@ class HealConfig(HealOptions, SFTConfig):  # type: ignore[misc]
             self.bf16 = False
         # NEFTune scales its noise by the length of the batch, padding included.
         unpadded = self.packing or self.padding_free or self.neftune_noise_alpha is not None
-        left_to_us = self.pad_to_multiple_of == "auto" and not unpadded
+        pads_here = self.pad_to_multiple_of == "auto" and not unpadded
         if self.pad_to_multiple_of == "auto" and not trl_pads_by_itself():
             self.pad_to_multiple_of = None
         SFTConfig.__post_init__(self)
-        if left_to_us and self.pad_to_multiple_of is None and self.device.type == "cpu":
+        if pads_here and self.pad_to_multiple_of is None and self.device.type == "cpu":
             self.pad_to_multiple_of = _CPU_MULTIPLE
         check_options(self)
         if self.method != "auto":

@@ -36,7 +36,7 @@ TEXT = "text"
 # Columns in which data sets hold what is neither text nor images.
 OTHER_MEDIA = ("audio", "audios", "video", "videos")
 # Columns that TRL passes on to the chat template.
-FOR_TEMPLATES = ("tools", "chat_template_kwargs")
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 _ROLES = {"human": "user", "gpt": "assistant"}
 _SHAPES = (
     "prompt and completion, messages, conversations, instruction and output (input is optional), instruction and "
@@ -58,7 +58,7 @@ def load_rows(name: str, *, config: str | None = None, streaming: bool = False) 
 
     path = Path(name).expanduser()
     kind = path.suffix.lower()
-    with _reading(f"data set {name}"):
+    with _read_errors(f"data set {name}"):
         if kind in FILES and not path.is_file():
             raise CheckpointError(
                 f"data file {path} does not exist; specify a file, a folder, or a data set on the Hub"
@@ -86,7 +86,7 @@ def load_rows(name: str, *, config: str | None = None, streaming: bool = False) 
 
 
 @contextmanager
-def _reading(what: str) -> Iterator[None]:
+def _read_errors(what: str) -> Iterator[None]:
     from datasets.exceptions import DatasetGenerationError
 
     with boundary(f"can't read {what}"):
@@ -107,13 +107,13 @@ def load_mixture(mixture: DatasetMixtureConfig, seed: int = 42) -> DatasetDict:
     from transformers import set_seed
     from trl import get_dataset
 
-    with _reading(f"the mixture of {', '.join(part.path for part in mixture.datasets)}"):
-        mixture = replace(mixture, datasets=[_without_json(part) for part in mixture.datasets])
+    with _read_errors(f"the mixture of {', '.join(part.path for part in mixture.datasets)}"):
+        mixture = replace(mixture, datasets=[_json_to_arrow(part) for part in mixture.datasets])
         set_seed(seed)  # TRL draws the held-out rows without a seed of its own
         return get_dataset(mixture)
 
 
-def _without_json(part: DatasetConfig) -> DatasetConfig:
+def _json_to_arrow(part: DatasetConfig) -> DatasetConfig:
     """A part of a mixture; if it is of local JSON files, with the same rows in Arrow's format."""
     files = find_json_files(part.path, name=part.name, data_dir=part.data_dir, data_files=part.data_files)
     if files is None:
@@ -177,8 +177,8 @@ def shape_rows(
         raise CutError(f"{name} has {', '.join(images)}, and the model reads only text; leave that column out")
     chatting = has_chat_template(load_processor() if images and load_processor else tokenizer)
     if images:
-        with _rows_of(name):
-            rows = _opened(rows, images, Path(name).expanduser().parent)
+        with _row_errors(name):
+            rows = _open_images(rows, images, Path(name).expanduser().parent)
         _check_images(rows, images, name)
         columns = [column for column in columns if column not in images]
     shaped = {"prompt", "completion"} <= set(columns) or {"input_ids", "messages", "conversations"} & set(columns)
@@ -194,7 +194,7 @@ def shape_rows(
     if "input_ids" in columns:
         return rows
     if {"prompt", "completion"} <= set(columns):
-        _tell_unused(columns, "prompt", "completion")
+        _log_unused_columns(columns, "prompt", "completion")
         return rows
     conversation = next((name for name in ("messages", "conversations") if name in columns), None)
     if conversation is not None:
@@ -202,26 +202,26 @@ def shape_rows(
             raise CutError(
                 f"{name} has {conversation}, but the tokenizer has no chat template for them; specify a set with plain text"
             )
-        _tell_unused(columns, conversation)
-        with _rows_of(name):
+        _log_unused_columns(columns, conversation)
+        with _row_errors(name):
             return _split_conversations(rows, conversation, columns, whole)
     if names is not None:
         if template == "chat" and not chatting:
             raise CutError("template=chat, but the tokenizer has no chat template; use template=alpaca")
         make = _chat_row if template != "alpaca" and chatting else alpaca_row
         check_text(rows, name, (names[0], names[2]))
-        _tell_unused(columns, *names)
-        with _rows_of(name):
+        _log_unused_columns(columns, *names)
+        with _row_errors(name):
             return rows.map(lambda row: make(*(row.get(key) or "" for key in names)), remove_columns=columns)
     if text_field in columns and not images:
-        _tell_unused(columns, text_field)
+        _log_unused_columns(columns, text_field)
         return rows
     raise CutError(f"{name} has the columns {', '.join(columns)}, but training needs {_SHAPES}")
 
 
-def _tell_unused(columns: list[str], *used: str) -> None:
+def _log_unused_columns(columns: list[str], *used: str) -> None:
     """Say which columns are not trained on, such as one of system prompts, or the text of an instruction."""
-    read = [column for column in columns if column in (*used, *FOR_TEMPLATES)]
+    read = [column for column in columns if column in (*used, *TEMPLATE_COLUMNS)]
     if len(read) < len(columns):
         logger.info("used columns: %s; not used: %s", ", ".join(read), ", ".join(c for c in columns if c not in read))
 
@@ -231,7 +231,7 @@ def has_images(rows: Any) -> bool:
     return any(column in IMAGE_COLUMNS for column in getattr(rows, "column_names", None) or ())
 
 
-def _opened(rows: Dataset, columns: list[str], folder: Path) -> Dataset:
+def _open_images(rows: Dataset, columns: list[str], folder: Path) -> Dataset:
     """Make images of the paths of images, which are relative to the folder of a data file."""
     from datasets import Image, Sequence
 
@@ -263,24 +263,24 @@ def _check_images(rows: Dataset, columns: list[str], name: str) -> None:
             images[number]
 
 
-def _rows_of(name: str) -> AbstractContextManager[None]:
+def _row_errors(name: str) -> AbstractContextManager[None]:
     return boundary(f"can't use the rows of {name}", "each needs all its columns, and each message a role and content")
 
 
-def _chat_row(instruction: str, about: str, answer: str) -> dict[str, Any]:
-    question = f"{instruction}\n\n{about}" if about else instruction
+def _chat_row(instruction: str, context: str, answer: str) -> dict[str, Any]:
+    question = f"{instruction}\n\n{context}" if context else instruction
     return {
         "prompt": [{"role": "user", "content": question}],
         "completion": [{"role": "assistant", "content": answer}],
     }
 
 
-def alpaca_row(instruction: str, about: str, answer: str) -> dict[str, Any]:
+def alpaca_row(instruction: str, context: str, answer: str) -> dict[str, Any]:
     """The template of Stanford Alpaca, with which the paper trains."""
-    paired = ", paired with an input that provides further context" if about else ""
+    paired = ", paired with an input that provides further context" if context else ""
     task = f"Below is an instruction that describes a task{paired}. Write a response that appropriately completes the"
     prompt = f"{task} request.\n\n### Instruction:\n{instruction}\n\n"
-    return {"prompt": prompt + f"### Input:\n{about}\n\n" * bool(about) + "### Response:\n", "completion": answer}
+    return {"prompt": prompt + f"### Input:\n{context}\n\n" * bool(context) + "### Response:\n", "completion": answer}
 
 
 def _split_conversations(rows: Dataset, column: str, columns: list[str], whole: bool) -> Dataset:
@@ -293,7 +293,7 @@ def _split_conversations(rows: Dataset, column: str, columns: list[str], whole: 
 
     def split(row: dict[str, Any]) -> dict[str, Any]:
         messages = list(map(message, row[column]))
-        last = max((i for i, said in enumerate(messages) if said["role"] == "assistant"), default=0)
+        last = max((i for i, turn in enumerate(messages) if turn["role"] == "assistant"), default=0)
         if whole:
             return {"messages": messages[: last + 1] if last else []}
         return {"prompt": messages[:last], "completion": messages[last : last + 1]}
@@ -301,7 +301,7 @@ def _split_conversations(rows: Dataset, column: str, columns: list[str], whole: 
     if not whole:
         logger.info("only the last answer of each conversation is learned; everything before it is the prompt")
     kept = "messages" if whole else "prompt"
-    others = [column for column in columns if column not in FOR_TEMPLATES]
+    others = [column for column in columns if column not in TEMPLATE_COLUMNS]
     shaped = rows.map(split, remove_columns=others).filter(bool, input_columns=[kept])
     if hasattr(shaped, "__len__") and len(shaped) < len(rows):
         why = "has an assistant's answer after another message (roles: assistant, or gpt after human)"

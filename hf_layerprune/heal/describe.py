@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .config import HealConfig
 
 # Options that don't affect the trained weights, or that the history records elsewhere: whole names, then prefixes.
-_NOT_DECIDING = (
+_IRRELEVANT = (
     "teacher", "teacher_revision", "cache", "cache_dir", "keep_cache",
     "output_dir", "run_name", "project", "debug", "use_cpu", "use_cache", "local_rank", "resume_from_checkpoint",
     "accelerator_config", "parallelism_config", "deepspeed", "fsdp", "fsdp_config", "pad_to_multiple_of",
@@ -33,44 +33,44 @@ _NOT_DECIDING = (
     "dataloader_multiprocessing_context", "remove_unused_columns", "skip_memory_metrics", "prediction_loss_only",
     "enable_jit_checkpoint", "trust_remote_code", "model_name_or_path", "model_revision", "dataset_name", "datasets",
 )  # fmt: skip
-_NOT_DECIDING_BEGINS = (
+_IRRELEVANT_PREFIXES = (
     "log_", "logging_", "report_", "disable_", "trackio_", "hub_", "push_", "include_", "do_", "ddp_", "bf16_full_",
     "fp16_full_", "per_device_eval_", "per_gpu_", "batch_eval_",
 )  # fmt: skip
 _CHECKPOINTS = ("eval_", "save_")  # these matter only if the best checkpoint is kept
 # The options that are recorded even at their defaults.
-_ALWAYS = (
-    *(name for name in option_fields(HealOptions) if name not in _NOT_DECIDING),
+_ALWAYS_RECORDED = (
+    *(name for name in option_fields(HealOptions) if name not in _IRRELEVANT),
     "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "num_train_epochs", "max_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "max_length", "packing",
     "completion_only_loss", "bf16", "fp16", "seed", "data_seed",
 )  # fmt: skip
-_LORA = ("lora_r", "lora_alpha", "lora_dropout")
+_LORA_SETTINGS = ("lora_r", "lora_alpha", "lora_dropout")
 
 
-def settings_of(args: HealConfig, *others: Any) -> dict[str, Any]:
+def training_settings(args: HealConfig, *others: Any) -> dict[str, Any]:
     """All settings that decide the result, by name, as JSON: those of training, and other dataclasses of settings.
 
     The most important ones are always recorded; any other one only if it differs from its default and is not listed
     above as irrelevant.
     """
-    found = {name: getattr(args, name) for name in _ALWAYS if args.distils or not name.startswith("kd_")}
-    idle = _NOT_DECIDING_BEGINS + (() if args.load_best_model_at_end else _CHECKPOINTS)
-    always = _LORA if args.method in ("lora", "qlora") else ()
+    found = {name: getattr(args, name) for name in _ALWAYS_RECORDED if args.distils or not name.startswith("kd_")}
+    idle = _IRRELEVANT_PREFIXES + (() if args.load_best_model_at_end else _CHECKPOINTS)
+    always = _LORA_SETTINGS if args.method in ("lora", "qlora") else ()
     for one in (args, *others):
         for field in fields(one):
-            name, usual = field.name, field.default
-            if not field.init or name in (*found, *_ALWAYS, *_NOT_DECIDING) or name.startswith(idle):
+            name, default = field.name, field.default
+            if not field.init or name in (*found, *_ALWAYS_RECORDED, *_IRRELEVANT) or name.startswith(idle):
                 continue
-            if usual is MISSING:
-                usual = field.default_factory() if field.default_factory is not MISSING else None
+            if default is MISSING:
+                default = field.default_factory() if field.default_factory is not MISSING else None
             # None, False, 0 and empty all mean "off".
-            if name in always or (getattr(one, name) or None) != (usual or None):
+            if name in always or (getattr(one, name) or None) != (default or None):
                 found[name] = getattr(one, name)
-    return {name: _plain(value) for name, value in found.items()}
+    return {name: _to_json(value) for name, value in found.items()}
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     value = getattr(value, "value", value)
     return strip_local_path(value) if isinstance(value, str) else json.loads(json.dumps(value, default=str))
 
@@ -104,8 +104,8 @@ def describe_rows(
         known: dict[str, Any] = {"name": Path(name).name} if local else {"name": name}
         if not local and "/" in name:
             known["id"] = name
-        how = {"config": source.get("name")} | {key: source.get(key) for key in _HOW}
-        known |= {key: _plain(value) for key, value in how.items() if value not in (None, "train", 1)}
+        how = {"config": source.get("name")} | {key: source.get(key) for key in _SOURCE_OPTIONS}
+        known |= {key: _to_json(value) for key, value in how.items() if value not in (None, "train", 1)}
         records.append(known | ({"answers": "rewritten by the dense model"} if rewritten else {}))
     if datasets and has_images(datasets[0]):
         records[0] |= {"rows": len(datasets[0]), "images": True}
@@ -116,7 +116,7 @@ def describe_rows(
 
 
 # What decides which rows of a source are read, apart from its config.
-_HOW = ("split", "columns", "fraction")
+_SOURCE_OPTIONS = ("split", "columns", "fraction")
 _SECRETS = ("hub_token", "push_to_hub_token")
 
 
@@ -136,10 +136,10 @@ def describe_command(script: Path, words: Sequence[str]) -> str:
     kept = [word for name, *values in options[1:] if name not in _SECRETS for word in (f"--{name}", *values)]
     recipes = script.resolve().parent
 
-    def named(word: str) -> str:
+    def displayed(word: str) -> str:
         path = Path(word).resolve()
         inside = recipes.name == "recipes" and path.is_relative_to(recipes) and os.path.isfile(path)
         return path.relative_to(recipes.parent).as_posix() if inside else strip_local_path(word)
 
-    told = [",".join(map(named, word.split(","))) for word in (*options[0], *kept)]
-    return sanitize(shlex.join(["accelerate", "launch", f"recipes/{script.name}", *told]))
+    shown_words = [",".join(map(displayed, word.split(","))) for word in (*options[0], *kept)]
+    return sanitize(shlex.join(["accelerate", "launch", f"recipes/{script.name}", *shown_words]))

@@ -14,7 +14,7 @@ import torch
 from ..errors import CutError
 from ..families import Cut
 from ..runtime.prefix import Prefix, first_trained_layer
-from .student import cut_of
+from .student import recorded_cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 # This phase's learning rate and the time of its steps, relative to the next phase (SmolLM2-135M, docs/experiments.md).
 RATE, _COST = 2.5, 0.1
 # The least mean square of a target to divide by; that of padding can be smaller.
-_SMALLEST = 1e-12
+_MIN_MEAN_SQUARE = 1e-12
 
 
-def boundaries(cut: Cut) -> dict[int, int]:
+def cut_boundaries(cut: Cut) -> dict[int, int]:
     """Where hidden states are compared: after each block of dropped layers with a layer before it.
 
     For each block, ascending: how many layers of the pruned model and of the dense model are before that place.
@@ -40,34 +40,34 @@ def boundaries(cut: Cut) -> dict[int, int]:
     return found
 
 
-def trained_places(cut: Cut, first: int) -> dict[int, int]:
-    """The [`boundaries`] after the first layer that is trained, an index in the pruned model.
+def trained_boundaries(cut: Cut, first: int) -> dict[int, int]:
+    """The [`cut_boundaries`] after the first layer that is trained, an index in the pruned model.
 
     Raises:
         CutError: There are none.
     """
-    places = {front: dense for front, dense in boundaries(cut).items() if first < front}
-    if not places:
+    boundaries = {front: dense for front, dense in cut_boundaries(cut).items() if first < front}
+    if not boundaries:
         raise CutError(
             "features trains the layers before the cut, and none of them is trained; use --method behind2 or cut2 "
             '(tune_layers="cut"), or features=0'
         )
-    return places
+    return boundaries
 
 
-def feature_loss(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def feature_loss(states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """How far states are from the dense model's: for each token, the mean squared error over RMS^1.5 of the target.
 
     The squared error alone would be that of the few tokens with enormous states (massive activations,
     arXiv:2402.17762). The relative error, over RMS^2, neglects them, although much of the attention goes to them: in
     one run they were lost after a thousand steps, which broke the model.
     """
-    wanted = wanted.float()
-    error = (states.float() - wanted).square().mean(-1)
-    return error / wanted.square().mean(-1).clamp(min=_SMALLEST) ** 0.75
+    target = target.float()
+    error = (states.float() - target).square().mean(-1)
+    return error / target.square().mean(-1).clamp(min=_MIN_MEAN_SQUARE) ** 0.75
 
 
-def leave_parameters_out(args: HealConfig) -> None:
+def allow_unused_parameters(args: HealConfig) -> None:
     """Prepare settings for steps in which a forward pass ends early and most parameters get no gradient.
 
     Raises:
@@ -92,34 +92,34 @@ class FeaturePhase:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        cut = cut_of(model.config)
+        cut = recorded_cut(model.config)
         if cut is None:
             raise CutError(
                 "features reproduces what dropped layers did, and this model was not pruned; use features=0"
             )
-        places = trained_places(cut, first_trained_layer(model))
-        self._depths = tuple(places)
+        boundaries = trained_boundaries(cut, first_trained_layer(model))
+        self._depths = tuple(boundaries)
         # After how many of its layers the dense model's states are wanted.
-        self.wanted = tuple(places.values())
+        self.teacher_depths = tuple(boundaries.values())
         self._front = Prefix(model, self._depths[-1])
 
     @torch.compiler.disable(recursive=False)
     def loss(
-        self, run: Callable[..., Any], inputs: dict[str, Any], wanted: torch.Tensor, mask: torch.Tensor
+        self, run: Callable[..., Any], inputs: dict[str, Any], target: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
         """Run the layers before the last cut, and compare their states with the dense model's.
 
-        The loss is summed over the tokens that count, and averaged over blocks. `run` is the model's forward method, and `inputs` its arguments. `wanted` are the dense model's states after
+        The loss is summed over the tokens that count, and averaged over blocks. `run` is the model's forward method, and `inputs` its arguments. `target` are the dense model's states after
         each block, joined, `[batch, seq, blocks * hidden]`; the mask of the tokens that count is boolean `[batch,
         seq]`.
         """
         found = self._front.run(self._depths, forward=run, **inputs)
-        parts = wanted.chunk(len(self._depths), -1)
+        parts = target.chunk(len(self._depths), -1)
         losses = [feature_loss(found[depth], part) for depth, part in zip(self._depths, parts, strict=True)]
         return torch.stack(losses).mean(0)[mask].sum()
 
 
-def phased(schedule: Callable[..., float], first: int, steps: int, warmup: int) -> Callable[[int], float]:
+def phased_schedule(schedule: Callable[..., float], first: int, steps: int, warmup: int) -> Callable[[int], float]:
     """A schedule of the learning rate for both phases.
 
     The first steps, those of this phase, count at their cost, and have a higher rate. The steps of the warm-up keep their number.

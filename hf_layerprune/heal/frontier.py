@@ -22,21 +22,21 @@ _FEW = 10_000  # tokens; below that, the logarithm is left for a straight line
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedLoss:
     """A loss that was measured or lies between measured ones, as a mean over domains.
 
     Args:
         ln_ratio (`float`): Logarithm of the ratio of perplexities, pruned to dense.
         kl (`float`): KL divergence from the dense model, in nats per token.
-        beyond (`bool`): Whether this is beyond the tokens or the layers that were measured; the loss is then that of the
+        is_extrapolated (`bool`): Whether this is beyond the tokens or the layers that were measured; the loss is then that of the
             nearest measured point.
-        at_least (`bool`): Whether more layers are dropped than were measured, so that the real loss is larger.
+        is_lower_bound (`bool`): Whether more layers are dropped than were measured, so that the real loss is larger.
     """
 
     ln_ratio: float
     kl: float
-    beyond: bool
-    at_least: bool
+    is_extrapolated: bool
+    is_lower_bound: bool
 
     @property
     def perplexity_ratio(self) -> float:
@@ -59,7 +59,7 @@ class Frontier:
 
     @classmethod
     @cache
-    def every(cls) -> tuple[Frontier, ...]:
+    def load_all(cls) -> tuple[Frontier, ...]:
         """The frontiers that come with the package, one for each repair."""
         return tuple(cls(one["points"], one["source"]) for one in read_object(_FILE)["frontiers"])
 
@@ -69,47 +69,47 @@ class Frontier:
         return sorted({point["dropped"] / point["layers"] for point in self.points})
 
     @property
-    def tokens_per_token(self) -> float:
+    def cost_per_token(self) -> float:
         """The cost of healing on a token, everything included: how many tokens the dense model reads in that time."""
         costs = []
         for share in self.shares:
-            repaired, *trained = self._at(share)
+            repaired, *trained = self._points_at(share)
             last = trained[-1]
             costs.append((last["seconds"] - repaired["seconds"]) / last["tokens"])
         return max(costs) / self.source["forward_seconds_per_token"]
 
     @property
-    def tokens_before(self) -> float:
+    def repair_cost(self) -> float:
         """The cost of the closed-form repair: how many tokens the dense model reads in that time."""
-        seconds = max(self._at(share)[0]["seconds"] for share in self.shares)
+        seconds = max(self._points_at(share)[0]["seconds"] for share in self.shares)
         return seconds / self.source["forward_seconds_per_token"]
 
-    def expected(self, share: float, tokens: float) -> Expected:
+    def expected_loss(self, share: float, tokens: float) -> ExpectedLoss:
         """The loss without a share of the layers, after healing on so many tokens (0: after the repair alone)."""
         shares = self.shares
-        losses = [{"ln_ratio": 0.0, "kl": 0.0}, *(self._along(each, tokens) for each in shares)]
+        losses = [{"ln_ratio": 0.0, "kl": 0.0}, *(self._interpolate(each, tokens) for each in shares)]
         nearest = min(shares, key=lambda each: abs(each - share))
-        at_least = share > shares[-1] * 1.01
-        beyond = at_least or tokens > self._at(nearest)[-1]["tokens"]
+        is_lower_bound = share > shares[-1] * 1.01
+        is_extrapolated = is_lower_bound or tokens > self._points_at(nearest)[-1]["tokens"]
         values = {
             name: float(np.interp(share, [0.0, *shares], [loss[name] for loss in losses]))
             for name in ("ln_ratio", "kl")
         }
-        return Expected(**values, beyond=beyond, at_least=at_least)
+        return ExpectedLoss(**values, is_extrapolated=is_extrapolated, is_lower_bound=is_lower_bound)
 
-    def tokens_in(self, seconds: float, forward_seconds: float) -> int:
+    def affordable_tokens(self, seconds: float, forward_seconds: float) -> int:
         """How many tokens can be trained on in the given time; negative if there is not even time for the repair.
 
         `forward_seconds` is how long the dense model takes to read a token.
         """
-        return math.floor((seconds / forward_seconds - self.tokens_before) / self.tokens_per_token)
+        return math.floor((seconds / forward_seconds - self.repair_cost) / self.cost_per_token)
 
-    def _at(self, share: float) -> list[dict[str, Any]]:
-        some = [point for point in self.points if point["dropped"] / point["layers"] == share]
-        return sorted(some, key=lambda point: point["tokens"])
+    def _points_at(self, share: float) -> list[dict[str, Any]]:
+        points = [point for point in self.points if point["dropped"] / point["layers"] == share]
+        return sorted(points, key=lambda point: point["tokens"])
 
-    def _along(self, share: float, tokens: float) -> dict[str, float]:
-        some = self._at(share)
-        x = [math.log1p(point["tokens"] / _FEW) for point in some]
+    def _interpolate(self, share: float, tokens: float) -> dict[str, float]:
+        points = self._points_at(share)
+        x = [math.log1p(point["tokens"] / _FEW) for point in points]
         at = math.log1p(tokens / _FEW)
-        return {name: float(np.interp(at, x, [point[name] for point in some])) for name in ("ln_ratio", "kl")}
+        return {name: float(np.interp(at, x, [point[name] for point in points])) for name in ("ln_ratio", "kl")}

@@ -26,15 +26,15 @@ logger = logging.getLogger(__name__)
 Batch = dict[str, Any]
 
 
-class Halving:
+class BatchHalving:
     """The batches of one optimizer step, each run whole or, once memory has run out, in parts."""
 
     def __init__(self, trainer: HealTrainer) -> None:
         self._trainer = trainer
-        self._most: int | None = None
+        self._max_rows: int | None = None
         self._step = -1
         self._seen: list[Batch] = []
-        self._before: tuple[int, Any] = (0, {})
+        self._step_state: tuple[int, Any] = (0, {})
 
     def run(self, one: Callable[[Batch], torch.Tensor], batch: Batch) -> torch.Tensor:
         """Run forward and backward for the next batch of a step, and return the loss.
@@ -47,35 +47,35 @@ class Halving:
         trainer = self._trainer
         if trainer.state.global_step != self._step:
             self._step, self._seen = trainer.state.global_step, []
-            self._before = copy.deepcopy((trainer._total_train_tokens, trainer._metrics["train"]))
+            self._step_state = copy.deepcopy((trainer._total_train_tokens, trainer._metrics["train"]))
         self._seen.append(batch)
-        again = [batch]
+        pending = [batch]
         while True:
             try:
-                losses = [torch.stack([one(part) for part in self._parts(each)]).sum() for each in again]
+                losses = [torch.stack([one(part) for part in self._parts(each)]).sum() for each in pending]
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                self._halve(error, again)
+                self._halve(error, pending)
             else:
                 return losses[-1]
             # The gradients of this step are incomplete, so all of its batches run again.
             trainer.model.zero_grad()
-            trainer._total_train_tokens, trainer._metrics["train"] = copy.deepcopy(self._before)
+            trainer._total_train_tokens, trainer._metrics["train"] = copy.deepcopy(self._step_state)
             free_memory()
-            again = self._seen
+            pending = self._seen
 
     def _parts(self, batch: Batch) -> list[Batch]:
         rows = len(batch["input_ids"])
-        if self._most is None or rows <= self._most:
+        if self._max_rows is None or rows <= self._max_rows:
             return [batch]
-        starts = range(0, rows, self._most)
-        return [{name: value[start : start + self._most] for name, value in batch.items()} for start in starts]
+        starts = range(0, rows, self._max_rows)
+        return [{name: value[start : start + self._max_rows] for name, value in batch.items()} for start in starts]
 
     def _halve(self, error: BaseException, batches: list[Batch]) -> None:
         """Halve the batches; raises if that is not possible."""
         trainer, args = self._trainer, self._trainer.args
-        if args.auto_find_batch_size and not self._divides(batches[0]):
+        if args.auto_find_batch_size and not self._is_divisible(batches[0]):
             raise error
         size = max(len(part["input_ids"]) for batch in batches for part in self._parts(batch))
         if size == 1:
@@ -83,20 +83,20 @@ class Halving:
                 f"out of memory with a single row of {batches[-1]['input_ids'].shape[1]} tokens; use a smaller "
                 "--max_length, a --method that trains less, or --gradient_checkpointing true"
             ) from error
-        if not self._divides(batches[0]):
+        if not self._is_divisible(batches[0]):
             raise LayerPruneError(
                 f"out of memory with {args.per_device_train_batch_size} rows per device; --per_device_train_batch_size "
                 f"{max(1, args.per_device_train_batch_size // 2)} --gradient_accumulation_steps "
                 f"{2 * args.gradient_accumulation_steps} gives the same result with less memory"
             ) from error
-        self._most = size // 2
+        self._max_rows = size // 2
         logger.warning(
             "out of memory at step %d; continuing with batches of %d, and the same rows in each step",
             trainer.state.global_step + 1,
-            self._most,
+            self._max_rows,
         )
 
-    def _divides(self, batch: Batch) -> bool:
+    def _is_divisible(self, batch: Batch) -> bool:
         """Whether a batch can be divided: one process, the loss as a sum over tokens, and one entry for each row."""
         trainer, rows = self._trainer, len(batch["input_ids"])
         alone = trainer.accelerator.distributed_type == DistributedType.NO

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 _TF32 = 2**-9  # twice the rounding of products in float32 on a GPU, at worst
 
 
-class Isolation:
+class RowIsolation:
     """Tells whether the states of rows depend on the other rows in their batch.
 
     If they are not the same alone, within the precision of the pass, that may be rounding: it sends tokens to other
@@ -25,7 +25,7 @@ class Isolation:
 
     Args:
         states (`Callable`): Runs rows, given by their numbers, as one batch; returns the states `[seq, hidden]` of each.
-        parted (`Callable`): Divides a tensor that the batch of some rows gave into a part for each row.
+        split (`Callable`): Divides a tensor that the batch of some rows gave into a part for each row.
         model (`PreTrainedModel`): What runs.
         first (`int`): The first of the model's layers that runs.
         device (`torch.device`): Where it runs.
@@ -34,12 +34,12 @@ class Isolation:
     def __init__(
         self,
         states: Callable[[Sequence[int]], list[torch.Tensor]],
-        parted: Callable[[torch.Tensor, Sequence[int]], list[torch.Tensor]],
+        split: Callable[[torch.Tensor, Sequence[int]], list[torch.Tensor]],
         model: Any,
         first: int,
         device: torch.device,
     ) -> None:
-        self._states, self._parted = states, parted
+        self._states, self._split = states, split
         self._model, self._first, self._device = model, first, device
 
     def holds(self, rows: Sequence[int]) -> bool:
@@ -53,57 +53,57 @@ class Isolation:
         try:
             with trial():
                 layers = find_decoder_layers(self._model).layers[self._first :]
-                noisy = self._with_noise(rows, layers, together[0].dtype)
+                noisy = self._run_noisy(rows, layers, together[0].dtype)
                 for one, part, other in zip(alone, together, noisy, strict=True):
                     if not (one - part).float().norm() <= (one - other).float().norm():
                         return False
-                return self._passes_no_gradients(rows, layers[0])
+                return self._gradients_stay_in_rows(rows, layers[0])
         except TrialError as error:  # such as a kernel without gradients, or a layer with other arguments
             logger.info("it can't be told whether rows are kept apart: %s", error)
             return False
 
-    def _with_noise(self, rows: Sequence[int], layers: Iterable[nn.Module], dtype: torch.dtype) -> list[torch.Tensor]:
+    def _run_noisy(self, rows: Sequence[int], layers: Iterable[nn.Module], dtype: torch.dtype) -> list[torch.Tensor]:
         """The states of each row alone, with some more noise in the input of each layer than rounding makes."""
         scale, noise = max(2 * torch.finfo(dtype).eps, _TF32), torch.Generator(self._device).manual_seed(0)
 
-        def disturbed(hidden: torch.Tensor) -> torch.Tensor:
+        def add_noise(hidden: torch.Tensor) -> torch.Tensor:
             factors = 1 + scale * torch.randn(hidden.shape, generator=noise, device=self._device)
             return hidden * factors.to(hidden.dtype)
 
-        with scoped_hooks(*(_before(layer, disturbed) for layer in layers)):
+        with scoped_hooks(*(_hook_input(layer, add_noise) for layer in layers)):
             return [self._states([row])[0] for row in rows]
 
-    def _passes_no_gradients(self, rows: Sequence[int], layer: nn.Module) -> bool:
+    def _gradients_stay_in_rows(self, rows: Sequence[int], layer: nn.Module) -> bool:
         """Whether the states of each row have gradients in that row alone, at the input of the first layer that runs.
 
         Those of masked tokens are exactly 0. So are all that a kernel without gradients lets through, so one must lead
         from the last token of a row to another one of the same row.
         """
-        starts: list[torch.Tensor] = []
+        inputs: list[torch.Tensor] = []
 
-        def start(hidden: torch.Tensor) -> torch.Tensor:
-            if starts:  # some models run a layer several times
+        def capture_input(hidden: torch.Tensor) -> torch.Tensor:
+            if inputs:  # some models run a layer several times
                 return hidden
-            starts.append(hidden.detach().requires_grad_())
-            return starts[0].clone()  # the layer may change it in place
+            inputs.append(hidden.detach().requires_grad_())
+            return inputs[0].clone()  # the layer may change it in place
 
-        def reached(states: torch.Tensor) -> list[torch.Tensor]:
+        def input_gradients(states: torch.Tensor) -> list[torch.Tensor]:
             # A norm's output has the same sum, and sum of squares, whatever its input.
-            (of,) = torch.autograd.grad(states, starts, states.detach() ** 2, retain_graph=True)
-            return self._parted(of, rows)
+            (of,) = torch.autograd.grad(states, inputs, states.detach() ** 2, retain_graph=True)
+            return self._split(of, rows)
 
         with torch.inference_mode(False), torch.enable_grad():
-            with scoped_hooks(_before(layer, start)):
+            with scoped_hooks(_hook_input(layer, capture_input)):
                 parts = self._states(rows)
             for row, part in enumerate(parts):
-                if any(bool(one.any()) for other, one in enumerate(reached(part)) if other != row):
+                if any(bool(one.any()) for other, one in enumerate(input_gradients(part)) if other != row):
                     return False
-                if not reached(part[-1:])[row][:-1].any():
+                if not input_gradients(part[-1:])[row][:-1].any():
                     raise ValueError("gradients don't lead from one token to another")
         return True
 
 
-def _before(layer: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def _hook_input(layer: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """Change the hidden states that enter a layer, until the returned handle is removed."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -57,8 +57,8 @@ class LossInputs(types.SimpleNamespace):
         """The dense model's side of the loss, with its head; `None` without its states."""
         if self.teacher_states is None or head is None:
             return None
-        mask, taught = self.kd_mask[self.keep], self.teacher_states[:, :-1][self.keep]
-        return Distillation(taught, head, mask, self.kd_weight, args.kd_temperature, args.kd_direction)
+        mask, distilled = self.kd_mask[self.keep], self.teacher_states[:, :-1][self.keep]
+        return Distillation(distilled, head, mask, self.kd_weight, args.kd_temperature, args.kd_direction)
 
 
 def compute_in_forward(trainer: HealTrainer, output: OutputHead) -> None:
@@ -86,7 +86,7 @@ def compute_in_forward(trainer: HealTrainer, output: OutputHead) -> None:
             return {"loss": heal.loss}
         states = output.states(*args, run=plain_forward, **kwargs)[:, :-1]
         distillation = heal.distillation(precomputed.teacher_head, trainer.args)
-        accumulate = trainer.owns_gradients and torch.is_grad_enabled()
+        accumulate = trainer.accumulates_gradients and torch.is_grad_enabled()
         labels = heal.labels[heal.keep]
         losses = head_loss(
             states[heal.keep], output.head(), labels, heal.ce_weight, distillation, accumulate=accumulate
@@ -116,20 +116,20 @@ def _add_to_mean(means: list[Any], total: float, tokens: float) -> None:
     means[:] = [mean]
 
 
-def note(trainer: HealTrainer, mode: str, known: dict[str, torch.Tensor], counts: torch.Tensor) -> None:
+def log_batch(trainer: HealTrainer, mode: str, known: dict[str, torch.Tensor], counts: torch.Tensor) -> None:
     """Add a batch to what TRL logs: sums over tokens, by the name of the metric.
 
     `counts` are the labelled, the distilled and all tokens, `[3]`; `mode` is `"train"` or `"eval"`.
     """
     sums = torch.stack([value.detach() for value in known.values()])
     sums = torch.cat([sums, counts.to(sums)])
-    *values, labelled, taught, seen = trainer.accelerator.gather_for_metrics(sums[None]).sum(0).tolist()
+    *values, labelled, distilled, seen = trainer.accelerator.gather_for_metrics(sums[None]).sum(0).tolist()
     found, metrics = dict(zip(known, values, strict=True)), trainer._metrics[mode]
     if "correct" in found:
         metrics["mean_token_accuracy"].append(found["correct"] / max(labelled, 1))  # a mean of batches, as TRL's
     if "kd" in found:
         _add_to_mean(metrics["ce"], found["ce"], labelled)
-        _add_to_mean(metrics["kd"], found["kd"], taught)
+        _add_to_mean(metrics["kd"], found["kd"], distilled)
     if "features" in found:
         _add_to_mean(metrics["features"], found["features"], seen)
     if mode == "train":

@@ -223,16 +223,16 @@ class _TokenLosses:
     def chunk_gradient(self, head: Head, states: torch.Tensor, chunk: slice, size: int) -> torch.Tensor:
         """The gradient of the head's product `[tokens, vocabulary]` for a chunk of tokens, `size` of them at a time."""
         raw, distillation = head.raw(states), self.distillation
-        taught = None if distillation is None else distillation.head.raw(distillation.hidden[chunk])
+        teacher_logits = None if distillation is None else distillation.head.raw(distillation.hidden[chunk])
         for part in _slices(chunk.start, chunk.stop, size):
             inside = slice(part.start - chunk.start, part.stop - chunk.start)
             logits = head.transform.forward(raw[inside])
             capped = logits.clone() if head.transform.cap is not None else None
-            gradient = self.gradient(logits, None if taught is None else taught[inside], part)
+            gradient = self.gradient(logits, None if teacher_logits is None else teacher_logits[inside], part)
             raw[inside] = head.transform.backward(gradient, capped)  # the gradient overwrites the logits
         return raw
 
-    def gradient(self, logits: torch.Tensor, taught: torch.Tensor | None, part: slice) -> torch.Tensor:
+    def gradient(self, logits: torch.Tensor, teacher_logits: torch.Tensor | None, part: slice) -> torch.Tensor:
         """Add the losses of some tokens to the sums, and return the gradient of their logits, in the logits' memory.
 
         With z the logits less their maximum and Q the sum of exp(z), log q = z - log Q; likewise y and P of the teacher.
@@ -243,23 +243,28 @@ class _TokenLosses:
         largest, best = logits.max(-1, keepdim=True)
         self.sums.correct.add_(((best == targets)[:, 0] & counted).sum())
         z = logits.sub_(largest)
-        of_target = z.gather(-1, targets)
-        ce_rows = self._in_units(counted[:, None] * (0.0 if self.ce_weight is None else self.ce_weight))
-        if self.distillation is None or taught is None:
+        target_logits = z.gather(-1, targets)
+        ce_rows = self._scale_to_unit(counted[:, None] * (0.0 if self.ce_weight is None else self.ce_weight))
+        if self.distillation is None or teacher_logits is None:
             q = z.exp_()
             total = q.sum(-1, keepdim=True)
             gradient = q.mul_(ce_rows / total)
         else:
-            gradient, total = self._distilled(self.distillation, z, taught, ce_rows, part)
-        ce = ((total.log() - of_target) * counted[:, None]).sum()
+            gradient, total = self._kd_gradient(self.distillation, z, teacher_logits, ce_rows, part)
+        ce = ((total.log() - target_logits) * counted[:, None]).sum()
         self.sums.ce.add_(ce)
         if self.ce_weight is not None:
             self.sums.loss.add_(ce * self.ce_weight)
             gradient.scatter_add_(-1, targets, -ce_rows.to(gradient.dtype))
         return gradient
 
-    def _distilled(
-        self, distillation: Distillation, z: torch.Tensor, taught: torch.Tensor, ce_rows: torch.Tensor, part: slice
+    def _kd_gradient(
+        self,
+        distillation: Distillation,
+        z: torch.Tensor,
+        teacher_logits: torch.Tensor,
+        ce_rows: torch.Tensor,
+        part: slice,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add the divergence from the teacher to the sums.
 
@@ -268,19 +273,19 @@ class _TokenLosses:
                 every logit has, `[tokens, vocabulary]`; and the sum of exp(z) at temperature 1, `[tokens, 1]`.
         """
         t = distillation.temperature
-        own = None
+        exp_z = None
         if t != 1.0:
-            own = z.exp()
-            total = own.sum(-1, keepdim=True)
+            exp_z = z.exp()
+            total = exp_z.sum(-1, keepdim=True)
             z.div_(t)
-        y = distillation.head.transform.forward(taught)
+        y = distillation.head.transform.forward(teacher_logits)
         y = y.sub_(y.amax(-1, keepdim=True)).div_(t)
         gap = y - z
         p, q = y.exp_(), z.exp_()
         p_total, q_total = p.sum(-1, keepdim=True), q.sum(-1, keepdim=True)
         norms = (q_total.log() - p_total.log())[:, 0]
         mask = distillation.mask[part]
-        kd_rows = self._in_units((mask * (distillation.weight * t))[:, None])
+        kd_rows = self._scale_to_unit((mask * (distillation.weight * t))[:, None])
         shared: torch.Tensor | float = 0.0
         if t == 1.0:
             total, shared = q_total, ce_rows
@@ -291,12 +296,12 @@ class _TokenLosses:
             mean = (torch.linalg.vecdot(q, gap) / q_total[:, 0])[:, None]
             kl = -mean[:, 0] - norms
             gradient = gap.neg_().add_(mean).mul_(kd_rows).add_(shared).mul_(q.div_(q_total))
-        if own is not None and self.ce_weight is not None:
-            gradient.add_(own.mul_(ce_rows / total))
+        if exp_z is not None and self.ce_weight is not None:
+            gradient.add_(exp_z.mul_(ce_rows / total))
         kl = kl.mul_(mask).sum() * t**2
         self.sums.kd.add_(kl)
         self.sums.loss.add_(kl * distillation.weight)
         return gradient, total
 
-    def _in_units(self, factors: torch.Tensor) -> torch.Tensor:
+    def _scale_to_unit(self, factors: torch.Tensor) -> torch.Tensor:
         return factors if self.unit is None else factors / self.unit

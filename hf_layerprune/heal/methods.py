@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 # --- which layers -----------------------------------------------------------------------------------------
 
 
-def _last(cut: Cut, n: int) -> Collection[int]:
+def _last_layers(cut: Cut, n: int) -> Collection[int]:
     if n > len(cut.keep):
         raise CutError(f"last{n} trains the last {n} layers, but only {len(cut.keep)} remain")
     return cut.keep[len(cut.keep) - n :]
 
 
-def _beside(cut: Cut, n: int) -> Collection[int]:
+def _layers_around_cut(cut: Cut, n: int) -> Collection[int]:
     places = {sum(kept < dropped for kept in cut.keep) for dropped in cut.drop}
     return {layer for place in places for layer in cut.keep[max(0, place - n) : place + n]}
 
 
-def _behind(cut: Cut, n: int) -> Collection[int]:
+def _layers_from_cut(cut: Cut, n: int) -> Collection[int]:
     first = sum(kept < cut.drop[0] for kept in cut.keep)
     return cut.keep[max(0, first - n) :]
 
@@ -55,7 +55,7 @@ def _lora(settings: ModelConfig) -> PeftConfig:
     return made
 
 
-def _four_bits() -> dict[str, Any]:
+def _four_bit_loading() -> dict[str, Any]:
     import torch
 
     try:
@@ -96,7 +96,7 @@ class Tuning:
         final_norm (`bool`, defaults to `False`): Whether the norm before the head is trained.
         adapter (`Callable`, *optional*): For other methods: makes the PEFT config from the settings of LoRA. Without
             `adapter` and `layers`, all weights are trained.
-        loading (`Callable[[], dict]`, *optional*): Extra arguments for `from_pretrained`; raises `LayerPruneError` if
+        loading_kwargs (`Callable[[], dict]`, *optional*): Extra arguments for `from_pretrained`; raises `LayerPruneError` if
             the method can't run.
     """
 
@@ -108,7 +108,7 @@ class Tuning:
     lm_head: bool = False
     final_norm: bool = False
     adapter: Callable[[ModelConfig], PeftConfig] | None = None
-    loading: Callable[[], dict[str, Any]] | None = None
+    loading_kwargs: Callable[[], dict[str, Any]] | None = None
 
     def count(self, word: str) -> int | None:
         """The number after the name, 0 for a method that takes none; `None` if the word is not this method."""
@@ -126,14 +126,14 @@ METHODS: dict[str, Tuning] = {
     for method in (
         Tuning("lm_head", "the head and the norm before it", _per_width(_LAYERS), lambda cut, n: (),
                lm_head=True, final_norm=True),
-        Tuning("last", "the last N layers and the final norm; a tied head stays tied", _per_width(_LAYERS), _last, "N",
+        Tuning("last", "the last N layers and the final norm; a tied head stays tied", _per_width(_LAYERS), _last_layers, "N",
                final_norm=True),
-        Tuning("cut", "N layers on each side of the cut", _per_width(_LAYERS), _beside, "[N]"),
+        Tuning("cut", "N layers on each side of the cut", _per_width(_LAYERS), _layers_around_cut, "[N]"),
         # Gradients pass through all layers after the cut anyway.
         Tuning("behind", "N layers before the first cut, all layers after it, and the final norm",
-               _per_width(_LAYERS), _behind, "[N]", final_norm=True),
+               _per_width(_LAYERS), _layers_from_cut, "[N]", final_norm=True),
         Tuning("lora", "LoRA on every linear layer but the head", lambda width: _LORA, adapter=_lora),
-        Tuning("qlora", "LoRA on a 4-bit model", lambda width: _LORA, adapter=_lora, loading=_four_bits),
+        Tuning("qlora", "LoRA on a 4-bit model", lambda width: _LORA, adapter=_lora, loading_kwargs=_four_bit_loading),
         Tuning("full", "all weights", _per_width(_FULL)),
     )
 }  # fmt: skip
@@ -192,9 +192,9 @@ class Method:
         make = self.parts[0][0].adapter
         return None if make is None else make(settings)
 
-    def loading(self) -> dict[str, Any]:
+    def loading_kwargs(self) -> dict[str, Any]:
         """Extra arguments for `from_pretrained`."""
-        load = self.parts[0][0].loading
+        load = self.parts[0][0].loading_kwargs
         return {} if load is None else load()
 
 
@@ -221,13 +221,13 @@ def parse_method(name: str) -> Method:
 
 
 # Up to this width, weights and optimizer states of everything after a cut are a few GB.
-_NARROW = 2048
+_NARROW_WIDTH = 2048
 
 
 def choose_method(cut: Cut, tied: bool, width: int) -> tuple[Method, str]:
     """The method that suits a cut of a model of this hidden size, whose head may be tied; and the reason."""
     if cut.drop[-1] != cut.num_layers - 1:
-        if width <= _NARROW:
+        if width <= _NARROW_WIDTH:
             why = "the cut is inside the model, and gradients pass through all layers after it"
             return parse_method("behind2"), why
         return parse_method("cut2"), "the cut is inside a large model, so only the layers next to it are trained"

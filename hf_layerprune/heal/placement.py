@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Part of the name of every kind of attention that runs on GPUs alone.
-_FOR_GPUS = "flash"
+_GPU_ATTENTION = "flash"
 
 
 def use_one_gpu(model: Any, args: HealConfig) -> None:
@@ -32,7 +32,7 @@ def use_one_gpu(model: Any, args: HealConfig) -> None:
     The Trainer would use `nn.DataParallel`, whose replicas run the original model's forward method. A model that is
     already split over the GPUs is left as it is.
     """
-    if args.n_gpu > 1 and not is_spread(model):
+    if args.n_gpu > 1 and not is_on_several_devices(model):
         logger.warning(
             "one process has %d GPUs and trains on the first alone; start one process for each with accelerate launch "
             "--multi_gpu, or show it a single one with CUDA_VISIBLE_DEVICES",
@@ -41,7 +41,7 @@ def use_one_gpu(model: Any, args: HealConfig) -> None:
         args._n_gpu = 1
 
 
-def leave_packed(model: Any) -> None:
+def disable_weight_repacking(model: Any) -> None:
     """Keep bitsandbytes from repacking 4-bit weights in a pass without gradients, which it does on some CPUs.
 
     Later passes would give no gradients to the layers below, without an error (bitsandbytes 0.50).
@@ -51,12 +51,12 @@ def leave_packed(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def is_spread(model: Any) -> bool:
+def is_on_several_devices(model: Any) -> bool:
     """Whether a model was loaded onto several devices."""
     return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
 
 
-def check_in_memory(model: Any) -> None:
+def check_not_offloaded(model: Any) -> None:
     """Refuse to train offloaded weights: accelerate loads them again before each run, so what is learnt is lost.
 
     Raises:
@@ -71,24 +71,24 @@ def check_in_memory(model: Any) -> None:
             )
 
 
-def hold_in_float32(model: Any) -> None:
+def cast_trained_to_float32(model: Any) -> None:
     """Keep trained weights in float32, including those of a quantised model, which TRL casts to bfloat16."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()
 
 
-def autocast_where_it_is(model: PreTrainedModel, accelerator: Accelerator) -> torch.autocast:
+def autocast_on_model_device(model: PreTrainedModel, accelerator: Accelerator) -> torch.autocast:
     """The accelerator's mixed precision, on the device that a model is on: before FSDP shards it, that is the CPU."""
     dtype = torch.float16 if accelerator.mixed_precision == "fp16" else torch.bfloat16
     return torch.autocast(model.device.type, dtype, enabled=accelerator.native_amp)
 
 
 @contextmanager
-def runnable_where_it_is(model: PreTrainedModel) -> Iterator[None]:
+def eager_attention_on_cpu(model: PreTrainedModel) -> Iterator[None]:
     """Let a model on the CPU run inside a `with` block, even if its attention is for GPUs alone, as FlashAttention is."""
     own: Any = {"": model.config._attn_implementation}
-    if model.device.type != "cpu" or _FOR_GPUS not in str(own[""]):
+    if model.device.type != "cpu" or _GPU_ATTENTION not in str(own[""]):
         yield
         return
     parts = {name: getattr(model.config, name, None) for name in model.config.sub_configs}
@@ -100,7 +100,7 @@ def runnable_where_it_is(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(own)
 
 
-def put_back(prefix: Prefix, model: PreTrainedModel) -> None:
+def restore_prefix(prefix: Prefix, model: PreTrainedModel) -> None:
     """Restore the frozen layers; where the device has no room for them, move the whole model to the CPU."""
     try:
         prefix.restore()

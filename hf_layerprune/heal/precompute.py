@@ -20,9 +20,9 @@ from ..runtime.head import Head
 from ..runtime.parts import TrialError, agree, evaluation_mode, trial
 from ..runtime.prefix import Prefix, first_trained_layer
 from .batches import Precomputed
-from .isolation import Isolation
-from .placement import is_spread
-from .store import StateCache, hash_rows, hash_tensors, make_room
+from .isolation import RowIsolation
+from .placement import is_on_several_devices
+from .store import StateCache, create_cache_folders, hash_rows, hash_tensors
 from .teacher import Teacher
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # The columns that TRL's collator takes.
-_FED = ("input_ids", "labels", "seq_lengths")
+_COLLATOR_COLUMNS = ("input_ids", "labels", "seq_lengths")
 _CPU_TOKENS, _DEVICE_TOKENS = 4096, 32768
 # Computes the states of a batch from the model's inputs and the numbers of its rows.
 _Pass = Callable[[dict[str, Any], Sequence[int]], torch.Tensor]
@@ -53,10 +53,10 @@ def precompute(trainer: HealTrainer, teacher: PreTrainedModel | None = None) -> 
             "the rows have images: TRL's own loss is used, all layers run in every step, and nothing is cached"
         )
         return Precomputed()
-    return _Run(trainer).run(teacher)
+    return _Precomputation(trainer).run(teacher)
 
 
-class _Run:
+class _Precomputation:
     """The passes of one trainer."""
 
     def __init__(self, trainer: HealTrainer) -> None:
@@ -69,16 +69,16 @@ class _Run:
         self.datasets = trainer.numbered_datasets
         self.packed = any("seq_lengths" in dataset.column_names for dataset in self.datasets)
         self.lengths = [len(ids) for dataset in self.datasets for ids in dataset["input_ids"]]
-        self.why_not = _why_not(trainer)
+        self.obstacle = _find_obstacle(trainer)
         self.state_bytes = 0  # size of the prefix's output for a token
 
     def run(self, model: PreTrainedModel | None) -> Precomputed:
         args, caches, features = self.args, dict[str, StateCache](), 0
-        prefix = self._prefix() if args.cache != "off" else None
+        prefix = self._find_prefix() if args.cache != "off" else None
         if prefix is None and args.cache == "on":
-            raise LayerPruneError(f"the frozen layers can't be precomputed: {self.why_not}; use cache=auto or off")
+            raise LayerPruneError(f"the frozen layers can't be precomputed: {self.obstacle}; use cache=auto or off")
         if prefix is None and args.cache == "auto":
-            logger.warning("all layers run in every step: %s", self.why_not)
+            logger.warning("all layers run in every step: %s", self.obstacle)
         if prefix is None and not args.distils:
             return Precomputed()
         if not self.datasets:
@@ -87,20 +87,20 @@ class _Run:
             )
         if prefix is not None:
             source = hash_tensors(prefix.parameters(), prefix.depth, self.model.config.to_json_string())
-            caches["prefix"] = self._cache("prefix", self.state_bytes, source)
+            caches["prefix"] = self._make_cache("prefix", self.state_bytes, source)
         teacher = None
         if args.distils:
             dense = model if model is not None else args.teacher
             if dense is None:
                 raise LayerPruneError(f"{args.teacher_setting} needs the dense model; specify it with --teacher")
-            depths = self.trainer.feature_phase.wanted if self.trainer.feature_phase else ()
+            depths = self.trainer.feature_phase.teacher_depths if self.trainer.feature_phase else ()
             teacher = Teacher(dense, self.model, prefix, args.teacher_revision, depths)
             features = len(depths) * teacher.layer_width
             token = (features + teacher.width) * teacher.model.dtype.itemsize
-            caches["teacher"] = self._cache("teacher", token, teacher.fingerprint)
+            caches["teacher"] = self._make_cache("teacher", token, teacher.fingerprint)
         with self.accelerator.main_process_first():
             if self.accelerator.is_main_process:
-                make_room(list(caches.values()))
+                create_cache_folders(list(caches.values()))
         if prefix is not None:
             self._run_student(caches["prefix"], prefix)
         head = None if teacher is None else self._run_teacher(caches["teacher"], teacher, caches.get("prefix"))
@@ -108,32 +108,32 @@ class _Run:
 
     # --- what can be precomputed -------------------------------------------------------------------------
 
-    def _prefix(self) -> Prefix | None:
+    def _find_prefix(self) -> Prefix | None:
         """The frozen layers, if a trial on a few rows shows that their recorded output can replace them."""
-        if self.why_not:
+        if self.obstacle:
             return None
         depth = first_trained_layer(self.model)
         if depth == 0:
-            self.why_not = "no layer lies below the first trained parameter"
+            self.obstacle = "no layer lies below the first trained parameter"
             return None
         self.model.to(self.device)
         for needs_ids in (False, True):
             prefix = Prefix(self.model, depth, needs_ids=needs_ids)
             try:
                 with trial():
-                    self.why_not = self._try_out(prefix)
+                    self.obstacle = self._check_prefix(prefix)
             except TrialError as error:
-                self.why_not = f"the model fails without them ({error})"
+                self.obstacle = f"the model fails without them ({error})"
             finally:
                 prefix.restore()
-            if not self.why_not:
+            if not self.obstacle:
                 return prefix
         return None
 
-    def _try_out(self, prefix: Prefix) -> str:
+    def _check_prefix(self, prefix: Prefix) -> str:
         """Why the recorded states can't replace the layers; empty if they can."""
         rows = list(range(min(2, len(self.datasets[0]))))
-        inputs, output = self._inputs(rows), self.trainer.output_head
+        inputs, output = self._collate(rows), self.trainer.output_head
         with self._inference():
             with prefix.record() as states:
                 wanted = output.states(**inputs, use_cache=False)
@@ -142,11 +142,11 @@ class _Run:
             if recorded.shape[:-1] != inputs["input_ids"].shape:
                 return "layers pass on several streams of hidden states"
             self.model.train()
-            again = prefix.run(**inputs)[prefix.depth]
+            rerun = prefix.run(**inputs)[prefix.depth]
             self.model.eval()
-            if not agree(again, recorded):
+            if not agree(rerun, recorded):
                 return "their output differs in training mode, as with dropout"
-            if not self._are_apart(lambda inputs, _: prefix.run(**inputs)[prefix.depth], self.model):
+            if not self._rows_are_isolated(lambda inputs, _: prefix.run(**inputs)[prefix.depth], self.model):
                 return "their output for a row depends on the other rows of the batch"
             prefix.skip()
             states = output.states(**prefix.set_output(recorded, inputs), use_cache=False)
@@ -154,7 +154,7 @@ class _Run:
 
     # --- the passes --------------------------------------------------------------------------------------
 
-    def _cache(self, name: str, token_bytes: int, source: str) -> StateCache:
+    def _make_cache(self, name: str, token_bytes: int, source: str) -> StateCache:
         """A cache in a folder that is named by a hash of all that decides its states."""
         precision, attention = self.accelerator.mixed_precision, self.model.config._attn_implementation
         settings = (precision, str(self.model.dtype), attention, self.collator.padding_free)
@@ -164,50 +164,50 @@ class _Run:
         return StateCache(folder / f"{name}-{known[:16]}", self.lengths, token_bytes, keep=self.args.keep_cache)
 
     def _run_student(self, cache: StateCache, prefix: Prefix) -> None:
-        self._fill(cache, lambda inputs, _: prefix.run(**inputs)[prefix.depth], "Frozen layers")
+        self._fill_cache(cache, lambda inputs, _: prefix.run(**inputs)[prefix.depth], "Frozen layers")
         prefix.skip()
         prefix.unload()
 
     def _run_teacher(self, cache: StateCache, teacher: Teacher, prefix: StateCache | None) -> Head:
         def run(inputs: dict[str, Any], rows: Sequence[int]) -> torch.Tensor:
             shared = None
-            if prefix is not None and teacher.shares:
-                shared = self.collator.joined(prefix.read(rows), inputs).to(self.device)
+            if prefix is not None and teacher.shares_prefix:
+                shared = self.collator.join(prefix.read(rows), inputs).to(self.device)
             return teacher.states(inputs, shared)
 
         if cache.missing():
             teacher.model.to(self.device)
             with self._inference():
                 first = teacher.shared_depth
-                if self.collator.padding_free and not self._are_apart(run, teacher.model, first):
+                if self.collator.padding_free and not self._rows_are_isolated(run, teacher.model, first):
                     raise LayerPruneError(
                         f"{self.args.teacher_setting} needs rows that are kept apart, and in this model, those that share a sequence "
                         "see each other; pass packing_strategy=wrapped, or leave out packing and padding_free"
                     )
-        self._fill(cache, run, "Dense model")
-        return teacher.let_go(self.device, self.trainer.output_head.head())
+        self._fill_cache(cache, run, "Dense model")
+        return teacher.release(self.device, self.trainer.output_head.head())
 
-    def _states(self, run: _Pass, rows: Sequence[int]) -> list[torch.Tensor]:
+    def _compute_states(self, run: _Pass, rows: Sequence[int]) -> list[torch.Tensor]:
         """The states of some rows, which run as one batch."""
-        inputs = self._inputs(rows)
-        return self.collator.parted(run(inputs, rows), [self.lengths[row] for row in rows], inputs)
+        inputs = self._collate(rows)
+        return self.collator.split(run(inputs, rows), [self.lengths[row] for row in rows], inputs)
 
-    def _are_apart(self, run: _Pass, model: Any, first: int = 0) -> bool:
+    def _rows_are_isolated(self, run: _Pass, model: Any, first: int = 0) -> bool:
         """Whether the first rows are kept apart in a pass that begins with one of the model's layers."""
 
-        def parted(of: torch.Tensor, rows: Sequence[int]) -> list[torch.Tensor]:
-            return self.collator.parted(of, [self.lengths[row] for row in rows], self._inputs(rows))
+        def split(of: torch.Tensor, rows: Sequence[int]) -> list[torch.Tensor]:
+            return self.collator.split(of, [self.lengths[row] for row in rows], self._collate(rows))
 
-        apart = Isolation(lambda rows: self._states(run, rows), parted, model, first, self.device)
-        return apart.holds(list(range(min(2, len(self.datasets[0])))))
+        isolation = RowIsolation(lambda rows: self._compute_states(run, rows), split, model, first, self.device)
+        return isolation.holds(list(range(min(2, len(self.datasets[0])))))
 
-    def _fill(self, cache: StateCache, run: _Pass, description: str) -> None:
+    def _fill_cache(self, cache: StateCache, run: _Pass, description: str) -> None:
         tokens = _CPU_TOKENS if self.device.type == "cpu" else _DEVICE_TOKENS
         if self.collator.padding_free:  # all rows form one sequence, so attention spans all of them
             tokens = min(tokens, self.args.per_device_train_batch_size * (self.args.max_length or tokens))
         share = self.accelerator.process_index, self.accelerator.num_processes
         with self._inference():
-            cache.fill(lambda rows: self._states(run, rows), tokens, description, share)
+            cache.fill(lambda rows: self._compute_states(run, rows), tokens, description, share)
         self.accelerator.wait_for_everyone()
 
     @contextmanager
@@ -215,7 +215,7 @@ class _Run:
         with evaluation_mode(self.model), torch.inference_mode(), self.accelerator.autocast():
             yield
 
-    def _inputs(self, rows: Sequence[int]) -> dict[str, Any]:
+    def _collate(self, rows: Sequence[int]) -> dict[str, Any]:
         """The model's arguments for some rows."""
         batch = self.collator.inner([self._example(row) for row in rows])
         moved = {name: v.to(self.device) if torch.is_tensor(v) else v for name, v in batch.items()}
@@ -225,40 +225,40 @@ class _Run:
     def _example(self, row: int) -> dict[str, Any]:
         for dataset in self.datasets:
             if row < len(dataset):
-                fed = {name: value for name, value in dataset[row].items() if name in _FED}
+                columns = {name: value for name, value in dataset[row].items() if name in _COLLATOR_COLUMNS}
                 # Rows of several sets form a batch here, and of these, only some may be packed.
-                return {"seq_lengths": [len(fed["input_ids"])]} | fed if self.packed else fed
+                return {"seq_lengths": [len(columns["input_ids"])]} | columns if self.packed else columns
             row -= len(dataset)
         raise IndexError(row)
 
 
-def _why_not(trainer: HealTrainer) -> str:
+def _find_obstacle(trainer: HealTrainer) -> str:
     """Settings that rule out precomputing the frozen layers; empty if there are none."""
     args, model = trainer.args, trainer.plain_model
     if not trainer.numbered_datasets:
         return "the data are streamed, so rows can't be numbered"
     if args.neftune_noise_alpha is not None:
         return "neftune_noise_alpha adds noise to their input"
-    if learns_prompt(trainer.model):
+    if is_prompt_tuned(trainer.model):
         return "their input is trained"
-    if trainer.splits_sequences or is_spread(model):
+    if trainer.uses_model_parallelism or is_on_several_devices(model):
         return "the model or its sequences are split over devices"
-    if is_split_by_deepspeed(model):
+    if is_sharded_by_zero3(model):
         return "DeepSpeed ZeRO-3 has split the weights"
     return ""
 
 
-def is_split_by_deepspeed(model: PreTrainedModel) -> bool:
+def is_sharded_by_zero3(model: PreTrainedModel) -> bool:
     """Whether DeepSpeed ZeRO-3 has split the weights, so that the model only runs inside its engine."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def learns_prompt(model: Any) -> bool:
+def is_prompt_tuned(model: Any) -> bool:
     """Whether what is trained stands before a model's input, as in prompt and prefix tuning."""
     return any(adapter.is_prompt_learning for adapter in getattr(model, "peft_config", {}).values())
 
 
-def keep_inputs_without_gradients(model: Any) -> None:
+def disable_input_require_grads(model: Any) -> None:
     """Keep gradients from flowing through all frozen layers.
 
     Gradient checkpointing makes the output of the embeddings require gradients; only reentrant checkpointing needs it.

@@ -18,11 +18,11 @@ from ..runtime.loading import is_hub_id, load_config
 from ..runtime.model_class import model_without_weights, without_zero3
 from ..runtime.windows import check_context
 from ..select.sets import drop_count
-from .features import trained_places
+from .features import trained_boundaries
 from .methods import parse_method
 from .options import RowOptions
 from .self_data import SELF
-from .student import Student, check_dense, cut_of
+from .student import Student, check_teacher_config, recorded_cut
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # The options of TRL's `ModelConfig` that are used: for every method, and for LoRA alone.
-_MODEL = ("model_name_or_path", "model_revision", "dtype", "attn_implementation", "trust_remote_code")
-_LORA = (
+_MODEL_OPTIONS = ("model_name_or_path", "model_revision", "dtype", "attn_implementation", "trust_remote_code")
+_LORA_OPTIONS = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
     "use_rslora", "use_dora",
 )  # fmt: skip
 # Settings that nothing is trained with, if they are not above 0.
-_POSITIVE = (
+_POSITIVE_OPTIONS = (
     "max_steps", "num_train_epochs", "learning_rate", "max_length", "per_device_train_batch_size",
     "per_device_eval_batch_size", "gradient_accumulation_steps",
 )  # fmt: skip
-_DATA = ("dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming")
-_EVALUATION = ("do_eval", "eval_on_start", "load_best_model_at_end")
+_DATA_OPTIONS = ("dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming")
+_EVALUATION_OPTIONS = ("do_eval", "eval_on_start", "load_best_model_at_end")
 
 
 def check_run(
@@ -62,9 +62,9 @@ def check_run(
         LayerPruneError: As the other checks raise it, or the output folder holds another run.
     """
     model, adapter, pruned = (Path(str(args.output_dir)) / name for name in ("model", "adapter", "pruned"))
-    finishes = str(args.resume_from_checkpoint).lower() == "true" and os.path.lexists(model)
+    is_finished = str(args.resume_from_checkpoint).lower() == "true" and os.path.lexists(model)
     for folder in (model, adapter):
-        if os.path.lexists(folder) and not finishes:
+        if os.path.lexists(folder) and not is_finished:
             raise CheckpointError(f"{folder} exists already; choose another --output_dir, or remove it")
     if any(getattr(one, "trust_remote_code", False) for one in (args, model_args)):
         raise CutError("models that need code of their own can't be healed; leave --trust_remote_code out")
@@ -72,15 +72,15 @@ def check_run(
         raise CutError("specify the model with --model_name_or_path")
     check_training(args)
     check_data(script_args, dataset_args, row_args, args)
-    name, revision = model_args.model_name_or_path, revision_of(model_args)
+    name, revision = model_args.model_name_or_path, model_revision_of(model_args)
     if not is_hub_id(name):
         refuse_unused(model_args, ("model_revision",), f"on {name}, which is a local path")
     config = load_config(name, revision=revision)
-    cut = cut_of(config)
+    cut = recorded_cut(config)
     check_cut(cut_args, name, cut is not None)
     check_method(args, model_args, cut_args, config)
-    student = None if cut is None else Student.at(name, revision)
-    if finishes and student is None and not pruned.exists():
+    student = None if cut is None else Student.load(name, revision)
+    if is_finished and student is None and not pruned.exists():
         raise CheckpointError(
             f"{pruned}, which {model} was made of, is gone; use hf-layerprune eval and push, or choose another --output_dir"
         )
@@ -89,7 +89,7 @@ def check_run(
     return student
 
 
-def revision_of(model_args: ModelConfig) -> str | None:
+def model_revision_of(model_args: ModelConfig) -> str | None:
     """The branch, tag or commit of the model, if one is named."""
     return None if model_args.model_revision == "main" else model_args.model_revision
 
@@ -106,7 +106,7 @@ def check_data(
     if not all(is_dataclass(part) for part in dataset_args.datasets):
         raise CutError("each entry of `datasets` is a mapping with a path, such as `- path: rows.jsonl`")
     if dataset_args.datasets:
-        refuse_unused(script_args, ["dataset_name", *_DATA], "with `datasets`, which the settings file names")
+        refuse_unused(script_args, ["dataset_name", *_DATA_OPTIONS], "with `datasets`, which the settings file names")
     elif not name:
         raise CutError("specify the training data with --dataset_name; with `self`, the dense model writes them")
     else:
@@ -114,12 +114,12 @@ def check_data(
         refuse_unused(dataset_args, ["streaming", "test_split_size"], why)
     if name == SELF:
         why = "with --dataset_name self, where the dense model writes the rows"
-        refuse_unused(script_args, _DATA, why)
+        refuse_unused(script_args, _DATA_OPTIONS, why)
         refuse_unused(row_args, ["template", "rewrite_answers"], why)
         refuse_unused(args, ["completion_only_loss", "dataset_text_field"], why)
     else:
-        usual = RowOptions()  # a settings file that has these may be used with other data
-        if (row_args.self_rows, row_args.self_length) != (usual.self_rows, usual.self_length):
+        defaults = RowOptions()  # a settings file that has these may be used with other data
+        if (row_args.self_rows, row_args.self_length) != (defaults.self_rows, defaults.self_length):
             logger.info("self_rows and self_length have no effect without --dataset_name self")
     refuse_unused(script_args, ["ignore_bias_buffers"], "on the models that this recipe trains")
     if not row_args.rewrite_answers:
@@ -143,12 +143,13 @@ def check_training(args: HealConfig) -> None:
         raise CheckpointError(
             f"{word} is not a checkpoint; specify a folder checkpoint-N, or use --resume_from_checkpoint true for the last one"
         )
-    for name in _POSITIVE:
+    for name in _POSITIVE_OPTIONS:
         value = getattr(args, name)
         if value is not None and (value == 0 if name == "max_steps" else value <= 0):  # a negative max_steps is none
             raise CutError(f"--{name} must be above 0")
     if args.eval_strategy == "no":
-        refuse_unused(args, _EVALUATION, "without --eval_strategy")  # settings files may keep eval_steps and the like
+        # Settings files may keep eval_steps and the like.
+        refuse_unused(args, _EVALUATION_OPTIONS, "without --eval_strategy")
     refuse_unused(args, ["model_init_kwargs"], "in this recipe, which has --dtype and --attn_implementation")
     pushes = ["hub_always_push"] if args.hub_strategy == "end" else ["hub_strategy", "hub_always_push"]
     refuse_unused(args, pushes, "in this recipe, which pushes the finished model alone")
@@ -173,8 +174,8 @@ def check_cut(cut_args: CutOptions, name: str, pruned: bool) -> None:
         CutError: The model is pruned already, or two options choose them.
     """
     if pruned:
-        usual = replace(CutOptions(), criterion=cut_args.default_criterion)  # which a budget decides
-        names = [option for option in option_fields(CutOptions) if getattr(cut_args, option) != getattr(usual, option)]
+        defaults = replace(CutOptions(), criterion=cut_args.default_criterion)  # which a budget decides
+        names = [name for name in option_fields(CutOptions) if getattr(cut_args, name) != getattr(defaults, name)]
         refuse_unused(cut_args, names, f"on {name}, which is pruned already, unlike its base")
     elif cut_args.drop_layers:
         refuse_unused(cut_args, AMOUNTS, "with drop_layers, which say which layers go")
@@ -199,18 +200,18 @@ def check_method(args: HealConfig, model_args: ModelConfig, cut_args: CutOptions
             "ZeRO-2 (recipes/accelerate/deepspeed_zero2.yaml), or use loss=ce without features"
         )
     method = None if args.method == "auto" else parse_method(args.method)
-    others = [field.name for field in fields(model_args) if field.name not in (*_MODEL, *_LORA)]
+    others = [field.name for field in fields(model_args) if field.name not in (*_MODEL_OPTIONS, *_LORA_OPTIONS)]
     refuse_unused(model_args, others, "in this recipe, where --method says what is trained, such as lora or qlora")
     if method is None or not method.is_lora:
-        refuse_unused(model_args, _LORA, f"with --method {args.method}, unlike with lora")
+        refuse_unused(model_args, _LORA_OPTIONS, f"with --method {args.method}, unlike with lora")
     if method is not None:
-        method.loading()
+        method.loading_kwargs()
         count = layer_count(config)  # where it is not said which layers go, as many at the end stand for them
         last = range(count - (drop_count(cut_args.drop, count) if cut_args.drop else 1), count)
-        cut = cut_of(config) or cut_without(cut_args.drop_layers or last, count)
+        cut = recorded_cut(config) or cut_without(cut_args.drop_layers or last, count)
         layers = [cut.new_index[layer] for layer in method.layers(cut)] if method.trains_layers else [0]
         if args.features:
-            trained_places(cut, min(layers, default=count))
+            trained_boundaries(cut, min(layers, default=count))
 
 
 def check_teacher(
@@ -241,7 +242,7 @@ def check_teacher(
     if name is None:
         raise CutError("distilling and writing rows need the dense model; specify it with --teacher")
     revision = args.teacher_revision or (revision if name == base else None)
-    check_dense(load_config(name, revision=revision), config, name, features=args.features > 0)
+    check_teacher_config(load_config(name, revision=revision), config, name, features=args.features > 0)
 
 
 @without_zero3()

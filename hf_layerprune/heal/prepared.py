@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def labelled_rows(rows: Any, args: HealConfig, given: Any, what: str = "training") -> Any:
+def keep_labelled_rows(rows: Any, args: HealConfig, given: Any, what: str = "training") -> Any:
     """The rows with a labelled token; logs how many of the `given` rows are truncated or left out.
 
     Both may be several sets by name: the `given` rows, and what they became when they were prepared. Streamed rows are
@@ -31,15 +31,15 @@ def labelled_rows(rows: Any, args: HealConfig, given: Any, what: str = "training
         LayerPruneError: There are none.
     """
     if isinstance(rows, dict):
-        return {name: labelled_rows(part, args, given[name], what) for name, part in rows.items()}
+        return {name: keep_labelled_rows(part, args, given[name], what) for name, part in rows.items()}
     if not isinstance(rows, Dataset):
         return rows
     limit, count = args.max_length, len(given)
     masks = [name for name in ("completion_mask", "assistant_masks") if name in rows.column_names]
     if limit is not None and masks and not trl_drops_rows_without_labels():
         rows = rows.filter(lambda row: any(map(all, zip(*(row[name][:limit] for name in masks), strict=True))))
-    taught = "labels" if "labels" in rows.column_names else "input_ids"
-    if not any(token != -100 for tokens in rows[taught] for token in tokens[1:]):  # nothing predicts the first
+    column = "labels" if "labels" in rows.column_names else "input_ids"
+    if not any(token != -100 for tokens in rows[column] for token in tokens[1:]):  # nothing predicts the first
         raise LayerPruneError(
             f"none of the {count} {what} rows has a labelled token within max_length={limit}, after its first token: they "
             "are empty, or their prompts are longer; raise --max_length, or check the rows"
@@ -72,7 +72,7 @@ def check_lengths(train: Dataset, evaluated: Any, config: PreTrainedConfig, args
             raise CutError(f"a row has {longest} tokens, and the model {most} positions; use max_length={most}")
 
 
-def seen_rows(rows: Dataset, args: HealConfig) -> Dataset:
+def sample_rows(rows: Dataset, args: HealConfig) -> Dataset:
     """If training ends before it has seen all rows, a sample of those that it will see: only these are computed.
 
     A part of an epoch becomes as many steps in `args.max_steps`.
@@ -80,23 +80,23 @@ def seen_rows(rows: Dataset, args: HealConfig) -> Dataset:
     Raises:
         LayerPruneError: The rows fill no batch, and smaller ones are left out.
     """
-    a_batch = args.per_device_train_batch_size * args.world_size
-    if args.dataloader_drop_last and len(rows) < a_batch:
+    batch_rows = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(rows) < batch_rows:
         raise LayerPruneError(
-            f"the {len(rows)} training rows do not fill a batch of {a_batch}, and dataloader_drop_last leaves it out; "
+            f"the {len(rows)} training rows do not fill a batch of {batch_rows}, and dataloader_drop_last leaves it out; "
             "lower per_device_train_batch_size, or leave dataloader_drop_last out"
         )
-    a_step = a_batch * args.gradient_accumulation_steps
+    step_rows = batch_rows * args.gradient_accumulation_steps
     if args.max_steps <= 0 and args.num_train_epochs < 1:  # the Trainer would take that part of the sample again
-        args.max_steps = math.ceil(args.num_train_epochs * math.ceil(len(rows) / a_step))
-    seen = args.max_steps * a_step
+        args.max_steps = math.ceil(args.num_train_epochs * math.ceil(len(rows) / step_rows))
+    seen = args.max_steps * step_rows
     if args.max_steps <= 0 or seen >= len(rows):
         return rows
     logger.info("training ends after %d of %d rows; the other rows are left out", seen, len(rows))
     return rows.select(sorted(random.Random(args.row_seed).sample(range(len(rows)), seen)))
 
 
-def numbered(train: Dataset, evaluated: Any) -> tuple[Dataset, Any, list[Dataset]]:
+def number_rows(train: Dataset, evaluated: Any) -> tuple[Dataset, Any, list[Dataset]]:
     """Number the rows of all data sets consecutively in a column `row`; also returns a list of all sets.
 
     If one of them is streamed, they stay as they are, and the list is empty. Those to evaluate on may be several, by

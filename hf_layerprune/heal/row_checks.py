@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_AT_A_TIME = 1000
-_CHATS = 10_000  # conversations that are tried, which takes some 2 seconds
+_TABLE_ROWS = 1000
+_MAX_CHATS = 10_000  # conversations that are tried, which takes some 2 seconds
 _UNLABELLED = -100
 # Columns with a value for each token.
-_BESIDE_IDS = ("labels", "completion_mask", "assistant_masks")
+_TOKEN_COLUMNS = ("labels", "completion_mask", "assistant_masks")
 
 
 def check_rows(rows: Dataset, name: str, text_field: str, vocab_size: int | None) -> None:
@@ -31,7 +31,7 @@ def check_rows(rows: Dataset, name: str, text_field: str, vocab_size: int | None
     """
     columns = rows.column_names or ()
     if "input_ids" in columns:
-        _check_ids(rows, name, [column for column in ("input_ids", *_BESIDE_IDS) if column in columns], vocab_size)
+        _check_ids(rows, name, [column for column in ("input_ids", *_TOKEN_COLUMNS) if column in columns], vocab_size)
     elif {"prompt", "completion"} <= set(columns):
         first = next(iter(rows), {"prompt": "", "completion": ""})
         if isinstance(first["prompt"], list) != isinstance(first["completion"], list):
@@ -56,12 +56,12 @@ def check_chats(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase) ->
 
     if not isinstance(rows, Dataset) or not rows or "input_ids" in rows.column_names or not is_conversational(rows[0]):
         return
-    for index, row in enumerate(rows.select(range(min(len(rows), _CHATS)))):
+    for index, row in enumerate(rows.select(range(min(len(rows), _MAX_CHATS)))):
         tools, more = row.get("tools"), row.get("chat_template_kwargs", {})
         with boundary(f"the chat template can't take row {index} of {name}", "correct it, or leave it out", CutError):
-            said = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
+            messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
             tools = json.loads(tools) if isinstance(tools, str) else tools
-            tokenizer.apply_chat_template(said, tools=tools, tokenize=False, **more)
+            tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **more)
 
 
 def check_text(rows: Dataset, name: str, columns: Sequence[str], *, messages: bool = False) -> None:
@@ -121,8 +121,8 @@ def _tables(rows: Dataset, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
     from datasets import Dataset
 
     if isinstance(rows, Dataset):
-        tables = rows.select_columns(list(columns)).with_format("arrow").iter(_AT_A_TIME)
-        yield from zip(range(0, len(rows), _AT_A_TIME), tables, strict=True)
+        tables = rows.select_columns(list(columns)).with_format("arrow").iter(_TABLE_ROWS)
+        yield from zip(range(0, len(rows), _TABLE_ROWS), tables, strict=True)
 
 
 def _error(name: str, row: int, column: str, value: Any, needs: str) -> CutError:

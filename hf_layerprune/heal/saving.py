@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
     from .batches import StateCollator
 
-_RESUMED = (
+_RESUME_HINT = (
     "train the same weights as it does, with the same optim and kind of schedule, or start in another --output_dir"
 )
 # Settings of optimizers, as these name them; `lr` follows the schedule. Some keep their own state beside them.
-_SETTINGS = ("betas", "eps", "momentum", "weight_decay")
+_OPTIMIZER_SETTINGS = ("betas", "eps", "momentum", "weight_decay")
 
 
 class SavingTrainer(SFTTrainer):
@@ -48,7 +48,7 @@ class SavingTrainer(SFTTrainer):
         broken = [n for n, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
         if broken:
             raise LayerPruneError(
-                f"{broken[0]} has a value that is not finite after step {self.state.global_step}; {self._way_back()}"
+                f"{broken[0]} has a value that is not finite after step {self.state.global_step}; {self._recovery_hint()}"
             )
         adapters = getattr(self.model, "peft_config", {}).values()
         if self._split and any(getattr(adapter, "repaired_modules", None) for adapter in adapters):
@@ -65,7 +65,7 @@ class SavingTrainer(SFTTrainer):
         super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        with boundary(f"can't resume {resume_from_checkpoint}", _RESUMED):
+        with boundary(f"can't resume {resume_from_checkpoint}", _RESUME_HINT):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -73,12 +73,12 @@ class SavingTrainer(SFTTrainer):
         optimizer: Any = self.optimizer
         schedule: Any = self.lr_scheduler
         present = [dict(group) for group in optimizer.param_groups]
-        with boundary(f"can't resume {checkpoint}", _RESUMED):
+        with boundary(f"can't resume {checkpoint}", _RESUME_HINT):
             super()._load_optimizer_and_scheduler(checkpoint)
             for group, now in zip(optimizer.param_groups, present, strict=True):
                 if (group.keys() ^ now.keys()) - {"initial_lr"}:
                     raise ValueError("its optimizer has other settings")
-                group.update({name: now[name] for name in _SETTINGS if name in now})
+                group.update({name: now[name] for name in _OPTIMIZER_SETTINGS if name in now})
                 if "initial_lr" in group and "initial_lr" in now:
                     group["lr"] *= now["initial_lr"] / group["initial_lr"]
                     group["initial_lr"] = now["initial_lr"]
@@ -93,7 +93,7 @@ class SavingTrainer(SFTTrainer):
         left = [name for name in load_result.unexpected_keys if name not in out]
         super()._issue_warnings_after_load(load_result._replace(unexpected_keys=left))
 
-    def _way_back(self) -> str:
+    def _recovery_hint(self) -> str:
         last = last_checkpoint(str(self.args.output_dir))
         kept = f"{last} is the last good checkpoint" if last else "no checkpoint was saved before"
         return f"{kept}; try a learning rate below {self.args.learning_rate:g}, or check the data"

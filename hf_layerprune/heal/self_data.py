@@ -27,7 +27,7 @@ from ..files.text_file import read_text
 from ..runtime.memory import in_batches
 from ..runtime.windows import max_positions
 from ..screen import progress_bar
-from .data import FOR_TEMPLATES
+from .data import TEMPLATE_COLUMNS
 from .store import hash_tensors
 
 if TYPE_CHECKING:
@@ -38,12 +38,12 @@ logger = logging.getLogger(__name__)
 
 SELF = "self"
 # Rows in a part, which are written at the same time; on a GPU, a thousand take about as long as a hundred.
-_ROWS_A_PART, _ROWS_A_PART_ON_DEVICE = 64, 1024
-_ANSWERS_A_PART = 32
+_ROWS_PER_PART, _ROWS_PER_PART_ON_DEVICE = 64, 1024
+_ANSWERS_PER_PART = 32
 
 
 @dataclass(frozen=True)
-class Writer:
+class RowWriter:
     """A dense model that writes training rows, in parts that are kept in a folder."""
 
     model: PreTrainedModel
@@ -51,7 +51,7 @@ class Writer:
     folder: Path
     seed: int
 
-    def rows(self, count: int, length: int) -> Dataset:
+    def generate_rows(self, count: int, length: int) -> Dataset:
         """Generate training rows of `length` tokens, each with a label.
 
         Every other part starts with an empty chat turn, from the chat template; the others start with the beginning of
@@ -59,20 +59,20 @@ class Writer:
         """
         from datasets import Dataset
 
-        in_a_part = _ROWS_A_PART if self.model.device.type == "cpu" else _ROWS_A_PART_ON_DEVICE
+        part_rows = _ROWS_PER_PART if self.model.device.type == "cpu" else _ROWS_PER_PART_ON_DEVICE
 
         def make(part: int) -> list[list[int]]:
-            size = min(in_a_part, count - part * in_a_part)
+            size = min(part_rows, count - part * part_rows)
             begins = self.tokenizer if part % 2 == 0 else None
             return generate_text(self.model, begins, size, length, self.seed + part).tolist()
 
         settings = ("rows", count, length, str(self.tokenizer.chat_template))
-        made = self._in_parts(-(-count // in_a_part), make, *settings)
-        with self._reading():
+        made = self._make_parts(-(-count // part_rows), make, *settings)
+        with self._read_errors():
             ids = [list(map(int, row)) for row in made]
             return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
-    def rewritten(self, rows: Dataset, max_tokens: int, temperature: float) -> Dataset:
+    def rewrite_answers(self, rows: Dataset, max_tokens: int, temperature: float) -> Dataset:
         """Replace the answers of a data set with the model's own (arXiv:2410.09982).
 
         Args:
@@ -95,7 +95,7 @@ class Writer:
                 f"{', '.join(rows.column_names)}"
             )
         with boundary("can't make prompts of the rows"):
-            prompts = [self._ids_of(row) for row in rows]
+            prompts = [self._prompt_ids(row) for row in rows]
         context = max_positions(self.model.config)
         fitting = [i for i, ids in enumerate(prompts) if context is None or len(ids) + max_tokens <= context]
         if not fitting:
@@ -107,16 +107,16 @@ class Writer:
         order = sorted(fitting, key=lambda i: len(prompts[i]))
 
         def make(part: int) -> list[tuple[int, str]]:
-            chosen = order[part * _ANSWERS_A_PART : (part + 1) * _ANSWERS_A_PART]
+            chosen = order[part * _ANSWERS_PER_PART : (part + 1) * _ANSWERS_PER_PART]
             torch.manual_seed(self.seed + part)
-            answers = self._answers([prompts[i] for i in chosen], max_tokens, temperature)
+            answers = self._generate_answers([prompts[i] for i in chosen], max_tokens, temperature)
             return list(zip(chosen, answers, strict=True))
 
-        parts = -(-len(order) // _ANSWERS_A_PART)
-        kept = [name for name in FOR_TEMPLATES if name in rows.column_names]
+        parts = -(-len(order) // _ANSWERS_PER_PART)
+        kept = [name for name in TEMPLATE_COLUMNS if name in rows.column_names]
         shaped = []
-        made = self._in_parts(parts, make, "answers", prompts, max_tokens, temperature)
-        with self._reading():
+        made = self._make_parts(parts, make, "answers", prompts, max_tokens, temperature)
+        with self._read_errors():
             answers = sorted((int(i), str(answer)) for i, answer in made)
         for i, answer in answers:
             if answer:
@@ -135,19 +135,19 @@ class Writer:
             )  # fmt: skip
         return Dataset.from_list(shaped)
 
-    def _ids_of(self, row: dict[str, Any]) -> list[int]:
+    def _prompt_ids(self, row: dict[str, Any]) -> list[int]:
         if isinstance(row["prompt"], str):
             return self.tokenizer(row["prompt"]).input_ids
         tools = row.get("tools")
-        read: dict[str, Any] = {"tools": json.loads(tools) if isinstance(tools, str) else tools}  # as TRL does
-        read |= row.get("chat_template_kwargs") or {}
+        kwargs: dict[str, Any] = {"tools": json.loads(tools) if isinstance(tools, str) else tools}  # as TRL does
+        kwargs |= row.get("chat_template_kwargs") or {}
         chat: Any = self.tokenizer.apply_chat_template(
-            row["prompt"], add_generation_prompt=True, return_dict=True, **read
+            row["prompt"], add_generation_prompt=True, return_dict=True, **kwargs
         )
         return chat.input_ids
 
     @torch.no_grad()
-    def _answers(self, prompts: list[list[int]], max_tokens: int, temperature: float) -> list[str]:
+    def _generate_answers(self, prompts: list[list[int]], max_tokens: int, temperature: float) -> list[str]:
         """One answer for each prompt; empty if it did not end within `max_tokens`."""
         model, tokenizer = self.model, self.tokenizer
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -171,12 +171,12 @@ class Writer:
             answers.append(str(tokenizer.decode(row[:ended], skip_special_tokens=True)).strip())
         return answers
 
-    def _in_parts(self, parts: int, make: Callable[[int], list[Any]], *settings: Any) -> list[Any]:
+    def _make_parts(self, parts: int, make: Callable[[int], list[Any]], *settings: Any) -> list[Any]:
         """Make the missing parts, and return the rows of all parts, some of which may come from an earlier run."""
         processes = PartialState()
         rank, world = processes.process_index, processes.num_processes
-        known = hash_tensors(self.model.named_parameters(), *settings, self.seed)
-        folder = self.folder / known[:16]
+        digest = hash_tensors(self.model.named_parameters(), *settings, self.seed)
+        folder = self.folder / digest[:16]
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"part-{part:05d}-of-{parts:05d}.json" for part in range(parts)]
         mine = [part for part in range(rank, parts, world) if not paths[part].is_file()]
@@ -184,9 +184,9 @@ class Writer:
             write_text(paths[part], json.dumps(make(part)))
         processes.wait_for_everyone()
         logger.info("the rows that the dense model wrote are in %s", folder)
-        with self._reading():
+        with self._read_errors():
             return [row for path in paths for row in parse_json(read_text(path), str(path))]
 
-    def _reading(self) -> AbstractContextManager[None]:
+    def _read_errors(self) -> AbstractContextManager[None]:
         """Parts of an earlier run may be damaged."""
         return boundary(f"can't use the rows in {self.folder}", "remove it, and they are written again")

@@ -51,11 +51,11 @@ def write_healed(
     """
     lineage = _lineage(student)
     with ExitStack() as folders:  # folders get their names in reverse order: the model, then its adapter
-        merged, part = _merged(student, lineage, trained, adapter, folders)
+        merged, part = _merge_trained(student, lineage, trained, adapter, folders)
         merged.name_or_path = merged.config.name_or_path = str(student.folder)
         folder = folders.enter_context(new_folder(output, source=student.folder))
         merged.save_pretrained(folder)
-        copy_beside_weights(student.folder, folder)
+        copy_companion_files(student.folder, folder)
         entry["changed_tensors"] = changed_tensors(student.folder, folder)
         if not entry["changed_tensors"]:
             raise LayerPruneError(
@@ -74,7 +74,7 @@ def write_adapter(student: Student, trained: Path, output: Path, adapter: Path) 
     if not adapter.exists():
         with ExitStack() as folders:
             lineage, healed = _lineage(student), Lineage.load(output)
-            _, part = _merged(student, lineage, trained, adapter, folders)
+            _, part = _merge_trained(student, lineage, trained, adapter, folders)
             _record_adapter(part, lineage, healed.entries[-1] if healed else {})
 
 
@@ -89,7 +89,7 @@ def _record_adapter(folder: Path | None, lineage: Lineage, entry: dict[str, Any]
         Lineage(lineage.base, [*lineage.entries]).record(folder, entry | {"settings": settings})
 
 
-def _merged(
+def _merge_trained(
     student: Student, lineage: Lineage, trained: Path, adapter: Path | None, folders: ExitStack
 ) -> tuple[PreTrainedModel, Path | None]:
     """The merged model; writes its adapter too, if there is one. Returns the folder of one that the history describes."""
@@ -114,7 +114,7 @@ def _merged(
         if tail:
             _describe_repair(adapted.peft_config["default"], lineage)
         adapted.save_pretrained(folder)
-        _copy_others(student.folder, folder, but=(CONFIG, GENERATION))
+        _copy_companions(student.folder, folder, exclude=(CONFIG, GENERATION))
         return adapted.merge_and_unload(), folder if tail else None
     return adapted.merge_and_unload(), None
 
@@ -122,11 +122,11 @@ def _merged(
 def _describe_repair(config: LayerDropConfig, lineage: Lineage) -> None:
     """Say in an adapter's config how the model was repaired, as it does if the cut wrote the adapter."""
     entry = next((entry for entry in lineage.entries if entry.get("repair")), {})
-    told, text = entry.get("repair", {}), entry.get("calibration", {})
-    fields = {"repair": told.get("method"), "calibration": text.get("source"), "seed": text.get("seed")}
+    repair, text = entry.get("repair", {}), entry.get("calibration", {})
+    fields = {"repair": repair.get("method"), "calibration": text.get("source"), "seed": text.get("seed")}
     fields |= {f"calibration_{name}": text.get(name) for name in ("samples", "length")}
     for name, value in fields.items():
-        if told and value is not None:
+        if repair and value is not None:
             setattr(config, name, value)
 
 
@@ -136,7 +136,7 @@ _SET_BY_TRAINERS = ("pad_token_id", "bos_token_id", "eos_token_id", "use_cache")
 
 def weights_dtype(student: Student) -> torch.dtype:
     """The type of a pruned model's weights on disk."""
-    return next(tensor.dtype for _, tensor in _tensors(student.folder))
+    return next(tensor.dtype for _, tensor in _iterate_tensors(student.folder))
 
 
 def changed_tensors(before: Path, after: Path) -> list[str]:
@@ -153,28 +153,28 @@ def changed_tensors(before: Path, after: Path) -> list[str]:
             other = where[old].get_tensor(old) if old in where else None
             return other is not None and other.dtype == tensor.dtype and torch.equal(other, tensor)
 
-        return sorted(name for name, tensor in _tensors(after) if not same(name, tensor))
+        return sorted(name for name, tensor in _iterate_tensors(after) if not same(name, tensor))
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _iterate_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 yield name, file.get_tensor(name)
 
 
-def copy_beside_weights(before: Path, after: Path) -> None:
+def copy_companion_files(before: Path, after: Path) -> None:
     """Copy tokenizer, chat template, generation settings and licence byte for byte, as verification expects them."""
     fields = read_config_file(after / CONFIG)
     copy_transformers_version(read_config_file(before / CONFIG), fields)
     write_bytes(after / CONFIG, encode_json(fields))
     (after / GENERATION).unlink(missing_ok=True)  # saving a model writes one even where there was none
-    _copy_others(before, after, but=(CONFIG,))
+    _copy_companions(before, after, exclude=(CONFIG,))
 
 
-def _copy_others(before: Path, after: Path, but: Collection[str]) -> None:
+def _copy_companions(before: Path, after: Path, exclude: Collection[str]) -> None:
     for name, path in model_files(before).items():
-        if name not in but and not (holds_weights(name) or name.endswith(".index.json")):
+        if name not in exclude and not (holds_weights(name) or name.endswith(".index.json")):
             (after / name).parent.mkdir(exist_ok=True)
             copy_model_file(path, before, after / name)
     copy_licence(before, after)

@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 128 * 2**20
-_KEPT = "kept"  # the file by which a run with `keep_cache` tells all others to leave a folder
+_KEEP_MARKER = "kept"  # the file by which a run with `keep_cache` tells all others to leave a folder
 
 
 class StateCache:
     """One kind of states of all rows, in a folder. Processes that share the folder share the work.
 
     Args:
-        folder (`Path`): The folder; [`make_room`] creates it.
+        folder (`Path`): The folder; [`create_cache_folders`] creates it.
         lengths (`Sequence[int]`): Tokens of each row.
         token_bytes (`int`): Size of a token's states.
         shard_bytes (`int`, *optional*): Approximate size of a shard.
@@ -78,7 +78,7 @@ class StateCache:
         """Indices of the shards that have not been written yet."""
         return [index for index in range(len(self.shards)) if not self._path(index).is_file()]
 
-    def bytes_of(self, shards: Iterable[int]) -> int:
+    def size_of(self, shards: Iterable[int]) -> int:
         """The size of some shards."""
         return sum(int(self._lengths[self.shards[index]].sum()) for index in shards) * self._token_bytes
 
@@ -103,7 +103,7 @@ class StateCache:
         """
         rank, world = share
         mine = [index for index in self.missing() if index % world == rank]
-        tokens = self.bytes_of(mine) // self._token_bytes
+        tokens = self.size_of(mine) // self._token_bytes
         with progress_bar(
             total=tokens, unit="token", unit_scale=True, desc=description, disable=True if rank or not mine else None
         ) as bar:
@@ -143,12 +143,12 @@ class StateCache:
                 raise CheckpointError(f"{path} can't be read ({error}); delete {self.folder} and run again") from error
         return states
 
-    def hold(self) -> None:
+    def acquire(self) -> None:
         """Keep other runs with the same states from deleting the folder, as long as this object lives, or for ever."""
         if self._lock is None:
             self._lock = lock_folder(self.folder, shared=True)
         if self.keep:
-            (self.folder / _KEPT).touch()
+            (self.folder / _KEEP_MARKER).touch()
 
     def __del__(self) -> None:
         if self._lock is not None:  # a worker that was forked has a descriptor of its own
@@ -166,7 +166,7 @@ class StateCache:
             return
         except FileNotFoundError:
             return
-        if not (self.folder / _KEPT).exists():
+        if not (self.folder / _KEEP_MARKER).exists():
             shutil.rmtree(self.folder, ignore_errors=True)
         unlock_folder(lock)
         with suppress(OSError):
@@ -187,29 +187,29 @@ class StateCache:
             partial.unlink(missing_ok=True)
 
 
-def make_room(caches: Sequence[StateCache]) -> None:
+def create_cache_folders(caches: Sequence[StateCache]) -> None:
     """Create the folders of caches, all in one folder, if their disk has room for all missing states.
 
     Raises:
         CheckpointError: A folder can't be created, or its disk has no room for the states.
     """
-    around = caches[0].folder.parent
-    needed = sum(cache.bytes_of(cache.missing()) for cache in caches)
+    parent = caches[0].folder.parent
+    needed = sum(cache.size_of(cache.missing()) for cache in caches)
     try:
-        around.mkdir(parents=True, exist_ok=True)
+        parent.mkdir(parents=True, exist_ok=True)
         if needed:
-            free = shutil.disk_usage(around).free
+            free = shutil.disk_usage(parent).free
             logger.info(
-                "%s will take up %s for hidden states; %s is free", around, format_size(needed), format_size(free)
+                "%s will take up %s for hidden states; %s is free", parent, format_size(needed), format_size(free)
             )
-            check_space(around, needed, free)
+            check_space(parent, needed, free)
         else:
-            logger.info("%s already has the hidden states of all rows", around)
+            logger.info("%s already has the hidden states of all rows", parent)
         for cache in caches:
             cache.folder.mkdir(exist_ok=True)
-            cache.hold()
+            cache.acquire()
     except OSError as error:
-        raise write_error(around, error) from error
+        raise write_error(parent, error) from error
 
 
 def hash_rows(dataset: Dataset) -> str:

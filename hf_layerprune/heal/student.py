@@ -57,7 +57,7 @@ class Student:
     whole_only: bool = False
 
     @classmethod
-    def at(cls, name: str | Path, revision: str | None = None) -> Student:
+    def load(cls, name: str | Path, revision: str | None = None) -> Student:
         """Read the cut and the history of a pruned model in a folder, or of one on the Hub, which is downloaded.
 
         Raises:
@@ -69,7 +69,7 @@ class Student:
             own = [file for file in repo.files if "/" not in file and is_hashed(file) and not is_gguf_name(file)]
             files = [*own, *filter(is_part, repo.files)]
             folder = repo.fetch([*files, CONFIG])[CONFIG].parent
-        cut = cut_of(load_config(folder))
+        cut = recorded_cut(load_config(folder))
         if cut is None:
             raise CheckpointError(
                 f"{name} was not pruned by hf-layerprune; prune it first: hf-layerprune prune {name} OUTPUT"
@@ -92,7 +92,7 @@ class Student:
         logger.info("method=auto is %s: %s", method.name, why)
         return method
 
-    def let_base_teach(self, args: HealConfig) -> None:
+    def use_base_as_teacher(self, args: HealConfig) -> None:
         """Make the weights before the cut the teacher, unless `args` names another one."""
         if args.teacher in (None, self.base):
             args.teacher = self.base
@@ -108,7 +108,7 @@ class Student:
         *earlier, last = after.entries or [{}]
         if last.get("stage") != "heal" or earlier != before.entries:
             raise CheckpointError(f"{folder} is not from this run; choose another --output_dir, or remove it")
-        others = run.changed(last.get("settings", {}), last.get("data"))
+        others = run.changed_settings(last.get("settings", {}), last.get("data"))
         others.pop("world_size", None)  # it may be finished on another machine
         if others:
             raise CheckpointError(
@@ -116,13 +116,13 @@ class Student:
             )
 
 
-def cut_of(config: PreTrainedConfig) -> Cut | None:
+def recorded_cut(config: PreTrainedConfig) -> Cut | None:
     """The cut that a pruned model's config records; `None` for any other model."""
     marker = getattr(config, families.MARKER, None)
     return cut_without(marker["drop_layers"], marker["num_base_layers"]) if marker else None
 
 
-def check_dense(dense: PreTrainedConfig, config: PreTrainedConfig, name: str, *, features: bool) -> None:
+def check_teacher_config(dense: PreTrainedConfig, config: PreTrainedConfig, name: str, *, features: bool) -> None:
     """Check that a dense model, called `name` in errors, can teach a model that was, or will be, cut.
 
     The other config is of that model or of its base. With `features`, hidden states are taught, too.
@@ -130,7 +130,7 @@ def check_dense(dense: PreTrainedConfig, config: PreTrainedConfig, name: str, *,
     Raises:
         CheckpointError: It has another number of layers, vocabulary or, for hidden states, width.
     """
-    cut = cut_of(config)
+    cut = recorded_cut(config)
     layers = families.layer_count(config) if cut is None else cut.num_layers
     sizes: dict[str, tuple[Any, Any]] = {"layers": (families.layer_count(dense), layers)}
     fields = {"tokens in its vocabulary": "vocab_size", "values in a hidden state": "hidden_size"}
@@ -152,7 +152,7 @@ def load_student(student: Student, method: Method, **from_pretrained_kwargs: Any
     Raises:
         LayerPruneError: The method can't run here, such as `qlora` without bitsandbytes.
     """
-    model = load_base(student.folder, **from_pretrained_kwargs, **method.loading())
+    model = load_base(student.folder, **from_pretrained_kwargs, **method.loading_kwargs())
     if method.trains_layers and student.base and not student.whole_only:
         model.name_or_path = student.base  # PEFT writes this into the adapter, whose base is the dense model
     return model

@@ -18,9 +18,9 @@ from ..runtime.loading import load_base
 from ..runtime.memory import free_memory
 from ..runtime.parts import TrialError, agree, probe_ids, trial
 from ..runtime.prefix import Prefix
-from .placement import is_spread, runnable_where_it_is
+from .placement import eager_attention_on_cpu, is_on_several_devices
 from .store import hash_tensors
-from .student import check_dense, cut_of
+from .student import check_teacher_config, recorded_cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +39,7 @@ class Teacher:
         features (`tuple[int, ...]`, *optional*): After how many of its layers hidden states are wanted, too.
 
     Raises:
-        CheckpointError: It can't be loaded, or can't teach the student, see [`check_dense`].
+        CheckpointError: It can't be loaded, or can't teach the student, see [`check_teacher_config`].
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Teacher:
         revision: str | None = None,
         features: tuple[int, ...] = (),
     ) -> None:
-        self._borrowed = not isinstance(source, str)
+        self._is_external = not isinstance(source, str)
         if isinstance(source, str):
             logger.info("loading the dense model %s as the teacher", source)
             # Not `student.dtype`: trained weights may be held in float32.
@@ -58,32 +58,33 @@ class Teacher:
             attention = student.config._attn_implementation
             source = load_base(source, revision=revision, dtype=dtype, attn_implementation=attention)
         self.model: Any = source.eval().requires_grad_(False)
-        self._home = next(source.parameters()).device
-        if cut_of(student.config) is not None:
-            check_dense(source.config, student.config, str(source.config.name_or_path), features=bool(features))
-        with runnable_where_it_is(source):
+        self._device = next(source.parameters()).device
+        if recorded_cut(student.config) is not None:
+            name = str(source.config.name_or_path)
+            check_teacher_config(source.config, student.config, name, features=bool(features))
+        with eager_attention_on_cpu(source):
             self._output: Any = OutputHead(source)
         self.head: Head = self._output.head()
         self.width = self._output.width
         self.layer_width: int = source.config.get_text_config().hidden_size
         self.fingerprint = hash_tensors(source.named_parameters(), source.config.to_json_string(), *features)
         self._features = features
-        self._middle = Prefix(source, features[-1]) if features else None
+        self._feature_prefix = Prefix(source, features[-1]) if features else None
         self._prefix: Prefix | None = None
         if prefix is None or source is student:
             return
         own = Prefix(source, prefix.depth, needs_ids=prefix.needs_ids)
-        if own.is_equivalent(prefix) and self._starts_from(own):
+        if own.is_equivalent(prefix) and self._can_start_from(own):
             own.unload()
             self._prefix = own
         else:
             own.restore()
 
-    def _starts_from(self, prefix: Prefix) -> bool:
+    def _can_start_from(self, prefix: Prefix) -> bool:
         """Skip the prefix; whether its output is all that the other layers need, also those that the student lacks."""
         inputs = {"input_ids": probe_ids(self.model, 8)}
         try:
-            with trial(), torch.inference_mode(), runnable_where_it_is(self.model):
+            with trial(), torch.inference_mode(), eager_attention_on_cpu(self.model):
                 with prefix.record() as states:
                     wanted = self._output.states(**inputs, use_cache=False)
                 prefix.skip()
@@ -93,7 +94,7 @@ class Teacher:
         return agree(found, wanted)
 
     @property
-    def shares(self) -> bool:
+    def shares_prefix(self) -> bool:
         """Whether it starts from the output of the student's frozen layers."""
         return self._prefix is not None
 
@@ -105,21 +106,21 @@ class Teacher:
     def states(self, inputs: dict[str, torch.Tensor], shared: torch.Tensor | None) -> torch.Tensor:
         """The last hidden states of some rows, `[batch, seq, width]`: the input of `head`, after the features if any.
 
-        `inputs` are the model's arguments, and `shared` is the output of the student's frozen layers, if it `shares`
+        `inputs` are the model's arguments, and `shared` is the output of the student's frozen layers, if it `shares_prefix`
         them.
         """
         if self._prefix is not None and shared is not None:
             inputs = self._prefix.set_output(shared, inputs)
-        if self._middle is None:
+        if self._feature_prefix is None:
             return self._output.states(**inputs, use_cache=False).to(self.model.dtype)
-        with self._middle.record(self._features) as found:
+        with self._feature_prefix.record(self._features) as found:
             last = self._output.states(**inputs, use_cache=False)
         shape = (*last.shape[:-1], self.layer_width)
         if any(states.shape != shape for states in found.values()):
             raise LayerPruneError("this model's layers pass on more than one hidden state a token; use features=0")
         return torch.cat([*(found[depth] for depth in self._features), last], -1).to(self.model.dtype)
 
-    def let_go(self, device: torch.device, student: Head) -> Head:
+    def release(self, device: torch.device, student: Head) -> Head:
         """Free the model, or move one that was passed in back to its device, and return its head on the given device.
 
         If the student's head is frozen and has the same weights, both share one copy.
@@ -130,15 +131,16 @@ class Teacher:
         weight = None if weight is None else weight.detach().to(device)
         bias = None if bias is None else bias.detach().to(device)
         head = Head(weight, bias, self.head.transform)
-        if self._borrowed:
-            self._go_home()
-        self.model = self._prefix = self._middle = self._output = self.head = None  # type: ignore[assignment]
+        if self._is_external:
+            self._move_back()
+        self.model = self._prefix = self._feature_prefix = self._output = self.head = None  # type: ignore[assignment]
         free_memory()
         return head
 
-    def _go_home(self) -> None:
+    def _move_back(self) -> None:
         """Put the model together again, on the device that it came from."""
         if self._prefix is not None:
             self._prefix.restore()
-        if not is_spread(self.model) and any(parameter.device != self._home for parameter in self.model.parameters()):
-            self.model.to(self._home)
+        moved = any(parameter.device != self._device for parameter in self.model.parameters())
+        if moved and not is_on_several_devices(self.model):
+            self.model.to(self._device)

@@ -22,25 +22,25 @@ from ..errors import CutError, LayerPruneError
 from ..families import check_stage
 from ..runtime.head import OutputHead
 from ..runtime.precision import to_fast_precision
-from .batches import Precomputed, StateCollator, real_tokens, taught_positions, token_counts
+from .batches import Precomputed, StateCollator, count_tokens, distillation_mask, non_padding_mask
 from .checkpoints import checkpoint_to_resume
 from .config import HealConfig
 from .data import has_images
-from .features import FeaturePhase, leave_parameters_out, phased
-from .halving import Halving
-from .loss_inputs import LossInputs, compute_in_forward, note
+from .features import FeaturePhase, allow_unused_parameters, phased_schedule
+from .halving import BatchHalving
+from .loss_inputs import LossInputs, compute_in_forward, log_batch
 from .methods import parse_method
 from .placement import (
-    autocast_where_it_is,
-    check_in_memory,
-    hold_in_float32,
-    leave_packed,
-    put_back,
-    runnable_where_it_is,
+    autocast_on_model_device,
+    cast_trained_to_float32,
+    check_not_offloaded,
+    disable_weight_repacking,
+    eager_attention_on_cpu,
+    restore_prefix,
     use_one_gpu,
 )
-from .precompute import is_split_by_deepspeed, keep_inputs_without_gradients, learns_prompt, precompute
-from .prepared import check_lengths, labelled_rows, numbered, seen_rows
+from .precompute import disable_input_require_grads, is_prompt_tuned, is_sharded_by_zero3, precompute
+from .prepared import check_lengths, keep_labelled_rows, number_rows, sample_rows
 from .saving import SavingTrainer
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SAME = 1e-9  # Shares of the steps that are closer are the same.
+_EPSILON = 1e-9  # Shares of the steps that are closer are the same.
 
 
 class HealTrainer(SavingTrainer):
@@ -83,7 +83,7 @@ class HealTrainer(SavingTrainer):
             method = parse_method("last1" if args.method == "auto" else args.method)
             args.learning_rate = method.learning_rate(model.config.get_text_config().hidden_size)
         use_one_gpu(model, args)
-        leave_packed(model)
+        disable_weight_repacking(model)
         rows: Any = kwargs.get("train_dataset")
         if has_images(rows):
             args.pad_to_multiple_of = None  # which TRL's collator for images can't do
@@ -94,12 +94,12 @@ class HealTrainer(SavingTrainer):
         recompute: Any = args.gradient_checkpointing_kwargs or {}
         self._reentrant = bool(args.gradient_checkpointing and recompute.get("use_reentrant"))
         if args.gradient_checkpointing and not self._reentrant:
-            keep_inputs_without_gradients(model)
+            disable_input_require_grads(model)
         if args.features:
-            leave_parameters_out(args)
+            allow_unused_parameters(args)
         super().__init__(model, args, **kwargs)
-        check_in_memory(self.model)
-        self._teacher_model, self._told, self.resumed = teacher, False, False
+        check_not_offloaded(self.model)
+        self._teacher_model, self._warned_no_teacher, self.resumed = teacher, False, False
         self.feature_phase: FeaturePhase | None = None
         if args.features:
             fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
@@ -108,9 +108,9 @@ class HealTrainer(SavingTrainer):
             self.feature_phase = FeaturePhase(self.plain_model)
         # DeepSpeed holds its own float32 copy.
         if args.float32_weights and (args.bf16 or args.fp16) and not self.is_deepspeed_enabled:
-            hold_in_float32(self.model)
+            cast_trained_to_float32(self.model)
         # DeepSpeed ZeRO-3 can't run the model yet, so its logits can't be checked.
-        self._split = is_split_by_deepspeed(self.plain_model)
+        self._split = is_sharded_by_zero3(self.plain_model)
         if not self._leaves_loss_to_trl:
             compute_in_forward(self, self.output_head)
             # `compute_loss` divides by all tokens of a step, for any model. Below 5.19, transformers reads the other one.
@@ -118,11 +118,12 @@ class HealTrainer(SavingTrainer):
         self.numbered_datasets: list[Dataset] = []
         if isinstance(self.train_dataset, Dataset):
             if not self._is_vision_dataset:
-                self.train_dataset = labelled_rows(self.train_dataset, args, rows)
-                self.eval_dataset = labelled_rows(self.eval_dataset, args, kwargs.get("eval_dataset"), "evaluation")
+                self.train_dataset = keep_labelled_rows(self.train_dataset, args, rows)
+                given = kwargs.get("eval_dataset")
+                self.eval_dataset = keep_labelled_rows(self.eval_dataset, args, given, "evaluation")
                 check_lengths(self.train_dataset, self.eval_dataset, model.config, args)
-            self.train_dataset = seen_rows(self.train_dataset, args)
-            self.train_dataset, self.eval_dataset, self.numbered_datasets = numbered(
+            self.train_dataset = sample_rows(self.train_dataset, args)
+            self.train_dataset, self.eval_dataset, self.numbered_datasets = number_rows(
                 self.train_dataset, self.eval_dataset
             )
         self.data_collator = StateCollator(self.data_collator, self.padding_free)
@@ -131,13 +132,13 @@ class HealTrainer(SavingTrainer):
     def output_head(self) -> OutputHead:
         """The model's output head, checked against the model's own logits."""
         model = self.plain_model
-        with runnable_where_it_is(model), autocast_where_it_is(model, self.accelerator):  # types may be mixed
+        with eager_attention_on_cpu(model), autocast_on_model_device(model, self.accelerator):  # types may be mixed
             return OutputHead(model)
 
     # --- set-up ------------------------------------------------------------------------------------------
 
     @property
-    def splits_sequences(self) -> bool:
+    def uses_model_parallelism(self) -> bool:
         """Whether the model or its sequences are split over devices."""
         parallel = self.accelerator.parallelism_config
         return parallel is not None and (parallel.cp_enabled or parallel.sp_enabled or parallel.tp_enabled)
@@ -147,7 +148,7 @@ class HealTrainer(SavingTrainer):
         """Whether a setting requires a loss that only TRL computes."""
         smoothed = self.label_smoother is not None or self.compute_loss_func is not None
         other = self.args.loss_type not in ("nll", "chunked_nll") or self.aux_loss_enabled or self._is_vision_dataset
-        asked = self.splits_sequences or smoothed or other or self._split or learns_prompt(self.model)
+        asked = self.uses_model_parallelism or smoothed or other or self._split or is_prompt_tuned(self.model)
         if asked and self.args.distils:
             raise CutError(
                 f"{self.args.teacher_setting} can't be combined with loss_type, label smoothing, a router loss, images, prompt "
@@ -156,7 +157,7 @@ class HealTrainer(SavingTrainer):
         return asked
 
     @property
-    def owns_gradients(self) -> bool:
+    def accumulates_gradients(self) -> bool:
         """Whether gradients may be added up before `backward`: a single process without loss scaling or compiling."""
         one = self.accelerator
         plain = one.distributed_type == DistributedType.NO and one.scaler is None
@@ -182,14 +183,14 @@ class HealTrainer(SavingTrainer):
         """
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
         self.resumed = bool(resume_from_checkpoint)
-        self._halving = Halving(self)
+        self._batch_halving = BatchHalving(self)
         precomputed = self.data_collator.precomputed = precompute(self, self._teacher_model)
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.data_collator.precomputed = Precomputed(teacher_head=precomputed.teacher_head)
             if precomputed.prefix is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-                put_back(precomputed.prefix, self.plain_model)
+                restore_prefix(precomputed.prefix, self.plain_model)
         if self.is_world_process_zero():
             for cache in precomputed.caches.values():
                 cache.delete()
@@ -198,36 +199,36 @@ class HealTrainer(SavingTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule of the learning rate; see [`~transformers.Trainer`]."""
         known = self.lr_scheduler is not None
-        usual = super().create_scheduler(num_training_steps, optimizer)
-        for group in () if known else usual.optimizer.param_groups:
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        for group in () if known else schedule.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])  # reduce_lr_on_plateau does not say it, and a run may resume
         if known or not self.args.features:
-            return usual
-        if not isinstance(usual, LambdaLR):
+            return schedule
+        if not isinstance(schedule, LambdaLR):
             logger.warning(
-                "%s has no separate phases: features are trained at its learning rate", type(usual).__name__
+                "%s has no separate phases: features are trained at its learning rate", type(schedule).__name__
             )
-            return usual
-        first = math.ceil(self.args.features * num_training_steps - _SAME)
+            return schedule
+        first = math.ceil(self.args.features * num_training_steps - _EPSILON)
         warmup = self.args.get_warmup_steps(num_training_steps)
-        phases = phased(usual.lr_lambdas[0], first, num_training_steps, warmup)
-        self.lr_scheduler = LambdaLR(usual.optimizer, phases)
+        phases = phased_schedule(schedule.lr_lambdas[0], first, num_training_steps, warmup)
+        self.lr_scheduler = LambdaLR(schedule.optimizer, phases)
         return self.lr_scheduler
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Run forward and backward for one batch, in parts if memory runs out, and stop if the loss is not finite."""
         whole = super().training_step
-        loss = self._halving.run(lambda batch: whole(model, batch, num_items_in_batch), inputs)
+        loss = self._batch_halving.run(lambda batch: whole(model, batch, num_items_in_batch), inputs)
         if not torch.isfinite(loss):
             rows = ", ".join(map(str, inputs["rows"][:8].tolist())) if "rows" in inputs else ""
             where = f", in the batch of rows {rows}" if rows else ""
             raise LayerPruneError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}{where}; {self._way_back()}"
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}{where}; {self._recovery_hint()}"
             )
         return loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.reproduces_features and self.is_fsdp_enabled:  # which can't load a state that some parameters lack
+        if self.is_feature_step and self.is_fsdp_enabled:  # which can't load a state that some parameters lack
             logger.info("step %d is not saved: with FSDP, the first phase has no checkpoints", self.state.global_step)
             return
         super()._save_checkpoint(model, trial)
@@ -243,11 +244,11 @@ class HealTrainer(SavingTrainer):
         """The loss of one batch; see [`~trl.SFTTrainer`]."""
         inputs = dict(inputs)
         inputs.pop("rows", None)
-        prefix, taught = inputs.pop("prefix_states", None), inputs.pop("teacher_states", None)
+        prefix, teacher_states = inputs.pop("prefix_states", None), inputs.pop("teacher_states", None)
         mode = "train" if self.model.training else "eval"
-        local = token_counts([inputs], self.args).to(inputs["labels"].device)
-        everywhere = real_tokens(inputs)
-        features, taught = self._parted(taught)
+        local = count_tokens([inputs], self.args).to(inputs["labels"].device)
+        feature_mask = non_padding_mask(inputs)
+        features, teacher_states = self._split_teacher_states(teacher_states)
         if prefix is not None and self.data_collator.precomputed.prefix is not None:
             prefix.requires_grad_(self._reentrant)  # such checkpointing gives gradients only where the input has one
             inputs = self.data_collator.precomputed.prefix.set_output(prefix, inputs)
@@ -255,15 +256,15 @@ class HealTrainer(SavingTrainer):
         if self._leaves_loss_to_trl or return_outputs:
             count = None if num_items_in_batch is None else num_items_in_batch[0]
             found = super().compute_loss(model, dict(inputs), return_outputs, count)
-            if self._leaves_loss_to_trl or taught is None:
+            if self._leaves_loss_to_trl or teacher_states is None:
                 return found
             outputs = found[1]
         labels = inputs.pop("labels")[:, 1:]
-        share = 0.0 if taught is None else self._kd_share
-        if taught is None and self._kd_share:
-            self._miss_teacher()
+        share = 0.0 if teacher_states is None else self._kd_share
+        if teacher_states is None and self._kd_share:
+            self._handle_missing_teacher()
         nowhere = torch.zeros_like(labels, dtype=torch.bool)
-        kd_mask = taught_positions(inputs, labels, self.args) if share else nowhere
+        kd_mask = distillation_mask(inputs, labels, self.args) if share else nowhere
         counts = local if num_items_in_batch is None else num_items_in_batch
         heal = LossInputs(
             labels=labels,
@@ -271,9 +272,9 @@ class HealTrainer(SavingTrainer):
             ce_weight=None if share == 1 else (1 - share) / counts[0].clamp(min=1),
             kd_mask=kd_mask,
             kd_weight=share / counts[1].clamp(min=1),
-            teacher_states=taught if share else None,
+            teacher_states=teacher_states if share else None,
             features=features,
-            feature_mask=everywhere,
+            feature_mask=feature_mask,
             feature_weight=1 / counts[2].clamp(min=1),
         )
         # The engine's gradients start from what it returns, which may be rounded.
@@ -281,20 +282,20 @@ class HealTrainer(SavingTrainer):
         loss = loss + (heal.loss - loss).detach().nan_to_num(0, 0, 0)  # an infinite loss stays one
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP takes the mean over processes
-        note(self, mode, heal.sums, local)
+        log_batch(self, mode, heal.sums, local)
         return (loss, outputs) if return_outputs else loss
 
-    def _parted(self, taught: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _split_teacher_states(self, states: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The dense model's hidden states after the cut, if this step is to reproduce them, and its last ones."""
         width = self.data_collator.precomputed.feature_width
-        if taught is None or not width:
-            return None, taught
-        return taught[..., :width] if self.reproduces_features else None, taught[..., width:]
+        if states is None or not width:
+            return None, states
+        return states[..., :width] if self.is_feature_step else None, states[..., width:]
 
     @property
-    def reproduces_features(self) -> bool:
+    def is_feature_step(self) -> bool:
         """Whether this step is one of the first phase."""
-        return self.model.training and self.progress < self.args.features - _SAME
+        return self.model.training and self.progress < self.args.features - _EPSILON
 
     @property
     def progress(self) -> float:
@@ -308,17 +309,17 @@ class HealTrainer(SavingTrainer):
         alone = self.model.training and done < self.args.kd_alone
         return {"ce": 0.0, "kd": 1.0, "ce+kd": 1.0 if alone else self.args.kd_share}[self.args.loss]
 
-    def _miss_teacher(self) -> None:
+    def _handle_missing_teacher(self) -> None:
         """Distillation without the dense model's states can't go on, but an evaluation can measure cross-entropy."""
         if self.model.training:
             raise LayerPruneError(
                 f"{self.args.teacher_setting} needs train_dataset when the trainer is created; pass it"
             )
-        if not self._told:
+        if not self._warned_no_teacher:
             logger.warning(
                 "eval_loss is cross-entropy here: the dense model's states of eval_dataset exist only during train()"
             )
-        self._told = True
+        self._warned_no_teacher = True
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -335,7 +336,7 @@ class HealTrainer(SavingTrainer):
         if self._leaves_loss_to_trl:
             count = super()._get_num_items_in_batch(batch_samples, device)
             return None if count is None else torch.as_tensor(count, device=device).reshape(1)
-        counts = token_counts(batch_samples, self.args).to(device)
+        counts = count_tokens(batch_samples, self.args).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
         return counts

@@ -31,7 +31,7 @@ def answers_file(folder: Path, key: dict[str, Any]) -> Path:
     return folder / f"{key['task']}-{digest[:16]}.json"
 
 
-def find_answers(path: Path) -> TaskRun | None:
+def load_answers(path: Path) -> TaskRun | None:
     """Read earlier answers; `None` if there are none, or their file is damaged."""
     if not path.is_file():
         return None
@@ -51,7 +51,7 @@ def find_answers(path: Path) -> TaskRun | None:
     return answered
 
 
-def keep_answers(path: Path, run: TaskRun) -> None:
+def save_answers(path: Path, run: TaskRun) -> None:
     """Save answers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(asdict(run)) + "\n")

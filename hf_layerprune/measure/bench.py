@@ -64,25 +64,25 @@ class _Bench(Measurement):
         """Measure everything, starting with the probes, for which no other model may be in memory."""
         request = self.request
         probes = self._probe()
-        live = {subject.weights: self.load(subject) for subject in self.subjects}
-        self._record_size(live)
+        models = {subject.weights: self.load(subject) for subject in self.subjects}
+        self._record_size(models)
         if probes:
-            self._record_probes(probes, live)
+            self._record_probes(probes, models)
         start = perf_counter()
         with boundary("the models can't be timed", kind=LayerPruneError):
-            timed = time_models(live, request.workloads, repeats=request.repeats)
+            timed = time_models(models, request.workloads, repeats=request.repeats)
         seconds = round((perf_counter() - start) / max(1, len(timed)), 3)
         for work, timings in timed.items():
-            flops = {w: float(prefill_flops(model, work.batch, work.prompt_tokens)) for w, model in live.items()}
+            flops = {w: float(prefill_flops(model, work.batch, work.prompt_tokens)) for w, model in models.items()}
             held = work.prompt_tokens + work.new_tokens // 2
-            read = {w: decode_bytes(model, work.batch, held) for w, model in live.items()}
+            read = {w: decode_bytes(model, work.batch, held) for w, model in models.items()}
             for metric in timings[self.model.weights][0]:
                 values = {w: [run[metric] for run in runs] for w, runs in timings.items()}
                 cost = read if metric.startswith("decode") else flops
                 self.record("speed", metric, asdict(work), values, cost, seconds)
 
     @property
-    def _largest(self) -> Workload:
+    def _largest_workload(self) -> Workload:
         """The workload whose memory is measured."""
         return Workload(max(self.request.batch_sizes), max(self.request.prompt_lengths), self.request.new_tokens)
 
@@ -95,16 +95,16 @@ class _Bench(Measurement):
             for number in range(rounds):
                 for subject in self.subjects if number % 2 else self.subjects[::-1]:
                     where = (subject.source, subject.revision, self.request.dtype, self.device)
-                    probes[subject.weights].append(probe(*where, self._largest))
+                    probes[subject.weights].append(probe(*where, self._largest_workload))
                     bar.update()
         return {weights: runs[1:] for weights, runs in probes.items()} if rounds else {}
 
-    def _record_probes(self, probes: dict[str, list[dict[str, float]]], live: Mapping[str, PreTrainedModel]) -> None:
-        weights = {w: float(model.get_memory_footprint(return_buffers=False)) for w, model in live.items()}
+    def _record_probes(self, probes: dict[str, list[dict[str, float]]], models: Mapping[str, PreTrainedModel]) -> None:
+        weights = {w: float(model.get_memory_footprint(return_buffers=False)) for w, model in models.items()}
         # Python and its libraries take the same memory for every model.
         idle = statistics.median(one["idle_rss_bytes"] for runs in probes.values() for one in runs)
         resident = {w: idle + size for w, size in weights.items()}
-        work = asdict(self._largest)
+        work = asdict(self._largest_workload)
         for kind, metric, settings, cost in (
             ("speed", "load_seconds", {"cache": "warm"}, weights),
             ("memory", "peak_rss_bytes", work, resident),
@@ -114,11 +114,11 @@ class _Bench(Measurement):
                 values = {w: [float(one[metric]) for one in runs] for w, runs in probes.items()}
                 self.record(kind, metric, settings, values, cost)
 
-    def _record_size(self, live: Mapping[str, PreTrainedModel]) -> None:
+    def _record_size(self, models: Mapping[str, PreTrainedModel]) -> None:
         for kind, metric, sizes in (
-            ("size", "parameters", {w: model.num_parameters() for w, model in live.items()}),
+            ("size", "parameters", {w: model.num_parameters() for w, model in models.items()}),
             ("size", "bytes_on_disk", {subject.weights: subject.bytes_on_disk for subject in self.subjects}),
-            ("memory", "kv_cache_bytes_per_token", {w: cache_bytes(model) for w, model in live.items()}),
+            ("memory", "kv_cache_bytes_per_token", {w: cache_bytes(model) for w, model in models.items()}),
         ):
             values = {w: size for w, size in sizes.items() if size}
             self.store.add(results=[self.result(w, kind, metric, value, {}) for w, value in values.items()])

@@ -40,16 +40,16 @@ _KERNELS = {
 
 
 def prefill_flops(model: PreTrainedModel, batch: int, length: int) -> int:
-    """Floating-point operations of a prefill, counted during one: matrix products and attention, as in [`read_prompt`]."""
+    """Floating-point operations of a prefill, counted during one: matrix products and attention, as in [`prefill`]."""
     ids = torch.ones(batch, length, dtype=torch.long, device=model.device)
     # The counter looks for gradients of weights that are passed to modules, as to DBRX's experts.
     model.requires_grad_(False)
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_KERNELS) as counter:
-        read_prompt(model, ids)
+        prefill(model, ids)
     return counter.get_total_flops()
 
 
-def read_prompt(model: PreTrainedModel, ids: torch.Tensor) -> Any:
+def prefill(model: PreTrainedModel, ids: torch.Tensor) -> Any:
     """Run a prefill of token ids `[batch, length]` as `generate` does: with a cache, and logits for the last token only."""
     supports: Any = model._supports_logits_to_keep
     last = {"logits_to_keep": 1} if supports() else {}
@@ -76,7 +76,7 @@ def cache_bytes(model: PreTrainedModel, tokens: int = _TOKENS) -> float:
 
     Layers with a sliding window stop growing, so a long text takes less per token than a short one.
     """
-    output = read_prompt(model, torch.ones(1, tokens, dtype=torch.long, device=model.device))
+    output = prefill(model, torch.ones(1, tokens, dtype=torch.long, device=model.device))
     layers = getattr(getattr(output, "past_key_values", None), "layers", ())
     tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor)) / tokens

@@ -16,7 +16,7 @@ from ..files.gguf_header import read_header
 from ..runtime.loading import load_config
 from ..runtime.model_class import model_without_weights
 from .cost import decode_bytes, prefill_flops
-from .engines import EngineError, Timed
+from .engines import EngineError, EngineTimings
 from .engines.llama_cpp import LlamaCpp
 from .engines.vllm import Vllm
 from .measurement import Measurement
@@ -35,22 +35,22 @@ class EngineBench(Measurement):
     def __init__(self, request: BenchRequest) -> None:
         self.engine = _ENGINES[request.engine]()
         self.engine.refuse_unused(request)
-        self.engine.find()  # before gigabytes are hashed
+        self.engine.check_available()  # before gigabytes are hashed
         super().__init__(request)
-        self.paths = self._paths()
+        self.paths = self._model_paths()
 
     def run(self) -> None:
         """Time the models, and record the numbers."""
-        works = self.request.workloads
-        if (most := self.engine.largest_batch) is not None:
-            works = [work for work in works if work.batch <= most]
-            if not works:
+        workloads = self.request.workloads
+        if (most := self.engine.max_batch) is not None:
+            workloads = [work for work in workloads if work.batch <= most]
+            if not workloads:
                 raise CutError(
                     f"{self.engine.name} is timed with up to {most} prompts at once; use --batch-sizes {most}"
                 )
         start = perf_counter()
-        timed = self._time(works)
-        seconds = round((perf_counter() - start) / len(works), 3)
+        timed = self._time(workloads)
+        seconds = round((perf_counter() - start) / len(workloads), 3)
         cost = {one.weights: _cost(self.paths[one.weights]) for one in self.subjects}
         for subject in self.subjects:
             found = cost[subject.weights]
@@ -65,46 +65,46 @@ class EngineBench(Measurement):
                 theory = {weights: found.of(kind, work) for weights, found in cost.items()}
                 self.record("speed", metric, asdict(work), values, theory, seconds)
 
-    def _time(self, works: list[Workload]) -> Timed:
+    def _time(self, workloads: list[Workload]) -> EngineTimings:
         where: dict[str, Any] = {"dtype": self.request.dtype, "device": self.device}
         models = [str(self.paths[one.weights]) for one in self.subjects]  # the base's first
         try:
-            return self.engine.time(models, works, self.request.repeats, **where)
+            return self.engine.time(models, workloads, self.request.repeats, **where)
         except EngineError as error:
             failed = error
         if self.base is None:
             why = "specify its base with --base to see whether the engine knows the architecture"
         else:
             try:
-                self.engine.time(models[:1], works, 1, **where)
+                self.engine.time(models[:1], workloads, 1, **where)
                 why = f"it runs {models[0]}, so it knows the architecture, and it is the cut or its file that it can't take"
             except EngineError as error:
                 failed = EngineError(str(error), models[1]) if failed.model == models[0] else failed
                 why = f"it does not run {models[0]} either, so it does not know the architecture"
         raise LayerPruneError(f"{self.engine.name} does not run {failed.model}: {failed}; {why}")
 
-    def _paths(self) -> dict[str, Path]:
+    def _model_paths(self) -> dict[str, Path]:
         """What the engine reads, by the hash of the weights."""
         named = dict(zip([one.weights for one in self.subjects[::-1]], self.request.gguf, strict=False))
         paths = {}
         for subject in self.subjects:
             path = named.get(subject.weights, Path(subject.source)).expanduser()
-            if self.engine.takes_gguf and not path.is_file():
+            if self.engine.runs_gguf and not path.is_file():
                 raise LayerPruneError(
                     f"{self.engine.name} runs GGUF files, and {path} is not one; convert it (docs/engines.md says how), and "
                     "specify the file of MODEL, then that of BASE, each with --gguf"
                 )
-            if not self.engine.takes_gguf and not path.is_dir():
+            if not self.engine.runs_gguf and not path.is_dir():
                 raise LayerPruneError(
                     f"{self.engine.name} is timed on model folders, and {path} is not one; specify a folder"
                 )
             if path != Path(subject.source):
-                _check_same(path, subject)
+                _check_conversion(path, subject)
             paths[subject.weights] = path
         return paths
 
 
-def _check_same(path: Path, subject: Subject) -> None:
+def _check_conversion(path: Path, subject: Subject) -> None:
     """Refuse a GGUF file that can't be a conversion of the model."""
     found, model = _cost(path), _cost(Path(subject.source))
     if found.layers != model.layers or abs(found.parameters / model.parameters - 1) > 1e-3:

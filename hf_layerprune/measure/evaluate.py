@@ -15,26 +15,26 @@ from ..options import refuse_unused
 from ..records.metrics import Metrics
 from ..records.requirements import check_measurable
 from ..runtime.windows import resolve_length
-from .answers import answers_file, find_answers, keep_answers
-from .image_tasks import asks_about_media, check_media_tasks
+from .answers import answers_file, load_answers, save_answers
+from .image_tasks import check_media_tasks, is_multimodal_task
 from .measurement import Measurement
 from .paired import compare_pairs, compare_values
 from .requests import DEFAULT_LENGTH, EvalRequest
 from .subject import Subject
-from .tasks import SEED, dataset_of, task_files, task_set
-from .texts import WIKITEXT2, Text, check_same_tokens, find_text, read_text, windows
+from .tasks import SEED, load_tasks, task_dataset, task_files
+from .texts import WIKITEXT2, Text, check_same_tokens, find_text, read_text, split_windows
 
 if TYPE_CHECKING:
     import torch
     from lm_eval.tasks.manager import TaskDict
     from transformers import PreTrainedModel
 
-    from .harness import Runs, TaskRun
+    from .harness import TaskRun, TaskRunner
 
 logger = logging.getLogger(__name__)
 
 # The metrics of texts; all others that tasks have are metrics of questions.
-_OF_TEXT = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+_TEXT_METRICS = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 
 
 def evaluate(request: EvalRequest) -> Metrics:
@@ -64,7 +64,7 @@ def check_request(request: EvalRequest) -> None:
             effect.
         LayerPruneError: A task or text is not available.
     """
-    texts, tasks = [text.name for text in _texts_of(request)], [*_tasks_of(request)]
+    texts, tasks = [text.name for text in _resolve_texts(request)], [*_resolve_tasks(request)]
     _refuse_unused(request, tasks, texts)
     if request.require:
         check_measurable(request.require, Metrics(""), tasks=tasks, texts=texts, base=request.base is not None)
@@ -77,14 +77,14 @@ def _refuse_unused(request: EvalRequest, tasks: Collection[str], texts: Collecti
         refuse_unused(request, ("length", "windows"), "without texts")
 
 
-def _tasks_of(request: EvalRequest) -> dict[str, TaskDict]:
+def _resolve_tasks(request: EvalRequest) -> dict[str, TaskDict]:
     names = request.tasks
     if names is None and request.tasks_from is None:
         names = ("paper",) if request.texts is None else ()
-    return task_set(names, request.tasks_from, request.limit)
+    return load_tasks(names, request.tasks_from, request.limit)
 
 
-def _texts_of(request: EvalRequest) -> list[Text]:
+def _resolve_texts(request: EvalRequest) -> list[Text]:
     if request.texts is not None:
         found: dict[str, Text] = {}
         for place in request.texts:
@@ -111,8 +111,8 @@ class _Evaluation(Measurement):
             raise CutError(f"{request.answers} is a file; specify a folder for --answers")
         self.vocabulary = self.model.vocabulary()
         self.tokenizers = {subject.weights: subject.tokenizer() for subject in self.subjects}
-        self.texts = [(text, *self._rows(text)) for text in _texts_of(request)]
-        self.tasks = _tasks_of(request)
+        self.texts = [(text, *self._split_text(text)) for text in _resolve_texts(request)]
+        self.tasks = _resolve_tasks(request)
         self.settings = {"batch_size": request.batch_size, "chat_template": False}
         self.settings |= {"limit": request.limit} if request.limit is not None else {}
         if not self.tasks and not self.texts:
@@ -126,12 +126,12 @@ class _Evaluation(Measurement):
             )
             self.store.bounds = request.require
 
-    def _rows(self, text: Text) -> tuple[torch.Tensor, dict[str, Any]]:
+    def _split_text(self, text: Text) -> tuple[torch.Tensor, dict[str, Any]]:
         """A text as windows, and the settings to record with their results."""
         asked = self.request.length
         length = min(resolve_length(one.config(), asked, DEFAULT_LENGTH, "length") for one in self.subjects)
         tokenizer = self.tokenizers[self.model.weights]
-        rows, begun = windows(text.text, tokenizer, length, self.request.windows, text.name)
+        rows, begun = split_windows(text.text, tokenizer, length, self.request.windows, text.name)
         if self.vocabulary is not None and (highest := int(rows.max())) >= self.vocabulary:
             raise LayerPruneError(
                 f"the tokenizer produces token {highest}, but the model has a vocabulary of {self.vocabulary}; use the "
@@ -169,23 +169,24 @@ class _Evaluation(Measurement):
     def _run_tasks(self, subject: Subject, model: PreTrainedModel) -> dict[str, TaskRun]:
         if not self.tasks:
             return {}
-        harnesses: dict[bool, Runs] = {}
+        harnesses: dict[bool, TaskRunner] = {}
         runs = {}
         for name, task in self.tasks.items():
-            file = answers_file(self.request.answers, self._key(subject, name, task)) if self.request.answers else None
-            run = find_answers(file) if file else None
+            folder = self.request.answers
+            file = answers_file(folder, self._cache_key(subject, name, task)) if folder else None
+            run = load_answers(file) if file else None
             if run is None:
-                if (images := asks_about_media(task)) not in harnesses:
+                if (images := is_multimodal_task(task)) not in harnesses:
                     harnesses[images] = self._harness(subject, model, images)
                 logger.info("%s: running the task %s", subject.name, name)
                 run = harnesses[images].run(name, task, limit=self.request.limit, shots=self.request.num_fewshot)
                 if file:
-                    keep_answers(file, run)
+                    save_answers(file, run)
             runs[name] = run
             self.store.add(results=self._task_results(subject, name, run))
         return runs
 
-    def _harness(self, subject: Subject, model: PreTrainedModel, images: bool) -> Runs:
+    def _harness(self, subject: Subject, model: PreTrainedModel, images: bool) -> TaskRunner:
         """The harness for tasks of text, or for those about images."""
         from .harness import Harness, ImageHarness
 
@@ -193,7 +194,7 @@ class _Evaluation(Measurement):
             return ImageHarness(model, subject.processor(), self.request.batch_size)
         return Harness(model, self.tokenizers[subject.weights], self.request.batch_size)
 
-    def _key(self, subject: Subject, name: str, task: TaskDict) -> dict[str, Any]:
+    def _cache_key(self, subject: Subject, name: str, task: TaskDict) -> dict[str, Any]:
         """Everything that the answers depend on."""
         from .harness import prompts_hash
 
@@ -214,13 +215,13 @@ class _Evaluation(Measurement):
             "shots": run.shots,
             "seed": SEED,
             "task_version": run.version,
-            "dataset": dataset_of(self.tasks[name]),
+            "dataset": task_dataset(self.tasks[name]),
             "seconds": round(run.seconds, 3),
         }
         results = []
         for metric, score in run.scores.items():
             known = {"stderr": score.stderr, "higher_is_better": score.higher_is_better, "chance": score.chance}
-            kind = "text" if metric in _OF_TEXT else "accuracy"
+            kind = "text" if metric in _TEXT_METRICS else "accuracy"
             results.append(self.result(subject.weights, kind, metric, score.value, self.settings, **known, **more))
         return results
 
@@ -231,7 +232,7 @@ class _Evaluation(Measurement):
             difference = compare_pairs(list(mine.outcomes.values()), theirs_in_order, mine.chance)
         else:
             difference = compare_values(mine.value, other.value)
-        kind = "text" if metric in _OF_TEXT else "accuracy"
+        kind = "text" if metric in _TEXT_METRICS else "accuracy"
         self.compare(kind, metric, self.settings, difference, task=name)
 
     # --- texts ----------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from transformers import set_seed
 
 from ..errors import LayerPruneError, boundary
 from ..runtime.memory import free_memory, halve_batch
-from .image_tasks import asks_about_media, plain
+from .image_tasks import is_multimodal_task, replace_images
 from .tasks import SEED, require_harness
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 require_harness()
 
 # The first batch size of `auto`. A CPU gains nothing from more; on a GPU, memory is the limit.
-_AUTO, _AUTO_ON_DEVICE = 8, 64
+_AUTO_CPU_BATCH, _AUTO_DEVICE_BATCH = 8, 64
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class TaskRun:
     seconds: float
 
 
-class Runs:
+class TaskRunner:
     """What runs a task; mixed into the harness's own classes of models."""
 
     def run(self, name: str, task: TaskDict, *, limit: int | None = None, shots: int | None = None) -> TaskRun:
@@ -81,10 +81,10 @@ class Runs:
             LayerPruneError: A single question does not fit into memory, or the task gave no result.
         """
         start = time.perf_counter()
-        with torch.no_grad(), _prepared(name, task, shots):
+        with torch.no_grad(), _prepare_task(name, task, shots):
             model: Any = self
             evaluated: Any = evaluate(model, task, limit=limit)
-        samples = _by_question(evaluated["samples"], asks_about_media(task))
+        samples = _samples_by_question(evaluated["samples"], is_multimodal_task(task))
         if name not in evaluated["results"] or not samples:
             raise LayerPruneError(f"task {name} gave no result; omit it")
         version = evaluated["versions"].get(name)
@@ -100,7 +100,7 @@ class Runs:
         )
 
 
-class Harness(Runs, HFLM):
+class Harness(TaskRunner, HFLM):
     """The harness, set up for one causal language model.
 
     Halves the batch when memory runs out. The longest questions come first, so little work is repeated. `batch_size`
@@ -110,7 +110,7 @@ class Harness(Runs, HFLM):
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | str = "auto"
     ) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=_first_batch(model, batch_size))
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=_initial_batch_size(model, batch_size))
 
     def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> Any:
         while True:
@@ -121,7 +121,7 @@ class Harness(Runs, HFLM):
             free_memory()
 
 
-class ImageHarness(Runs, HFMultimodalLM):
+class ImageHarness(TaskRunner, HFMultimodalLM):
     """The harness for tasks about images, set up for one model; `batch_size` answers are written together."""
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, batch_size: int | str = "auto") -> None:
@@ -129,7 +129,7 @@ class ImageHarness(Runs, HFMultimodalLM):
         super().__init__(
             pretrained=model,
             tokenizer=processor,
-            batch_size=_first_batch(model, batch_size),
+            batch_size=_initial_batch_size(model, batch_size),
             max_length=getattr(text, "max_position_embeddings", None),  # the harness expects it at the top level
             convert_img_format=True,
             image_string=getattr(processor, "image_token", None),  # Gemma 3's config has another token
@@ -140,15 +140,15 @@ class ImageHarness(Runs, HFMultimodalLM):
         self.processor, self.tokenizer = tokenizer, tokenizer.tokenizer
 
 
-def _first_batch(model: PreTrainedModel, batch_size: int | str) -> int:
+def _initial_batch_size(model: PreTrainedModel, batch_size: int | str) -> int:
     """The batch size to begin with, where it may be `"auto"`."""
     if batch_size == "auto":
-        return _AUTO if model.device.type == "cpu" else _AUTO_ON_DEVICE
+        return _AUTO_CPU_BATCH if model.device.type == "cpu" else _AUTO_DEVICE_BATCH
     return int(batch_size)
 
 
 @contextmanager
-def _prepared(name: str, task: TaskDict, shots: int | None) -> Iterator[None]:
+def _prepare_task(name: str, task: TaskDict, shots: int | None) -> Iterator[None]:
     """Set up a task as the harness's own command does, and turn what the harness raises into an error of ours."""
     way_out = "omit it, or use fewer few-shot examples" if shots else "omit it"
     with boundary(f"task {name} can't be run", way_out, LayerPruneError):
@@ -168,16 +168,16 @@ def prompts_hash(name: str, task: TaskDict, limit: int | None, shots: int | None
         LayerPruneError: The task has fewer examples than are asked for.
     """
     digest = hashlib.sha256()
-    with _prepared(name, task, shots):
+    with _prepare_task(name, task, shots):
         for one in task["tasks"].values():
             one.build_all_requests(limit=limit)
             for asked in one.instances:
-                told = repr((asked.request_type, plain(asked.arguments), plain(asked.doc)))
+                told = repr((asked.request_type, replace_images(asked.arguments), replace_images(asked.doc)))
                 digest.update(told.encode("utf-8", "replace"))
     return digest.hexdigest()
 
 
-def _by_question(samples: dict[str, list[dict[str, Any]]], images: bool) -> dict[str, dict[str, Any]]:
+def _samples_by_question(samples: dict[str, list[dict[str, Any]]], images: bool) -> dict[str, dict[str, Any]]:
     """The logged questions, by a key that is the same for every model; the harness's hash of an image is not."""
     return {
         f"{task}/{one['doc_id']}" + ("" if images else f"/{one['doc_hash'][:16]}"): one

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .subject import Subject
 
 # Where an image stands in a prompt; the harness puts the model's own token there.
-PLACE = "<image>"
+IMAGE_PLACEHOLDER = "<image>"
 TEXT = {"type": "string", "pattern": r"\S", "errorMessage": "a text that is not empty"}
 _PATHS = {"errorMessage": "image is the path of an image, and images a list of paths"}
 _PATH = {"type": "string", "minLength": 1} | _PATHS
@@ -43,7 +43,7 @@ QUESTION = {
 # --- whose tasks, on which models ------------------------------------------------------------------------
 
 
-def asks_about_media(task: TaskDict) -> bool:
+def is_multimodal_task(task: TaskDict) -> bool:
     """Whether a task gives the model images or audio along with the text."""
     return any(getattr(one, "MULTIMODAL", False) for one in task["tasks"].values())
 
@@ -55,7 +55,7 @@ def check_media_tasks(tasks: Mapping[str, TaskDict], subjects: Sequence[Subject]
         CutError: A model reads text alone, or few-shot examples are asked for.
         CheckpointError: A model has no processor that can be loaded.
     """
-    first = next((name for name, task in tasks.items() if asks_about_media(task)), None)
+    first = next((name for name, task in tasks.items() if is_multimodal_task(task)), None)
     if first is None:
         return
     if shots:
@@ -88,7 +88,7 @@ def has_images(row: Any) -> bool:
     return isinstance(row, dict) and any(name in row for name in IMAGE_COLUMNS)
 
 
-def to_row(row: dict[str, Any], folder: Path, where: str, *, asked: bool = True) -> dict[str, Any]:
+def to_harness_row(row: dict[str, Any], folder: Path, where: str, *, asked: bool = True) -> dict[str, Any]:
     """Turn a question about images into what the harness gets.
 
     That is a `query` with a place for each image, an `answer`, and the paths of `images`. The paths in the row are relative to the folder. Images of a question that will not be asked are not read.
@@ -97,7 +97,7 @@ def to_row(row: dict[str, Any], folder: Path, where: str, *, asked: bool = True)
         LayerPruneError: An image does not exist or can't be read, or the query does not have one placeholder for each.
     """
     paths = [folder / path for path in row.get("images") or [row["image"]]]
-    places = row["query"].count(PLACE)
+    places = row["query"].count(IMAGE_PLACEHOLDER)
     if places not in (0, len(paths)):
         raise LayerPruneError(f"{where}: query has {pluralize(places, 'place')} for {pluralize(len(paths), 'image')}")
     for path in paths if asked else ():
@@ -105,7 +105,7 @@ def to_row(row: dict[str, Any], folder: Path, where: str, *, asked: bool = True)
             raise LayerPruneError(f"{where} names the image {path}, which is not a file")
         with boundary(f"{where}: the image {path} can't be read", kind=LayerPruneError):
             open_image(path)
-    query = row["query"] if places else f"{PLACE}\n" * len(paths) + row["query"]
+    query = row["query"] if places else f"{IMAGE_PLACEHOLDER}\n" * len(paths) + row["query"]
     return {"query": query, "answer": row["answer"], "images": [str(path) for path in paths]}
 
 
@@ -117,11 +117,11 @@ def files_hash(path: Path, rows: Sequence[dict[str, Any]]) -> str:
     return digest.hexdigest()
 
 
-def config_of_images() -> dict[str, Any]:
+def image_task_config() -> dict[str, Any]:
     """The fields of the harness's config for the user's questions about images."""
     return {
         "output_type": "generate_until",
-        "doc_to_image": _open_all,
+        "doc_to_image": _open_images,
         "doc_to_target": "answer",
         "generation_kwargs": {"until": ["\n"], "max_gen_toks": 32, "do_sample": False},
         "metric_list": [
@@ -137,16 +137,16 @@ def config_of_images() -> dict[str, Any]:
     }
 
 
-def _open_all(row: dict[str, Any]) -> list[Any]:
+def _open_images(row: dict[str, Any]) -> list[Any]:
     return [open_image(path) for path in row["images"]]
 
 
-def plain(value: Any) -> Any:
+def replace_images(value: Any) -> Any:
     """The same value with each image replaced by the hash of its pixels, so that equal questions look equal."""
     if isinstance(value, dict):
-        return {name: plain(one) for name, one in value.items()}
+        return {name: replace_images(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(one) for one in value]
+        return [replace_images(one) for one in value]
     if hasattr(value, "tobytes") and hasattr(value, "mode"):
         return (value.mode, value.size, hashlib.sha256(value.tobytes()).hexdigest())
     return value

@@ -11,10 +11,10 @@ from ..errors import LayerPruneError
 from ..families import layer_count
 from ..records.figures.metric_names import BYTES, SECONDS, get_metric
 from ..runtime.devices import pick_device
-from .paired import PairedDifference, compare_pairs, require_statistics
+from .paired import PairedDifference, compare_pairs, require_scipy
 from .requests import BenchRequest, EvalRequest
 from .store import Store, check_output
-from .subject import Subject, describe, identify
+from .subject import Subject, describe_placement, identify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +34,7 @@ class Measurement:
         if request.output is not None:  # before weights are hashed
             check_output(request.output.expanduser(), str(request.model), request.base)
         if request.base is not None:
-            require_statistics()
+            require_scipy()
         self.model = identify(request.model, request.revision)
         self.base = identify(request.base, request.base_revision) if request.base is not None else None
         self.subjects = [one for one in (self.base, self.model) if one is not None]
@@ -51,7 +51,7 @@ class Measurement:
         """Load the model or its base, and record that it is measured."""
         model = subject.load(self.request.dtype, self.device)
         # `num_parameters` also counts packed weights.
-        self.add_model(subject, layer_count(model.config), model.num_parameters(), describe(model))
+        self.add_model(subject, layer_count(model.config), model.num_parameters(), describe_placement(model))
         return model
 
     def add_model(self, subject: Subject, layers: int, parameters: int, where: dict[str, str]) -> None:

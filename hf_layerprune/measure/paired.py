@@ -75,7 +75,7 @@ def compare_pairs(ours: Sequence[float], theirs: Sequence[float], chance: float 
     return PairedDifference(math.fsum(differences) / len(ours), stderr, share, kept, test, p_value, len(ours))
 
 
-def require_statistics() -> None:
+def require_scipy() -> None:
     """Check, before anything is measured, that models can be compared.
 
     Raises:

@@ -56,7 +56,7 @@ def _probe(source: str, revision: str | None, dtype: str, device: str, work: dic
 
     from ..runtime.devices import synchronise
     from ..runtime.model_class import model_without_weights
-    from .cost import read_prompt
+    from .cost import prefill
     from .requests import Workload
     from .speed import time_once
     from .subject import Subject
@@ -69,7 +69,7 @@ def _probe(source: str, revision: str | None, dtype: str, device: str, work: dic
     model = subject.load(dtype, device)
     with torch.no_grad():
         # Mapped weights are read on first use.
-        read_prompt(model, torch.ones(1, 1, dtype=torch.long, device=model.device))
+        prefill(model, torch.ones(1, 1, dtype=torch.long, device=model.device))
         synchronise(model.device)
         found["load_seconds"] = perf_counter() - start
         workload = Workload(**work)

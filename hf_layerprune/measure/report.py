@@ -37,9 +37,9 @@ def report(metrics: Metrics, kinds: Iterable[str] = QUALITY) -> str:
         words = ", ".join(filter(None, [row.engine, describe_run(row.run), row.qualifier]))
         task = f"{row.key[1]} ({words})" if row.key[1] and words else row.key[1]
         under.setdefault("" if task else words, []).append(len(table))
-        cells = [_value(row, row.cells.get(one.weights)) for one in columns]
+        cells = [_format_value(row, row.cells.get(one.weights)) for one in columns]
         samples = f"{row.samples:,}" if row.samples else ""
-        table.append([task, row.key[2], samples, *cells, *_compared(row, results)])
+        table.append([task, row.key[2], samples, *cells, *_comparison_cells(row, results)])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     used = [i for i in range(len(widths)) if any(row[i] for row in table[1:])]
     formatted = [
@@ -55,7 +55,7 @@ def report(metrics: Metrics, kinds: Iterable[str] = QUALITY) -> str:
     return "\n".join([*headings, "", *lines, *(["", *required] if required else []), *(["", *notes] if notes else [])])
 
 
-def _value(row: Row, cell: Cell | None) -> str:
+def _format_value(row: Row, cell: Cell | None) -> str:
     if cell is None:
         return ""
     kind, _, metric = row.key
@@ -68,7 +68,7 @@ def _value(row: Row, cell: Cell | None) -> str:
     return f"{text} %" if get_metric(metric, kind).unit == SHARE else text
 
 
-def _compared(row: Row, results: Results) -> list[str]:
+def _comparison_cells(row: Row, results: Results) -> list[str]:
     cell = row.cells.get(results.own.weights) if results.own else None
     if cell is None or results.dense is None:
         return ["", "", "", ""]

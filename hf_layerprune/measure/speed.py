@@ -16,7 +16,7 @@ from ..runtime.devices import synchronise, token_times
 from ..runtime.memory import free_memory, is_out_of_memory
 from ..runtime.parts import evaluation_mode
 from ..screen import progress_bar
-from .cost import read_prompt
+from .cost import prefill
 from .requests import Workload
 
 if TYPE_CHECKING:
@@ -71,13 +71,13 @@ def time_once(model: PreTrainedModel, ids: torch.Tensor, work: Workload) -> dict
     ids = ids.to(model.device)
     synchronise(model.device)
     start = perf_counter()
-    read_prompt(model, ids)
+    prefill(model, ids)
     synchronise(model.device)
-    prefill = perf_counter() - start
+    prefill_seconds = perf_counter() - start
     start = perf_counter()
     first, *later = token_times(model, ids, work.new_tokens)
     metrics = {
-        "prefill_tokens_per_second": work.batch * work.prompt_tokens / prefill,
+        "prefill_tokens_per_second": work.batch * work.prompt_tokens / prefill_seconds,
         "time_to_first_token": first - start,
     }
     if later:

@@ -59,7 +59,7 @@ class Store:
             raise LayerPruneError(
                 f"{self.path.parent} is not writable; write the numbers elsewhere with --output FILE"
             )
-        before = _before(self.path, model, base, force)
+        before = _read_existing(self.path, model, base, force)
         if base is not None and output is None and model.folder is not None:
             _check_base(model, base)
         self.metrics, self._replace = before or Metrics(model.weights), before is None
@@ -85,12 +85,12 @@ class Store:
                 another model.
         """
         date = {"date": datetime.now(UTC).isoformat(timespec="seconds")}
-        known = [_known(record) | date | {"versions": self.versions} for record in results]
+        known = [_finite_fields(record) | date | {"versions": self.versions} for record in results]
         for record, kept in zip(results, known, strict=True):
             if "value" not in kept:
                 where = f" on {record['task']}" if "task" in record else ""
                 logger.warning("%s%s is %s and is not recorded", record["metric"], where, record["value"])
-        differences = [_known(record) | date for record in comparisons]
+        differences = [_finite_fields(record) | date for record in comparisons]
         self.new.add(
             results=[one for one in known if "value" in one],
             comparisons=[one for one in differences if "difference" in one],
@@ -98,11 +98,11 @@ class Store:
         if self.path is None:
             self._merge_into(self.metrics)
         else:
-            self.metrics = Metrics.update(self.path, self._merged, overwrite=self._replace)
+            self.metrics = Metrics.update(self.path, self._merge_with, overwrite=self._replace)
             self._replace = False
         self.new.results, self.new.comparisons = [], []
 
-    def _merged(self, current: Metrics | None) -> Metrics:
+    def _merge_with(self, current: Metrics | None) -> Metrics:
         """The new content of the file, from its current content."""
         current = current or Metrics(self.new.weights)
         for weights, measured in self.new.models.items():
@@ -120,7 +120,7 @@ class Store:
         metrics.bounds = metrics.bounds if self.bounds is None else self.bounds
 
 
-def _known(record: dict[str, Any]) -> dict[str, Any]:
+def _finite_fields(record: dict[str, Any]) -> dict[str, Any]:
     """The fields that are known and finite."""
     return {
         name: value
@@ -144,7 +144,7 @@ def check_output(path: Path, *models: str | None) -> None:
         raise LayerPruneError(f"{path} exists and is not a .json file; choose another file for the numbers")
 
 
-def _before(path: Path | None, model: Subject, base: Subject | None, force: bool) -> Metrics | None:
+def _read_existing(path: Path | None, model: Subject, base: Subject | None, force: bool) -> Metrics | None:
     """The existing numbers; `None` if they are to be replaced."""
     if path is None:
         return Metrics(model.weights)

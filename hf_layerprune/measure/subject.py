@@ -85,7 +85,7 @@ class Subject:
         from ..runtime.precision import warn_if_slow
 
         name = UNPACKED_DTYPE if dtype == "auto" and Path(self.source).is_file() else dtype
-        kwargs: dict[str, Any] = self._at | {"dtype": name if name == "auto" else getattr(torch, name)}
+        kwargs: dict[str, Any] = self._revision_kwargs | {"dtype": name if name == "auto" else getattr(torch, name)}
         device = pick_device(device, spread=True)
         if device != "cpu":
             kwargs["device_map"] = "auto" if device == "all" else {"": device}
@@ -100,7 +100,7 @@ class Subject:
         Raises:
             CheckpointError: There is none.
         """
-        return load_tokenizer(self.source, **self._at)
+        return load_tokenizer(self.source, **self._revision_kwargs)
 
     def processor(self) -> ProcessorMixin:
         """Load what turns text and images into inputs; that of an adapter is its base's.
@@ -108,7 +108,7 @@ class Subject:
         Raises:
             CheckpointError: There is none.
         """
-        name, where = self._whole_model()
+        name, where = self._base_location()
         return load_processor(name, **where)
 
     def config(self) -> PreTrainedConfig:
@@ -117,7 +117,7 @@ class Subject:
         Raises:
             CheckpointError: The config can't be read, or the model needs code from its repository.
         """
-        name, where = self._whole_model()
+        name, where = self._base_location()
         return load_config(name, **where)
 
     def vocabulary(self) -> int | None:
@@ -125,14 +125,14 @@ class Subject:
         return getattr(self.config().get_text_config(), "vocab_size", None)
 
     @property
-    def _at(self) -> dict[str, Any]:
+    def _revision_kwargs(self) -> dict[str, Any]:
         return {} if self.revision is None else {"revision": self.revision}
 
-    def _whole_model(self) -> tuple[str, dict[str, Any]]:
+    def _base_location(self) -> tuple[str, dict[str, Any]]:
         """Where the model is, or the base of an adapter."""
-        adapter = find_adapter(self.source, **self._at)
+        adapter = find_adapter(self.source, **self._revision_kwargs)
         if adapter is None:
-            return self.source, self._at
+            return self.source, self._revision_kwargs
         return adapter.base_model_name_or_path or "", {"revision": adapter.revision}
 
 
@@ -143,7 +143,7 @@ def identify(source: str | Path, revision: str | None = None) -> Subject:
         CheckpointError: The model does not exist, or has no weights that can be hashed.
     """
     if is_hub_id(source):
-        return _on_hub(str(source), revision)
+        return _identify_on_hub(str(source), revision)
     path = Path(source).expanduser()
     adapter = find_adapter(path) if path.is_dir() else None
     if adapter is None:
@@ -158,7 +158,7 @@ def identify(source: str | Path, revision: str | None = None) -> Subject:
     return Subject(str(path), path.resolve().name, compute_identity(path), lineage, folder, None, sum(sizes))
 
 
-def _on_hub(repo: str, revision: str | None) -> Subject:
+def _identify_on_hub(repo: str, revision: str | None) -> Subject:
     hub = Repo.open(repo, revision)
     adapter = find_adapter(repo, revision=hub.commit)
     if adapter is not None:
@@ -179,7 +179,7 @@ def _check_adapter(adapter: PeftConfig, source: str | Path, files: Container[str
         Repo.open(name, adapter.revision).get(CONFIG)
 
 
-def describe(model: PreTrainedModel) -> dict[str, str]:
+def describe_placement(model: PreTrainedModel) -> dict[str, str]:
     """The data type and the device of a model, as recorded in `metrics.json`."""
     import torch
 

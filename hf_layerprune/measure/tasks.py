@@ -1,7 +1,7 @@
 r"""The tasks of an evaluation: the harness's own by name, and files in a folder, which become tasks of the harness.
 
-    tasks = task_set(["piqa", "mmlu"])           # tasks of lm-evaluation-harness; "paper" means eight of them
-    tasks = task_set(None, Path("my-tasks"))     # every *.jsonl in the folder
+    tasks = load_tasks(["piqa", "mmlu"])           # tasks of lm-evaluation-harness; "paper" means eight of them
+    tasks = load_tasks(None, Path("my-tasks"))     # every *.jsonl in the folder
 
 A line of a `.jsonl` file is one question: `{"query": "...", "choices": ["...", "..."], "gold": 0}`. The model scores
 `query + " " + choice`; if every query of a file begins with "Question: ", "\nAnswer:" is appended to the query. A YAML
@@ -42,7 +42,7 @@ PAPER = ("piqa", "hellaswag", "openbookqa", "arc_easy", "arc_challenge", "mmlu",
 SEED = 1234  # the harness's own default
 
 _CHOICES = "at least two texts, none of them empty"
-_QUESTION = {
+_QUESTION_SCHEMA = {
     "errorMessage": 'a question is {"query": "...", "choices": ["...", "..."], "gold": 0}',
     "type": "object",
     "required": ["query", "choices", "gold"],
@@ -53,7 +53,7 @@ _QUESTION = {
         "gold": {"type": "integer", "minimum": 0, "errorMessage": "the index of the right choice, counted from 0"},
     },
 }
-_SIDECAR = {
+_SIDECAR_SCHEMA = {
     "errorMessage": "only texts doc_to_text, target_delimiter and description, and a mapping metadata, can be set",
     "properties": {
         **{name: {"type": "string"} for name in ("doc_to_text", "target_delimiter", "description")},
@@ -80,7 +80,9 @@ class LocalTask:
     dataset: str
 
 
-def task_set(names: Sequence[str] | None, folder: Path | None = None, limit: int | None = None) -> dict[str, TaskDict]:
+def load_tasks(
+    names: Sequence[str] | None, folder: Path | None = None, limit: int | None = None
+) -> dict[str, TaskDict]:
     """Find and load tasks. Errors in them are reported here, before a model is loaded.
 
     Args:
@@ -107,21 +109,21 @@ def task_set(names: Sequence[str] | None, folder: Path | None = None, limit: int
     require_harness()
     refuse_postscript()  # the harness reads a first row when it loads a task
     loaded: dict[str, TaskDict] = {}
-    theirs = [match for name in wanted if name not in files for match in _find(name, list(paths), folder)]
+    theirs = [match for name in wanted if name not in files for match in _match_tasks(name, list(paths), folder)]
     for name in theirs:
         with boundary(
             f"can't load task {name}", "go online, or specify files with --tasks-from FOLDER", LayerPruneError
         ):
-            found = _all_tasks().load([name])
+            found = _task_manager().load([name])
         alone = {one: _task_dict(task) for one, task in found["tasks"].items()}  # of a tag, each task on its own
         loaded |= {name: found} if name in found["groups"] else alone
     for name in (one for one in wanted if one in files):
         with boundary(f"can't load task {name}", kind=LayerPruneError):
-            loaded[name] = _task_dict(_local(files[name]))
+            loaded[name] = _task_dict(_to_harness_task(files[name]))
     return loaded
 
 
-def dataset_of(task: TaskDict) -> str:
+def task_dataset(task: TaskDict) -> str:
     """The Hub id of a task's data, or the sha256 of its file."""
     return str(next((one.config.dataset_path for one in task["tasks"].values()), ""))
 
@@ -155,17 +157,17 @@ def sandbox() -> SandboxedEnvironment:
 
 
 @cache
-def _all_tasks() -> TaskManager:
+def _task_manager() -> TaskManager:
     """The harness's index of its tasks, which takes seconds to build."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
-def _find(name: str, files: Sequence[str], folder: Path | None) -> list[str]:
+def _match_tasks(name: str, files: Sequence[str], folder: Path | None) -> list[str]:
     """The harness's tasks of a name or a pattern."""
-    known = dict.fromkeys(_all_tasks().all_tasks)
-    if matches := [name] if name in known else _all_tasks().match_tasks([name]):
+    known = dict.fromkeys(_task_manager().all_tasks)
+    if matches := [name] if name in known else _task_manager().match_tasks([name]):
         return matches
     near = difflib.get_close_matches(name, ["paper", *files, *known], n=3, cutoff=0.5)
     where = (
@@ -181,7 +183,7 @@ def _task_dict(task: Any) -> TaskDict:
     return {"tasks": {task.task_name: task}, "groups": {}, "group_map": {}}
 
 
-def _local(task: LocalTask) -> Any:
+def _to_harness_task(task: LocalTask) -> Any:
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
@@ -194,7 +196,7 @@ def task_config(task: LocalTask) -> dict[str, Any]:
     """The harness's config for a local task, without the place of its rows."""
     config: dict[str, Any] = {"task": task.name, "test_split": "test", "metadata": {"version": 1.0}}
     if "images" in task.rows[0]:
-        return config | image_tasks.config_of_images() | task.fields
+        return config | image_tasks.image_task_config() | task.fields
     config |= {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "gold"}
     config["fewshot_split"] = "test"  # unless it is named, a question may be among its own examples
     config["metric_list"] = [
@@ -245,12 +247,12 @@ def read_task(path: Path, limit: int | None = None) -> LocalTask:
     for where, row in read_rows(path, text_file.MAX_TEXT):
         if not rows:
             about_images = image_tasks.has_images(row)
-            schema = Draft202012Validator(image_tasks.QUESTION if about_images else _QUESTION)
+            schema = Draft202012Validator(image_tasks.QUESTION if about_images else _QUESTION_SCHEMA)
         if image_tasks.has_images(row) != about_images:
             raise LayerPruneError(f"{where}: put questions with images and those without into files of their own")
         check_schema(row, schema, where)
         if about_images:
-            rows.append(image_tasks.to_row(row, path.parent, where, asked=limit is None or len(rows) < limit))
+            rows.append(image_tasks.to_harness_row(row, path.parent, where, asked=limit is None or len(rows) < limit))
             continue
         if (last := len(row["choices"]) - 1) < row["gold"]:
             raise LayerPruneError(f"{where}: gold is {row['gold']}, but the choices are 0..{last}")
@@ -258,10 +260,10 @@ def read_task(path: Path, limit: int | None = None) -> LocalTask:
     if not rows:
         raise LayerPruneError(f"{path} has no questions; put one on each line")
     hashed = image_tasks.files_hash(path, rows[:limit] if about_images else [])
-    return LocalTask(path.stem, rows, _prompt(path, rows), hashed)
+    return LocalTask(path.stem, rows, _prompt_fields(path, rows), hashed)
 
 
-def _prompt(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _prompt_fields(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The fields of the harness's config that set the prompt: the defaults, and those of the YAML file beside it."""
     from jsonschema import Draft202012Validator
 
@@ -271,7 +273,7 @@ def _prompt(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     if not sidecar.is_file():
         return fields
     fields |= text_file.read_yaml(sidecar)
-    check_schema(fields, Draft202012Validator(_SIDECAR), str(sidecar))
+    check_schema(fields, Draft202012Validator(_SIDECAR_SCHEMA), str(sidecar))
     for name, value in fields.items():
         if isinstance(value, str) and value not in rows[0]:
             with boundary(f"{sidecar}: the template {name} can't be used", kind=LayerPruneError):

@@ -65,7 +65,7 @@ def find_text(name: str) -> Text:
         return Text(WIKITEXT2, "\n\n".join(rows["text"]), repo)
 
 
-def windows(
+def split_windows(
     text: str, tokenizer: PreTrainedTokenizerBase, length: int, most: int | None = None, name: str = "the text"
 ) -> tuple[torch.Tensor, bool]:
     """Cut a text into consecutive windows `[windows, length]`, and return the first `most` of them.

@@ -17,7 +17,7 @@ from typing import Any
 from .. import families
 from ..errors import CutError
 from ..files.copy import check_file_target, write_text
-from ..heal.frontier import Expected, Frontier
+from ..heal.frontier import ExpectedLoss, Frontier
 from ..layer_ranges import parse_layers
 from ..options import (
     TARGET_SETTINGS,
@@ -37,7 +37,7 @@ from ..select.sets import drop_count, free_layers
 from .requests import AdviseRequest, PruneRequest
 
 _PAPER_SIZE = 5e9  # parameters; the paper's models have 6 to 9 billion
-_GOAL = 1.25  # the perplexity ratio that decides how many layers go unless an option does
+_DEFAULT_MAX_RATIO = 1.25  # the perplexity ratio that decides how many layers go unless an option does
 _LENGTH = 512  # tokens in a row
 _FEW_TOKENS = 8 * _LENGTH  # with less, only the closed-form repair is worth the time
 # A shard of a web corpus; how many tokens a document has, roughly.
@@ -75,37 +75,37 @@ def advise(request: AdviseRequest) -> Advice:
     if request.output is not None:  # at once: before torch is imported
         check_file_target(request.output.expanduser(), force=request.force)
     from ..cut.sizes import Sizes
-    from ..heal.student import cut_of
+    from ..heal.student import recorded_cut
 
     config = load_config(request.base, revision=request.revision)
     families.check_supported(config)
     families.check_stage(config, "heal")
     families.check_trainable(config)
-    if cut_of(config) is not None:
+    if recorded_cut(config) is not None:
         raise CutError(
             f"{request.base} is pruned already, and the advice is for the model before the cut; pass its base, or heal it as it "
             "is: recipes/sft_tail.py --config recipes/configs/heal.yaml"
         )
     sizes = Sizes(config, request.base, revision=request.revision)
     parameters = sizes.parameters()
-    by_the_paper = parameters >= _PAPER_SIZE
-    if by_the_paper:
+    is_paper_size = parameters >= _PAPER_SIZE
+    if is_paper_size:
         refuse_unused(
             request, ("from_curve",), "for 5 billion parameters or more, where the advice is the paper's recipe"
         )
-    made = _like_the_paper(request, config) if by_the_paper else _by_the_frontier(request, config)
-    made.record["parameters"] = parameters
-    if request.output is not None and made.settings:
+    advice = _advise_paper_recipe(request, config) if is_paper_size else _advise_from_frontier(request, config)
+    advice.record["parameters"] = parameters
+    if request.output is not None and advice.settings:
         import yaml
 
-        remarks = "".join(f"# {line}".rstrip() + "\n" for line in made.text.splitlines())
+        remarks = "".join(f"# {line}".rstrip() + "\n" for line in advice.text.splitlines())
         write_text(
-            request.output.expanduser(), remarks + yaml.safe_dump(made.settings, sort_keys=False, allow_unicode=True)
+            request.output.expanduser(), remarks + yaml.safe_dump(advice.settings, sort_keys=False, allow_unicode=True)
         )
-    return made
+    return advice
 
 
-def _amount(request: AdviseRequest, otherwise: float) -> dict[str, Any]:
+def _amount_settings(request: AdviseRequest, otherwise: float) -> dict[str, Any]:
     """The settings that say how many layers go: the request's own, with what its target is counted by, or a number."""
     amount = request.target or request.budget
     if amount is None:
@@ -114,14 +114,14 @@ def _amount(request: AdviseRequest, otherwise: float) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(request, name)) != plain[name].default}
 
 
-def _like_the_paper(request: AdviseRequest, config: Any) -> Advice:
+def _advise_paper_recipe(request: AdviseRequest, config: Any) -> Advice:
     where = ("--revision", request.revision) if request.revision else ()
     text = _PAPER.replace("COMMAND", shlex.join(("hf-layerprune", "rank", request.base, "curve", "--curve", *where)))
     if request.target not in (None, "target_speedup"):  # whose layers would have to be timed
-        text += f"\n\nTo meet {request.target}, the last {_for_target(request, config)} of {families.layer_count(config)} layers go."
+        text += f"\n\nTo meet {request.target}, the last {_count_for_target(request, config)} of {families.layer_count(config)} layers go."
     settings = {
-        **_source(request),
-        **_amount(request, 0.25 if request.drop is None else request.drop),
+        **_model_settings(request),
+        **_amount_settings(request, 0.25 if request.drop is None else request.drop),
         "criterion": "reverse_order",
         "method": "lm_head+last3",
         "loss": "ce",
@@ -132,22 +132,22 @@ def _like_the_paper(request: AdviseRequest, config: Any) -> Advice:
         "output_dir": "pruned",
     }
     record = {"by": "the paper", "measured": False, "settings": settings}
-    return Advice(settings, _launch(request), text, record)
+    return Advice(settings, _launch_command(request), text, record)
 
 
-def _source(request: AdviseRequest) -> dict[str, Any]:
+def _model_settings(request: AdviseRequest) -> dict[str, Any]:
     revision = {"model_revision": request.revision} if request.revision else {}
     return {"model_name_or_path": request.base} | revision
 
 
-def _launch(request: AdviseRequest) -> tuple[str, ...]:
+def _launch_command(request: AdviseRequest) -> tuple[str, ...]:
     return ("accelerate", "launch", "recipes/sft_tail.py", "--config", str(request.output or "advice.yaml"))
 
 
-def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
+def _advise_from_frontier(request: AdviseRequest, config: Any) -> Advice:
     from ..repair.fit import can_repair_every_cut
     from ..select.cost import forward_seconds
-    from .curve import curve_in
+    from .curve import load_curve
     from .rank import open_base, open_walk
 
     if request.target == "target_speedup":
@@ -156,34 +156,34 @@ def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
         )
     families.check_stage(config, "rank")  # for the criterion, and to be timed layer by layer
     n, length = families.layer_count(config), min(_LENGTH, max_positions(config) or _LENGTH)
-    curve = curve_in(request.from_curve.expanduser(), request).points if request.from_curve is not None else None
+    curve = load_curve(request.from_curve.expanduser(), request).points if request.from_curve is not None else None
     walk = open_walk(request, *open_base(request))
     seconds = forward_seconds(walk, length)  # to read a token on this machine
-    counts = _counts(config, curve)
+    counts = _candidate_counts(config, curve)
     repairable = [
-        frontier for frontier in Frontier.every() if can_repair_every_cut(walk, frontier.source["heal"]["repair"])
+        frontier for frontier in Frontier.load_all() if can_repair_every_cut(walk, frontier.source["heal"]["repair"])
     ]
-    frontier, tokens = _best(repairable or Frontier.every(), request.minutes * 60, seconds, counts[-1] / n)
-    expected = {count: _expected(frontier, curve, count, n, tokens) for count in counts}
-    count = _count(request, config, expected)
-    here = expected.setdefault(count, _expected(frontier, curve, count, n, tokens))
+    frontier, tokens = _best_frontier(repairable or Frontier.load_all(), request.minutes * 60, seconds, counts[-1] / n)
+    expected = {count: _expected_loss(frontier, curve, count, n, tokens) for count in counts}
+    count = _choose_count(request, config, expected)
+    chosen_loss = expected.setdefault(count, _expected_loss(frontier, curve, count, n, tokens))
     heal = frontier.source["heal"]
     point = curve[count - 1] if curve and count <= len(curve) else None
-    which: dict[str, Any] = {"criterion": "angular_distance", "contiguous": True}
-    own = {"drop": count} if request.budget else _amount(request, count)
-    amount = {"drop_layers": point["layers"]} if point else own | which
+    by_distance: dict[str, Any] = {"criterion": "angular_distance", "contiguous": True}
+    requested = {"drop": count} if request.budget else _amount_settings(request, count)
+    amount = {"drop_layers": point["layers"]} if point else requested | by_distance
     repair = {"repair": heal["repair"]} if repairable else {}
-    settings: dict[str, Any] = {**_source(request), **amount, **repair}
+    settings: dict[str, Any] = {**_model_settings(request), **amount, **repair}
     record = {
         "by": "the frontier",
-        "tokens_per_second": round(1 / seconds / frontier.tokens_per_token, 1),
+        "tokens_per_second": round(1 / seconds / frontier.cost_per_token, 1),
         "tokens": tokens,
         "drop": count,
-        "criterion": None if point else which["criterion"],
+        "criterion": None if point else by_distance["criterion"],
         "repair": repair.get("repair"),
-        "perplexity_ratio": None if here.at_least else round(here.perplexity_ratio, 4),
-        "kl": None if here.at_least else round(here.kl, 4),
-        "beyond_what_was_measured": here.beyond,
+        "perplexity_ratio": None if chosen_loss.is_lower_bound else round(chosen_loss.perplexity_ratio, 4),
+        "kl": None if chosen_loss.is_lower_bound else round(chosen_loss.kl, 4),
+        "beyond_what_was_measured": chosen_loss.is_extrapolated,
         "measured_on": frontier.source["model"],
         "curve": curve is not None,
     }
@@ -197,60 +197,62 @@ def _by_the_frontier(request: AdviseRequest, config: Any) -> Advice:
             "output_dir": "pruned",
             **heal["settings"],
         }
-        command = _launch(request)
+        command = _launch_command(request)
     else:
         chosen = {"drop_layers": parse_layers(point["layers"])} if point else amount
         cut = PruneRequest(request.base, "pruned", revision=request.revision, **repair, **chosen)
         command = ("hf-layerprune", "prune", request.base, "pruned", *to_arguments(cut))
         settings = {}
     record["settings"] = settings
-    text = _told(request, frontier, expected, n, record)
+    text = _format_advice(request, frontier, expected, n, record)
     return Advice(settings, command, text, record)
 
 
-def _best(
+def _best_frontier(
     frontiers: Sequence[Frontier], available: float, forward_seconds: float, share: float
 ) -> tuple[Frontier, int]:
     """The frontier that loses least of a share of the layers in a time in seconds, and how many tokens it heals on then."""
-    every = [(frontier, frontier.tokens_in(available, forward_seconds)) for frontier in frontiers]
+    every = [(frontier, frontier.affordable_tokens(available, forward_seconds)) for frontier in frontiers]
     in_time = [one for one in every if one[1] >= 0] or [max(every, key=lambda one: one[1])]
     healed = [(frontier, tokens if tokens >= _FEW_TOKENS else 0) for frontier, tokens in in_time]
-    return min(healed, key=lambda one: one[0].expected(share, one[1]).kl)
+    return min(healed, key=lambda one: one[0].expected_loss(share, one[1]).kl)
 
 
-def _expected(frontier: Frontier, curve: list[dict[str, Any]] | None, count: int, n: int, tokens: int) -> Expected:
+def _expected_loss(
+    frontier: Frontier, curve: list[dict[str, Any]] | None, count: int, n: int, tokens: int
+) -> ExpectedLoss:
     """What a cut loses; where a curve says what it loses before training, healing takes the share that it took there."""
-    found = frontier.expected(count / n, tokens)
+    found = frontier.expected_loss(count / n, tokens)
     if not curve or count > len(curve):
         return found
     best = final_quality(curve[count - 1])
-    before = frontier.expected(count / n, 0)
+    before = frontier.expected_loss(count / n, 0)
     return replace(
         found,
         ln_ratio=math.log(best["perplexity_ratio"]) * found.ln_ratio / before.ln_ratio,
         kl=best["kl"] * found.kl / before.kl,
-        at_least=False,
+        is_lower_bound=False,
     )
 
 
-def _counts(config: Any, curve: list[dict[str, Any]] | None) -> range:
+def _candidate_counts(config: Any, curve: list[dict[str, Any]] | None) -> range:
     """The numbers of layers that are considered: up to a quarter, or as far as the curve goes."""
     n = families.layer_count(config)
     most = min(len(free_layers(n, drop_count(1, n), 0, 0, families.protected_layers(config))), n - 1)
     return range(1, min(most, len(curve) if curve else max(1, n // 4)) + 1)
 
 
-def _count(request: AdviseRequest, config: Any, expected: dict[int, Expected]) -> int:
+def _choose_count(request: AdviseRequest, config: Any, expected: dict[int, ExpectedLoss]) -> int:
     """How many layers go."""
     n = families.layer_count(config)
     if request.drop is not None:
         return drop_count(request.drop, n)
     if request.target is not None:
-        return _for_target(request, config)
-    name, limit = "perplexity_ratio", request.max_perplexity_ratio or _GOAL
+        return _count_for_target(request, config)
+    name, limit = "perplexity_ratio", request.max_perplexity_ratio or _DEFAULT_MAX_RATIO
     if request.max_kl is not None:
         name, limit = "kl", request.max_kl
-    inside = [count for count, one in expected.items() if not one.at_least and getattr(one, name) <= limit]
+    inside = [count for count, one in expected.items() if not one.is_lower_bound and getattr(one, name) <= limit]
     if not inside and request.budget:
         least = getattr(expected[1], name)
         raise CutError(
@@ -260,7 +262,7 @@ def _count(request: AdviseRequest, config: Any, expected: dict[int, Expected]) -
     return max(inside, default=1)
 
 
-def _for_target(request: AdviseRequest, config: Any) -> int:
+def _count_for_target(request: AdviseRequest, config: Any) -> int:
     from ..select.targets import Target
 
     target = Target.from_options(copy_fields(CutOptions, request), config, request.base, revision=request.revision)
@@ -270,26 +272,28 @@ def _for_target(request: AdviseRequest, config: Any) -> int:
     return target.choose_count(n, free, lambda count: range(n - count, n))
 
 
-def _passes(settings: dict[str, Any]) -> str:
+def _describe_epochs(settings: dict[str, Any]) -> str:
     """How often the text is trained on, and on what first."""
     if "features" not in settings:
         return "each once"
     return f"in {settings['num_train_epochs']} epochs, with the first {format_percent(settings['features'])} of the steps on hidden states"
 
 
-def _told(request: AdviseRequest, frontier: Frontier, expected: dict[int, Expected], n: int, record: Any) -> str:
+def _format_advice(
+    request: AdviseRequest, frontier: Frontier, expected: dict[int, ExpectedLoss], n: int, record: Any
+) -> str:
     count, tokens = record["drop"], record["tokens"]
     minutes = f"{request.minutes:g} minute{'' if request.minutes == 1 else 's'} on this machine"
     lines = ["dropped  perplexity     KL"]
     for each, one in sorted(expected.items()):
         mark = "  <- advised" if each == count else ""
-        sign = ">" if one.at_least else " "
+        sign = ">" if one.is_lower_bound else " "
         lines.append(f"{each:>3} of {n:<3}{sign}x{one.perplexity_ratio:<8.3g} {sign}{one.kl:>6.3g}{mark}")
-    here = expected[count]
+    chosen_loss = expected[count]
     if tokens:
         lines.append(
             f"\n{minutes} is enough to heal on about {format_count(float(f'{tokens:.2g}'))} tokens of text "
-            f"({format_number(record['tokens_per_second'])} tokens a second), {_passes(record['settings'])}."
+            f"({format_number(record['tokens_per_second'])} tokens a second), {_describe_epochs(record['settings'])}."
         )
     else:
         lines.append(
@@ -310,7 +314,7 @@ def _told(request: AdviseRequest, frontier: Frontier, expected: dict[int, Expect
             "The block is chosen by angular distance, in one pass over the calibration rows; criterion: auto takes longer, and "
             "tries several."
         )
-    if here.beyond:
+    if chosen_loss.is_extrapolated:
         lines.append(
             "This is beyond what was measured: the loss shown is that of the most tokens and layers that were tried."
         )

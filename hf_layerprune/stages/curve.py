@@ -43,10 +43,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_OURS = re.compile(r"curve\.(json|png|svg)")
+_CURVE_FILES = re.compile(r"curve\.(json|png|svg)")
 _BEST_REPAIR = "refit"
 # The options that decide the points.
-_OPTIONS = (
+_IDENTITY_OPTIONS = (
     "calibration", "calibration_samples", "calibration_length", "seed", "protect_first", "protect_last", "contiguous",
     "dtype", "context", "batch",
 )  # fmt: skip
@@ -76,10 +76,10 @@ class Curve:
         return self.record.get("knee")
 
     def __str__(self) -> str:
-        heads = [
+        headings = [
             "dropped", "parameters", "bytes", "speed-up", "KL, cut", "KL, repaired", "perplexity", "top-1", "layers",
         ]  # fmt: skip
-        rows = [heads, ["0", *_sizes(self.record["dense"]), "1x", "0", "0", "x1", "100 %", "dense"]]
+        rows = [headings, ["0", *_format_sizes(self.record["dense"]), "1x", "0", "0", "x1", "100 %", "dense"]]
         for point in self.points:
             best = final_quality(point)
             marks = {"chosen": self.chosen, "knee": self.knee}
@@ -87,8 +87,10 @@ class Curve:
             kls = [f"{point[name]['kl']:.3g}" if name in point else "-" for name in ("cut", "repaired")]
             quality = [f"x{best['perplexity_ratio']:.3g}", format_percent(best["top1_agreement"])]
             layers = point["layers"] + (f"  <- {here}" if here else "")
-            rows.append([str(point["dropped"]), *_sizes(point), f"{point['speedup']:.2f}x", *kls, *quality, layers])
-        widths = [max(len(row[k]) for row in rows) for k in range(len(heads) - 1)]
+            rows.append(
+                [str(point["dropped"]), *_format_sizes(point), f"{point['speedup']:.2f}x", *kls, *quality, layers]
+            )
+        widths = [max(len(row[k]) for row in rows) for k in range(len(headings) - 1)]
         lines = ["  ".join([*(c.rjust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
         repair = self.record["repair"]
         note = f"perplexity and top-1 after the {repair} repair; " if repair else ""
@@ -98,7 +100,7 @@ class Curve:
         )
 
 
-def _sizes(entry: dict[str, Any]) -> list[str]:
+def _format_sizes(entry: dict[str, Any]) -> list[str]:
     return [format_count(entry["parameters"]), format_bytes(entry["bytes"])]
 
 
@@ -119,18 +121,19 @@ def quality_curve(base: str, output: str | os.PathLike[str] | None = None, **opt
         CheckpointError: The base can't be read, or the folder holds something else.
         UnsupportedModelError: The architecture is not proven, or its layers can't be run one at a time.
     """
-    return make_curve(RankRequest.called(base, output, True, options))
+    return make_curve(RankRequest.from_call(base, output, True, options))
 
 
 def make_curve(request: RankRequest) -> Curve:
     """Do as `quality_curve` does, for a request."""
     if request.output is not None:  # at once: before torch is imported
         source = Path(request.base).expanduser()
-        check_target(request.output.expanduser(), source, force=True, replaces=_OURS)  # an earlier curve goes on
+        # An earlier curve is continued.
+        check_target(request.output.expanduser(), source, force=True, replaces=_CURVE_FILES)
     from ..select.budget import check_budget_rows
     from .provenance import has_same_rows
 
-    _check_known(request)
+    _check_answerable(request)
     check_budget_rows(request, request.calibration_samples)
     check_source(request.calibration)
     config = load_config(request.base, revision=request.revision)
@@ -139,28 +142,28 @@ def make_curve(request: RankRequest) -> Curve:
     n = families.layer_count(config)
     protected = families.protected_layers(config)
     free = free_layers(n, 1, *find_criterion("auto").protected_ends(request), protected)
-    up_to = _last_point(request, n, min(len(free), n - 1))
+    up_to = _last_count(request, n, min(len(free), n - 1))
     identity = {
-        "base": _identity(request),
+        "base": _base_identity(request),
         "repair": request.repair,
-        **{name: getattr(request, name) for name in _OPTIONS},
+        **{name: getattr(request, name) for name in _IDENTITY_OPTIONS},
         "version": __version__,
     }
-    record = None if request.output is None else _earlier(request.output.expanduser(), identity, request.force)
+    record = None if request.output is None else _read_earlier(request.output.expanduser(), identity, request.force)
     if record is None:
         record = {"schema_version": SCHEMA_VERSION, "identity": identity, "points": [], "steps": [], "num_layers": n}
     if len(record["points"]) < up_to:
-        _continue(request, record, free, up_to)
+        _extend(request, record, free, up_to)
     elif not has_same_rows(record.get("calibration", {}), request):
-        raise _on_other_rows(request)
+        raise _other_rows_error(request)
     points = record["points"][:up_to]
     curve = Curve(points, record)
-    record["chosen"] = _chosen(request, curve, n)
+    record["chosen"] = _chosen_count(request, curve, n)
     record["knee"] = knee(points)
     if request.output is not None:
         folder = request.output.expanduser()
         _write(folder, record)
-        _draw(curve, folder)
+        _draw_curve(curve, folder)
     return curve
 
 
@@ -175,7 +178,7 @@ def knee(points: list[dict[str, Any]]) -> int | None:
     return best if 0 < best < last and below[best] > 0.05 else None
 
 
-def _last_point(request: RankRequest, num_layers: int, most: int) -> int:
+def _last_count(request: RankRequest, num_layers: int, most: int) -> int:
     """How many layers the curve drops in the end; refuses a number that can't be reached, or that it does not reach."""
     if request.curve_up_to is not None and request.curve_up_to > most:
         raise CutError(
@@ -190,7 +193,7 @@ def _last_point(request: RankRequest, num_layers: int, most: int) -> int:
     return up_to
 
 
-def _continue(request: RankRequest, record: dict[str, Any], free: set[int], up_to: int) -> None:
+def _extend(request: RankRequest, record: dict[str, Any], free: set[int], up_to: int) -> None:
     """Find and measure the points that are missing."""
     from ..adapter.prepare import load_calibration_for
     from ..cut.sizes import Sizes
@@ -207,8 +210,8 @@ def _continue(request: RankRequest, record: dict[str, Any], free: set[int], up_t
     walk = open_walk(request, model, device)
     calibration = load_calibration_for(request, walk, request.revision)
     if record.setdefault("calibration", calibration.record()) != calibration.record():
-        raise _on_other_rows(request)
-    search = _search(request, record, walk, calibration, free)
+        raise _other_rows_error(request)
+    search = _make_search(request, record, walk, calibration, free)
     left = up_to - len(record["points"])
     search.log_estimate(f"a curve up to {pluralize(up_to, 'layer')}", left, left, left)
     for count in range(len(record["points"]) + 1, up_to + 1):
@@ -233,13 +236,13 @@ def _continue(request: RankRequest, record: dict[str, Any], free: set[int], up_t
             _write(request.output.expanduser(), record)
 
 
-def _on_other_rows(request: RankRequest) -> CheckpointError:
+def _other_rows_error(request: RankRequest) -> CheckpointError:
     return CheckpointError(
         f"{request.output} holds a curve on other calibration rows; choose another folder, or start again with --force"
     )
 
 
-def _search(
+def _make_search(
     request: RankRequest, record: dict[str, Any], walk: LayerWalk, calibration: CalibrationSet, free: set[int]
 ) -> Search:
     """A search, by default with the best repair if the model can be repaired."""
@@ -259,7 +262,7 @@ def _search(
     return with_repair(record.setdefault("repair", request.repair))
 
 
-def _identity(request: RankRequest | PruneRequest | AdviseRequest) -> str:
+def _base_identity(request: RankRequest | PruneRequest | AdviseRequest) -> str:
     """A hash of the base's files."""
     if is_hub_id(request.base):
         from ..files.hub import Repo
@@ -270,7 +273,7 @@ def _identity(request: RankRequest | PruneRequest | AdviseRequest) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def _earlier(folder: Path, identity: dict[str, Any], force: bool) -> dict[str, Any] | None:
+def _read_earlier(folder: Path, identity: dict[str, Any], force: bool) -> dict[str, Any] | None:
     """What an earlier run has found; raises if it was about something else."""
     if force or not (folder / FILE).exists():
         return None
@@ -288,7 +291,7 @@ def _write(folder: Path, record: dict[str, Any]) -> None:
     write_text(folder / FILE, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
-def point_of(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dict[str, Any]]:
+def choose_point(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dict[str, Any]]:
     """The cut that a request asks for, among the points of a curve.
 
     Returns:
@@ -299,10 +302,10 @@ def point_of(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dict[st
         CheckpointError: There is no curve of this base.
         CutError: No point of the curve meets the request.
     """
-    _check_known(request)
-    curve = curve_in(folder, request)
+    _check_answerable(request)
+    curve = load_curve(folder, request)
     record = curve.record
-    count = _chosen(request, curve, record["num_layers"])
+    count = _chosen_count(request, curve, record["num_layers"])
     if count is None:
         way_out = "allow more loss" if request.budget else "ask for less, or extend the curve with rank --curve-up-to"
         raise CutError(
@@ -319,7 +322,7 @@ def point_of(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dict[st
     return request, {"criterion": "curve", "curve": points}
 
 
-def curve_in(folder: Path, request: PruneRequest | AdviseRequest) -> Curve:
+def load_curve(folder: Path, request: PruneRequest | AdviseRequest) -> Curve:
     """The curve of a request's base that `rank --curve` has written.
 
     Raises:
@@ -328,29 +331,29 @@ def curve_in(folder: Path, request: PruneRequest | AdviseRequest) -> Curve:
     if not (folder / FILE).is_file():
         raise CheckpointError(f"{folder} has no {FILE}; make it with hf-layerprune rank BASE {folder} --curve")
     record = read_curve(folder / FILE)
-    if record["identity"].get("base") != _identity(request):
+    if record["identity"].get("base") != _base_identity(request):
         raise CheckpointError(
             f"{folder} holds the curve of a base other than {request.base}; specify that base, or make a curve of this one"
         )
     return Curve(record["points"], record)
 
 
-def _chosen(request: AmountOptions, curve: Curve, num_layers: int) -> int | None:
+def _chosen_count(request: AmountOptions, curve: Curve, num_layers: int) -> int | None:
     """How many layers a request would drop, by the points of the curve."""
     if name := request.budget or request.target:
-        found = [point["dropped"] for point in curve.points if _is_inside(point, name, getattr(request, name))]
+        found = [point["dropped"] for point in curve.points if _meets_limit(point, name, getattr(request, name))]
         return found[-1 if request.budget else 0] if found else None
     count = drop_count(request.drop, num_layers)
     return count if count <= len(curve.points) else None
 
 
-def _check_known(request: AmountOptions) -> None:
+def _check_answerable(request: AmountOptions) -> None:
     """Refuse what no curve can answer, before one is made or read."""
     if request.target_memory is not None:
         raise CutError("a curve has no figures for memory; use target_size, or prune without a curve")
 
 
-def _is_inside(point: dict[str, Any], name: str, value: float) -> bool:
+def _meets_limit(point: dict[str, Any], name: str, value: float) -> bool:
     """Whether a point meets a target or, with one standard error, a budget."""
     from ..select.budget import budget_margin
 
@@ -366,7 +369,7 @@ def _is_inside(point: dict[str, Any], name: str, value: float) -> bool:
     return budget_margin(best, name, value) >= 0
 
 
-def _draw(curve: Curve, folder: Path) -> None:
+def _draw_curve(curve: Curve, folder: Path) -> None:
     from ..publish.card.curve_plot import draw_curve as draw_curve
 
     remark = ""

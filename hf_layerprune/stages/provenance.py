@@ -42,12 +42,12 @@ def write_lineage(request: PruneRequest, entry: dict[str, Any], folder: Path, hu
             "id": _recorded_name(request.base),
             "commit": repo.commit if repo else None,
             "files": repo.fingerprint() if repo else fingerprint(source),
-        } | _declared(source, repo)
+        } | _base_declarations(source, repo)
         # A copy may lack files that the base on the Hub has; an adapter has none of them.
         if not (request.adapter or repo) and source.is_dir():
             lineage.base["companions"] = companion_names(source)
         if source.is_dir():
-            lineage.base |= _configured(read_config_file(source / CONFIG))
+            lineage.base |= _config_facts(read_config_file(source / CONFIG))
     if source.is_dir():
         copy_licence(source, folder)
     lineage.record(folder, entry)
@@ -97,7 +97,7 @@ def has_same_rows(recorded: dict[str, Any], request: PruneRequest | RankRequest)
     return rows.fingerprint == recorded["fingerprint"]
 
 
-def _declared(source: Path, repo: Repo | None) -> dict[str, Any]:
+def _base_declarations(source: Path, repo: Repo | None) -> dict[str, Any]:
     """What the base says about itself: its licence, its languages, whether it chats."""
     if repo is not None:
         try:
@@ -111,7 +111,7 @@ def _declared(source: Path, repo: Repo | None) -> dict[str, Any]:
     return declared_gguf_fields(gguf_text_metadata(source))
 
 
-def _configured(fields: dict[str, Any]) -> dict[str, str]:
+def _config_facts(fields: dict[str, Any]) -> dict[str, str]:
     """What a card says of the base from its config: its task, if it is multimodal, and how its weights are quantised."""
     task = pipeline_tag_of(fields["model_type"], fields.get("architectures"))
     settings = fields.get("quantization_config")

@@ -56,7 +56,7 @@ class Pruned:
         return f"{kind} {describe_layers(self.dropped)} of {self.layers}: {left} left, in {self.output}"
 
 
-def settings_of(request: PruneRequest, dropped: Sequence[int]) -> dict[str, Any]:
+def prune_settings(request: PruneRequest, dropped: Sequence[int]) -> dict[str, Any]:
     """What decides the outcome, for the lineage."""
     settings: dict[str, Any] = {"drop_layers": dropped}
     if request.drop_layers is None:
@@ -69,7 +69,7 @@ def settings_of(request: PruneRequest, dropped: Sequence[int]) -> dict[str, Any]
     return settings | {"dtype": request.dtype, "form": "adapter" if request.adapter else "model"}
 
 
-def was_made(request: PruneRequest, folder: Path) -> bool:
+def is_already_pruned(request: PruneRequest, folder: Path) -> bool:
     """Whether a folder holds what a request asks for, made by an earlier run; `False` if there is nothing yet.
 
     Raises:
@@ -82,14 +82,14 @@ def was_made(request: PruneRequest, folder: Path) -> bool:
     entry: dict[str, Any] = next((entry for entry in reversed(lineage.entries) if entry["stage"] == "prune"), {})
     recorded, calibration = entry.get("settings", {}), entry.get("calibration", {})
     dropped = recorded.get("drop_layers", []) if request.drop_layers is None else request.drop_layers
-    asked = {
+    requested = {
         "source": strip_local_path(request.calibration),
         "samples": request.calibration_samples,
         "length": request.calibration_length,
         "seed": request.seed,
     }
-    same = settings_of(request, dropped) == recorded and all(
-        calibration.get(name, value) == value for name, value in asked.items()
+    same = prune_settings(request, dropped) == recorded and all(
+        calibration.get(name, value) == value for name, value in requested.items()
     )
     if not (same and is_same_base(lineage.base, request) and has_same_rows(calibration, request)):
         raise CheckpointError(
@@ -112,13 +112,13 @@ def prune_to(request: PruneRequest) -> Pruned:
         check_target(output, source, request.force)
     curve: dict[str, Any] | None = None
     if request.from_curve is not None and request.drop_layers is None:
-        from .curve import point_of
+        from .curve import choose_point
 
-        request, curve = point_of(request, request.from_curve.expanduser())
+        request, curve = choose_point(request, request.from_curve.expanduser())
     request = request.with_calibration()
     if is_gguf_name(output):
         return _prune_gguf(request, source, output)
-    if request.link and (request.adapter or request.repair or _needs_a_model(request)):
+    if request.link and (request.adapter or request.repair or _needs_loading(request)):
         raise CutError(
             "--link shares weight files with the base, but this cut changes or writes them; leave --link out"
         )
@@ -129,9 +129,9 @@ def prune_to(request: PruneRequest) -> Pruned:
         request, source = replace(request, revision=revision), hub.folder  # everything comes from this commit
     config = load_config(source)
     _check_family(request, config)
-    if request.repair and not (request.adapter or _needs_a_model(request)):
+    if request.repair and not (request.adapter or _needs_loading(request)):
         check_repairable_weights(hub or Base.open(source), config)
-    dropped, prepared, target = _choose(request, config)
+    dropped, prepared, target = _choose_layers(request, config)
     cut = families.make_cut(config, dropped)
     if warning := describe_misread_layers(config, cut.keep):
         logger.warning("%s; %s", warning, REMEDY)
@@ -140,21 +140,21 @@ def prune_to(request: PruneRequest) -> Pruned:
     # Everything that can be refused is refused before a weight is read.
     dry_run_cut_of_config(config, families.cut_config(config, cut), cut)
     with new_folder(output, force=request.force, source=source) as folder:
-        with stage_entry("prune", settings_of(request, list(cut.drop))) as entry:
+        with stage_entry("prune", prune_settings(request, list(cut.drop))) as entry:
             if prepared is None and request.repair:
-                prepared = _prepare(request, list(cut.drop))
+                prepared = _prepare_dense(request, list(cut.drop))
             if request.adapter:
-                _adapter(request, list(cut.drop), folder, prepared)
-            elif _needs_a_model(request):
-                _model(request, list(cut.drop), folder, prepared)
+                _write_adapter(request, list(cut.drop), folder, prepared)
+            elif _needs_loading(request):
+                _write_model(request, list(cut.drop), folder, prepared)
             else:
-                _files(request, plan_cut(hub or source, cut.drop), folder, prepared)
+                _write_files(request, plan_cut(hub or source, cut.drop), folder, prepared)
         if request.target_size is not None and not request.adapter:
             import torch
 
             # Files of a wider type are to be converted later.
-            asked, written = request.target_dtype, cast("torch.dtype | None", load_config(folder).dtype)
-            if asked in ("auto", request.dtype) or (written and written.itemsize <= getattr(torch, asked).itemsize):
+            wanted, written = request.target_dtype, cast("torch.dtype | None", load_config(folder).dtype)
+            if wanted in ("auto", request.dtype) or (written and written.itemsize <= getattr(torch, wanted).itemsize):
                 _check_size(folder, int(request.target_size), len(dropped))
         if target is not None:
             entry["selection"] = {"criterion": request.criterion, "target": target.record(cut.drop)}
@@ -189,20 +189,22 @@ def _check_family(request: PruneRequest, config: PreTrainedConfig) -> None:
         families.check_stage(config, "rank")
 
 
-def _choose(request: PruneRequest, config: PreTrainedConfig) -> tuple[list[int], Prepared | None, Target | None]:
+def _choose_layers(
+    request: PruneRequest, config: PreTrainedConfig
+) -> tuple[list[int], Prepared | None, Target | None]:
     """The layers to drop; what was computed from the dense model, if it was needed; the target that set their number."""
     if needs_model(request):
         # The repair looks at the same model and the same text, so it is fitted here as well.
-        prepared = _prepare(request, None)
+        prepared = _prepare_dense(request, None)
         return prepared.drop_layers, prepared, None
     if request.drop_layers is not None:
         return list(request.drop_layers), None, None
-    target = Target.from_options(_config(request, None), config, request.base, revision=request.revision)
+    target = Target.from_options(_to_config(request, None), config, request.base, revision=request.revision)
     protected = families.protected_layers(config)
     return select_layers(families.layer_count(config), request, protected, target), None, target
 
 
-def _needs_a_model(request: PruneRequest) -> bool:
+def _needs_loading(request: PruneRequest) -> bool:
     """Whether the weights are converted or unpacked, so that copying bytes is not enough."""
     return request.dtype != "auto" or resolve_base(request.base)[1] is not None
 
@@ -219,7 +221,7 @@ def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> Pruned:
     refuse_unused(request, unused, "where a GGUF file stays one, since it is cut without being loaded")
     check_file_target(output, force=request.force, source=base)  # before layers are chosen
     if needs_model(request):
-        dropped = _prepare(request, None).drop_layers  # looks at the dequantised model
+        dropped = _prepare_dense(request, None).drop_layers  # looks at the dequantised model
     elif request.drop_layers is not None:
         dropped = list(request.drop_layers)
     else:
@@ -259,13 +261,13 @@ def _gguf_target(request: PruneRequest, base: Path, num_layers: int) -> Target |
     return Target("target_size", limit, left, each, format_bytes)
 
 
-def _dtype(request: PruneRequest) -> str:
+def _load_dtype(request: PruneRequest) -> str:
     """The type in which the base is loaded."""
     unpacks = request.dtype == "auto" and resolve_base(request.base)[1] is not None
     return UNPACKED_DTYPE if unpacks else request.dtype
 
 
-def _config(request: PruneRequest, dropped: list[int] | None) -> LayerDropConfig:
+def _to_config(request: PruneRequest, dropped: list[int] | None) -> LayerDropConfig:
     from ..adapter.config import LayerDropConfig
 
     return copy_fields(
@@ -273,26 +275,27 @@ def _config(request: PruneRequest, dropped: list[int] | None) -> LayerDropConfig
         request,
         base_model_name_or_path=request.base,
         drop_layers=dropped,
-        target_dtype=request.target_dtype if request.target_dtype != "auto" else _dtype(request),
+        target_dtype=request.target_dtype if request.target_dtype != "auto" else _load_dtype(request),
         tune_lm_head=request.tune_lm_head if request.adapter else False,  # a whole model's head is not untied
     )
 
 
-def _prepare(request: PruneRequest, dropped: list[int] | None) -> Prepared:
+def _prepare_dense(request: PruneRequest, dropped: list[int] | None) -> Prepared:
     """Run the dense model layer by layer to choose the layers, unless they are given, and to fit the repair."""
     from ..adapter.pruning import prepare_from_base
 
-    return prepare_from_base(_config(request, dropped), {"revision": request.revision, "dtype": _dtype(request)})
+    kwargs = {"revision": request.revision, "dtype": _load_dtype(request)}
+    return prepare_from_base(_to_config(request, dropped), kwargs)
 
 
-def _model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Prepared | None) -> None:
+def _write_model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Prepared | None) -> None:
     """Load the whole model, cut it, and save it."""
     from ..cut.memory import drop_layers
     from ..families.layout import find_decoder_layers
     from ..repair.frozen import repaired_tensor_names
     from ..runtime.model_class import stored_names
 
-    model = load_base(request.base, revision=request.revision, dtype=_dtype(request))
+    model = load_base(request.base, revision=request.revision, dtype=_load_dtype(request))
     if getattr(model, "is_quantized", False):
         raise CutError(
             f"the weights of {request.base} are quantised and stay so when they are loaded, so --dtype can't convert them; "
@@ -316,7 +319,7 @@ def _model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Pr
         logger.warning("%s; none is written", error)
 
 
-def _files(request: PruneRequest, plan: CheckpointPlan, folder: Path, prepared: Prepared | None) -> None:
+def _write_files(request: PruneRequest, plan: CheckpointPlan, folder: Path, prepared: Prepared | None) -> None:
     """Copy the bytes of the tensors that stay. No model is loaded, and no more is downloaded of a base on the Hub."""
     from ..cut.check import CannotCheckError, bypassed_logits, check_logits, warn_if_unproven
 
@@ -339,18 +342,18 @@ def _files(request: PruneRequest, plan: CheckpointPlan, folder: Path, prepared: 
         prepared.record["repair"]["changed_tensors"] = patch_layers(folder, plan.config, values, request.output)
 
 
-def _adapter(request: PruneRequest, dropped: list[int], folder: Path, prepared: Prepared | None) -> None:
+def _write_adapter(request: PruneRequest, dropped: list[int], folder: Path, prepared: Prepared | None) -> None:
     """Save the plan, the tail that will be tuned, and what the repair changed."""
     from ..adapter.pruning import prune_prepared
     from ..adapter.resolve import resolved_cut
     from ..families.layout import find_decoder_layers
     from ..repair.frozen import repaired_tensor_names
 
-    model = prune_prepared(_config(request, dropped), prepared, whole=request.check, dtype=_dtype(request))
-    made: Any = model.peft_config["default"]
-    made.revision = made.base_commit  # loading would otherwise put it on whatever the base's main branch is then
+    model = prune_prepared(_to_config(request, dropped), prepared, whole=request.check, dtype=_load_dtype(request))
+    adapter: Any = model.peft_config["default"]
+    adapter.revision = adapter.base_commit  # loading would otherwise put it on whatever the base's main branch is then
     model.save_pretrained(str(folder))
     if prepared is not None and prepared.repair is not None:
         pruned: Any = model.get_base_model()
-        names = repaired_tensor_names(prepared.repair, find_decoder_layers(pruned).path, resolved_cut(made))
+        names = repaired_tensor_names(prepared.repair, find_decoder_layers(pruned).path, resolved_cut(adapter))
         prepared.record["repair"]["changed_tensors"] = names

@@ -50,14 +50,14 @@ def record_quantized(source: str | Path, folder: str | Path) -> None:
         raise CheckpointError(f"{after / CONFIG} has no quantization_config, so its model is not quantised")
     if old.get("quantization_config") is not None:
         raise CheckpointError(f"{before} is quantised already; specify the model from before quantisation")
-    from ..heal.stage import changed_tensors, copy_beside_weights
+    from ..heal.stage import changed_tensors, copy_companion_files
 
     method = quantization_method(settings)
     details = {"method": method, "quantization_config": settings, "dtype": new.get("dtype")}
     if name := lineage.published.get("repo_id"):
         details["from"] = name
     with stage_entry("quantize", details) as entry:
-        copy_beside_weights(before, after)
+        copy_companion_files(before, after)
         if not is_repeatable_method(settings):
             entry["changed_tensors"] = changed_tensors(before, after)
     with suppress(PackageNotFoundError):  # a method whose package has another name

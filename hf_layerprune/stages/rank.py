@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 _BEST_BLOCKS = 3
 # What a ranking consists of. A folder that holds anything else is not replaced.
-_OURS = re.compile(r"scores\.json|(choices|scores|blocks-\w+)\.(png|svg)")
+_RANKING_FILES = re.compile(r"scores\.json|(choices|scores|blocks-\w+)\.(png|svg)")
 
 
 @dataclass
@@ -127,26 +127,26 @@ def rank_layers(base: str, output: str | os.PathLike[str] | None = None, **optio
         CheckpointError: The base or the calibration set can't be read, or the output can't be written.
         UnsupportedModelError: The architecture is not proven, or its layers can't be run one at a time.
     """
-    return rank(RankRequest.called(base, output, False, options))
+    return rank(RankRequest.from_call(base, output, False, options))
 
 
 def rank(request: RankRequest) -> Ranking:
     """Do as `rank_layers` does, for a request."""
     source = Path(request.base).expanduser()
     if request.output is not None:  # at once: before torch is imported
-        check_target(request.output.expanduser(), source, request.force, replaces=_OURS)
+        check_target(request.output.expanduser(), source, request.force, replaces=_RANKING_FILES)
     from ..adapter.prepare import load_calibration_for
     from ..select.cost import count_runs, log_estimate
     from ..select.runner import choose_layers
 
     # What is refused is refused before a weight is read.
     config = load_config(request.base, revision=request.revision)
-    criteria = _checked(request, config)
+    criteria = _check_criteria(request, config)
     n = families.layer_count(config)
     protected = families.protected_layers(config)
     count = 1 if request.drop is None else drop_count(request.drop, n)
     check_lengths(request.lengths or (), n)
-    free = _free(request, criteria, n, count, protected)
+    free = _free_by_criterion(request, criteria, n, count, protected)
     start = time.perf_counter()
     dense, device = open_base(request)
     # Sizes and times are those of the type in which the base is.
@@ -163,7 +163,7 @@ def rank(request: RankRequest) -> Ranking:
         calibration = load_calibration_for(request, model, request.revision)
         runs = count_runs(n, [name for name in free if name != "auto"], count, lengths)
         log_estimate(model, calibration, "scoring", *(len(calibration) * each for each in runs))
-    scores, drops = _scored(request, model, calibration, target, n, count, free, lengths)
+    scores, drops = _score_and_pick(request, model, calibration, target, n, count, free, lengths)
     why: dict[str, str] = {}
     found = {name: score.record() for name, score in scores.items()}
     if "auto" in free:
@@ -190,12 +190,12 @@ def rank(request: RankRequest) -> Ranking:
     }
     ranking = Ranking(scores, drops, why, record, len(criteria) == len(request.criteria))
     if request.output is not None:
-        with new_folder(request.output, force=request.force, source=source, replaces=_OURS) as folder:
+        with new_folder(request.output, force=request.force, source=source, replaces=_RANKING_FILES) as folder:
             _write(ranking, folder, n)
     return ranking
 
 
-def _free(
+def _free_by_criterion(
     request: RankRequest, criteria: Sequence[Criterion], n: int, count: int, protected: Collection[int]
 ) -> dict[str, set[int]]:
     """The layers that each criterion may drop. Of several criteria, those that may not drop enough are left out."""
@@ -210,7 +210,7 @@ def _free(
     return free
 
 
-def _checked(request: RankRequest, config: PreTrainedConfig) -> list[Criterion]:
+def _check_criteria(request: RankRequest, config: PreTrainedConfig) -> list[Criterion]:
     """The criteria, without those that need text if the model can't be run on it a layer at a time.
 
     Refuses a model, a text or options that they can't use.
@@ -237,7 +237,7 @@ def _checked(request: RankRequest, config: PreTrainedConfig) -> list[Criterion]:
     return criteria
 
 
-def _scored(
+def _score_and_pick(
     request: RankRequest,
     model: Any,
     calibration: CalibrationSet | None,

@@ -38,7 +38,7 @@ from ..select.registry import CRITERIA, find_criterion
 TEXT_OPTIONS = ("calibration", "calibration_samples", "calibration_length")
 
 
-def _of_curve(name: str) -> Any:
+def _curve_option(name: str) -> Any:
     """A calibration option whose default depends on `from_curve`; see `PruneRequest.with_calibration`."""
     known = option_fields(CalibrationOptions)[name]
     return option(None, f"{known.help}; by default {known.default}, or as for the curve with from_curve", known.kind)
@@ -85,10 +85,10 @@ class PruneRequest(TuningOptions, CutOptions):
     )
     force: bool = option(False, "Replace OUTPUT if it exists")
     _: KW_ONLY
-    calibration: str = _of_curve("calibration")
-    calibration_samples: int = _of_curve("calibration_samples")
-    calibration_length: int = _of_curve("calibration_length")
-    seed: int = _of_curve("seed")
+    calibration: str = _curve_option("calibration")
+    calibration_samples: int = _curve_option("calibration_samples")
+    calibration_length: int = _curve_option("calibration_length")
+    seed: int = _curve_option("seed")
 
     def refuse_unused(self) -> None:
         """Refuse options that would have no effect. Recipes don't: their files may hold options for several kinds of run.
@@ -97,8 +97,8 @@ class PruneRequest(TuningOptions, CutOptions):
             CutError: One of them is set.
         """
         criterion = find_criterion(self.criterion)
-        said = ("criterion",) if self.criterion != self.default_criterion else ()
-        which = (*said, "variant", "protect_first", "protect_last", "contiguous", "steps")
+        criterion_option = ("criterion",) if self.criterion != self.default_criterion else ()
+        which = (*criterion_option, "variant", "protect_first", "protect_last", "contiguous", "steps")
         if self.drop_layers is not None:
             refuse_unused(self, ("from_curve", *AMOUNTS, *which), "with drop_layers, which say which layers go")
         elif self.from_curve is not None:
@@ -167,7 +167,7 @@ class RankRequest(WalkOptions, CalibrationOptions, SelectionOptions):
     force: bool = option(False, "Replace the ranking or the curve in OUTPUT")
 
     @classmethod
-    def called(
+    def from_call(
         cls, base: str, output: str | os.PathLike[str] | None, curve: bool, options: Mapping[str, Any]
     ) -> RankRequest:
         """The request that a call in Python makes, with its keyword arguments as options."""
@@ -242,9 +242,9 @@ class AdviseRequest(WalkOptions, AmountOptions):
 
     def check_combination(self) -> None:
         """Leave the number of layers open unless an option sets it."""
-        said = any(getattr(self, name) is not None for name in AMOUNTS)
+        amount_given = any(getattr(self, name) is not None for name in AMOUNTS)
         super().check_combination()
-        if not said:
+        if not amount_given:
             self.drop = None
         self.refuse_unused()
         if self.min_top1_agreement is not None:

@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 ROWS = HERE / "rows"
 CONFIGS = HERE.parent / "configs"
 # Settings in recipes/configs that the row overrides.
-_BY_THE_ROW = ("model_name_or_path", "drop", "criterion", "datasets", "test_split_size", "output_dir")
+_ROW_SETTINGS = ("model_name_or_path", "drop", "criterion", "datasets", "test_split_size", "output_dir")
 # The paper's numbers that a row may have, besides those of single tasks.
 FIGURES = ("mean", "wikitext2", "ptb", "trainable_millions", "memory_gb", "seconds")
 
@@ -149,8 +149,8 @@ class Plan:
     def key(self) -> str:
         """A hash of all settings that decide the numbers; rows with the same key share a run."""
         sources = [(self.cut or {}).get("calibration"), (self.data or {}).get("name"), self.evaluate.get("tasks_from")]
-        files = local_files(*sources, *self.evaluate["texts"].values())
-        return digest([self.model, self.cut, self.per_step, self.tune, self.data, self.evaluate, *files])
+        files = hash_local_files(*sources, *self.evaluate["texts"].values())
+        return hash_json([self.model, self.cut, self.per_step, self.tune, self.data, self.evaluate, *files])
 
     @property
     def folder_name(self) -> str:
@@ -161,25 +161,25 @@ class Plan:
     @property
     def cut_name(self) -> str:
         """The name of the folder of a cut in one step, which several runs may share."""
-        key = digest([self.model, self.cut, *local_files((self.cut or {}).get("calibration"))])
+        key = hash_json([self.model, self.cut, *hash_local_files((self.cut or {}).get("calibration"))])
         return re.sub(r"[^\w.-]+", "_", f"{Path(self.model).name}-{(self.cut or {})['criterion']}") + f"-{key[:10]}"
 
 
-def local_files(*sources: str | None) -> list[str]:
+def hash_local_files(*sources: str | None) -> list[str]:
     """The sha256 of the files that sources of data name, such as `rows.jsonl:text`; those of a folder; none on the Hub."""
     found = []
     for source in sources:
-        place = source or ""
-        while place and not Path(place).expanduser().exists():
-            place = place.rpartition(":")[0]
-        if place:
-            path = Path(place).expanduser()
+        location = source or ""
+        while location and not Path(location).expanduser().exists():
+            location = location.rpartition(":")[0]
+        if location:
+            path = Path(location).expanduser()
             files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
             found += [sha256_of(file) for file in files]
     return found
 
 
-def digest(value: Any) -> str:
+def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -234,7 +234,7 @@ def choose_rows(rows: dict[str, Row], patterns: list[str], matching: re.Pattern[
     return {name: row for name, row in rows.items() if name in chosen}
 
 
-def concerning(row: Row) -> list[str]:
+def relevant_mistakes(row: Row) -> list[str]:
     """The mistakes of the paper's code that concern a row."""
     return [
         name
@@ -263,38 +263,38 @@ def make_plan(row: Row, options: Options) -> Plan:
     for word in options.models:
         if word not in ("*", *common["models"]):
             raise CutError(f"no row has a model {word!r}; they have {', '.join(common['models'])}")
-    mistakes = [name for name in concerning(row) if name in options.mistakes]
+    mistakes = [name for name in relevant_mistakes(row) if name in options.mistakes]
 
-    def changed(part: str, settings: dict[str, Any]) -> dict[str, Any]:
+    def with_mistakes(part: str, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings, with the mistakes of the paper's code that are to be repeated."""
         for name in mistakes:
             settings = settings | common["mistakes"][name].get(part, {})
         return settings
 
-    tune = _tune(row, options, changed)
+    tune = _tune_settings(row, options, with_mistakes)
     return Plan(
         model=options.models.get(row.model) or options.models.get("*") or common["models"][row.model],
-        cut=_cut(row, options, changed),
+        cut=_cut_settings(row, options, with_mistakes),
         per_step=row.per_step,
         tune=tune,
-        data=None if tune is None else _data(row, options, changed),
-        evaluate=_evaluate(row, options, changed),
+        data=None if tune is None else _data_settings(row, options, with_mistakes),
+        evaluate=_evaluate_settings(row, options, with_mistakes),
         mistakes=tuple(mistakes),
         differences=tuple(options.differences()),
     )
 
 
-Changed = Callable[[str, dict[str, Any]], dict[str, Any]]
+WithMistakes = Callable[[str, dict[str, Any]], dict[str, Any]]
 
 
-def _cut(row: Row, options: Options, changed: Changed) -> dict[str, Any] | None:
+def _cut_settings(row: Row, options: Options, with_mistakes: WithMistakes) -> dict[str, Any] | None:
     if row.criterion is None:
         return None
     common = defaults()["cut"]
     cut = common | {"criterion": row.criterion}
     if row.drop is not None:
         cut["drop"] = row.drop
-    cut = changed("cut", cut)
+    cut = with_mistakes("cut", cut)
     if options.calibration is not None:
         cut |= {"calibration": options.calibration, "calibration_samples": common["calibration_samples"]}
     if row.calibration_samples is not None:
@@ -304,15 +304,15 @@ def _cut(row: Row, options: Options, changed: Changed) -> dict[str, Any] | None:
     return cut
 
 
-def _tune(row: Row, options: Options, changed: Changed) -> dict[str, Any] | None:
+def _tune_settings(row: Row, options: Options, with_mistakes: WithMistakes) -> dict[str, Any] | None:
     common = defaults()
     method = common["methods"][row.method]
     if method is None:
         return None
     settings = yaml.safe_load((CONFIGS / method["settings"]).read_text(encoding="utf-8"))
-    settings = {name: value for name, value in settings.items() if name not in _BY_THE_ROW}
+    settings = {name: value for name, value in settings.items() if name not in _ROW_SETTINGS}
     settings |= common["tune"] | common["data"][row.data].get("tune", {}) | method.get("change", {})
-    settings = changed("tune", settings)
+    settings = with_mistakes("tune", settings)
     if options.max_steps is not None:
         # Keep the shape of the schedule: the paper warms up for 100 of about 1,555 steps.
         warm_up = round(options.max_steps * 100 / 1555)
@@ -322,13 +322,15 @@ def _tune(row: Row, options: Options, changed: Changed) -> dict[str, Any] | None
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def _data(row: Row, options: Options, changed: Changed) -> dict[str, Any]:
-    data = changed("data", {name: value for name, value in defaults()["data"][row.data].items() if name != "tune"})
+def _data_settings(row: Row, options: Options, with_mistakes: WithMistakes) -> dict[str, Any]:
+    data = with_mistakes(
+        "data", {name: value for name, value in defaults()["data"][row.data].items() if name != "tune"}
+    )
     return data if options.data is None else data | {"name": options.data}
 
 
-def _evaluate(row: Row, options: Options, changed: Changed) -> dict[str, Any]:
-    evaluate = dict(changed("evaluate", defaults()["evaluate"]))
+def _evaluate_settings(row: Row, options: Options, with_mistakes: WithMistakes) -> dict[str, Any]:
+    evaluate = dict(with_mistakes("evaluate", defaults()["evaluate"]))
     if options.tasks_from is not None:
         evaluate |= {"tasks": None, "tasks_from": options.tasks_from}
     if options.limit is not None:

@@ -23,7 +23,7 @@ SCHEMA_VERSION = 1
 NOT_RUN = "not run"
 _UNITS = {"trainable_millions": "trained, millions", "memory_gb": "GPU memory, GB", "seconds": "training, s"}
 # Figures that have no standard error here, and depend on the machine.
-_OF_THE_MACHINE = ("memory_gb", "seconds")
+_MACHINE_FIGURES = ("memory_gb", "seconds")
 
 
 @dataclass
@@ -49,12 +49,12 @@ class Results:
         """
         if not path.is_file():
             return cls(path)
-        said = read_object(path)
-        if said.get("schema_version") != SCHEMA_VERSION:
+        content = read_object(path)
+        if content.get("schema_version") != SCHEMA_VERSION:
             raise CheckpointError(f"{path} has no schema version {SCHEMA_VERSION}; remove it, and rows are run again")
-        return cls(path, said["runs"], said["rows"])
+        return cls(path, content["runs"], content["rows"])
 
-    def of(self, row: Row) -> dict[str, Any] | None:
+    def outcome_of(self, row: Row) -> dict[str, Any] | None:
         """The outcome of a row's last run."""
         return self.runs.get(self.rows.get(row.name, ""))
 
@@ -80,8 +80,8 @@ class Results:
 
     def write(self) -> None:
         """Write the file atomically."""
-        said = {"schema_version": SCHEMA_VERSION, "rows": self.rows, "runs": self.runs}
-        write_text(self.path, json.dumps(said, indent=1, ensure_ascii=False) + "\n")
+        content = {"schema_version": SCHEMA_VERSION, "rows": self.rows, "runs": self.runs}
+        write_text(self.path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 @dataclass(frozen=True)
@@ -108,14 +108,14 @@ class Line:
         return None if self.ours is None or self.paper is None else self.ours - self.paper
 
     @property
-    def within(self) -> bool | None:
+    def is_within_error(self) -> bool | None:
         """Whether the difference is within one standard error of our number; `None` if it is unknown."""
         if self.difference is None or not self.stderr:
             return None
         return abs(self.difference) <= self.stderr
 
 
-def lines_of(row: Row, outcome: dict[str, Any] | None) -> list[Line]:
+def make_lines(row: Row, outcome: dict[str, Any] | None) -> list[Line]:
     """A row's numbers: first those in the paper, then those that only we measure."""
     values, wanted = (outcome or {}).get("values", {}), row.figures()
     names = list(wanted) + [name for name in values if name not in wanted and name not in _UNITS]
@@ -131,7 +131,7 @@ def lines_of(row: Row, outcome: dict[str, Any] | None) -> list[Line]:
     ]
 
 
-def describe(line: Line, outcome: dict[str, Any] | None) -> list[str]:
+def format_line(line: Line, outcome: dict[str, Any] | None) -> list[str]:
     """The cells of a line: figure, the paper's number, ours, difference, whether it is within the standard error."""
     paper = "" if line.paper is None else _number(line.figure, line.paper)
     if line.printed is not None:
@@ -148,11 +148,11 @@ def _verdict(line: Line, outcome: dict[str, Any] | None) -> str:
         return ""
     if outcome["differences"]:
         return "not the same run"
-    if line.figure in _OF_THE_MACHINE:
+    if line.figure in _MACHINE_FIGURES:
         return "another machine"
-    if line.within is None:
+    if line.is_within_error is None:
         return ""
-    return "yes" if line.within else f"no, {abs(line.difference) / (line.stderr or 1):.1f} s.e."
+    return "yes" if line.is_within_error else f"no, {abs(line.difference) / (line.stderr or 1):.1f} s.e."
 
 
 def _number(figure: str, value: float, sign: bool = False) -> str:
@@ -162,7 +162,7 @@ def _number(figure: str, value: float, sign: bool = False) -> str:
     return f"{value:{plus},.0f}" if figure == "seconds" else f"{value:{plus}.4f}"
 
 
-def removed(row: Row, outcome: dict[str, Any] | None) -> str:
+def format_removed(row: Row, outcome: dict[str, Any] | None) -> str:
     """The layers that our run dropped, and those of the paper."""
     ours, theirs = (outcome or {}).get("removed", ""), str(row.paper.get("removed", ""))
     if not theirs or (outcome or {}).get("differences"):
@@ -180,7 +180,7 @@ def markdown(rows: dict[str, Row], results: Results) -> str:
     Returns:
         `str`: How many rows were run, how runs differ from the paper's, and a table for each table of the paper.
     """
-    outcome = {name: results.of(row) for name, row in rows.items()}
+    outcome = {name: results.outcome_of(row) for name, row in rows.items()}
     done = sum(one is not None for one in outcome.values())
     text = [
         "# The paper's tables, and ours",
@@ -204,10 +204,10 @@ def markdown(rows: dict[str, Row], results: Results) -> str:
 
 def _row_lines(name: str, row: Row, outcome: dict[str, Any] | None) -> list[str]:
     lines = []
-    for number, line in enumerate(lines_of(row, outcome)):
-        first = [f"`{name.partition('/')[2]}`", removed(row, outcome)] if number == 0 else ["", ""]
+    for number, line in enumerate(make_lines(row, outcome)):
+        first = [f"`{name.partition('/')[2]}`", format_removed(row, outcome)] if number == 0 else ["", ""]
         last = [", ".join(outcome["mistakes"]) or "none"] if outcome and number == 0 else [""]
-        lines.append(_cells([*first, *describe(line, outcome), *last]))
+        lines.append(_cells([*first, *format_line(line, outcome), *last]))
     return lines
 
 
@@ -217,4 +217,6 @@ def _cells(cells: list[str]) -> str:
 
 def mistakes_text() -> str:
     """The mistakes of the paper's code, one per line."""
-    return "\n".join(f"{name}: {' '.join(said['what'].split())}" for name, said in defaults()["mistakes"].items())
+    return "\n".join(
+        f"{name}: {' '.join(mistake['what'].split())}" for name, mistake in defaults()["mistakes"].items()
+    )

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from plans import HERE, Options, Plan, Row, choose_rows, concerning, defaults, make_plan, read_rows
-from results import NOT_RUN, Results, describe, lines_of, markdown, mistakes_text
+from plans import HERE, Options, Plan, Row, choose_rows, defaults, make_plan, read_rows, relevant_mistakes
+from results import NOT_RUN, Results, format_line, make_lines, markdown, mistakes_text
 
 from hf_layerprune.errors import CutError, LayerPruneError, explain, wants_traceback
 from hf_layerprune.files.copy import write_text
@@ -163,15 +163,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("hf_layerprune").setLevel(logging.INFO)
     try:
-        return _act(args)
+        return _run_command(args)
     except (Exception, KeyboardInterrupt) as error:
         if wants_traceback():
             traceback.print_exc()
-        said, code = explain(error)
-        return _fail(said, code)
+        message, code = explain(error)
+        return _fail(message, code)
 
 
-def _act(args: argparse.Namespace) -> int:
+def _run_command(args: argparse.Namespace) -> int:
     if args.list_mistakes:
         print(mistakes_text())
         return 0
@@ -180,7 +180,7 @@ def _act(args: argparse.Namespace) -> int:
     plans = {name: make_plan(row, options) for name, row in rows.items()}
     results = Results.read(args.output / "results.json")
     if args.list:
-        print(_list(rows, plans, results, args.output))
+        print(_format_rows(rows, plans, results, args.output))
     elif args.plan:
         plain = {name: json.loads(json.dumps(asdict(plan))) for name, plan in plans.items()}  # without tuples
         print(yaml.safe_dump(plain, sort_keys=False), end="")
@@ -190,12 +190,12 @@ def _act(args: argparse.Namespace) -> int:
         raise CutError("name rows, or give --all; --list shows what there is")
     else:
         args.output.mkdir(parents=True, exist_ok=True)
-        with _locked(args.output) as hold:
-            return _run(args, rows, plans, hold)
+        with _lock_output(args.output) as lock_fd:
+            return _run(args, rows, plans, lock_fd)
     return 0
 
 
-def _run(args: argparse.Namespace, rows: dict[str, Row], plans: dict[str, Plan], hold: int | None) -> int:
+def _run(args: argparse.Namespace, rows: dict[str, Row], plans: dict[str, Plan], lock_fd: int | None) -> int:
     failed = {}
     results = Results.read(args.output / "results.json")
     left = {name: plan for name, plan in plans.items() if not results.has(rows[name], plan)}
@@ -204,7 +204,7 @@ def _run(args: argparse.Namespace, rows: dict[str, Row], plans: dict[str, Plan],
         from stages import Runner
 
         engine = args.accelerate_config and Path(args.accelerate_config)
-        runner = Runner(args.output, engine=engine, device=args.device, keep_models=args.keep_models, hold=hold)
+        runner = Runner(args.output, engine=engine, device=args.device, keep_models=args.keep_models, lock_fd=lock_fd)
     while left:
         name, plan = next(iter(left.items()))
         del left[name]
@@ -226,30 +226,30 @@ def _run(args: argparse.Namespace, rows: dict[str, Row], plans: dict[str, Plan],
 
 
 def _report(row: Row, results: Results) -> str:
-    outcome: Any = results.of(row)
-    cells = [describe(line, outcome) for line in lines_of(row, outcome)]
+    outcome: Any = results.outcome_of(row)
+    cells = [format_line(line, outcome) for line in make_lines(row, outcome)]
     width = max(len(one[0]) for one in cells)
     lines = [f"{row.name}: layers {outcome['removed']} dropped" if outcome.get("removed") else row.name]
     for figure, paper, ours, difference, verdict in cells:
-        said = f"  {figure:{width}}", f"ours {ours or 'none':18}", paper and f"paper {paper}", difference
-        lines.append("  ".join(filter(None, (*said, verdict and f"({verdict})"))).rstrip())
+        columns = f"  {figure:{width}}", f"ours {ours or 'none':18}", paper and f"paper {paper}", difference
+        lines.append("  ".join(filter(None, (*columns, verdict and f"({verdict})"))).rstrip())
     return "\n".join(lines)
 
 
-def _list(rows: dict[str, Row], plans: dict[str, Plan], results: Results, output: Path) -> str:
+def _format_rows(rows: dict[str, Row], plans: dict[str, Plan], results: Results, output: Path) -> str:
     width = max(map(len, rows))
     lines = []
     for name, row in rows.items():
-        plan, outcome = plans[name], results.of(row)
+        plan, outcome = plans[name], results.outcome_of(row)
         if plan.key in results.runs:
             status, outcome = "done", results.runs[plan.key]
         elif (output / "runs" / plan.folder_name).is_dir():
             status, outcome = "unfinished", None
         else:
             status = NOT_RUN if outcome is None else "done, with other settings"
-        figure, paper, ours, difference, verdict = describe(lines_of(row, outcome)[0], outcome)
+        figure, paper, ours, difference, verdict = format_line(make_lines(row, outcome)[0], outcome)
         told = f"{figure} {paper}" + (f", ours {ours} ({difference})" if outcome else "")
-        mistakes = ", ".join(concerning(row))
+        mistakes = ", ".join(relevant_mistakes(row))
         cells = f"{name:{width}}", f"{status:10}", told, verdict, mistakes and f"[{mistakes}]"
         lines.append("  ".join(filter(None, cells)))
     note = "mistakes of the paper's code that concern a row are in brackets"
@@ -257,7 +257,7 @@ def _list(rows: dict[str, Row], plans: dict[str, Plan], results: Results, output
 
 
 @contextmanager
-def _locked(output: Path) -> Iterator[int | None]:
+def _lock_output(output: Path) -> Iterator[int | None]:
     """Lock an output folder for as long as this process and its child processes run."""
     try:
         descriptor = lock_folder(output)

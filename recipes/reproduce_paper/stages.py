@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from plans import HERE, Plan, digest, local_files
+from plans import HERE, Plan, hash_json, hash_local_files
 from training import engine_settings, trained_parameters
 from training_rows import prepare_rows
 
@@ -32,7 +32,7 @@ from hf_layerprune.errors import LayerPruneError
 from hf_layerprune.files.copy import write_text
 from hf_layerprune.layer_ranges import format_layers
 from hf_layerprune.measure.evaluate import EvalRequest, evaluate
-from hf_layerprune.measure.tasks import PAPER, task_set
+from hf_layerprune.measure.tasks import PAPER, load_tasks
 from hf_layerprune.measure.texts import find_text
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.records.metrics import Metrics
@@ -55,7 +55,7 @@ class Runner:
         engine (`Path`, *optional*): A config file of accelerate; by default one GPU, or the CPU if there is none.
         device (`str`, defaults to `"auto"`): The device for evaluation.
         keep_models (`bool`, defaults to `False`): Whether to keep the weights of finished runs.
-        hold (`int`, *optional*): A file descriptor, such as that of a lock, that training processes keep open.
+        lock_fd (`int`, *optional*): A file descriptor, such as that of a lock, that training processes keep open.
     """
 
     def __init__(
@@ -65,9 +65,9 @@ class Runner:
         engine: Path | None = None,
         device: str = "auto",
         keep_models: bool = False,
-        hold: int | None = None,
+        lock_fd: int | None = None,
     ) -> None:
-        self.output, self.device, self.keep_models, self.hold = output, device, keep_models, hold
+        self.output, self.device, self.keep_models, self.lock_fd = output, device, keep_models, lock_fd
         self._checked: set[str] = set()
         self.engine = engine or ENGINES / ("single_gpu.yaml" if has_accelerator() else "cpu.yaml")
 
@@ -95,16 +95,16 @@ class Runner:
         model = plan.model
         rounds: list[dict[str, Any]] = []
         if plan.cut is not None:
-            model, rounds = self._make(plan, folder)
-            gone = dropped_of_base(rounds)
-            outcome |= {"removed": format_layers(gone), "left": rounds[0]["layers"] - len(gone)}
+            model, rounds = self._run_rounds(plan, folder)
+            dropped = dropped_in_base(rounds)
+            outcome |= {"removed": format_layers(dropped), "left": rounds[0]["layers"] - len(dropped)}
         if plan.tune is not None:
             millions = rounds[-1]["trainable"] / 1e6
             outcome["values"]["trainable_millions"] = {"value": millions}
             outcome["values"]["seconds"] = {"value": sum(one["seconds"] for one in rounds)}
         metrics = self._measure(plan, model, folder)
         outcome["weights"] = metrics.weights
-        outcome["values"] |= values_of(metrics, plan)
+        outcome["values"] |= paper_values(metrics, plan)
         if (Path(model) / "lineage.json").is_file():
             shutil.copyfile(Path(model) / "lineage.json", folder / "lineage.json")
         return outcome
@@ -128,41 +128,41 @@ class Runner:
     def _check(self, plan: Plan) -> None:
         """Check that training rows, tasks and texts are available, before hours of training."""
         if plan.tune is not None:
-            self._rows(plan)
-        said = plan.evaluate
-        key = str([said["tasks"], said.get("tasks_from"), said.get("limit"), said["texts"]])
+            self._prepare_rows(plan)
+        settings = plan.evaluate
+        key = str([settings["tasks"], settings.get("tasks_from"), settings.get("limit"), settings["texts"]])
         if key not in self._checked:
-            for source in said["texts"].values():
+            for source in settings["texts"].values():
                 find_text(source)
-            folder = Path(said["tasks_from"]) if "tasks_from" in said else None
-            task_set(said["tasks"], folder, said.get("limit"))
+            folder = Path(settings["tasks_from"]) if "tasks_from" in settings else None
+            load_tasks(settings["tasks"], folder, settings.get("limit"))
             self._checked.add(key)
 
     # --- prune and train --------------------------------------------------------------------------------------
 
-    def _make(self, plan: Plan, folder: Path) -> tuple[str, list[dict[str, Any]]]:
+    def _run_rounds(self, plan: Plan, folder: Path) -> tuple[str, list[dict[str, Any]]]:
         """Prune and train, in one or several rounds. Returns the model, and a record of each round."""
         done: list[dict[str, Any]] = []
         source = plan.model
-        for number, count in enumerate(self._counts(plan), 1):
-            place = folder / f"round-{number}"
-            model = place / "heal" / "model" if plan.tune is not None else self._cut_folder(plan, place)
-            record = place / "round.json"
+        for number, count in enumerate(self._drops_per_round(plan), 1):
+            round_folder = folder / f"round-{number}"
+            model = round_folder / "heal" / "model" if plan.tune is not None else self._cut_folder(plan, round_folder)
+            record = round_folder / "round.json"
             later = folder / f"round-{number + 1}" / "round.json"  # this model is needed only until then
             if not record.is_file() or not (model.is_dir() or later.is_file()):
-                pruned = self._prune(plan, source, place, count)
+                pruned = self._prune(plan, source, round_folder, count)
                 if plan.tune is not None:
-                    self._train(plan, pruned, place)
-                write_text(record, json.dumps(self._describe(plan, pruned, place)) + "\n")
+                    self._train(plan, pruned, round_folder)
+                write_text(record, json.dumps(self._round_record(plan, pruned, round_folder)) + "\n")
             done.append(json.loads(record.read_text()))
             if not self.keep_models:
                 before = folder / f"round-{number - 1}"
-                for unneeded in (before / "pruned", before / "heal", *place.glob("heal/checkpoint-*")):
+                for unneeded in (before / "pruned", before / "heal", *round_folder.glob("heal/checkpoint-*")):
                     shutil.rmtree(unneeded, ignore_errors=True)
             source = str(model)
         return source, done
 
-    def _counts(self, plan: Plan) -> Iterator[float | int]:
+    def _drops_per_round(self, plan: Plan) -> Iterator[float | int]:
         """How much each round drops."""
         if plan.per_step is None:
             yield (plan.cut or {})["drop"]
@@ -172,11 +172,11 @@ class Runner:
             yield min(plan.per_step, left)
             left -= plan.per_step
 
-    def _cut_folder(self, plan: Plan, place: Path) -> Path:
-        return place / "pruned" if plan.per_step is not None else self.output / "cuts" / plan.cut_name
+    def _cut_folder(self, plan: Plan, round_folder: Path) -> Path:
+        return round_folder / "pruned" if plan.per_step is not None else self.output / "cuts" / plan.cut_name
 
-    def _prune(self, plan: Plan, source: str, place: Path, count: float | int) -> Path:
-        pruned = self._cut_folder(plan, place)
+    def _prune(self, plan: Plan, source: str, round_folder: Path, count: float | int) -> Path:
+        pruned = self._cut_folder(plan, round_folder)
         if not pruned.is_dir():
             pruned.parent.mkdir(parents=True, exist_ok=True)
             cut = (plan.cut or {}) | {"drop": count}
@@ -184,15 +184,15 @@ class Runner:
             free_memory()
         return pruned
 
-    def _train(self, plan: Plan, pruned: Path, place: Path) -> None:
-        heal = place / "heal"
+    def _train(self, plan: Plan, pruned: Path, round_folder: Path) -> None:
+        heal = round_folder / "heal"
         if (heal / "model").is_dir():
             return
         heal.mkdir(parents=True, exist_ok=True)
         engine = yaml.safe_load(self.engine.read_text(encoding="utf-8"))
         settings = (plan.tune or {}) | {
             "model_name_or_path": str(pruned),
-            "dataset_name": str(self._rows(plan)),
+            "dataset_name": str(self._prepare_rows(plan)),
             "output_dir": str(heal),
             "resume_from_checkpoint": "true",
         }
@@ -214,7 +214,7 @@ class Runner:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # so that its child processes can be ended with it
-                pass_fds=() if self.hold is None else (self.hold,),
+                pass_fds=() if self.lock_fd is None else (self.lock_fd,),
             ) as running,
         ):
             output: Any = running.stdout
@@ -229,36 +229,36 @@ class Runner:
                 raise
         if running.returncode:
             last = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
-            said = last[-1].removeprefix("error: ") if last else f"it ended with code {running.returncode}"
-            raise LayerPruneError(f"training failed: {said} (log: {log})")
+            reason = last[-1].removeprefix("error: ") if last else f"it ended with code {running.returncode}"
+            raise LayerPruneError(f"training failed: {reason} (log: {log})")
 
-    def _rows(self, plan: Plan) -> Path:
+    def _prepare_rows(self, plan: Plan) -> Path:
         data = plan.data or {}
         by_tokens = "longest" in data or "whole_sequence" in data
-        key = digest([data, plan.model if by_tokens else None, *local_files(data["name"])])
+        key = hash_json([data, plan.model if by_tokens else None, *hash_local_files(data["name"])])
         folder = self.output / "data" / f"{Path(data['name']).stem}-{key[:10]}"
         if not folder.is_dir():
             prepare_rows(data, folder, load_tokenizer(plan.model))
         return folder
 
-    def _describe(self, plan: Plan, pruned: Path, place: Path) -> dict[str, Any]:
+    def _round_record(self, plan: Plan, pruned: Path, round_folder: Path) -> dict[str, Any]:
         cut = load_config(pruned).layer_drop
         outcome = {"dropped": list(cut["drop_layers"]), "layers": cut["num_base_layers"]}
         if plan.tune is not None:
-            lineage: Any = Lineage.load(place / "heal" / "model")
+            lineage: Any = Lineage.load(round_folder / "heal" / "model")
             entry = lineage.entries[-1]
-            outcome |= {"seconds": entry["seconds"], "trainable": trained_parameters(place / "heal")}
+            outcome |= {"seconds": entry["seconds"], "trainable": trained_parameters(round_folder / "heal")}
         return outcome
 
     # --- measure ----------------------------------------------------------------------------------------------
 
     def _measure(self, plan: Plan, model: str, folder: Path) -> Metrics:
-        said = dict(plan.evaluate)
-        if said.pop("merged_in_4_bits", False):
+        settings = dict(plan.evaluate)
+        if settings.pop("merged_in_4_bits", False):
             model = str(self._merge_in_4_bits(plan, folder))
-        tasks, texts, files = said.pop("tasks"), said.pop("texts"), said.pop("tasks_from", None)
+        tasks, texts, files = settings.pop("tasks"), settings.pop("texts"), settings.pop("tasks_from", None)
         if not texts:
-            said = {name: value for name, value in said.items() if name not in ("length", "windows")}
+            settings = {name: value for name, value in settings.items() if name not in ("length", "windows")}
         metrics = evaluate(
             EvalRequest(
                 model,
@@ -269,7 +269,7 @@ class Runner:
                 output=folder / "metrics.json",
                 answers=self.output / "answers",
                 force=True,
-                **said,
+                **settings,
             )
         )
         free_memory()
@@ -285,8 +285,8 @@ class Runner:
 
         merged = folder / "merged_in_4_bits"
         if not merged.is_dir():
-            last = folder / f"round-{len(list(self._counts(plan)))}"
-            student = Student.at(self._cut_folder(plan, last))
+            last = folder / f"round-{len(list(self._drops_per_round(plan)))}"
+            student = Student.load(self._cut_folder(plan, last))
             model = load_student(student, parse_method("qlora"), dtype="auto")
             with new_folder(merged) as new:
                 adapted = PeftModel.from_pretrained(model, str(last / "heal" / "adapter"))
@@ -297,16 +297,16 @@ class Runner:
         return merged
 
 
-def dropped_of_base(rounds: list[dict[str, Any]]) -> list[int]:
+def dropped_in_base(rounds: list[dict[str, Any]]) -> list[int]:
     """The layers that all rounds dropped, as indices in the base; each round indexes the previous round's model."""
     kept = list(range(rounds[0]["layers"]))
     for one in rounds:
-        gone = {kept[i] for i in one["dropped"]}
-        kept = [i for i in kept if i not in gone]
+        dropped = {kept[i] for i in one["dropped"]}
+        kept = [i for i in kept if i not in dropped]
     return sorted(set(range(rounds[0]["layers"])) - set(kept))
 
 
-def values_of(metrics: Metrics, plan: Plan) -> dict[str, dict[str, float]]:
+def paper_values(metrics: Metrics, plan: Plan) -> dict[str, dict[str, float]]:
     """The numbers in the paper's tables: accuracy by task and its mean, perplexity by text.
 
     Args:

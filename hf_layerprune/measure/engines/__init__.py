@@ -17,7 +17,7 @@ class EngineError(LayerPruneError):
 
 
 @dataclass(frozen=True)
-class Timed:
+class EngineTimings:
     """What an engine measured.
 
     Args:

@@ -13,7 +13,7 @@ from ...errors import CutError, LayerPruneError
 from ...options import refuse_unused
 from ...screen import progress_bar
 from ..requests import BenchRequest, Workload
-from . import EngineError, Timed
+from . import EngineError, EngineTimings
 
 _PROGRAM = "llama-bench"
 # What stands before the type in "llama 256M Q4_0", "llama ?B (guessed) all F32", "llama4 17Bx16E (Scout) Q4_K - Medium".
@@ -24,10 +24,10 @@ class LlamaCpp:
     """Times GGUF files. It reads one prompt at a time."""
 
     name = "llama.cpp"
-    takes_gguf = True
-    largest_batch: int | None = 1
+    runs_gguf = True
+    max_batch: int | None = 1
 
-    def find(self) -> None:
+    def check_available(self) -> None:
         """Look for `llama-bench`.
 
         Raises:
@@ -54,7 +54,7 @@ class LlamaCpp:
 
     def time(
         self, models: Sequence[str], works: Sequence[Workload], repeats: int, *, dtype: str, device: str
-    ) -> Timed:
+    ) -> EngineTimings:
         """Time GGUF files, given by their paths, in turns, each run in a process of its own.
 
         The weights have the type of the file, whatever `dtype` says.
@@ -67,12 +67,12 @@ class LlamaCpp:
         with progress_bar(total=repeats * len(models), desc="timing", unit="run") as bar:
             for repeat in range(repeats):
                 for model in models if repeat % 2 else models[::-1]:
-                    metrics, last = self._run(model, works, device)
+                    metrics, last = self._time_model(model, works, device)
                     for work, found in metrics.items():
                         runs[work][model].append(found)
                     bar.update()
         on = str(last.get("gpu_info") or "") if device != "cpu" else ""
-        return Timed(
+        return EngineTimings(
             runs,
             dtype=_SIZE.sub("", str(last.get("model_type", ""))),
             device=f"cuda: {on}" if on else "cpu",
@@ -80,7 +80,7 @@ class LlamaCpp:
             settings={"threads": last["n_threads"]} if isinstance(last.get("n_threads"), int) else {},
         )
 
-    def _run(
+    def _time_model(
         self, model: str, works: Sequence[Workload], device: str
     ) -> tuple[dict[Workload, dict[str, float]], dict[str, Any]]:
         """Time the reading of each prompt and the tokens after it; also returns what the program says about itself."""
@@ -89,10 +89,10 @@ class LlamaCpp:
         lengths = ",".join(str(work.prompt_tokens) for work in works)
         # llama.cpp's threads wait for each other actively, so more than there are free cores slow it down a lot.
         more = ["-ngl", "0", "-t", str(torch.get_num_threads())] if device == "cpu" else []
-        read = self._ask(model, ["-p", lengths, "-n", "0", *more])
+        read = self._run_llama_bench(model, ["-p", lengths, "-n", "0", *more])
         written: dict[int, dict[str, Any]] = {}
         if new := works[0].new_tokens - 1:
-            written = self._ask(model, ["-p", "0", "-n", str(new), "-d", lengths, *more])
+            written = self._run_llama_bench(model, ["-p", "0", "-n", str(new), "-d", lengths, *more])
         found = {}
         for work in works:
             found[work] = {"prefill_tokens_per_second": float(read[work.prompt_tokens]["samples_ts"][0])}
@@ -100,7 +100,7 @@ class LlamaCpp:
                 found[work]["decode_tokens_per_second"] = float(written[work.prompt_tokens]["samples_ts"][0])
         return found, next(iter(read.values()))
 
-    def _ask(self, model: str, options: list[str]) -> dict[int, dict[str, Any]]:
+    def _run_llama_bench(self, model: str, options: list[str]) -> dict[int, dict[str, Any]]:
         """One process; what it measured, by the length of the prompt."""
         command = [_PROGRAM, "-m", model, "-r", "1", "-o", "json", *options]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")

@@ -19,17 +19,17 @@ from typing import Any
 
 from ...errors import CutError, LayerPruneError
 from ..requests import BenchRequest, Workload
-from . import EngineError, Timed
+from . import EngineError, EngineTimings
 
 
 class Vllm:
     """Times model folders, all loaded at once."""
 
     name = "vllm"
-    takes_gguf = False
-    largest_batch: int | None = None
+    runs_gguf = False
+    max_batch: int | None = None
 
-    def find(self) -> None:
+    def check_available(self) -> None:
         """Look for vLLM in this environment.
 
         Raises:
@@ -58,7 +58,7 @@ class Vllm:
 
     def time(
         self, models: Sequence[str], works: Sequence[Workload], repeats: int, *, dtype: str, device: str
-    ) -> Timed:
+    ) -> EngineTimings:
         """Time folders in turns, in one process. See [`llama_cpp.LlamaCpp.time`]."""
         what = {"models": list(models), "works": [asdict(work) for work in works], "repeats": repeats, "dtype": dtype}
         command = [sys.executable, "-m", "hf_layerprune.measure.engines.vllm", json.dumps(what)]
@@ -66,14 +66,14 @@ class Vllm:
         lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         failed = next((line for line in lines if "error" in line), None)
         if failed is not None or done.returncode or not lines:
-            told = (done.stderr.strip().splitlines() or ["it was killed; is there enough memory?"])[-1]
-            failed = failed or {"error": told, "model": models[-1]}
+            reason = (done.stderr.strip().splitlines() or ["it was killed; is there enough memory?"])[-1]
+            failed = failed or {"error": reason, "model": models[-1]}
             raise EngineError(str(failed["error"])[:300], str(failed["model"]))
         runs: dict[Workload, dict[str, list[dict[str, float]]]] = {w: {m: [] for m in models} for w in works}
         about, *timed = lines
         for line in timed:
             runs[works[line["work"]]][line["model"]].append(line["metrics"])
-        return Timed(runs, about["dtype"], about["device"], about["version"], {"threads": about["threads"]})
+        return EngineTimings(runs, about["dtype"], about["device"], about["version"], {"threads": about["threads"]})
 
 
 def _measure(models: list[str], works: list[dict[str, int]], repeats: int, dtype: str) -> Iterator[dict[str, Any]]:
