@@ -27,7 +27,7 @@ def records(tmp_path: Path, readme: str = "") -> about.Records:
     metrics_of(lineage).write(tmp_path)
     if readme:
         (tmp_path / "README.md").write_text(readme)
-    return about.Records.of(str(tmp_path))
+    return about.Records.load(str(tmp_path))
 
 
 def test_the_card_is_shown_with_its_pictures(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_the_card_is_shown_with_its_pictures(tmp_path: Path) -> None:
     (tmp_path / "README.md").open("a").write(
         "\n![far](https://evil.example/x.png) ![far][ref] <IMG src='https://evil.example'> ![up](assets/../README.md)\n"
     )
-    text = about.Records.of(str(tmp_path)).text
+    text = about.Records.load(str(tmp_path)).text
     assert text.lstrip().startswith("<!-- hf-layerprune:begin summary")
     assert "| **PIQA**" in text
     assert [name for name in re.findall(r"!\[([^\]]*)\]\(data:image/png;base64,", text) if "decoder layers" in name]
@@ -62,19 +62,19 @@ def test_the_card_is_shown_with_its_pictures(tmp_path: Path) -> None:
     ],
 )
 def test_html_is_shown_as_text(text: str) -> None:
-    assert not re.search("<[a-z!/](?!ub&lt;|!-- --)", about.shown("m", text).replace("<!-- -->", ""))
+    assert not re.search("<[a-z!/](?!ub&lt;|!-- --)", about.render_card("m", text).replace("<!-- -->", ""))
 
 
 def test_what_a_card_needs_is_kept() -> None:
     text = (
         "a <br><sub>b</sub> <!-- hf-layerprune:end x --> https<!-- -->: <https://x.example> 1 < 2\n<details><summary>"
     )
-    assert about.shown("m", text) == text
+    assert about.render_card("m", text) == text
 
 
 def test_a_long_card_of_marks_is_read_at_once() -> None:
     for mark in ("<", "![", "<!--", "<a src", "[a"):
-        about.shown("m", mark * 200_000)
+        about.render_card("m", mark * 200_000)
 
 
 def test_what_is_too_large_or_elsewhere_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,7 @@ def test_what_is_too_large_or_elsewhere_is_left_out(tmp_path: Path, monkeypatch:
     secret.write_bytes(b"secret" * 100)
     (folder / "assets" / "far.png").symlink_to(secret)
     (folder / "assets" / "near.png").write_bytes(b"x" * 300)
-    monkeypatch.setattr(about, "MOST_SHOWN", 900)
+    monkeypatch.setattr(about, "MAX_SHOWN", 900)
     text = records(folder, "![far](assets/far.png)" + "![near](assets/near.png)" * 5).text
     assert text.count("base64") == 2
     assert text.endswith("nearnearnear")
@@ -102,7 +102,7 @@ def test_what_is_too_large_or_elsewhere_is_left_out(tmp_path: Path, monkeypatch:
 def test_a_folder_has_its_models_name(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
-    assert about.Records.of(str(folder)).name == "model"
+    assert about.Records.load(str(folder)).name == "model"
     found = records(folder)
     assert found.name == Card.from_records(lineage_of()).name == "SmolLM2-135M-Instruct-23L"
     found.lineage["published"] = {"name": "Small"}
@@ -114,19 +114,19 @@ def test_a_folder_has_its_models_name(tmp_path: Path) -> None:
 
 def test_a_glance_at_a_model(tmp_path: Path) -> None:
     found = records(tmp_path)
-    text = about.at_a_glance(found)
+    text = about.layer_map_html(found)
     assert [len(re.findall("<span", row)) for row in text.split("</div>")[:2]] == [15, 15]
     assert re.findall(r'class="(kept|gone)"', text) == ["kept"] * 12 + ["gone"] * 7 + ["kept"] * 11
     assert "SmolLM2-135M-Instruct without layers 12-18" in text
     found.card["base_model"] = "<img src=x>"
-    assert "<img" not in about.at_a_glance(found)
-    assert about.at_a_glance(about.Records("m")) == ""
+    assert "<img" not in about.layer_map_html(found)
+    assert about.layer_map_html(about.Records("m")) == ""
 
 
 def test_one_layer_is_not_layers(tmp_path: Path) -> None:
     found = records(tmp_path)
     found.lineage["entries"][0]["settings"]["drop_layers"] = [12]
-    assert "without layer 12<" in about.at_a_glance(found)
+    assert "without layer 12<" in about.layer_map_html(found)
 
 
 def test_a_second_cut_counts_the_layers_that_the_first_left() -> None:
@@ -139,7 +139,7 @@ def test_a_second_cut_counts_the_layers_that_the_first_left() -> None:
 
 @given(st.sets(st.integers(0, 60)))
 def test_ranges_name_each_layer_once(layers: set[int]) -> None:
-    text = about.ranges(sorted(layers))
+    text = about.format_ranges(sorted(layers))
     found = set()
     for part in text.split(", ") if layers else ():
         first, _, last = part.partition("-")
@@ -148,19 +148,19 @@ def test_ranges_name_each_layer_once(layers: set[int]) -> None:
 
 
 def test_a_model_without_records(tmp_path: Path) -> None:
-    found = about.Records.of(str(tmp_path))
+    found = about.Records.load(str(tmp_path))
     assert (found.layers(), found.text) == (None, about.NO_CARD)
 
 
 def test_a_model_on_the_hub_is_linked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(about, "file_of", lambda model, name: None)
-    text = about.Records.of("me/pruned").text
+    monkeypatch.setattr(about, "find_file", lambda model, name: None)
+    text = about.Records.load("me/pruned").text
     assert text == f"[me/pruned](https://huggingface.co/me/pruned)\n\n{about.NO_CARD}"
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (219_500_000, "219.5 MB"), (7e10, "70.0 GB")])
 def test_a_number_of_bytes(count: float, text: str) -> None:
-    assert about.bytes_(count) == text
+    assert about.format_bytes(count) == text
 
 
 def test_what_the_card_advises_against_repetition_is_done() -> None:
@@ -181,7 +181,7 @@ def test_damaged_records_are_named(tmp_path: Path, name: str, text: str) -> None
     records(tmp_path)
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=name):
-        about.Records.of(str(tmp_path))
+        about.Records.load(str(tmp_path))
 
 
 @pytest.mark.parametrize("total", [0, -1, 10**8, 10**15, "<b>", 2.5])
@@ -190,7 +190,7 @@ def test_a_number_of_layers_that_no_model_has(tmp_path: Path, total: object) -> 
     lineage["entries"][0]["layers"]["base"] = total
     (tmp_path / "lineage.json").write_text(json.dumps(lineage))
     with pytest.raises(ValueError, match=r"lineage\.json"):
-        about.Records.of(str(tmp_path))
+        about.Records.load(str(tmp_path))
 
 
 @pytest.mark.parametrize("form", ["*a", "!!pairs [k: *a", "!!omap [k: *a"])

@@ -83,7 +83,7 @@ def test_a_text_model_takes_no_image(tmp_path: Path) -> None:
     chat.models = weights.Models(source.Source(str(tiny_chat_model(tmp_path / "text"))))
     assert chat.models.source.processor is None
     with pytest.raises(source.Refused, match=r"This model reads only text: leave the image out\."):
-        chat.plain([{"role": "user", "content": [{"path": "a.png"}, "ba"]}])
+        chat.to_template_messages([{"role": "user", "content": [{"path": "a.png"}, "ba"]}])
 
 
 def test_the_checkpoint_names_its_class() -> None:

@@ -65,7 +65,7 @@ HOT = {"temperature": 1.0, "top_p": 0.95, "max_tokens": 24, "seed": 7}
 
 
 def final(models: Any, roles: list[str], ids: list[int], **changed: Any) -> list[dict[str, Any]]:
-    return list(answers.answer([models.sides[role] for role in roles], models.source, ids, HOT | changed))[-1]
+    return list(answers.stream_answers([models.sides[role] for role in roles], models.source, ids, HOT | changed))[-1]
 
 
 # --- conversations --------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def test_history_comes_in_parts() -> None:
             "content": [{"type": "text", "text": "five"}],
         },  # the answer was stopped before its first word
     ]
-    assert chat.plain(said) == talk("one\ntwo", "three", "four\n\nfive")
+    assert chat.to_template_messages(said) == talk("one\ntwo", "three", "four\n\nfive")
     assert chat.text_of({"role": "assistant", "content": None}) == ""
 
 
@@ -143,13 +143,13 @@ def test_a_template_without_a_system_role(pruned: Path) -> None:
 @given(st.text("<>&;`abl/!#1 \n", max_size=60) | st.text(max_size=40))
 @settings(max_examples=400, deadline=None)
 def test_what_is_shown_is_what_was_meant(text: str) -> None:
-    assert page.meant(page.shown(text)) == text
+    assert page.unescape_html(page.escape_html(text)) == text
 
 
 @given(st.text("<>&;abl/!#1 \n", max_size=60))
 @settings(max_examples=200, deadline=None)
 def test_nothing_outside_code_opens_a_tag(text: str) -> None:
-    assert page.MARKUP.search(page.shown(text).replace("&lt;", ".").replace("&amp;", ".")) is None
+    assert page.MARKUP.search(page.escape_html(text).replace("&lt;", ".").replace("&amp;", ".")) is None
 
 
 @pytest.mark.parametrize(
@@ -167,12 +167,12 @@ def test_nothing_outside_code_opens_a_tag(text: str) -> None:
     ],
 )
 def test_html_loses_its_meaning_outside_code(text: str, expected: str) -> None:
-    assert page.shown(text) == expected
+    assert page.escape_html(text) == expected
 
 
 def test_many_backticks_take_no_time() -> None:
     for text in ("`" * 40_000, "` `` ``` " * 4_000, "".join("`" * n + " " for n in range(280))):
-        assert page.meant(page.shown(text)) == text
+        assert page.unescape_html(page.escape_html(text)) == text
 
 
 # --- answers --------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_many_backticks_take_no_time() -> None:
 def test_an_answer_is_that_of_plain_transformers(models: Any) -> None:
     ids = models.source.encode(talk("ba be"))
     model = models.sides["pruned"].model
-    loops = LogitsProcessorList([answers.NoLoops(5, len(ids))])
+    loops = LogitsProcessorList([answers.NoRepeats(5, len(ids))])
     made = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False, logits_processor=loops)[
         0, len(ids) :
     ]
@@ -241,7 +241,7 @@ def test_a_seed_decides_whatever_goes_on_beside(models: Any) -> None:
 
 def test_draws_have_the_probabilities_of_the_scores() -> None:
     scores = torch.tensor([[0.5, 1.5, -1.0, float("-inf"), 0.0]])
-    draw = answers.Draw(3, torch.device("cpu"))
+    draw = answers.GumbelSampler(3, torch.device("cpu"))
     counts = torch.zeros(5)
     for _ in range(4000):
         counts[draw(None, scores).argmax()] += 1
@@ -265,7 +265,7 @@ def test_who_stops_listening_frees_the_model_within_a_prompt(models: Any, monkey
     hook = second.register_forward_pre_hook(slow)
     third = side.model.model.layers[2].register_forward_pre_hook(lambda *_: seen.append(2), prepend=False)
     try:
-        under_way = answers.answer([side], models.source, models.source.encode(talk("ba")), HOT)
+        under_way = answers.stream_answers([side], models.source, models.source.encode(talk("ba")), HOT)
         next(under_way)
         assert going.wait(60)
         under_way.close()

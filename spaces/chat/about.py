@@ -22,11 +22,11 @@ COLUMNS = 16  # the most cells in a row of the layer map, to stay readable on a 
 MAX_LAYERS = 1_000
 NO_CARD = "This model has no card yet: `hf-layerprune card MODEL` writes it."
 LEFT_OUT = "The card of this model is not shown here: it is too large, or a link out of the model's folder."
-MOST_SHOWN = 4 << 20  # of a card with its pictures, which every visitor loads
+MAX_SHOWN = 4 << 20  # of a card with its pictures, which every visitor loads
 # The start of any HTML but comments, links in brackets and the tags of our own cards, which have no attributes.
 MARKUP = re.compile(r"<(?!/?(?:br|details|sub|summary)>|!--[^<>]*-->|https?://[^\s<>]+>)(?=[A-Za-z/!?])")
-MOST_BYTES = 32 << 20  # of a file of records
-MOST_VALUES = 1_000_000  # in the metadata of a card, whose YAML can repeat a value very often
+MAX_BYTES = 32 << 20  # of a file of records
+MAX_VALUES = 1_000_000  # in the metadata of a card, whose YAML can repeat a value very often
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Records:
     text: str = ""
 
     @classmethod
-    def of(cls, model: str) -> Records:
+    def load(cls, model: str) -> Records:
         """Read the records of a folder or a repository on the Hub.
 
         Raises:
@@ -48,17 +48,17 @@ class Records:
         """
         records: dict[str, Any] = {}
         for name in ("lineage.json", "metrics.json", "README.md"):
-            if (file := file_of(model, name)) is None:
+            if (file := find_file(model, name)) is None:
                 continue
             try:
-                if os.path.getsize(file) > MOST_BYTES:
-                    raise ValueError(f"it is larger than {bytes_(MOST_BYTES)}")
+                if os.path.getsize(file) > MAX_BYTES:
+                    raise ValueError(f"it is larger than {format_bytes(MAX_BYTES)}")
                 if name == "README.md":
                     records["card"] = metadata_load(file) or {}
                     check_size(records["card"])
                     text = REGEX_YAML_BLOCK.sub("", Path(file).read_text(encoding="utf-8-sig"), count=1)
-                    safe = len(text) <= MOST_SHOWN and is_inside(model, file)
-                    records["text"] = shown(model, text) if safe else LEFT_OUT
+                    safe = len(text) <= MAX_SHOWN and is_inside(model, file)
+                    records["text"] = render_card(model, text) if safe else LEFT_OUT
                 else:
                     records[name.removesuffix(".json")] = json.loads(Path(file).read_bytes())
             except Exception as error:  # dates, numbers and tags of YAML raise any
@@ -67,7 +67,7 @@ class Records:
         at = "" if os.path.isdir(model) else f"[{model}](https://huggingface.co/{model})\n\n"
         found.text = at + (found.text or NO_CARD)
         try:  # now, so that no part of the page can fail later
-            at_a_glance(found), found.name
+            layer_map_html(found), found.name
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError("its lineage.json or the metadata of its README.md is damaged") from error
         return found
@@ -113,26 +113,26 @@ def check_size(card: dict[str, Any]) -> None:
         value = level.pop()
         inside = [*value, *value.values()] if isinstance(value, dict) else value
         inside = inside if isinstance(inside, list | tuple) else ()  # YAML makes tuples of `!!pairs`
-        if (count := count + len(inside)) > MOST_VALUES:
-            raise ValueError(f"it has more than {MOST_VALUES:,} values")
+        if (count := count + len(inside)) > MAX_VALUES:
+            raise ValueError(f"it has more than {MAX_VALUES:,} values")
         level += inside
 
 
-def file_of(model: str, name: str) -> str | None:
+def find_file(model: str, name: str) -> str | None:
     """The path of a file of a folder or a repository on the Hub; `None` if there is none."""
     return cached_file(model, name, _raise_exceptions_for_missing_entries=False)
 
 
-def shown(model: str, text: str) -> str:
+def render_card(model: str, text: str) -> str:
     """The text of a model's card with its pictures put into it.
 
     Nothing else is loaded or placed by it: other pictures are links, and HTML, formulas and diagrams are shown as text.
     """
-    room = MOST_SHOWN - len(text)
+    room = MAX_SHOWN - len(text)
 
     def picture(found: re.Match[str]) -> str:
         nonlocal room
-        file = found[2] and file_of(model, found[2])
+        file = found[2] and find_file(model, found[2])
         if not file or not is_inside(model, file) or (room := room - os.path.getsize(file)) < 0:
             return found[1] or ""
         return f"![{found[1]}](data:image/png;base64,{b64encode(Path(file).read_bytes()).decode()})"
@@ -148,7 +148,7 @@ def is_inside(model: str, file: str) -> bool:
     return not os.path.isdir(model) or Path(model).resolve() in real.parents or real.match("models--*/blobs/*")
 
 
-def at_a_glance(records: Records) -> str:
+def layer_map_html(records: Records) -> str:
     """A small layer map for an empty chat, with the dropped layers as holes; empty if the layers are unknown."""
     if (layers := records.layers()) is None:
         return ""
@@ -160,11 +160,11 @@ def at_a_glance(records: Records) -> str:
     cells = [f'<span class="{"gone" if layer in dropped else "kept"}"></span>' for layer in range(total)]
     tiles = "".join(f"<div>{''.join(cells[row * columns : (row + 1) * columns])}</div>" for row in range(rows))
     base = escape(str(records.base or "the base").rsplit("/", 1)[-1])
-    text = f"{base} without {'layer' if len(dropped) == 1 else 'layers'} {ranges(dropped)}"
+    text = f"{base} without {'layer' if len(dropped) == 1 else 'layers'} {format_ranges(dropped)}"
     return f'<div class="glance">{tiles}<p>{text}</p></div>'
 
 
-def bytes_(count: float) -> str:
+def format_bytes(count: float) -> str:
     """A number of bytes with a unit."""
     for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if count >= scale:
@@ -172,7 +172,7 @@ def bytes_(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def ranges(layers: list[int]) -> str:
+def format_ranges(layers: list[int]) -> str:
     """Layers as ranges, such as `20-26, 29`."""
     runs: list[list[int]] = []
     for layer in layers:

@@ -54,17 +54,17 @@ class Side:
         self.shared_bytes = 0
         for module in model.modules():
             for layer in module if isinstance(module, nn.ModuleList) else ():
-                layer.register_forward_pre_hook(_stop_if_left)
+                layer.register_forward_pre_hook(_stop_if_abandoned)
 
 
-class Turns:
+class FairLock:
     """A fair lock: it goes to the thread that has waited longest."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._line: deque[threading.Event] = deque()
 
-    def take(self) -> None:
+    def acquire(self) -> None:
         """Wait for a turn."""
         mine = threading.Event()
         with self._lock:
@@ -73,7 +73,7 @@ class Turns:
                 mine.set()
         mine.wait()
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """End a turn."""
         with self._lock:
             self._line.popleft()
@@ -81,18 +81,18 @@ class Turns:
                 self._line[0].set()
 
 
-TURNS = Turns()
+TURNS = FairLock()
 _here = threading.local()  # the answer that a thread is generating
 
 
-def _stop_if_left(*_: Any) -> None:
+def _stop_if_abandoned(*_: Any) -> None:
     """Runs before each layer, so that even the prefill of a long prompt stops at once."""
     answer = getattr(_here, "answer", None)
     if answer is not None and answer.stop.is_set():
         raise Stopped
 
 
-class Draw(LogitsProcessor):
+class GumbelSampler(LogitsProcessor):
     """Draws the next token, so that the highest score is the token drawn (the Gumbel-max trick).
 
     `generate` takes no generator, and all threads share the global one. With its own generator, an answer depends only
@@ -108,7 +108,7 @@ class Draw(LogitsProcessor):
         return scores.float() - noise.log()
 
 
-class NoLoops(NoRepeatNGramLogitsProcessor):
+class NoRepeats(NoRepeatNGramLogitsProcessor):
     """Keeps an answer from repeating a run of `size` tokens of its own; the prompt, up to `start`, may be quoted."""
 
     def __init__(self, size: int, start: int) -> None:
@@ -141,8 +141,8 @@ class Answer(TextStreamer):
             self.tokens += value.numel()
             self.first = self.first or self.seconds
         super().put(value)
-        TURNS.leave()
-        TURNS.take()
+        TURNS.release()
+        TURNS.acquire()
         self._began = time.perf_counter()
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -165,10 +165,10 @@ class Answer(TextStreamer):
     def _run(self) -> None:
         model, settings = self._side.model, self._settings
         _here.answer = self
-        TURNS.take()
+        TURNS.acquire()
         self._began = time.perf_counter()
         try:
-            loops = [NoLoops(self._no_repeat, len(self._ids))] if self._no_repeat else []
+            loops = [NoRepeats(self._no_repeat, len(self._ids))] if self._no_repeat else []
             ids = torch.tensor([self._ids], device=model.device)
             media = {
                 name: value.to(model.device, model.dtype if value.is_floating_point() else None)
@@ -192,7 +192,7 @@ class Answer(TextStreamer):
         except Exception as error:  # raised by the thread that waits for the answer
             self.error = error
         finally:
-            TURNS.leave()
+            TURNS.release()
             self.done.set()
 
 
@@ -202,7 +202,7 @@ def _sampling(settings: dict[str, Any], device: torch.device) -> list[LogitsProc
     steps = [TemperatureLogitsWarper(float(settings["temperature"]))]
     if settings["top_p"] < 1:
         steps.append(TopPLogitsWarper(float(settings["top_p"])))
-    return [*steps, Draw(settings["seed"], device)]
+    return [*steps, GumbelSampler(settings["seed"], device)]
 
 
 def _cache_bytes(cache: Any) -> int:
@@ -210,7 +210,9 @@ def _cache_bytes(cache: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors if torch.is_tensor(tensor))
 
 
-def answer(sides: Sequence[Side], source: Source, ids: list[int], settings: dict[str, Any]) -> Iterator[list[dict]]:
+def stream_answers(
+    sides: Sequence[Side], source: Source, ids: list[int], settings: dict[str, Any]
+) -> Iterator[list[dict]]:
     """Let one or both models answer, and yield the answers while they grow.
 
     When the caller stops listening, the models stop within one layer. See `Answer` for the settings, and `Answer.state` for

@@ -10,13 +10,13 @@ from typing import Any
 
 import chat as talk
 
-MOST_MESSAGES = 10_000  # of a history: more than tokens in a context
+MAX_MESSAGES = 10_000  # of a history: more than tokens in a context
 
 # No `from __future__ import annotations`: Gradio needs the types themselves.
 
 
 @contextmanager
-def documented() -> Iterator[None]:
+def checked_types() -> Iterator[None]:
     """Refuse a request that does not have the documented types, which Gradio does not check."""
     try:
         yield
@@ -26,9 +26,9 @@ def documented() -> Iterator[None]:
         raise talk.Refused(f"This is not a request that the API documents ({error}): see its page.") from error
 
 
-def text_alone(*said: Any) -> None:
+def refuse_files(*values: Any) -> None:
     """Refuse anything but text: a path would name a file of this machine."""
-    if any(talk.paths_of({"content": one}) for one in said):
+    if any(talk.paths_of({"content": one}) for one in values):
         raise talk.Refused("The API takes text alone: leave the image out, or use the page.")
 
 
@@ -53,15 +53,15 @@ def chat(
         max_tokens: Maximum number of new tokens.
         seed: The same seed gives the same answer; -1 for a random one.
     """
-    with documented():
-        history = history[-MOST_MESSAGES:]
-        text_alone(message, system_prompt, *(turn["content"] for turn in history))
+    with checked_types():
+        history = history[-MAX_MESSAGES:]
+        refuse_files(message, system_prompt, *(turn["content"] for turn in history))
         settings = talk.settings_of(temperature, top_p, max_tokens, seed)
-        turns = talk.plain([*history, {"role": "user", "content": message}])
+        turns = talk.to_template_messages([*history, {"role": "user", "content": message}])
     if talk.models.source.chats:
-        pieces = talk.converse(turns, str(system_prompt or ""), settings, ["pruned"])
+        pieces = talk.stream_reply(turns, str(system_prompt or ""), settings, ["pruned"])
     else:
-        pieces = talk.go_on("\n".join(turn["content"] for turn in turns), settings, ["pruned"])
+        pieces = talk.stream_completion("\n".join(turn["content"] for turn in turns), settings, ["pruned"])
     for [state], _ in pieces:
         yield state["text"]
 
@@ -88,11 +88,11 @@ def compare(
     Returns:
         For "pruned" and "dense": the text, its figures, and the bytes of weights and cache in memory.
     """
-    with documented():
-        text_alone(prompt, system_prompt)
+    with checked_types():
+        refuse_files(prompt, system_prompt)
         settings = talk.settings_of(temperature, top_p, max_tokens, seed)
         text = talk.text_of({"content": prompt})
-    for states, _ in talk.both(text, str(system_prompt or ""), settings):
+    for states, _ in talk.stream_both(text, str(system_prompt or ""), settings):
         yield dict(zip(("pruned", "dense"), states, strict=True))
 
 

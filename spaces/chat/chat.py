@@ -17,7 +17,7 @@ except ImportError:
 
 
 import answers
-from about import bytes_
+from about import format_bytes
 from images import Prompt, paths_of
 from source import Message, Refused
 from weights import Models
@@ -31,7 +31,7 @@ models: Models | None = None  # set once at the start; ZeroGPU needs a module va
 @GPU
 def run(roles: list[str], ids: list[int], settings: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
     """The part that needs the GPU."""
-    yield from answers.answer([models.sides[role] for role in roles], models.source, ids, settings)
+    yield from answers.stream_answers([models.sides[role] for role in roles], models.source, ids, settings)
 
 
 # --- on the page ----------------------------------------------------------------------------------------
@@ -40,9 +40,9 @@ def run(roles: list[str], ids: list[int], settings: dict[str, Any]) -> Iterator[
 def reply(talk: list[dict], system: str, *numbers: float | None) -> Iterator[tuple[list[dict], str]]:
     """Answer the last message; yields the conversation with the answer so far, and its figures."""
     settings = settings_of(*numbers)
-    for [state], note in converse(talk, system, settings, ["pruned"]):
+    for [state], note in stream_reply(talk, system, settings, ["pruned"]):
         answer = [{"role": "assistant", "content": state["text"]}] if state["text"] else []
-        yield [*talk, *answer], small(figures(state), f"seed {settings['seed']}", note)
+        yield [*talk, *answer], small_print(figures(state), f"seed {settings['seed']}", note)
     if not state["text"]:
         raise Refused("The model returned an empty answer. Try another seed.")
 
@@ -50,19 +50,19 @@ def reply(talk: list[dict], system: str, *numbers: float | None) -> Iterator[tup
 def complete(text: str, *numbers: float | None) -> Iterator[tuple[str, str]]:
     """Continue a text; yields the text so far, and its figures."""
     settings = settings_of(*numbers)
-    for [state], _ in go_on(text, settings, ["pruned"]):
-        yield text + state["text"], small(figures(state), f"seed {settings['seed']}")
+    for [state], _ in stream_completion(text, settings, ["pruned"]):
+        yield text + state["text"], small_print(figures(state), f"seed {settings['seed']}")
 
 
 def compare(prompt: str | dict[str, Any], system: str, *numbers: float | None) -> Iterator[tuple]:
     """Let both models answer a prompt; yields the conversation and figures of each, and a line about both."""
     settings = settings_of(*numbers)
-    for states, note in both(prompt, system, settings):
+    for states, note in stream_both(prompt, system, settings):
         sides: list[Any] = []
         for state in states:
             sides.append([{"role": "assistant", "content": state["text"]}])
-            sides.append(small(figures(state)) + small(memory(state)))
-        yield *sides, small(memory_of_both(states), f"seed {settings['seed']}", note)
+            sides.append(small_print(figures(state)) + small_print(memory(state)))
+        yield *sides, small_print(memory_of_both(states), f"seed {settings['seed']}", note)
 
 
 # --- for the page and the API ---------------------------------------------------------------------------
@@ -85,12 +85,12 @@ def settings_of(temperature: float, top_p: float, max_tokens: int, seed: float |
     return {
         "temperature": min(max(float(temperature), 0.0), 2.0),
         "top_p": min(max(float(top_p), 0.01), 1.0),
-        "max_tokens": min(max(int(max_tokens), 1), most_tokens()),
+        "max_tokens": min(max(int(max_tokens), 1), max_answer_tokens()),
         "seed": secrets.randbelow(2**31) if seed is None or seed < 0 else int(seed) % 2**63,
     }
 
 
-def most_tokens() -> int:
+def max_answer_tokens() -> int:
     """The maximum length of an answer in tokens: at most half of the context."""
     return min(MAX_TOKENS, models.source.context // 2)
 
@@ -107,7 +107,7 @@ def is_text(part: Any) -> bool:
     return isinstance(part, str) or "text" in part
 
 
-def question(asked: str | dict[str, Any]) -> dict[str, Any]:
+def to_message(asked: str | dict[str, Any]) -> dict[str, Any]:
     """The message from a text box: its text alone, or its images followed by its text."""
     if isinstance(asked, str):
         return {"role": "user", "content": asked}
@@ -115,7 +115,7 @@ def question(asked: str | dict[str, Any]) -> dict[str, Any]:
     return {"role": "user", "content": [*({"path": path} for path in asked.get("files") or ()), *words]}
 
 
-def plain(talk: list[dict[str, Any]]) -> list[Message]:
+def to_template_messages(talk: list[dict[str, Any]]) -> list[Message]:
     """A conversation in the form that chat templates need: text contents, images apart, and alternating roles.
 
     Raises:
@@ -136,42 +136,42 @@ def plain(talk: list[dict[str, Any]]) -> list[Message]:
 Pieces = Iterator[tuple[list[dict[str, Any]], str]]
 
 
-def fitted(talk: list[dict[str, Any]], system: str | None, max_tokens: float) -> tuple[Prompt, int]:
+def fit_conversation(talk: list[dict[str, Any]], system: str | None, max_tokens: float) -> tuple[Prompt, int]:
     """A conversation as token ids, and the number of messages that had to be left out.
 
     Raises:
         Refused: The last message alone is too long.
     """
     turns = [{"role": "system", "content": system.strip()}] if system and system.strip() else []
-    turns += plain(talk)
+    turns += to_template_messages(talk)
     check(turns[-1]["content"], *(turn["content"] for turn in turns[:-1] if turn["role"] == "system"))
     return models.source.fit(turns, int(max_tokens))
 
 
-def converse(talk: list[dict[str, Any]], system: str | None, settings: dict[str, Any], roles: list[str]) -> Pieces:
+def stream_reply(talk: list[dict[str, Any]], system: str | None, settings: dict[str, Any], roles: list[str]) -> Pieces:
     """Answer the last message; yields the states of the answers, and a note on omitted messages."""
-    ids, left_out = fitted(talk, system, settings["max_tokens"])
+    ids, left_out = fit_conversation(talk, system, settings["max_tokens"])
     note = f"the first {left_out} messages no longer fit and are left out" if left_out else ""
     yield from ((states, note) for states in run(roles, ids, settings))
 
 
-def go_on(text: str, settings: dict[str, Any], roles: list[str]) -> Pieces:
+def stream_completion(text: str, settings: dict[str, Any], roles: list[str]) -> Pieces:
     """Continue a text, for models without a chat template."""
     check(text)
     ids = models.source.fit_text(text, settings["max_tokens"])
     yield from ((states, "") for states in run(roles, ids, settings))
 
 
-def both(prompt: str | dict[str, Any], system: str | None, settings: dict[str, Any]) -> Pieces:
+def stream_both(prompt: str | dict[str, Any], system: str | None, settings: dict[str, Any]) -> Pieces:
     """Let both models answer one prompt."""
-    asked = question(prompt)
+    asked = to_message(prompt)
     check(text_of(asked), system)
     if "dense" not in models.sides:
         raise Refused(models.no_dense or "The dense model is still loading.")
     if models.source.chats:
-        yield from converse([asked], system, settings, ["pruned", "dense"])
+        yield from stream_reply([asked], system, settings, ["pruned", "dense"])
     else:
-        yield from go_on(text_of(asked), settings, ["pruned", "dense"])
+        yield from stream_completion(text_of(asked), settings, ["pruned", "dense"])
 
 
 def figures(state: dict[str, Any]) -> str:
@@ -186,17 +186,17 @@ def figures(state: dict[str, Any]) -> str:
 
 def memory(state: dict[str, Any]) -> str:
     """The memory used by a model and its cache, in one line."""
-    cache = f" · {bytes_(state['cache_bytes'])} of cache" if state["cache_bytes"] else ""
-    return f"{bytes_(state['weights_bytes'])} of weights{cache}"
+    cache = f" · {format_bytes(state['cache_bytes'])} of cache" if state["cache_bytes"] else ""
+    return f"{format_bytes(state['weights_bytes'])} of weights{cache}"
 
 
 def memory_of_both(states: list[dict[str, Any]]) -> str:
     """The memory used by both models together, which is less than their sum if they share tensors."""
     shared = states[0]["shared_bytes"]
-    total = bytes_(sum(state["weights_bytes"] for state in states) - shared)
-    return f"{total} of weights for both" + (f", of which they share {bytes_(shared)}" if shared else "")
+    total = format_bytes(sum(state["weights_bytes"] for state in states) - shared)
+    return f"{total} of weights for both" + (f", of which they share {format_bytes(shared)}" if shared else "")
 
 
-def small(*words: str) -> str:
+def small_print(*words: str) -> str:
     """A line of small print, as HTML."""
     return f"<p class='small'>{escape(' · '.join(word for word in words if word))}</p>"

@@ -58,7 +58,7 @@ def paths_of(message: dict[str, Any]) -> list[str]:
     return [file["path"] if isinstance(file, dict) and "path" in file else "" for file in files]
 
 
-def encoded(processor: Any, messages: list[dict[str, Any]]) -> Prompt:
+def encode_conversation(processor: Any, messages: list[dict[str, Any]]) -> Prompt:
     """A conversation, whose messages may name the paths of `images`, as a prompt.
 
     Raises:

@@ -12,7 +12,7 @@ import about
 import api
 import chat
 import gradio as gr
-from about import bytes_
+from about import format_bytes
 from source import Refused, Source
 from weights import DEVICE
 
@@ -60,13 +60,13 @@ MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)")
 ESCAPED = re.compile(r"&lt;(?=[A-Za-z/!?])|&amp;(?=#?\w+;)")
 
 
-def shown(text: str) -> str:
+def escape_html(text: str) -> str:
     """Escape HTML outside code, so that it is shown as text."""
     return outside_code(text, lambda part: MARKUP.sub(lambda match: {"<": "&lt;", "&": "&amp;"}[match[0]], part))
 
 
-def meant(text: str) -> str:
-    """Undo `shown`."""
+def unescape_html(text: str) -> str:
+    """Undo `escape_html`."""
     return outside_code(text, lambda part: ESCAPED.sub(lambda match: {"&lt;": "<", "&amp;": "&"}[match[0]], part))
 
 
@@ -93,11 +93,11 @@ def chatbot(**settings: Any) -> gr.Chatbot:
                     part.text = how(part.text)
         return data
 
-    made = gr.Chatbot(**settings)
-    to_page, from_page = made.postprocess, made.preprocess
-    made.postprocess = lambda value: change(to_page(value), shown)
-    made.preprocess = lambda payload: from_page(change(payload, meant))
-    return made
+    widget = gr.Chatbot(**settings)
+    to_page, from_page = widget.postprocess, widget.preprocess
+    widget.postprocess = lambda value: change(to_page(value), escape_html)
+    widget.preprocess = lambda payload: from_page(change(payload, unescape_html))
+    return widget
 
 
 def page(source: Source) -> gr.Blocks:
@@ -113,7 +113,7 @@ def page(source: Source) -> gr.Blocks:
         with gr.Tabs():
             with gr.Tab("Chat" if source.chats else "Complete") as first:
                 box = (
-                    chat_tab(source, settings, about.at_a_glance(source.records))
+                    chat_tab(source, settings, about.layer_map_html(source.records))
                     if source.chats
                     else complete_tab(settings[1:])
                 )
@@ -141,7 +141,7 @@ def page(source: Source) -> gr.Blocks:
                         heading(name, status()),
                         gr.update(interactive=ready),
                         gr.update(interactive=dense),
-                        gr.update(value=chat.small(reason), visible=not dense),
+                        gr.update(value=chat.small_print(reason), visible=not dense),
                     ]
                 await asyncio.sleep(0.2)
 
@@ -174,7 +174,7 @@ def status() -> str:
     if models.error:
         return f"<p class='failed' role='alert'>{escape(models.error)}</p>"
     if (side := models.sides.get("pruned")) is None:
-        return f"<p class='small' role='status'>Loading {bytes_(models.source.size)} of weights …</p>"
+        return f"<p class='small' role='status'>Loading {format_bytes(models.source.size)} of weights …</p>"
     layers = models.source.records.layers()
     count = (
         f"{side.layers} of {layers[0]} layers" if layers and len(layers[1]) == side.layers else f"{side.layers} layers"
@@ -183,23 +183,23 @@ def status() -> str:
     parameters = f"{millions:,.0f} M" if millions >= 1 else f"{side.parameters:,}"
     dtype = str(side.model.dtype).removeprefix("torch.")
     where = "on " + {"cpu": "CPU", "cuda": "GPU"}[DEVICE]
-    return chat.small(count, f"{parameters} parameters", dtype, where)
+    return chat.small_print(count, f"{parameters} parameters", dtype, where)
 
 
 def settings_of_an_answer(source: Source) -> list[Any]:
     """The inputs for the settings of an answer, not yet rendered; their defaults are those of the model."""
-    advised, most = source.generation, chat.most_tokens()
+    defaults, most = source.generation, chat.max_answer_tokens()
     each: dict[str, Any] = {"min_width": 220, "render": False}
     return [
         gr.Textbox("", label="System prompt", max_lines=8, visible=source.chats, min_width=600, render=False),
-        gr.Slider(0, 2, advised["temperature"], step=0.05, label="Temperature", **each),
-        gr.Slider(0.05, 1, advised["top_p"], step=0.05, label="Top-p", **each),
+        gr.Slider(0, 2, defaults["temperature"], step=0.05, label="Temperature", **each),
+        gr.Slider(0.05, 1, defaults["top_p"], step=0.05, label="Top-p", **each),
         gr.Slider(1, most, min(256, most), step=1, label="Maximum of new tokens", **each),
         gr.Number(-1, label="Seed (-1: random)", precision=0, minimum=-1, **each),
     ]
 
 
-def box_of(source: Source, **settings: Any) -> Any:
+def question_box(source: Source, **settings: Any) -> Any:
     """The box for a question, which takes images where the model does."""
     if source.processor is None or not source.chats:
         return gr.Textbox(**settings, **BOX)
@@ -214,43 +214,46 @@ def chat_tab(source: Source, settings: list[Any], glance: str) -> Any:
         examples=[{"text": text} for text in EXAMPLES],
         **TALK | {"placeholder": glance or " "},
     )
-    box = box_of(source, label="Message", placeholder="Message", autofocus=True, elem_id="message")
+    box = question_box(source, label="Message", placeholder="Message", autofocus=True, elem_id="message")
     note = gr.HTML(padding=False, elem_classes="note")
 
     system, _, _, most, _ = settings
 
-    def ask(message: Any, said: list[dict], system: str, max_tokens: float) -> tuple[Any, list[dict]]:
+    def ask(message: Any, history: list[dict], system: str, max_tokens: float) -> tuple[Any, list[dict]]:
         check(message)
-        said = [*said, chat.question(message)]
-        chat.fitted(said, system, max_tokens)  # raises if it is too long, and then the message stays in the box
-        return closed(value=""), said
+        history = [*history, chat.to_message(message)]
+        # Raises if it is too long, and then the message stays in the box.
+        chat.fit_conversation(history, system, max_tokens)
+        return disabled_box(value=""), history
 
-    def again(said: list[dict], at: gr.RetryData) -> tuple[Any, list[dict]]:
+    def retry(history: list[dict], at: gr.RetryData) -> tuple[Any, list[dict]]:
         chat.check()
-        return closed(), said[: index_of(at) + 1]
+        return disabled_box(), history[: message_index(at) + 1]
 
-    def edited(said: list[dict], at: gr.EditData) -> tuple[Any, list[dict]]:
+    def edit(history: list[dict], at: gr.EditData) -> tuple[Any, list[dict]]:
         check(at.value)
-        files = chat.paths_of(said[index_of(at)])
-        changed = {"text": meant(at.value), "files": files} if files else meant(at.value)
-        return closed(), [*said[: index_of(at)], chat.question(changed)]
+        files = chat.paths_of(history[message_index(at)])
+        changed = {"text": unescape_html(at.value), "files": files} if files else unescape_html(at.value)
+        return disabled_box(), [*history[: message_index(at)], chat.to_message(changed)]
 
-    def undo(said: list[dict], at: gr.UndoData) -> tuple[list[dict], Any]:
-        last = said[index_of(at)]
+    def undo(history: list[dict], at: gr.UndoData) -> tuple[list[dict], Any]:
+        last = history[message_index(at)]
         files = chat.paths_of(last)
-        return said[: index_of(at)], {"text": chat.text_of(last), "files": files} if files else chat.text_of(last)
+        return history[: message_index(at)], {"text": chat.text_of(last), "files": files} if files else chat.text_of(
+            last
+        )
 
     def example(chosen: gr.SelectData) -> tuple[Any, list[dict]]:
         chat.check()
-        return closed(), [{"role": "user", "content": chosen.value["text"]}]
+        return disabled_box(), [{"role": "user", "content": chosen.value["text"]}]
 
     starts = [
         box.submit(ask, [box, talk, system, most], [box, talk], **CHECKED),
-        talk.retry(again, talk, [box, talk], **CHECKED),
-        talk.edit(edited, talk, [box, talk], **CHECKED),
+        talk.retry(retry, talk, [box, talk], **CHECKED),
+        talk.edit(edit, talk, [box, talk], **CHECKED),
         talk.example_select(example, None, [box, talk], **CHECKED),
     ]
-    streams(starts, chat.reply, [talk, *settings], [talk, note], box)
+    stream_on(starts, chat.reply, [talk, *settings], [talk, note], box)
     talk.undo(undo, talk, [talk, box], **QUICK)
     talk.clear(lambda: "", None, note, **QUICK)
     return box
@@ -258,19 +261,19 @@ def chat_tab(source: Source, settings: list[Any], glance: str) -> Any:
 
 def check(message: Any) -> None:
     """Refuse an empty message, and whatever `chat.check` refuses."""
-    asked = chat.question(message or "")
+    asked = chat.to_message(message or "")
     text = chat.text_of(asked)
     if not (text.strip() or chat.paths_of(asked)):
         raise Refused("Write a message first.")
     chat.check(text)
 
 
-def closed(**more: Any) -> Any:
+def disabled_box(**more: Any) -> Any:
     """The box while the model writes: its button stops the answer."""
     return gr.update(interactive=False, submit_btn=False, stop_btn=True, **more)
 
 
-def index_of(at: gr.EventData) -> int:
+def message_index(at: gr.EventData) -> int:
     """The index of the message that an event belongs to."""
     return at.index[0] if isinstance(at.index, list | tuple) else at.index
 
@@ -294,9 +297,9 @@ def complete_tab(settings: list[Any]) -> gr.Textbox:
 
     def go_on(text: str) -> tuple[Any, str]:
         check(text)
-        return closed(), text
+        return disabled_box(), text
 
-    streams([box.submit(go_on, box, [box, before], **CHECKED)], chat.complete, [box, *settings], [box, note], box)
+    stream_on([box.submit(go_on, box, [box, before], **CHECKED)], chat.complete, [box, *settings], [box, note], box)
     undo.click(lambda text: text, before, box, **QUICK)
     return box
 
@@ -305,7 +308,7 @@ def compare_tab(source: Source, settings: list[Any]) -> tuple[Any, gr.HTML]:
     """Build the tab with both models; returns its text box, and the element that shows why it is disabled."""
     sides: list[Any] = []
     why = gr.HTML(padding=False)
-    box = box_of(source, label="Prompt for both", placeholder="Ask both models", elem_id="prompt")
+    box = question_box(source, label="Prompt for both", placeholder="Ask both models", elem_id="prompt")
     note = gr.HTML(padding=False, elem_classes="note")
     with gr.Row(elem_classes="sides"):
         for label in ("Pruned", "Dense"):
@@ -316,13 +319,13 @@ def compare_tab(source: Source, settings: list[Any]) -> tuple[Any, gr.HTML]:
 
     def ask(prompt: Any) -> Any:
         check(prompt)
-        return closed()
+        return disabled_box()
 
-    streams([box.submit(ask, box, box, **CHECKED)], chat.compare, [box, *settings], [*sides, note], box)
+    stream_on([box.submit(ask, box, box, **CHECKED)], chat.compare, [box, *settings], [*sides, note], box)
     return box, why
 
 
-def streams(starts: list[Any], answer: Callable, inputs: list[Any], outputs: list[Any], box: Any) -> None:
+def stream_on(starts: list[Any], answer: Callable, inputs: list[Any], outputs: list[Any], box: Any) -> None:
     """Stream an answer after each of the events, which disable a box; then enable it again."""
     button = box.submit_btn
     runs = [start.success(answer, inputs, outputs, **ANSWER) for start in starts]

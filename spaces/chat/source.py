@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from about import Records, file_of
+from about import Records, find_file
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from images import Prompt, encoded, processor_of
+from images import Prompt, encode_conversation, processor_of
 from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
@@ -53,16 +53,16 @@ class Source:
             self.base = base or (self.adapter.base_model_name_or_path if self.adapter else None)
             whole = self.base if self.adapter else model
             self.tokenizer = tokenizer_of(model, whole)
-            config = AutoConfig.from_pretrained(**named(whole), trust_remote_code=False)
+            config = AutoConfig.from_pretrained(**model_arguments(whole), trust_remote_code=False)
             self.config = config.get_text_config()
             self.processor = None if os.path.isfile(model) else processor_of([model, whole], config)
-            self.records = Records.of(named(model)["pretrained_model_name_or_path"])
+            self.records = Records.load(model_arguments(model)["pretrained_model_name_or_path"])
             if os.path.isfile(model):  # its records are those of its folder, its name is its own
                 self.records.model = model
             self.size = weights_size(model)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise CannotLoad(explain(model, error)) from error
-        self.generation = advised(whole)
+        self.generation = default_settings(whole)
         self.context = min(getattr(self.config, "max_position_embeddings", None) or MAX_CONTEXT, MAX_CONTEXT)
 
     @property
@@ -92,7 +92,7 @@ class Source:
             template = self.tokenizer.apply_chat_template
             return Prompt(template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
         try:
-            return encoded(self.processor, messages)
+            return encode_conversation(self.processor, messages)
         except (OSError, Image.DecompressionBombError) as error:
             raise Refused("One of the files can't be read as an image. Remove it, or attach another.") from error
 
@@ -144,7 +144,7 @@ class Source:
         return ids
 
 
-def named(model: str) -> dict[str, str]:
+def model_arguments(model: str) -> dict[str, str]:
     """The arguments of `from_pretrained` that name a model."""
     if not os.path.isfile(model):
         return {"pretrained_model_name_or_path": model}
@@ -152,10 +152,10 @@ def named(model: str) -> dict[str, str]:
     return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
 
 
-def advised(model: str) -> dict[str, float]:
+def default_settings(model: str) -> dict[str, float]:
     """The settings in a model's generation config, or reasonable defaults."""
     try:
-        config = GenerationConfig.from_pretrained(named(model)["pretrained_model_name_or_path"])
+        config = GenerationConfig.from_pretrained(model_arguments(model)["pretrained_model_name_or_path"])
     except (OSError, ValueError):
         config = GenerationConfig()
     declared = config.no_repeat_ngram_size or (config.repetition_penalty or 1) != 1
@@ -168,7 +168,7 @@ def advised(model: str) -> dict[str, float]:
 
 def find_adapter(model: str) -> Any:
     """The configuration of an adapter; `None` for a whole model."""
-    if os.path.isfile(model) or file_of(model, "config.json") or not file_of(model, "adapter_config.json"):
+    if os.path.isfile(model) or find_file(model, "config.json") or not find_file(model, "adapter_config.json"):
         return None
     from peft import PeftConfig
 
@@ -184,11 +184,11 @@ def tokenizer_of(model: str, whole: str) -> Any:
             from hf_layerprune.runtime.loading import load_tokenizer
 
             return load_tokenizer(model)
-        return AutoTokenizer.from_pretrained(**named(model), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(**model_arguments(model), trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError):  # transformers 5.4 looks for protobuf first
         if model == whole:
             raise
-        return AutoTokenizer.from_pretrained(**named(whole), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(**model_arguments(whole), trust_remote_code=False)
 
 
 def weights_size(model: str) -> int:

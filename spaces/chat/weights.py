@@ -13,10 +13,10 @@ from typing import Any
 
 import psutil
 import torch
-from about import bytes_
+from about import format_bytes
 from answers import Side
 from images import auto_class
-from source import CannotLoad, Source, explain, named, weights_size
+from source import CannotLoad, Source, explain, model_arguments, weights_size
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
@@ -62,7 +62,7 @@ class Models:
             return
         if HEADROOM * source.size > (free := free_bytes()):
             raise CannotLoad(
-                f"{source.model} needs {bytes_(HEADROOM * source.size)}, but only {bytes_(free)} are free here."
+                f"{source.model} needs {format_bytes(HEADROOM * source.size)}, but only {format_bytes(free)} are free here."
             )
         pruned = load_adapter(source.model) if adapter else load(source.model)
         self.sides["pruned"] = Side(source.model, pruned)
@@ -93,9 +93,7 @@ class Models:
             return None
         needed, free = HEADROOM * (size + self.source.size), free_bytes()
         if needed > free:
-            self.no_dense = (
-                f"Loading {self.source.base} as well needs {bytes_(needed)}, but {bytes_(free)} are free here."
-            )
+            self.no_dense = f"Loading {self.source.base} as well needs {format_bytes(needed)}, but {format_bytes(free)} are free here."
             return None
         return size
 
@@ -103,7 +101,7 @@ class Models:
 def load(model: str) -> PreTrainedModel:
     """Load a whole model onto the device."""
     settings: dict[str, Any] = {"dtype": "auto"}
-    config = AutoConfig.from_pretrained(**named(model), trust_remote_code=False)
+    config = AutoConfig.from_pretrained(**model_arguments(model), trust_remote_code=False)
     if DEVICE == "cpu" and config.dtype == torch.float16:
         settings["dtype"] = torch.bfloat16  # faster on CPUs
     if DEVICE != "cpu":
@@ -116,7 +114,7 @@ def load(model: str) -> PreTrainedModel:
         settings["use_safetensors"] = True  # a pickle can run code
         check_names(model, getattr(config, "transformers_weights", None))
     made, info = auto_class(config).from_pretrained(
-        **named(model), trust_remote_code=False, output_loading_info=True, **settings
+        **model_arguments(model), trust_remote_code=False, output_loading_info=True, **settings
     )
     check_complete(model, made, info)
     return made
