@@ -260,7 +260,7 @@ def test_the_dense_model_writes_whole_under_zero3(
     said = words(folder, tmp_path / "run", dataset_name="self", self_rows=2, self_length=8, teacher=folder / "base")
     _, training, _, _, _, rows_, _ = recipe.make_parser().parse_args_and_config(said)
     student = Student.load(folder / "pruned")
-    assert len(recipe.write_rows(None, rows_, training, student, word_tokenizer())) == 2
+    assert len(recipe.generate_rows(None, rows_, training, student, word_tokenizer())) == 2
 
 
 def test_a_whole_model_is_merged_and_evaluated_under_zero3(
