@@ -56,7 +56,7 @@ def prune_with(
         raise LayerPruneError(f"a LayerDropConfig is needed, not a {type(config).__name__}")
     if model is not None:
         check_plain_model(model)
-    asked, config = config, copy.copy(config)
+    original, config = config, copy.copy(config)
     config.clear_records()
     if model is None:
         if not config.base_model_name_or_path:
@@ -69,7 +69,7 @@ def prune_with(
             f"{', '.join(sorted(from_pretrained_kwargs))}: for loading a base, but a model was passed; leave out one or the other"
         )
     pruned: Any = get_peft_model(model, config)
-    asked.drop_layers, asked.num_base_layers = config.drop_layers, config.num_base_layers
+    original.drop_layers, original.num_base_layers = config.drop_layers, config.num_base_layers
     return pruned
 
 
@@ -148,10 +148,10 @@ def prepare_from_base(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepar
     if config.drop_layers is None:  # sizes and times are those of the type in which the base is
         revision = others.get("revision")
         target = Target.from_options(config, model.config, base, revision=revision, model=model, device=device)
-    asked = kwargs.get("dtype", kwargs.get("torch_dtype"))
-    asked = getattr(torch, asked, None) if isinstance(asked, str) else asked
-    if model.dtype == torch.float16 and isinstance(asked, torch.dtype) and not getattr(model, "is_quantized", False):
-        cast("torch.nn.Module", model).to(asked)
+    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if model.dtype == torch.float16 and isinstance(dtype, torch.dtype) and not getattr(model, "is_quantized", False):
+        cast("torch.nn.Module", model).to(dtype)
     # The new weights are stored in the types of the old ones, whatever they are computed in.
     types = [{name: p.dtype for name, p in layer.named_parameters()} for layer in find_decoder_layers(model).layers]
     if device is None and needs_text(config):

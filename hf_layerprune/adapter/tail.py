@@ -60,11 +60,11 @@ def tuned_modules(
             raise CutError(f"{type(model).__name__} has no output head to tune; use tune_lm_head=False")
         names.append(head)
     modules = kept_modules(model, cut, stack)
-    for asked in config.modules_to_save or []:
-        matches = [name for name in modules if name == asked or name.endswith(f".{asked}")]
+    for requested in config.modules_to_save or []:
+        matches = [name for name in modules if name == requested or name.endswith(f".{requested}")]
         if not matches:
             raise CutError(
-                f"modules_to_save has {asked!r}, but {type(model).__name__} has no such module; specify one of its modules"
+                f"modules_to_save has {requested!r}, but {type(model).__name__} has no such module; specify one of its modules"
             )
         names += [name for name in matches if name not in names]
     if getattr(model, "is_quantized", False):

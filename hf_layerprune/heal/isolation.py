@@ -89,8 +89,8 @@ class RowIsolation:
 
         def input_gradients(states: torch.Tensor) -> list[torch.Tensor]:
             # A norm's output has the same sum, and sum of squares, whatever its input.
-            (of,) = torch.autograd.grad(states, inputs, states.detach() ** 2, retain_graph=True)
-            return self._split(of, rows)
+            (gradient,) = torch.autograd.grad(states, inputs, states.detach() ** 2, retain_graph=True)
+            return self._split(gradient, rows)
 
         with torch.inference_mode(False), torch.enable_grad():
             with scoped_hooks(_hook_input(layer, capture_input)):

@@ -195,8 +195,8 @@ class _Precomputation:
     def _rows_are_isolated(self, run: _Pass, model: Any, first: int = 0) -> bool:
         """Whether the first rows are kept apart in a pass that begins with one of the model's layers."""
 
-        def split(of: torch.Tensor, rows: Sequence[int]) -> list[torch.Tensor]:
-            return self.collator.split(of, [self.lengths[row] for row in rows], self._collate(rows))
+        def split(batch: torch.Tensor, rows: Sequence[int]) -> list[torch.Tensor]:
+            return self.collator.split(batch, [self.lengths[row] for row in rows], self._collate(rows))
 
         isolation = RowIsolation(lambda rows: self._compute_states(run, rows), split, model, first, self.device)
         return isolation.holds(list(range(min(2, len(self.datasets[0])))))

@@ -148,13 +148,13 @@ class HealTrainer(SavingTrainer):
         """Whether a setting requires a loss that only TRL computes."""
         smoothed = self.label_smoother is not None or self.compute_loss_func is not None
         other = self.args.loss_type not in ("nll", "chunked_nll") or self.aux_loss_enabled or self._is_vision_dataset
-        asked = self.uses_model_parallelism or smoothed or other or self._split or is_prompt_tuned(self.model)
-        if asked and self.args.distils:
+        leaves = self.uses_model_parallelism or smoothed or other or self._split or is_prompt_tuned(self.model)
+        if leaves and self.args.distils:
             raise CutError(
                 f"{self.args.teacher_setting} can't be combined with loss_type, label smoothing, a router loss, images, prompt "
                 "tuning, or a model split over devices; use loss=ce without features, or do without these"
             )
-        return asked
+        return leaves
 
     @property
     def accumulates_gradients(self) -> bool:

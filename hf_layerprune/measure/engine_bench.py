@@ -62,7 +62,7 @@ class EngineBench(Measurement):
             for metric in by_weights[self.model.weights][0]:
                 values = {weights: [run[metric] for run in found] for weights, found in by_weights.items()}
                 kind = "decode" if metric.startswith("decode") else "prefill"
-                theory = {weights: found.of(kind, work) for weights, found in cost.items()}
+                theory = {weights: found.estimate(kind, work) for weights, found in cost.items()}
                 self.record("speed", metric, asdict(work), values, theory, seconds)
 
     def _time(self, workloads: list[Workload]) -> EngineTimings:
@@ -119,7 +119,7 @@ class _Cost(NamedTuple):
 
     layers: int
     parameters: int
-    of: Callable[[str, Workload], float]
+    estimate: Callable[[str, Workload], float]
 
 
 def _cost(path: Path) -> _Cost:
@@ -141,9 +141,9 @@ def _cost(path: Path) -> _Cost:
     dtype = getattr(torch, str(config.dtype).removeprefix("torch."), torch.float32)
     model = model_without_weights(config, dtype=dtype).eval()
 
-    def of(kind: str, work: Workload) -> float:
+    def estimate(kind: str, work: Workload) -> float:
         if kind == "decode":
             return decode_bytes(model, work.batch, work.prompt_tokens + work.new_tokens // 2)
         return float(prefill_flops(model, work.batch, work.prompt_tokens))
 
-    return _Cost(layer_count(config), model.num_parameters(), of)
+    return _Cost(layer_count(config), model.num_parameters(), estimate)

@@ -128,8 +128,8 @@ class _Evaluation(Measurement):
 
     def _split_text(self, text: Text) -> tuple[torch.Tensor, dict[str, Any]]:
         """A text as windows, and the settings to record with their results."""
-        asked = self.request.length
-        length = min(resolve_length(one.config(), asked, DEFAULT_LENGTH, "length") for one in self.subjects)
+        requested = self.request.length
+        length = min(resolve_length(one.config(), requested, DEFAULT_LENGTH, "length") for one in self.subjects)
         tokenizer = self.tokenizers[self.model.weights]
         rows, begun = split_windows(text.text, tokenizer, length, self.request.windows, text.name)
         if self.vocabulary is not None and (highest := int(rows.max())) >= self.vocabulary:

@@ -171,9 +171,9 @@ def prompts_hash(name: str, task: TaskDict, limit: int | None, shots: int | None
     with _prepare_task(name, task, shots):
         for one in task["tasks"].values():
             one.build_all_requests(limit=limit)
-            for asked in one.instances:
-                told = repr((asked.request_type, replace_images(asked.arguments), replace_images(asked.doc)))
-                digest.update(told.encode("utf-8", "replace"))
+            for request in one.instances:
+                content = repr((request.request_type, replace_images(request.arguments), replace_images(request.doc)))
+                digest.update(content.encode("utf-8", "replace"))
     return digest.hexdigest()
 
 

@@ -88,7 +88,7 @@ def has_images(row: Any) -> bool:
     return isinstance(row, dict) and any(name in row for name in IMAGE_COLUMNS)
 
 
-def to_harness_row(row: dict[str, Any], folder: Path, where: str, *, asked: bool = True) -> dict[str, Any]:
+def to_harness_row(row: dict[str, Any], folder: Path, where: str, *, read_images: bool = True) -> dict[str, Any]:
     """Turn a question about images into what the harness gets.
 
     That is a `query` with a place for each image, an `answer`, and the paths of `images`. The paths in the row are relative to the folder. Images of a question that will not be asked are not read.
@@ -100,7 +100,7 @@ def to_harness_row(row: dict[str, Any], folder: Path, where: str, *, asked: bool
     places = row["query"].count(IMAGE_PLACEHOLDER)
     if places not in (0, len(paths)):
         raise LayerPruneError(f"{where}: query has {pluralize(places, 'place')} for {pluralize(len(paths), 'image')}")
-    for path in paths if asked else ():
+    for path in paths if read_images else ():
         if not path.is_file():
             raise LayerPruneError(f"{where} names the image {path}, which is not a file")
         with boundary(f"{where}: the image {path} can't be read", kind=LayerPruneError):

@@ -52,9 +52,9 @@ def score(
         recorder = _InputRecorder(device)
         run_pass(walk, calibration, [recorder], alive, rows)
         batches, layer_inputs = recorder.batches, recorder.layer_inputs
-        asked = [int(batch.text_positions[:, :-1].sum()) for batch in batches]
-        shares = [1.0 if variant == PAPER else tokens / sum(asked) for tokens in asked]
-        output_gradients = [_loss_gradient(walk, batch, tokens) for batch, tokens in zip(batches, asked, strict=True)]
+        counts = [int(batch.text_positions[:, :-1].sum()) for batch in batches]
+        shares = [1.0 if variant == PAPER else tokens / sum(counts) for tokens in counts]
+        output_gradients = [_loss_gradient(walk, batch, tokens) for batch, tokens in zip(batches, counts, strict=True)]
         scores: list[float | None] = [None] * walk.num_layers
         for i in progress_bar(alive[::-1], desc="taylor", unit="layer"):
             scores[i] = _backward(walk, i, batches, layer_inputs.pop(), output_gradients, shares)
@@ -137,10 +137,10 @@ def _loss_gradient(walk: LayerWalk, batch: Batch, tokens: int) -> torch.Tensor:
     for row, ids in enumerate(batch.input_ids):
         for start in range(0, len(ids) - 1, HEAD_TOKENS):
             targets = ids[start + 1 : start + 1 + HEAD_TOKENS]
-            asked = batch.text_positions[row, start : start + len(targets)]
+            mask = batch.text_positions[row, start : start + len(targets)]
             piece = batch.hidden[row : row + 1, start : start + len(targets)].detach().requires_grad_(True)
             with torch.enable_grad():
-                loss = F.cross_entropy(walk.logits(piece)[0].float()[asked], targets[asked], reduction="sum") / tokens
+                loss = F.cross_entropy(walk.logits(piece)[0].float()[mask], targets[mask], reduction="sum") / tokens
                 (gradient[row : row + 1, start : start + len(targets)],) = torch.autograd.grad(loss, piece)
     batch.hidden = batch.hidden.new_empty(0)  # frees the memory
     return gradient

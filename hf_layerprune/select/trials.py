@@ -193,11 +193,11 @@ def _compare_with_dense(walk: LayerWalk, batch: Batch, states: Sequence[torch.Te
     sums = torch.zeros(len(cuts), rows, 3, dtype=torch.float32 if walk.device.type == "mps" else torch.float64)
     sums[[state is None for state in cuts]] = math.nan
     sums = sums.to(walk.device)
-    asked = batch.text_positions
+    mask = batch.text_positions
     for row, ids in enumerate(batch.input_ids):
         for start in range(0, length, HEAD_TOKENS):
             end = min(start + HEAD_TOKENS, length)
-            targets, counts = ids[start + 1 : end + 1], asked[row, start:end]
+            targets, counts = ids[start + 1 : end + 1], mask[row, start:end]
             reference = Reference(walk.logits(dense[row : row + 1, start:end])[0])
             if not torch.isfinite(reference.norms).all():
                 raise CheckpointError(
@@ -212,5 +212,5 @@ def _compare_with_dense(walk: LayerWalk, batch: Batch, states: Sequence[torch.Te
                 assert of_tokens.agrees is not None
                 parts = (of_tokens.nll[counts[: len(targets)]], of_tokens.kl[counts], of_tokens.agrees[counts])
                 sums_of += torch.stack([part.sum(dtype=sums.dtype) for part in parts])
-    each = torch.stack([asked[:, :-1].sum(1), asked.sum(1), asked.sum(1)], -1).clamp(min=1)
+    each = torch.stack([mask[:, :-1].sum(1), mask.sum(1), mask.sum(1)], -1).clamp(min=1)
     return sums.double().cpu() / each.cpu()
