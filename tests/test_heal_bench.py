@@ -24,7 +24,7 @@ from heal_parts import texts
 from heal_parts.arms import ARMS
 from heal_parts.questions import margins_left
 from heal_parts.setting import Setting
-from heal_parts.train import heal, pruned
+from heal_parts.train import heal, prune_cached
 from heal_parts.yardstick import Yardstick, mean_and_error, summary
 
 from .heal_makers import word_tokenizer
@@ -192,11 +192,11 @@ def test_other_cuts_have_other_folders(setting: Setting, tmp_path: Path, monkeyp
     data = Path(shutil.copytree(setting.data, tmp_path / "data"))
     (data / texts.WIKITEXT).write_text((data / texts.WIKITEXT).read_text()[:-9])
     settings = [setting, replace(setting, data=data), replace(setting, base=tmp_path)]
-    folders = [pruned([2, 3, 5], "refit", one)[0].name for one in settings]
-    folders.append(pruned([2, 3, 4], "refit", setting)[0].name)
+    folders = [prune_cached([2, 3, 5], "refit", one)[0].name for one in settings]
+    folders.append(prune_cached([2, 3, 4], "refit", setting)[0].name)
     assert len(set(folders)) == 4
     assert folders[0].startswith("cut-2-3,5-refit-16x8-")
-    assert pruned([2, 3, 5], "refit", setting)[0].name == folders[0]
+    assert prune_cached([2, 3, 5], "refit", setting)[0].name == folders[0]
 
 
 def test_a_token_is_timed_with_the_threads_that_are_reported(
