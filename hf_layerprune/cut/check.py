@@ -93,11 +93,9 @@ def check_logits(pruned: PreTrainedModel, expected: torch.Tensor) -> None:
         raise WrongCutError(_mismatch(pruned.config, f"logits are {tuple(logits.shape)}, not {tuple(expected.shape)}"))
     if (compared := zero_masked(logits, expected)) is None:
         raise WrongCutError(_mismatch(pruned.config, "other logits are masked or infinite"))
-    difference, scale = (compared[0] - compared[1]).abs().max().item(), compared[1].abs().max().item()
-    if difference > _TOLERANCE.get(logits.dtype, _DEFAULT_TOLERANCE) * max(scale, 1e-6):
-        raise WrongCutError(
-            _mismatch(pruned.config, f"logits differ by {difference:.3g} where the largest is {scale:.3g}")
-        )
+    gap, scale = (compared[0] - compared[1]).abs().max().item(), compared[1].abs().max().item()
+    if gap > _TOLERANCE.get(logits.dtype, _DEFAULT_TOLERANCE) * max(scale, 1e-6):
+        raise WrongCutError(_mismatch(pruned.config, f"logits differ by {gap:.3g} where the largest is {scale:.3g}"))
 
 
 def check_cut(dense: PreTrainedModel, pruned: PreTrainedModel) -> None:

@@ -72,10 +72,8 @@ def load_pruned(
         UnsupportedModelError: The architecture is not proven to survive a cut.
     """
     kwargs = dict(from_pretrained_kwargs)
-    if unsupported := [name for name in _UNSUPPORTED if kwargs.get(name)]:
-        raise CheckpointError(
-            f"{unsupported[0]} can't be passed when {base} is loaded cut; load it whole, then prune it"
-        )
+    if passed := [name for name in _UNSUPPORTED if kwargs.get(name)]:
+        raise CheckpointError(f"{passed[0]} can't be passed when {base} is loaded cut; load it whole, then prune it")
     # Only safetensors are read, and weights of another shape are always refused.
     for name in (*_UNSUPPORTED, "use_safetensors", "ignore_mismatched_sizes"):
         kwargs.pop(name, None)

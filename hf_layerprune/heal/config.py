@@ -94,5 +94,5 @@ class HealConfig(HealOptions, SFTConfig):  # type: ignore[misc]
 
     @property
     def teacher_setting(self) -> str:
-        """The setting that needs the dense model, as errors spell it."""
+        """The setting that needs the dense model, as errors name it."""
         return f"loss={self.loss}" if "kd" in self.loss else f"features={self.features:g}"

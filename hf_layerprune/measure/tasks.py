@@ -252,9 +252,8 @@ def read_task(path: Path, limit: int | None = None) -> LocalTask:
             raise LayerPruneError(f"{where}: put questions with images and those without into files of their own")
         check_schema(row, schema, where)
         if about_images:
-            rows.append(
-                image_tasks.to_harness_row(row, path.parent, where, read_images=limit is None or len(rows) < limit)
-            )
+            is_asked = limit is None or len(rows) < limit
+            rows.append(image_tasks.to_harness_row(row, path.parent, where, read_images=is_asked))
             continue
         if (last := len(row["choices"]) - 1) < row["gold"]:
             raise LayerPruneError(f"{where}: gold is {row['gold']}, but the choices are 0..{last}")

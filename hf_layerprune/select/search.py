@@ -96,9 +96,9 @@ class Search:
             )
         self.walk, self.repair, self.contiguous = walk, choice.repair, choice.contiguous
         self.fit_rows, self.judge_rows = calibration.split(HELD_OUT)
-        self._needs_layer_before = bool(choice.repair and find_repair(choice.repair).needs_layer_before)
+        self._needs_front = bool(choice.repair and find_repair(choice.repair).needs_layer_before)
         # The map needs a layer in front.
-        self.free = {i for i in free if i or not self._needs_layer_before}
+        self.free = {i for i in free if i or not self._needs_front}
         self._map_rows, self._trial_rows = self.fit_rows.split(min(0.34, _MAX_TRIAL_ROWS / len(self.fit_rows)))
         self._warn_of_few_tokens()
         self.steps = list(found)
@@ -182,11 +182,7 @@ class Search:
         """
         if not scores and self._any_lost:
             raise CutError(NOT_COMPARABLE)
-        if (
-            not scores
-            and self._needs_layer_before
-            and any(end - start >= count for start, end in find_blocks(self.free))
-        ):
+        if not scores and self._needs_front and any(end - start >= count for start, end in find_blocks(self.free)):
             raise CutError(
                 f"no block of {pluralize(count, 'layer')} can be repaired: no layer in front of one has an output projection that "
                 f"repair={self.repair!r} could change; {UNREPAIRABLE}"
@@ -227,7 +223,7 @@ class Search:
         judges some sets.
         """
         n, nested = self.walk.num_layers, 0 if self.contiguous else depth
-        mapping = min(_MAX_MAP_ROWS, len(self._map_rows)) * n if self._needs_layer_before else 0
+        mapping = min(_MAX_MAP_ROWS, len(self._map_rows)) * n if self._needs_front else 0
         steps = nested * (mapping + n * n // 2 * min(_MAX_STEP_ROWS, len(self._trial_rows)))
         tries = 2 * mapping + n * n // 2 * min(_MAX_TRIAL_ROWS, len(self._trial_rows))
         judge_runs = n * (len(self.fit_rows) * bool(self.repair) + 2 * len(self.judge_rows))
@@ -246,7 +242,7 @@ class Search:
         """A map that is fitted to hardly more tokens than it is wide tells little about a set."""
         tokens = self._map_rows.first(_MAX_MAP_ROWS).tokens
         width = text_config(self.walk.model.config).hidden_size
-        if self._needs_layer_before and tokens < _TOKENS_PER_DIMENSION * width:
+        if self._needs_front and tokens < _TOKENS_PER_DIMENSION * width:
             rows = math.ceil(len(self.fit_rows) / (1 - HELD_OUT) * _TOKENS_PER_DIMENSION * width / tokens)
             logger.warning(
                 "sets of layers are compared by maps of width %d that are fitted to %d tokens, which is few; "
@@ -280,11 +276,11 @@ class Search:
     def _try_sets(self, sets: Iterable[tuple[int, ...]], rows: int) -> dict[tuple[int, ...], Outcome]:
         """Outcomes on a few rows, with maps, of the sets that can be repaired."""
         runs = {drop: [tuple(range(*run)) for run in find_blocks(drop)] for drop in sets}
-        if self._needs_layer_before:
+        if self._needs_front:
             self._fit_maps({block for each in runs.values() for block in each})
         trials: dict[tuple[int, ...], Trial] = {}
         for drop, each in runs.items():
-            fits = [self._fits[block] for block in each] if self._needs_layer_before else []
+            fits = [self._fits[block] for block in each] if self._needs_front else []
             changes = {fit.before: fit.apply for fit in fits if fit is not None}
             if len(changes) == len(fits):
                 trials[drop] = Trial(drop, changes)

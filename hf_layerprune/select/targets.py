@@ -38,7 +38,7 @@ class Target:
         limit (`float`): The most that may be left, in the unit that `left` counts in.
         left (`Callable[[Sequence[int]], float]`): What a cut leaves, by the layers that it drops.
         per_layer (`list[float]`): What each layer takes.
-        spell (`Callable[[float], str]`): Formats an amount for messages.
+        format_amount (`Callable[[float], str]`): Formats an amount for messages.
         device (`str`, *optional*): Where the model was timed, if it was.
     """
 
@@ -46,7 +46,7 @@ class Target:
     limit: float
     left: Callable[[Sequence[int]], float]
     per_layer: list[float]
-    spell: Callable[[float], str]
+    format_amount: Callable[[float], str]
     device: str | None = None
 
     @classmethod
@@ -110,7 +110,7 @@ class Target:
         most = min(len(free), num_layers - 1)
         if self.is_met_by(()):
             raise CutError(
-                f"{self} is met by the model as it is ({self.spell(self.left(()))}), so there is nothing to drop; choose a "
+                f"{self} is met by the model as it is ({self.format_amount(self.left(()))}), so there is nothing to drop; choose a "
                 "stricter target"
             )
         # With fewer than it takes of the largest layers, no set meets it.
@@ -126,7 +126,7 @@ class Target:
         while count > 1 and self.left(picked(count)) + sizes[-1] <= self.limit and self.is_met_by(picked(count - 1)):
             count -= 1
         drop = picked(count)
-        logger.info("%s: %s without %s", self, self.spell(self.left(drop)), describe_layers(drop))
+        logger.info("%s: %s without %s", self, self.format_amount(self.left(drop)), describe_layers(drop))
         return count
 
     def record(self, drop: Sequence[int]) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class Target:
 
     def __str__(self) -> str:
         # As it is written on a command line: 12.5GB, 1.3.
-        return f"{self.option}={self.spell(self.limit).removesuffix(_FASTER).replace(' ', '')}"
+        return f"{self.option}={self.format_amount(self.limit).removesuffix(_FASTER).replace(' ', '')}"
 
     def _unreachable_error(self, drop: Sequence[int], protects: bool) -> CutError:
         """The error that even the deepest cut does not meet it."""
@@ -145,10 +145,10 @@ class Target:
         way_out = " or protect fewer layers" if protects else ""
         if self.option == "target_speedup":
             return CutError(
-                f"{self} can't be met: without {which}, decoding is only {self.spell(left)}; ask for at most that"
+                f"{self} can't be met: without {which}, decoding is only {self.format_amount(left)}; ask for at most that"
                 + way_out
             )
         return CutError(
-            f"{self} can't be met: dropping {which} leaves {self.spell(left)}, which is "
-            f"{self.spell(left - self.limit)} too much; raise the target to {left:.0f} or more" + way_out
+            f"{self} can't be met: dropping {which} leaves {self.format_amount(left)}, which is "
+            f"{self.format_amount(left - self.limit)} too much; raise the target to {left:.0f} or more" + way_out
         )

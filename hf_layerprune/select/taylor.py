@@ -54,10 +54,10 @@ def score(
         batches, layer_inputs = recorder.batches, recorder.layer_inputs
         counts = [int(batch.text_positions[:, :-1].sum()) for batch in batches]
         shares = [1.0 if variant == PAPER else tokens / sum(counts) for tokens in counts]
-        output_gradients = [_loss_gradient(walk, batch, tokens) for batch, tokens in zip(batches, counts, strict=True)]
+        grad_outputs = [_loss_gradient(walk, batch, tokens) for batch, tokens in zip(batches, counts, strict=True)]
         scores: list[float | None] = [None] * walk.num_layers
         for i in progress_bar(alive[::-1], desc="taylor", unit="layer"):
-            scores[i] = _backward(walk, i, batches, layer_inputs.pop(), output_gradients, shares)
+            scores[i] = _backward(walk, i, batches, layer_inputs.pop(), grad_outputs, shares)
     return Scores("taylor", variant, tuple(alive), layers=scores)
 
 
@@ -80,10 +80,10 @@ def _backward(
     index: int,
     batches: Sequence[Batch],
     layer_inputs: list[Any],
-    output_gradients: list[torch.Tensor],
+    grad_outputs: list[torch.Tensor],
     shares: Sequence[float],
 ) -> float:
-    """One layer's score. `output_gradients` holds the gradients with respect to its output, and on return to its input.
+    """One layer's score. `grad_outputs` holds the gradients with respect to its output, and on return to its input.
 
     The sum of the weights' gradients has a factor for each batch, its share.
     """
@@ -99,10 +99,10 @@ def _backward(
                 output = run(hidden, batch)
                 gradients: list[Any] = list(
                     torch.autograd.grad(
-                        output, [hidden, *weights], output_gradients[number].to(output.dtype), allow_unused=True
+                        output, [hidden, *weights], grad_outputs[number].to(output.dtype), allow_unused=True
                     )
                 )
-                output_gradients[number] = gradients.pop(0)
+                grad_outputs[number] = gradients.pop(0)
                 del output, hidden
                 for k in range(len(weights)):
                     gradient, gradients[k] = gradients[k], None  # frees the memory

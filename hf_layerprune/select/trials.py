@@ -112,9 +112,7 @@ def evaluate_trials(walk: LayerWalk, calibration: CalibrationSet, trials: Sequen
             batches = [walk.begin(*rows_of) for rows_of in part]
             states = _run_trials(walk, batches, all_trials, bar)
             for number, batch in enumerate(batches):
-                means.append(
-                    _compare_with_dense(walk, batch, [None if state is None else state[number] for state in states])
-                )
+                means.append(_compare(walk, batch, [None if state is None else state[number] for state in states]))
     by_trial = torch.cat(means, 1)
     means_by_trial = by_trial.mean(1).tolist()
     return [Outcome(loss, kl, rows) for (loss, kl, _), rows in zip(means_by_trial, by_trial, strict=True)]
@@ -180,7 +178,7 @@ def _run_trials(
     return [states.get(_state_key(trial, walk.num_layers)) for trial in trials]
 
 
-def _compare_with_dense(walk: LayerWalk, batch: Batch, states: Sequence[torch.Tensor | None]) -> torch.Tensor:
+def _compare(walk: LayerWalk, batch: Batch, states: Sequence[torch.Tensor | None]) -> torch.Tensor:
     """Mean loss, KL and agreement of each row `[trials, rows, 3]`; the last `states` are the dense model's.
 
     They are NaN for a trial without states.

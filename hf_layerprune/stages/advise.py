@@ -160,9 +160,7 @@ def _advise_from_frontier(request: AdviseRequest, config: Any) -> Advice:
     walk = open_walk(request, *open_base(request))
     seconds = forward_seconds(walk, length)  # to read a token on this machine
     counts = _candidate_counts(config, curve)
-    repairable = [
-        frontier for frontier in Frontier.load_all() if can_repair_every_cut(walk, frontier.source["heal"]["repair"])
-    ]
+    repairable = [one for one in Frontier.load_all() if can_repair_every_cut(walk, one.source["heal"]["repair"])]
     frontier, tokens = _best_frontier(repairable or Frontier.load_all(), request.minutes * 60, seconds, counts[-1] / n)
     expected = {count: _expected_loss(frontier, curve, count, n, tokens) for count in counts}
     count = _choose_count(request, config, expected)
