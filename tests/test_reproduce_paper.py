@@ -249,7 +249,7 @@ def test_rounds_drop_as_many_layers_as_one_cut(tmp_path: Path, drop: float, roun
     """An integer is a number of layers, and 0.29 of 100 are 29, though 0.29 * 100 is below that."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 100}))
     plan = plans.Plan(str(tmp_path), {"drop": drop}, 20, None, None, {})
-    assert list(import_module("stages").Runner(tmp_path)._counts(plan)) == rounds
+    assert list(import_module("stages").Runner(tmp_path)._drops_per_round(plan)) == rounds
 
 
 def test_other_content_of_a_file_is_another_run(tmp_path: Path) -> None:
