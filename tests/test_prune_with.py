@@ -74,8 +74,9 @@ def test_prune_with_cuts_a_pruned_base_further(tmp_path):
 
 def test_a_second_adapter_shares_the_cut(tmp_path):
     save("llama", tmp_path)
-    model = prune_with(config_of(tmp_path), **EAGER)
+    model = prune_with(config_of(tmp_path), adapter_name="first", **EAGER)
     model.add_adapter("second", LayerDropConfig(drop=0.25, tune_layers=1))
+    assert list(model.peft_config) == ["first", "second"]
     assert model.peft_config["second"].drop_layers == [6, 7]
     assert model.config.num_hidden_layers == 6
 

@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 
 
 def prune_with(
-    config: LayerDropConfig, model: PreTrainedModel | None = None, **from_pretrained_kwargs: Any
+    config: LayerDropConfig,
+    model: PreTrainedModel | None = None,
+    *,
+    adapter_name: str = "default",
+    **from_pretrained_kwargs: Any,
 ) -> PeftModel:
     """Prune a model, and make the layers that the config names trainable.
 
@@ -38,6 +42,7 @@ def prune_with(
             result has a method `restore()`. Without a model, the base named in `config.base_model_name_or_path` is loaded,
             and the dropped layers are never read unless `keep_dropped`, a repair or a criterion needs them or the base is
             a GGUF file. A base that is an adapter of this method is merged with its own base first.
+        adapter_name (`str`, defaults to `"default"`): The adapter's name in the `PeftModel`.
         from_pretrained_kwargs: For loading the base: `dtype`, `device_map`, `attn_implementation`, ...; `subfolder` and
             `gguf_file` only for a folder, since a saved adapter can't name a part of a repository as its base.
 
@@ -68,7 +73,7 @@ def prune_with(
         raise TypeError(
             f"{', '.join(sorted(from_pretrained_kwargs))}: for loading a base, but a model was passed; leave out one or the other"
         )
-    pruned: Any = get_peft_model(model, config)
+    pruned: Any = get_peft_model(model, config, adapter_name=adapter_name)
     original.drop_layers, original.num_base_layers = config.drop_layers, config.num_base_layers
     return pruned
 
