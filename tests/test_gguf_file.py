@@ -16,8 +16,10 @@ import hf_layerprune.cut.gguf as gguf_file
 from hf_layerprune.cli import main
 from hf_layerprune.cut.gguf import cut_gguf, gguf_layer_count, is_gguf, plan_gguf_cut
 from hf_layerprune.errors import CheckpointError, CutError
+from hf_layerprune.files.json_file import read_object
 from hf_layerprune.measure.subject import identify
 from hf_layerprune.records.fingerprints import fingerprint, weights_hash
+from hf_layerprune.runtime.loading import resolve_base
 from tests.gguf_makers import check_bytes, make_gguf, smollm2, value
 from tests.matrix import identities, logits
 from tests.measure_models import write_gguf
@@ -54,6 +56,36 @@ def test_a_file_whose_suffix_is_in_capitals_is_written_read_and_hashed(tmp_path,
     assert identify(sources[0]).bytes_on_disk == sources[0].stat().st_size
     tiny_model("llama").save_pretrained(tmp_path / "folder.GGUF")  # a folder is none
     assert identify(tmp_path / "folder.GGUF").load(device="cpu").dtype == torch.float32
+
+
+def test_an_adapter_is_measured_in_the_type_of_its_unpacked_base_and_its_card_loads_it(tmp_path, monkeypatch):
+    source, folder = write_gguf(tmp_path / "a.gguf", layers=8), tmp_path / "adapter"
+    assert main(["prune", str(source), str(folder), "--adapter", "--drop-layers", "3-4"]) == 0
+    models = [identify(path).load(device="cpu") for path in (source, folder)]
+    assert [model.dtype for model in models] == [torch.bfloat16] * 2
+    assert main(["card", str(folder)]) == 0
+    code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    assert "dropped ones are never loaded" not in (folder / "README.md").read_text()
+    names = {}
+    monkeypatch.chdir(tmp_path)
+    exec(re.sub('"path/to/[^"]+"', repr(str(folder)), code), names)
+    assert torch.equal(logits(names["model"], tiny_input()), logits(models[1], tiny_input()))
+    with refused("merge it into its base first"):
+        resolve_base(folder)
+
+
+def test_a_curve_of_a_file_is_of_what_prune_makes_of_it(tmp_path, capsys):
+    source, folder = write_gguf(tmp_path / "a.gguf", packed=GGMLQuantizationType.Q8_0), tmp_path / "curve"
+    rows = ["--calibration-samples", "8", "--calibration-length", "32"]
+    assert main(["rank", str(source), str(folder), "--curve", "--curve-up-to", "1", "--repair", "linear", *rows]) == 0
+    point = read_object(folder / "curve.json")["points"][0]
+    assert point["bytes"] == 2 * point["parameters"]  # bfloat16
+    from_curve = ["--from-curve", str(folder), "--drop", "1"]
+    assert main(["prune", str(source), str(tmp_path / "cut"), *from_curve]) == 0
+    capsys.readouterr()
+    assert main(["prune", str(source), str(tmp_path / "cut.gguf"), *from_curve]) == 2
+    assert f"without repair: drop_layers={point['layers']}" in capsys.readouterr().err
+    assert main(["prune", str(source), str(tmp_path / "cut.gguf"), "--drop-layers", point["layers"]]) == 0
 
 
 def test_a_cut_file_computes_what_the_model_without_those_layers_computes(tmp_path):

@@ -25,7 +25,7 @@ from ..records.fingerprints import (
 )
 from ..records.lineage import Lineage
 from ..runtime.devices import pick_device
-from ..runtime.loading import UNPACKED_DTYPE, is_hub_id, load_config, load_processor, resolve_base
+from ..runtime.loading import is_hub_id, load_config, load_processor, resolve_base
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -77,15 +77,14 @@ class Subject:
     def load(self, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
         """Load the model in evaluation mode, with adapters merged.
 
-        With `dtype="auto"`, it has the checkpoint's own type, which for a GGUF file is bfloat16. The device `"auto"`
-        is a GPU if there is one, and `"all"` spreads the model over all GPUs.
+        With `dtype="auto"`, it has the checkpoint's own type, or bfloat16 if it or its base is a GGUF file. The device
+        `"auto"` is a GPU if there is one, and `"all"` spreads the model over all GPUs.
         """
         import torch
 
         from ..runtime.precision import warn_if_slow
 
-        name = UNPACKED_DTYPE if dtype == "auto" and Path(self.source).is_file() else dtype
-        kwargs: dict[str, Any] = self._revision_kwargs | {"dtype": name if name == "auto" else getattr(torch, name)}
+        kwargs: dict[str, Any] = self._revision_kwargs | {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
         device = pick_device(device, spread=True)
         if device != "cpu":
             kwargs["device_map"] = "auto" if device == "all" else {"": device}

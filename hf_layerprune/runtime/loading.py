@@ -52,8 +52,8 @@ def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, s
         if gguf_file is None and not (path / "config.json").is_file():
             if (path / "adapter_config.json").is_file():
                 raise CheckpointError(
-                    f"{path} is an adapter, and not a whole model; merge it into its base first: load it with "
-                    "AutoPeftModelForCausalLM, and save what merge_and_unload() returns"
+                    f"{path} is an adapter, and not a whole model; merge it into its base first: load the base, and save what "
+                    f"PeftModel.from_pretrained(base, {str(path)!r}).merge_and_unload() returns"
                 )
             raise CheckpointError(
                 f"{path} has no config.json, so it is not a model folder; specify a folder that has one"
@@ -148,6 +148,7 @@ def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
     Args:
         base (`str` or `Path`): A Hub id, a folder, or a GGUF file.
         kwargs: For `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, `revision`, `gguf_file`, ...
+            `dtype="auto"` unpacks a GGUF file to bfloat16.
 
     Raises:
         CheckpointError: There is no such model, it can't be loaded, or its weights do not match its config.
@@ -158,6 +159,8 @@ def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
     if gguf_file is not None:
         # Packed weights can be neither tuned nor saved by transformers.
         kwargs = gguf_options() | kwargs | {"gguf_file": gguf_file}
+        if kwargs.get("dtype") == "auto":
+            kwargs["dtype"] = UNPACKED_DTYPE
     else:
         kwargs["use_safetensors"] = True  # a pickle can run code
         fields = read_checked_config(name, **kwargs)

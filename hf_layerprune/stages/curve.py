@@ -29,6 +29,7 @@ from ..layer_ranges import describe_layers, parse_layers
 from ..options import DEFAULT_DROP, AmountOptions, format_bytes, format_count, format_percent, join_words, pluralize
 from ..records.curve import final_quality
 from ..records.fingerprints import fingerprint
+from ..records.names import is_gguf_name
 from ..runtime.loading import is_hub_id, load_config
 from ..select.registry import find_criterion
 from ..select.sets import drop_count, free_layers
@@ -313,6 +314,11 @@ def choose_point(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dic
         )
     point = curve.points[count - 1]
     repair = request.repair or (record["repair"] if "repaired" in point else None)
+    if repair and request.repair is None and is_gguf_name(request.output):
+        raise CutError(
+            f"{folder} was measured with the {repair} repair, which a GGUF file that stays one can't have; write a folder, or "
+            f"drop the same layers without repair: drop_layers={point['layers']}"
+        )
     sizes = ("bytes", "parameters", "speedup")
     points = [{name: value for name, value in one.items() if name not in sizes} for one in curve.points]
     if repair and request.calibration is None:
