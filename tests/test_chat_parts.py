@@ -349,7 +349,7 @@ def test_a_container_has_a_limit_of_its_own(tmp_path: Path, monkeypatch: pytest.
     assert weights.free_bytes() > 600_000
 
 
-@pytest.mark.parametrize("damage", ["weights", "config", "nothing there"])
+@pytest.mark.parametrize("damage", ["weights", "config", "base", "nothing there"])
 def test_a_model_that_cannot_be_loaded_says_why(pruned: Path, tmp_path: Path, damage: str) -> None:
     for path in pruned.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -359,6 +359,11 @@ def test_a_model_that_cannot_be_loaded_says_why(pruned: Path, tmp_path: Path, da
     elif damage == "config":
         (tmp_path / "config.json").write_text("{")
         with pytest.raises(source.CannotLoad, match="can't be loaded: "):
+            source.Source(str(tmp_path))
+    elif damage == "base":
+        (tmp_path / "config.json").unlink()
+        (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": null}')
+        with pytest.raises(source.CannotLoad, match="names no base"):
             source.Source(str(tmp_path))
     else:
         with pytest.raises(source.CannotLoad, match="nobody/nothing can't be loaded: "):

@@ -337,8 +337,10 @@ def run(hub: HubServer, home: Path, *commands: list[str], **env: str) -> tuple[l
 def test_the_command(hub: HubServer, bases: dict[str, Path], tmp_path: Path) -> None:
     out, home = tmp_path / "out", tmp_path / "home"
     gated = ["prune", "org/gated", str(tmp_path / "no")]
-    codes, said, error = run(hub, home, ["prune", "org/llama", str(out), "--drop", "2"], gated)
-    assert codes == [0, 1], error
+    adapter = ["inspect", "org/adapter"]
+    codes, said, error = run(hub, home, ["prune", "org/llama", str(out), "--drop", "2"], gated, adapter)
+    assert codes == [0, 1, 1], error
+    assert "org/adapter is an adapter, not a model; merge it into its base first" in error
     assert said.startswith(f"dropped layers 6-7 of 8: 6 left, in {out}; next: hf-layerprune eval {out} --base ")
     assert "org/gated is gated; ask for access" in error
     assert re.search(

@@ -175,7 +175,7 @@ def bad_bases(tmp_path: Path) -> dict[str, Path]:
     ("which", "message"),
     [
         ("empty", "has no config.json"),
-        ("adapter", "is an adapter, and not a whole model; merge it"),
+        ("adapter", "is an adapter, not a model; merge it"),
         ("encoder", "it is an encoder"),
         ("vision", "not among the"),
         ("broken", "config.json is not JSON"),

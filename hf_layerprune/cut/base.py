@@ -16,7 +16,7 @@ from ..files.json_file import read_object
 from ..files.shards import INDEX, MAX_INDEX, shard_names
 from ..options import format_bytes, pluralize
 from ..records.fingerprints import ADAPTER_CONFIG, CONFIG, TEMPLATES, is_part
-from ..runtime.loading import is_hub_id
+from ..runtime.loading import adapter_error, is_hub_id
 from .header import Header, Tensor, read_header
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class Base:
 
 def _check_no_adapter(names: Collection[str], where: str) -> None:
     if ADAPTER_CONFIG in names and CONFIG not in names:
-        raise CheckpointError(f"{where} is an adapter, not a model; merge it into its base first")
+        raise adapter_error(where)
     if ADAPTER_CONFIG in names:
         raise CheckpointError(
             f"{where} holds {ADAPTER_CONFIG} beside {CONFIG}, and loaders would apply the adapter to the base that it names; "

@@ -14,6 +14,7 @@ from ..files.gguf_header import block_count_of, read_header
 from ..files.hub import resolve_commit
 from ..files.json_file import read_object
 from ..files.shards import INDEX, MAX_INDEX, shard_names
+from ..records.fingerprints import ADAPTER_CONFIG
 from ..records.names import is_gguf_name
 from ..versions import GGUF_TOKENIZERS, gguf_options
 from .config_file import check_no_code, read_config_file
@@ -50,11 +51,8 @@ def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, s
         return str(path.parent), path.name
     if path.is_dir():
         if gguf_file is None and not (path / "config.json").is_file():
-            if (path / "adapter_config.json").is_file():
-                raise CheckpointError(
-                    f"{path} is an adapter, and not a whole model; merge it into its base first: load the base, and save what "
-                    f"PeftModel.from_pretrained(base, {str(path)!r}).merge_and_unload() returns"
-                )
+            if (path / ADAPTER_CONFIG).is_file():
+                raise adapter_error(path)
             raise CheckpointError(
                 f"{path} has no config.json, so it is not a model folder; specify a folder that has one"
             )
@@ -64,6 +62,14 @@ def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, s
             f"{base} does not exist; specify a model folder, a .gguf file, or a Hub id such as org/name"
         )
     return str(base), gguf_file
+
+
+def adapter_error(name: str | Path) -> CheckpointError:
+    """The refusal of an adapter where a whole model is needed."""
+    return CheckpointError(
+        f"{name} is an adapter, not a model; merge it into its base first: load the base, and save what "
+        f"PeftModel.from_pretrained(base, {str(name)!r}).merge_and_unload() returns"
+    )
 
 
 def is_hub_id(base: str | Path) -> bool:
@@ -126,6 +132,8 @@ def read_checked_config(name: str, **kwargs: Any) -> dict[str, Any]:
     """
     with boundary(f"no model config at {name}"):
         path = _fetch(name, "config.json", kwargs)
+        if path is None and _fetch(name, ADAPTER_CONFIG, kwargs, **_IF_ANY) is not None:
+            raise adapter_error(name)
     if path is None:
         raise CheckpointError(f"no model config at {name}: it has no config.json")
     fields = read_config_file(Path(path))
@@ -243,7 +251,7 @@ def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     path = as_path(model)
-    adapter = path.joinpath("adapter_config.json").is_file() and not path.joinpath("config.json").is_file()
+    adapter = path.joinpath(ADAPTER_CONFIG).is_file() and not path.joinpath("config.json").is_file()
     name, gguf_file = (str(path), None) if adapter else resolve_base(model)
     if gguf_file is not None:
         kwargs["gguf_file"] = gguf_file

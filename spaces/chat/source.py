@@ -52,6 +52,8 @@ class Source:
             self.adapter = find_adapter(model)
             self.base = base or (self.adapter.base_model_name_or_path if self.adapter else None)
             whole = self.base if self.adapter else model
+            if not whole:
+                raise ValueError("it is an adapter whose adapter_config.json names no base")
             self.tokenizer = tokenizer_of(model, whole)
             config = AutoConfig.from_pretrained(**model_arguments(whole), trust_remote_code=False)
             self.config = config.get_text_config()
