@@ -221,7 +221,9 @@ def test_a_curve_goes_on_where_it_stopped(
 ) -> None:
     options = {"calibration": notes, "repair": "linear", **FEW}
     whole = quality_curve(str(base), **options)
-    assert [point["dropped"] for point in whole.points] == [1, 2, 3, 4]
+    assert {count: len(drop) for count, drop in whole.drops.items()} == {1: 1, 2: 2, 3: 3, 4: 4}
+    pruned = LayerDropConfig(base_model_name_or_path=str(base), drop_layers=whole.drops[2])
+    assert prune_with(pruned).config.num_hidden_layers == 6
     write, written = stage._write, []
 
     def break_off(folder: Path, record: dict[str, Any]) -> None:

@@ -132,7 +132,7 @@ def read_checked_config(name: str, **kwargs: Any) -> dict[str, Any]:
     """
     with boundary(f"no model config at {name}"):
         path = _fetch(name, "config.json", kwargs)
-        if path is None and _fetch(name, ADAPTER_CONFIG, kwargs, **_IF_ANY) is not None:
+        if path is None and _fetch(name, ADAPTER_CONFIG, kwargs, **_OPTIONAL) is not None:
             raise adapter_error(name)
     if path is None:
         raise CheckpointError(f"no model config at {name}: it has no config.json")

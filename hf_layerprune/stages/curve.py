@@ -4,7 +4,7 @@
 
     curve = quality_curve("org/base", "curve", repair="refit", curve_up_to=12)
     print(curve)
-    curve.points[6]["layers"], curve.points[6]["repaired"]["kl"]
+    curve.drops[6], curve.points[5]["repaired"]["kl"]  # six layers; LayerDropConfig(drop_layers=curve.drops[6])
 
 Each point is on disk once it is found, so an interrupted curve continues where it stopped.
 """
@@ -65,6 +65,11 @@ class Curve:
 
     points: list[dict[str, Any]]
     record: dict[str, Any] = field(repr=False)
+
+    @property
+    def drops(self) -> dict[int, list[int]]:
+        """The layers that each point drops, by their number."""
+        return {point["dropped"]: parse_layers(point["layers"]) for point in self.points}
 
     @property
     def chosen(self) -> int | None:
