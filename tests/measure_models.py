@@ -79,11 +79,12 @@ def write_tasks(folder: Path, questions: int = 24) -> Path:
 
 
 def write_gguf(path: Path, *, layers: int = 4, seed: int = 0, packed: GGMLQuantizationType | None = None) -> Path:
-    """A random Llama as a GGUF file, with a byte-level tokenizer; its matrices in float32, or quantised to `packed`."""
+    """A random Llama as a GGUF file, with a tokenizer and a licence; its matrices in float32, or quantised to `packed`."""
     random_ = np.random.default_rng(seed)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = ["<pad>", "<s>", "</s>", *alphabet, "th"]
     writer = GGUFWriter(path, "llama")
+    writer.add_license("mit")
     writer.add_block_count(layers)
     writer.add_context_length(512)
     writer.add_embedding_length(WIDTH)

@@ -152,6 +152,10 @@ def test_licences_that_allow(folder: Path) -> None:
     assert not (folder / "NOTICE").exists()
     (folder / "LICENSE").unlink()
     assert "a copy of it must accompany the model" in refusals(folder, "org/Llama-small")
+    assert refusals(folder, "org/Llama-small", private=True) == ""
+    edit_base(folder, {"license": "mit"})  # which does not insist on a file
+    assert refusals(folder) == ""
+    assert "a copy of it must accompany the model" in warnings(folder)
     (folder / "LICENSE").write_text("META LLAMA 3 COMMUNITY LICENSE AGREEMENT")
     edit_base(folder, {"license": "llama3"})
     assert refusals(folder, "org/Llama-3-small") == ""
@@ -252,6 +256,9 @@ def test_secrets_in_the_header_of_weights(folder: Path) -> None:
     path = sorted(folder.glob("*.safetensors"))[0]
     save_file(load_file(path), path, metadata={"format": "pt", "run": TOKEN})
     assert f"{path.name} line 1 contains what looks like a secret (Hugging Face Token)" in refusals(folder)
+    for name in ("model.safetensors", "curve.png"):  # but not after it, nor in pictures
+        (folder / name).write_bytes((2).to_bytes(8, "little") + b"{}" + TOKEN.encode())
+        assert secrets_in(folder / name) == []
 
 
 @pytest.mark.parametrize(("name", "text"), [
@@ -279,7 +286,7 @@ def test_what_is_no_secret(folder: Path) -> None:
     text = (folder / "metrics.json").read_text()
     assert len(json.loads(text)["weights"]) == 64
     assert refusals(folder) == ""
-    (folder / "notes.md").write_text("Trained on the first 200 questions; see https://example.org/c@d.\n")
+    (folder / "notes.md").write_text("Trained on the first 200 questions, by 8.8.8.8; see https://example.org/c@d.\n")
     assert refusals(folder, include=("notes.md",)) == ""
 
 
@@ -499,6 +506,14 @@ def test_without_measurements_it_can_be_pushed_and_says_so(folder: Path) -> None
     (folder / "metrics.json").unlink()
     assert refusals(folder) == ""
     assert "the card will say that nothing was measured" in warnings(folder)
+
+
+def test_what_others_need_to_load_it(folder: Path) -> None:
+    assert warnings(folder) == ""
+    (folder / "train.py").write_text("")
+    assert "train.py is code" in warnings(folder, include=("train.py",))
+    (folder / "tokenizer.json").unlink()
+    assert "there is no tokenizer" in warnings(folder)
 
 
 def test_a_file_that_was_there_when_it_was_measured_but_is_not_published(folder: Path) -> None:

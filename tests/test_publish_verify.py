@@ -489,6 +489,7 @@ def test_what_was_unpacked_from_gguf(tmp_path: Path) -> None:
     assert "small.gguf: layer 1 of 4 dropped, 3 left (prune, converted to bfloat16)" in said(found)
     assert "29 are the base's, to the last bit" in said(found)
     assert "unpacks it" not in said(found)
+    assert Lineage.load_required(tmp_path / "cut").base["license"] == "mit"
     records = tmp_path / "cut" / "lineage.json"
     records.write_text(re.sub(r'("transformers": )"[^"]+"', r'\1"4.0"', records.read_text()))
     assert not verify(tmp_path / "cut").good

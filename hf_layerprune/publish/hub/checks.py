@@ -22,7 +22,7 @@ from ...records.fingerprints import (
     weights_hash,
 )
 from ...records.history import read_history
-from ...records.licences import NOTICE, DeclaredLicence, is_licence_file
+from ...records.licences import DeclaredLicence, is_licence_file
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.lineage import Lineage
 from ...records.metrics import FILE_NAME as METRICS
@@ -190,10 +190,6 @@ def _check_licence(contents: Contents, request: PushRequest) -> Outcome:
         )
         yield REFUSAL, text
     files = [path for path in contents.files if is_licence_file(path)]
-    notices = [contents.folder / path for path in files if path.upper().startswith(NOTICE)]
-    if row.notice and not any(row.notice in path.read_text(errors="replace") for path in notices):
-        text = f"a {NOTICE} file with the required sentence is missing; write it with hf-layerprune card MODEL"
-        yield REFUSAL, f"{row.title}: {text}"
     if not any(path.upper().startswith(("LICEN", "MODEL_LICEN", "MODEL-LICEN", "COPYING")) for path in files):
         text = f"a copy of it must accompany the model, and there is none; put it into the folder as LICENSE{at}"
         yield REFUSAL if row.needs_text and not request.private else WARNING, f"{row.title}: {text}"
@@ -207,8 +203,7 @@ def _check_secrets(contents: Contents, request: PushRequest) -> Outcome:
     for leak in secrets:
         what = f"contains what looks like a secret ({leak.what}); remove it, and revoke it if it is real"
         yield REFUSAL, f"{leak.file} line {leak.line} {what}"
-    if not secrets:
-        yield OK, f"no secrets in {pluralize(len(contents.files), 'file')}"
+    yield OK, f"no secrets in {pluralize(len(contents.files), 'file')}"  # shown only if nothing was refused
     for leak in leaks.find_paths(contents.folder, contents.files):
         yield WARNING, f"{leak.file} line {leak.line} reveals {leak.what}"
 
