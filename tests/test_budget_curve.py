@@ -314,8 +314,8 @@ def test_what_a_curve_says_is_what_prune_makes(
         assert said in out
         assert f"--from-curve {tmp_path / 'curve'} --drop {drop}\n" in out
     for more, code, message in (
-        (["--drop", "5"], 2, "drops up to 3 layers, meets the request; ask for less"),
-        (["--max-kl", "1e-9"], 2, "meets the request; allow more loss"),
+        (["--drop", "5"], 2, "drops up to 3 layers, drops 5; ask for less"),
+        (["--max-kl", "1e-9"], 2, "meets max_kl; allow more loss"),
         (["--target-memory", "1GB"], 2, "has no figures for memory"),
     ):
         assert main(["prune", str(base), str(tmp_path / "x"), "--from-curve", str(tmp_path / "curve"), *more]) == code

@@ -213,7 +213,7 @@ def test_access(hub: HubServer, client: Client, tmp_path: Path) -> None:
         return answer["error"]
 
     for repo in ("org/private", "org/nothing"):
-        assert "is not on the Hub, or it is private" in error(repo)
+        assert "nor on the Hub, unless it is private" in error(repo)
         assert "hf auth login" in error(repo)
     assert "is gated; ask for access" in error("org/gated")
     assert "hf auth login" in error("org/gated", token="hf_bad")

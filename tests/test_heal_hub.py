@@ -80,4 +80,4 @@ def test_models_on_the_hub(tmp_path: Path) -> None:
     assert found.startswith("6 ")
     assert {"config.json", "lineage.json", "model.safetensors", "tokenizer.json"} <= set(found.split())
     assert "pytorch_model.bin" not in found
-    assert refused.startswith("org/none is not on the Hub, or it is private")
+    assert refused.startswith("org/none is neither a folder here nor on the Hub, unless it is private")

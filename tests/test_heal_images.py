@@ -75,7 +75,7 @@ def test_rows_hold_opened_images(base: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(CheckpointError, match=r"the rows name the image no.png, and .*no.png is not a file"):
         shape_rows(missing, load_tokenizer(base), name=name, load_processor=processor)
     text = Dataset.from_list([{"text": "w5", "image": "1.png"}])
-    with pytest.raises(CutError, match="has the columns text, but training needs prompt and completion"):
+    with pytest.raises(CutError, match=r"has image, and training on images needs prompt and completion.* as well"):
         shape_rows(text, load_tokenizer(base), name=name, load_processor=processor)
 
 
@@ -121,6 +121,23 @@ def test_the_recipe_trains_on_images(
     with torch.no_grad():
         assert healed(**question).logits.isfinite().all()
     assert str(verify(VerifyRequest(model=str(model), accept_trained=True)).verdict).startswith("YES")
+
+
+def test_the_adapter_of_a_repaired_cut_is_verified(recipe: ModuleType, base: Path, tmp_path: Path) -> None:
+    """The cut's records name the repaired tensors as llava's checkpoints do, and the adapter as its modules do."""
+    rows = {
+        "calibration": f"{base.parent / 'rows.jsonl'}:messages",
+        "calibration_samples": 6,
+        "calibration_length": 64,
+    }
+    run(recipe, base, tmp_path / "run", repair="linear", **rows)
+    adapter = tmp_path / "run" / "adapter"
+    assert str(verify(VerifyRequest(model=str(adapter), accept_trained=True)).verdict).startswith("YES")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["repaired_modules"] == ["model.language_model.layers.2.mlp.down_proj"]
+    config["repaired_modules"] = ["model.language_model.layers.1.mlp.down_proj"]
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    assert str(verify(VerifyRequest(model=str(adapter), accept_trained=True)).verdict).startswith("NO")
 
 
 def test_the_images_are_seen(recipe: ModuleType, base: Path, tmp_path: Path) -> None:

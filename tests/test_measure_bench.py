@@ -18,8 +18,8 @@ from hf_layerprune import LayerPruneError, drop_layers
 from hf_layerprune.adapter.loading import load_model
 from hf_layerprune.cli import main
 from hf_layerprune.measure import cost
-from hf_layerprune.measure.bench import BenchRequest, bench
-from hf_layerprune.measure.cost import cache_bytes, decode_bytes, prefill_flops
+from hf_layerprune.measure.bench import BenchRequest, bench, operations
+from hf_layerprune.measure.cost import cache_bytes, decode_bytes, empty_model, prefill_flops
 from hf_layerprune.measure.probe import probe
 from hf_layerprune.measure.requests import Workload
 from hf_layerprune.measure.speed import time_models
@@ -116,6 +116,28 @@ def test_experts_are_counted_whatever_runs_them() -> None:
     model.set_experts_implementation("grouped_mm")  # the default of `from_pretrained`
     assert prefill_flops(model, 2, 24) == one_by_one
     assert prefill_flops(tiny_model("dbrx"), 2, 24) > 0  # its experts get slices of their weights
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_operations_are_counted_without_weights(model_type: str) -> None:
+    model = tiny_model(model_type)
+    assert prefill_flops(empty_model(model.config, torch.float32), 2, 24) == prefill_flops(model, 2, 24)
+
+
+class Unseen(torch.nn.Linear):
+    """A layer whose products torch's counter doesn't see, like those of a quantiser's kernels."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return (states[..., None, :] * self.weight).sum(-1)
+
+
+def test_theory_knows_a_quantised_model() -> None:
+    model, work = tiny_model("llama"), Workload(2, 24, 4)
+    real = prefill_flops(model, 2, 24)
+    model.model.layers[0].mlp.down_proj.__class__ = Unseen
+    assert prefill_flops(model, 2, 24) < real
+    model.is_quantized = True
+    assert operations(model, work) == real
 
 
 def test_shared_heads_are_counted_as_if_each_query_head_had_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

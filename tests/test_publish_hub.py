@@ -223,7 +223,7 @@ def test_an_adapter(found: Found) -> None:
     ("words_that_fail", "refused", "'a name' is not a Hub id"),
     ("no_network", "push", "can't reach the Hub"),
     ("no_network", "verify", "can't reach the Hub for org/model"),
-    ("verify_fails_clearly", "absent", "org/absent is not on the Hub, or it is private"),
+    ("verify_fails_clearly", "absent", "org/absent is neither a folder here nor on the Hub, unless it is private"),
     ("verify_fails_clearly", "empty", "org/empty has no lineage.json"),
     ("verify_fails_clearly", "revision", "org/model has no revision 'nope'"),
     ("verify_fails_clearly", "gated", "org/model is gated; ask for access on its page"),

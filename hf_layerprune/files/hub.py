@@ -57,7 +57,9 @@ def _translate_error(error: Exception, repo: str, revision: str | None) -> Check
     if isinstance(error, errors.GatedRepoError):
         return CheckpointError(f"{repo} is gated; ask for access on its page, then {login}")
     if isinstance(error, errors.RepositoryNotFoundError):
-        return CheckpointError(f"{repo} is not on the Hub, or it is private; check the name, or {login}")
+        return CheckpointError(
+            f"{repo} is neither a folder here nor on the Hub, unless it is private; check the name, or {login}"
+        )
     if isinstance(error, errors.RevisionNotFoundError):
         return CheckpointError(f"{repo} has no revision {revision!r}; specify a branch, a tag or a commit")
     if isinstance(error, errors.HfHubHTTPError):

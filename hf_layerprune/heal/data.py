@@ -39,8 +39,8 @@ OTHER_MEDIA = ("audio", "audios", "video", "videos")
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 _ROLES = {"human": "user", "gpt": "assistant"}
 _SHAPES = (
-    "prompt and completion, messages, conversations, instruction and output (input is optional), instruction and "
-    "response (context is optional), or text"
+    "prompt and completion, messages, conversations, instruction and output (input is optional), or instruction and "
+    "response (context is optional)"
 )
 
 
@@ -216,7 +216,9 @@ def shape_rows(
     if text_field in columns and not images:
         _log_unused_columns(columns, text_field)
         return rows
-    raise CutError(f"{name} has the columns {', '.join(columns)}, but training needs {_SHAPES}")
+    if images:
+        raise CutError(f"{name} has {', '.join(images)}, and training on images needs {_SHAPES} as well")
+    raise CutError(f"{name} has the columns {', '.join(columns)}, but training needs {_SHAPES}, or text")
 
 
 def _log_unused_columns(columns: list[str], *used: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +11,13 @@ from .. import families
 from ..errors import CheckpointError
 from ..families import Cut
 from ..families.fields import cut_without
-from ..families.layout import find_decoder_layers, ties_head
+from ..families.layout import ties_head
 from ..files.hub import Repo
 from ..records.fingerprints import CONFIG, is_hashed, is_part
 from ..records.lineage import Lineage
 from ..records.names import is_gguf_name
 from ..runtime.loading import is_hub_id, load_base, load_config
-from ..runtime.model_class import model_without_weights, stored_names, without_zero3
+from ..runtime.model_class import layer_modules, model_without_weights
 from .methods import Method, choose_method, parse_method
 
 if TYPE_CHECKING:
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
     from .config import HealConfig
 
 logger = logging.getLogger(__name__)
-
-# In the name of a tensor of a decoder layer, the layer's index and what follows.
-_LAYER = re.compile(r"(?<![^.])\d+\..+")
 
 
 @dataclass(frozen=True)
@@ -169,22 +165,6 @@ def adapter_config(student: Student, method: Method, settings: ModelConfig) -> P
     base = None if student.whole_only else student.base
     config = method.tail_config(student.cut, base or str(student.folder))
     config.revision = student.revision if base else None
-    config.repaired_modules = _repaired_modules(student) if base else None
+    if base and student.repaired:
+        config.repaired_modules = layer_modules(load_config(student.folder), student.repaired)
     return config
-
-
-@without_zero3()
-def _repaired_modules(student: Student) -> list[str] | None:
-    """Full names of the modules that a repair changed."""
-    if not student.repaired:
-        return None
-    config = load_config(student.folder)
-    model = model_without_weights(config)
-    path = find_decoder_layers(model).path
-    indices = {_LAYER.findall(name)[0].partition(".")[0] for name in student.repaired}
-    names = [name for name in model.state_dict() if name.startswith(tuple(f"{path}.{index}." for index in indices))]
-    modules = {_LAYER.findall(name)[0]: name.rpartition(".")[0] for name in names}
-    modules |= {
-        _LAYER.findall(stored)[0]: name.rpartition(".")[0] for name, stored in stored_names(config, names).items()
-    }
-    return sorted({modules[_LAYER.findall(name)[0]] for name in student.repaired})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from ..errors import CutError, LayerPruneError, boundary
 from ..records.metrics import Metrics
 from ..runtime.windows import max_positions
 from ..screen import progress_bar
-from .cost import cache_bytes, decode_bytes, prefill_flops
+from .cost import cache_bytes, decode_bytes, empty_model, prefill_flops
 from .engine_bench import EngineBench
 from .measurement import Measurement
 from .paired import compare_values
@@ -73,12 +74,12 @@ class _Bench(Measurement):
             timed = time_models(models, request.workloads, repeats=request.repeats)
         seconds = round((perf_counter() - start) / max(1, len(timed)), 3)
         for work, timings in timed.items():
-            flops = {w: float(prefill_flops(model, work.batch, work.prompt_tokens)) for w, model in models.items()}
+            flops = {w: operations(model, work) for w, model in models.items()}
             held = work.prompt_tokens + work.new_tokens // 2
             read = {w: decode_bytes(model, work.batch, held) for w, model in models.items()}
             for metric in timings[self.model.weights][0]:
                 values = {w: [run[metric] for run in runs] for w, runs in timings.items()}
-                cost = read if metric.startswith("decode") else flops
+                cost: Mapping[str, float | None] = read if metric.startswith("decode") else flops
                 self.record("speed", metric, asdict(work), values, cost, seconds)
 
     @property
@@ -125,3 +126,12 @@ class _Bench(Measurement):
             if self.base is not None and len(values) == 2:
                 difference = compare_values(values[self.model.weights], values[self.base.weights])
                 self.compare(kind, metric, {}, difference)
+
+
+def operations(model: PreTrainedModel, work: Workload) -> float | None:
+    """Operations of a prefill; `None` for those quantised models that can't be counted."""
+    if not getattr(model, "is_quantized", False):
+        return float(prefill_flops(model, work.batch, work.prompt_tokens))
+    with suppress(NotImplementedError):  # torch's counter knows no quantiser's kernels, and some experts need values
+        return float(prefill_flops(empty_model(model.config, model.dtype), work.batch, work.prompt_tokens))
+    return None

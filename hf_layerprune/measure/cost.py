@@ -12,9 +12,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..families.layout import text_model
+from ..runtime.model_class import model_without_weights
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
@@ -37,6 +38,13 @@ _KERNELS = {
     torch.ops.aten._scaled_dot_product_efficient_attention: _attention_flops,
     torch.ops.aten._scaled_dot_product_cudnn_attention: _attention_flops,
 }
+
+
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model on which costs can be counted: without weights, never quantised, and experts need no values to be chosen."""
+    model = model_without_weights(config, dtype=dtype).eval()
+    model.set_experts_implementation("batched_mm")
+    return model
 
 
 def prefill_flops(model: PreTrainedModel, batch: int, length: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -14,8 +15,7 @@ from ..errors import CutError, LayerPruneError
 from ..families import layer_count
 from ..files.gguf_header import read_header
 from ..runtime.loading import load_config
-from ..runtime.model_class import model_without_weights
-from .cost import decode_bytes, prefill_flops
+from .cost import decode_bytes, empty_model, prefill_flops
 from .engines import EngineError, EngineTimings
 from .engines.llama_cpp import LlamaCpp
 from .engines.vllm import Vllm
@@ -119,7 +119,7 @@ class _Cost(NamedTuple):
 
     layers: int
     parameters: int
-    estimate: Callable[[str, Workload], float]
+    estimate: Callable[[str, Workload], float | None]
 
 
 def _cost(path: Path) -> _Cost:
@@ -139,11 +139,13 @@ def _cost(path: Path) -> _Cost:
 
     config = load_config(path)
     dtype = getattr(torch, str(config.dtype).removeprefix("torch."), torch.float32)
-    model = model_without_weights(config, dtype=dtype).eval()
+    model = empty_model(config, dtype)
 
-    def estimate(kind: str, work: Workload) -> float:
-        if kind == "decode":
-            return decode_bytes(model, work.batch, work.prompt_tokens + work.new_tokens // 2)
-        return float(prefill_flops(model, work.batch, work.prompt_tokens))
+    def estimate(kind: str, work: Workload) -> float | None:
+        with suppress(NotImplementedError):  # some experts need values
+            if kind == "decode":
+                return decode_bytes(model, work.batch, work.prompt_tokens + work.new_tokens // 2)
+            return float(prefill_flops(model, work.batch, work.prompt_tokens))
+        return None
 
     return _Cost(layer_count(config), model.num_parameters(), estimate)

@@ -92,12 +92,13 @@ class Measurement:
         metric: str,
         settings: dict[str, Any],
         values: Mapping[str, Sequence[float]],
-        cost: Mapping[str, float],
+        cost: Mapping[str, float | None],
         seconds: float | None = None,
     ) -> None:
         """Record what was measured several times, and its comparison with the base and the cost that theory names.
 
-        The repeats, and the costs in any unit, are by the hash of the weights. `machine` is added to the settings.
+        The repeats, and the costs in any unit (`None` if not known), are by the hash of the weights. `machine` is added
+        to the settings.
         """
         settings = settings | self.machine
         results = []
@@ -110,7 +111,8 @@ class Measurement:
         ours, theirs = values[self.model.weights], values[self.base.weights]
         # The ratio of two runs that follow each other is not affected by whatever slowed down both.
         share = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-        theory = cost[self.model.weights] / cost[self.base.weights]
-        theory = 1 / theory if metric.endswith("per_second") else theory
-        difference = compare_pairs(ours, theirs)
-        self.compare(kind, metric, settings, difference, share=share, theoretical_share=theory)
+        shares = {"share": share}
+        mine, dense = cost[self.model.weights], cost[self.base.weights]
+        if mine and dense:
+            shares["theoretical_share"] = dense / mine if metric.endswith("per_second") else mine / dense
+        self.compare(kind, metric, settings, compare_pairs(ours, theirs), **shares)

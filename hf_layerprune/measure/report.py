@@ -27,7 +27,7 @@ def report(metrics: Metrics, kinds: Iterable[str] = QUALITY) -> str:
         return "nothing was measured"
     columns = [one for one in results.columns if any(one.weights in row.cells for row in rows)]
     headings = [
-        f"{one.role + ':':<10}{metrics.models[one.weights]['name']}, {one.layers} layers, {one.parameters:,} parameters, "
+        f"{one.role + ': ':<10}{metrics.models[one.weights]['name']}, {one.layers} layers, {one.parameters:,} parameters, "
         f"weights {one.weights[:12]}"
         for one in columns
     ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
+from ..families.layout import find_decoder_layers
 from ..families.multimodal import TEXT_ONLY_TYPES
 from ..families.types import ENCODER_DECODER
 
@@ -136,3 +138,21 @@ def without_zero3() -> Iterator[None]:
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = held
+
+
+@without_zero3()
+def layer_modules(config: PreTrainedConfig, tensors: Collection[str]) -> list[str]:
+    """Full names of the modules that hold tensors of decoder layers, known by their names in the model or as stored."""
+    model = model_without_weights(config)
+    path = find_decoder_layers(model).path
+    indices = {_in_stack(name).partition(".")[0] for name in tensors}
+    names = [name for name in model.state_dict() if name.startswith(tuple(f"{path}.{index}." for index in indices))]
+    modules = {_in_stack(name): name.rpartition(".")[0] for name in names}
+    modules |= {_in_stack(stored): name.rpartition(".")[0] for name, stored in stored_names(config, names).items()}
+    return sorted({modules.get(_in_stack(name), name.rpartition(".")[0]) for name in tensors})
+
+
+def _in_stack(name: str) -> str:
+    """A tensor's name from the index of its layer on."""
+    found = re.search(r"(?<![^.])\d+\..+", name)
+    return found[0] if found else name

@@ -314,8 +314,10 @@ def choose_point(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dic
     count = _chosen_count(request, curve, record["num_layers"])
     if count is None:
         way_out = "allow more loss" if request.budget else "ask for less, or extend the curve with rank --curve-up-to"
+        name = request.budget or request.target
+        asked = f"meets {name}" if name else f"drops {drop_count(request.drop, record['num_layers'])}"
         raise CutError(
-            f"no point of {folder}, which drops up to {pluralize(len(curve.points), 'layer')}, meets the request; {way_out}"
+            f"no point of {folder}, which drops up to {pluralize(len(curve.points), 'layer')}, {asked}; {way_out}"
         )
     point = curve.points[count - 1]
     repair = request.repair or (record["repair"] if "repaired" in point else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import CutError, boundary
 from ...families.layout import find_decoder_layers
@@ -14,9 +14,12 @@ from ...records.history import History
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.names import last_part
 from ...runtime.loading import is_hub_id
-from ...runtime.model_class import model_without_weights
+from ...runtime.model_class import layer_modules, model_without_weights
 from .places import Base
 from .rebuild import Expected
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # They don't affect the outputs: layers that are named are not chosen again.
 _HARMLESS = {one.name for one in fields(CutOptions)} - {"repair"} | {
@@ -47,8 +50,7 @@ def adapter_differences(
         "task_type": "CAUSAL_LM",
         "target_modules": DUMMY_TARGET_MODULES,
         "repair": repair.get("method"),
-        "repaired_modules": [*dict.fromkeys(name.rpartition(".")[0] for name in repair.get("changed_tensors") or ())]
-        or None,
+        "repaired_modules": None,
     }
     if repair:
         source = last.get("calibration") or {}
@@ -58,6 +60,10 @@ def adapter_differences(
     try:
         known = {one.name for one in fields(LayerDropConfig)} - {"peft_type"}
         adapter = LayerDropConfig(**{name: value for name, value in config.items() if name in known})
+        if repair.get("changed_tensors"):
+            with boundary("no model can be built from the base's config"):
+                wanted["repaired_modules"] = layer_modules(_cut_config(expected), repair["changed_tensors"])
+            config = config | {"repaired_modules": sorted(adapter.repaired_modules or ())}
         wanted["modules_to_save"] = _saved_modules(adapter, expected)
     except (CutError, TypeError) as error:
         return [f"can't be loaded: {error}"]
@@ -99,16 +105,21 @@ def base_difference(config: dict[str, Any], history: History, compared: Base) ->
 
 def _saved_modules(adapter: Any, expected: Expected) -> list[str] | None:
     """The modules that an adapter of this config saves, of the cut model."""
-    from transformers import CONFIG_MAPPING
-
     from ...adapter.resolve import resolved_cut
     from ...adapter.tail import saved_modules, tuned_modules
 
-    base_fields = {name: value for name, value in expected.config.items() if name != "quantization_config"}
-    config = CONFIG_MAPPING[base_fields["model_type"]].from_dict(base_fields)
     with boundary("no model can be built from the base's config"):
-        model = model_without_weights(config)
+        model = model_without_weights(_cut_config(expected))
     tuned = tuned_modules(
         model, replace(adapter, modules_to_save=None), resolved_cut(adapter), find_decoder_layers(model)
     )
     return saved_modules(tuned, adapter.repaired_modules)
+
+
+def _cut_config(expected: Expected) -> PreTrainedConfig:
+    """The config of the cut model, without what quantised it."""
+    from transformers import CONFIG_MAPPING
+
+    base_fields = {name: value for name, value in expected.config.items() if name != "quantization_config"}
+    config: PreTrainedConfig = CONFIG_MAPPING[base_fields["model_type"]].from_dict(base_fields)
+    return config
