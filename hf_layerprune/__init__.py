@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .cut.memory import drop_layers
     from .heal.config import HealConfig as HealConfig
     from .heal.trainer import HealTrainer as HealTrainer
+    from .measure.compare import compare_models
     from .stages.curve import quality_curve
     from .stages.quantize import record_quantized
     from .stages.rank import rank_layers
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 # Without `HealConfig` and `HealTrainer`, since `import *` must work without TRL.
 __all__ = [
     "CheckpointError", "CutError", "LayerDropConfig", "LayerDropModel", "LayerPruneError", "UnsupportedModelError",
-    "__version__", "drop_layers", "prune_with", "quality_curve", "rank_layers", "record_quantized",
+    "__version__", "compare_models", "drop_layers", "prune_with", "quality_curve", "rank_layers", "record_quantized",
 ]  # fmt: skip
 
 # Loaded on first use: each of them imports torch.
@@ -40,6 +41,7 @@ _LAZY = {
     "HealTrainer": ".heal.trainer",
     "LayerDropConfig": ".adapter.config",
     "LayerDropModel": ".adapter.model",
+    "compare_models": ".measure.compare",
     "drop_layers": ".cut.memory",
     "quality_curve": ".stages.curve",
     "prune_with": ".adapter.pruning",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from hf_layerprune import LayerDropConfig, LayerPruneError, drop_layers, prune_with
+from hf_layerprune import CutError, LayerDropConfig, LayerPruneError, compare_models, drop_layers, prune_with
+from hf_layerprune.cli import main
 from hf_layerprune.families.layout import find_decoder_layers
 from hf_layerprune.measure import distance as module
 from hf_layerprune.measure.distance import mean, text_metrics, window_means
@@ -201,3 +203,30 @@ def test_memory_that_fits_nothing() -> None:
         list(in_batches(torch.zeros(10, 4), 8, run, "buy more"))
     with pytest.raises(RuntimeError, match="shape"):
         list(in_batches(torch.zeros(10, 4), 8, lambda batch: batch @ batch))
+
+
+def test_models_in_memory_are_compared_as_the_command_does(base: Path, cut: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    command = ["eval", str(cut), "--base", str(base), "--text", str(text), "--length", "64", "--windows", "5"]
+    assert main(command) == 0
+    results = json.loads((cut / "metrics.json").read_text())["results"]
+    model, dense = (AutoModelForCausalLM.from_pretrained(folder) for folder in (cut, base))
+    found = compare_models(model, dense, text, length=64, windows=5)
+    for name in ("kl", "top1_agreement"):
+        (entry,) = (entry for entry in results if entry["metric"] == name)
+        assert (found[name], found[f"{name}_stderr"]) == (entry["value"], entry["stderr"])
+    perplexities = {entry["value"] for entry in results if entry["metric"] == "perplexity"}
+    assert perplexities == {found["perplexity"], found["base_perplexity"]}
+    assert found["perplexity_ratio"] == found["perplexity"] / found["base_perplexity"]
+    assert compare_models(dense, dense, ROWS[:1])["kl"] == 0
+
+
+def test_models_that_cannot_be_compared() -> None:
+    one, other = tiny_model("llama"), tiny_model("gpt2")
+    one.config.vocab_size += 1
+    with pytest.raises(LayerPruneError, match="vocabulary"):
+        compare_models(one, other, ROWS)
+    other.config._name_or_path = ""
+    with pytest.raises(CutError, match="pass its tokenizer"):
+        compare_models(other, other, "text.txt")

@@ -1,0 +1,77 @@
+"""`compare_models`: the distance between two models in memory, without a folder, records or tasks."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from ..errors import CutError, LayerPruneError
+from ..runtime.loading import load_tokenizer
+from ..runtime.windows import resolve_length
+from .distance import mean, text_metrics, window_means
+from .requests import DEFAULT_LENGTH
+from .texts import WIKITEXT2, find_text, split_windows
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def compare_models(
+    model: PreTrainedModel,
+    base: PreTrainedModel,
+    text: str | os.PathLike[str] | torch.Tensor = WIKITEXT2,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    length: int | None = None,
+    windows: int | None = 64,
+) -> dict[str, float]:
+    """Measure how far a model is from its base, as `hf-layerprune eval --text` does, for models in memory.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The pruned model.
+        base (`PreTrainedModel` or `PeftModel`): The model that it was made from.
+        text (`str`, `os.PathLike` or `torch.Tensor`, defaults to `"wikitext2"`): A `.txt` file, `"wikitext2"`, or token IDs
+            `[windows, length]`, with which the other arguments have no effect.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): The models' tokenizer; by default that of `base.name_or_path`.
+        length (`int`, *optional*): The number of tokens in a window; by default 1,024, or fewer if the context of a model
+            is shorter.
+        windows (`int`, defaults to 64): The number of windows to read, from the start of the text; `None` for all.
+
+    Returns:
+        `dict[str, float]`: `perplexity` and `base_perplexity`; `perplexity_ratio`, the first divided by the second; `kl`,
+            the mean over tokens of KL(base || model) in nats; `top1_agreement`, the share of tokens for which both models
+            have the same most likely next token; and, of the last two, `kl_stderr` and `top1_agreement_stderr`, the
+            standard errors over windows (NaN for a single window).
+
+    Raises:
+        CutError: A window is longer than the context of a model, the text does not exist, or there is no tokenizer.
+        CheckpointError: The base has no tokenizer that can be loaded.
+        LayerPruneError: The vocabularies differ, or a window does not fit into memory.
+        UnsupportedModelError: The architecture is not proven to be measured correctly.
+    """
+    sizes = [getattr(one.config.get_text_config(), "vocab_size", None) for one in (model, base)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise LayerPruneError(
+            f"the model has a vocabulary of {sizes[0]} tokens and its base one of {sizes[1]}, so they can't be compared token "
+            "by token; pass the base that the model was made from"
+        )
+    if isinstance(text, str | os.PathLike):
+        name = os.fspath(text)
+        if tokenizer is None:
+            if not base.name_or_path:
+                raise CutError("the base does not say where it was loaded from; pass its tokenizer")
+            tokenizer = load_tokenizer(base.name_or_path)
+        length = min(resolve_length(one.config, length, DEFAULT_LENGTH, "length") for one in (model, base))
+        text, _ = split_windows(find_text(name).text, tokenizer, length, windows, name)
+    found = window_means(model, text, base)
+    perplexity, base_perplexity = (text_metrics(found[name])["perplexity"][0] for name in ("nll", "base_nll"))
+    measured = {
+        "perplexity": perplexity,
+        "base_perplexity": base_perplexity,
+        "perplexity_ratio": perplexity / base_perplexity,
+    }
+    for metric in ("kl", "top1_agreement"):
+        value, error = mean(found[metric])
+        measured |= {metric: value, f"{metric}_stderr": float("nan") if error is None else error}
+    return measured
