@@ -163,13 +163,18 @@ def branches_and_proposals(hub: HubServer, place: Path, out: dict[str, Any]) -> 
     out["main"] = sorted(files(hub, "org/side"))
     out["side"] = files(hub, "org/side", "try/1") == snapshot(folder)
     out["branch again"] = cli("push", folder, "org/side", "--revision", "try/1")
+    from huggingface_hub import HfApi
+
+    from hf_layerprune.publish.hub import upload
+
+    card = files(hub, "org/side", "try/1")["README.md"] + b"\nOf this branch.\n"
+    HfApi().upload_file(repo_id="org/side", path_in_repo="README.md", path_or_fileobj=card, revision="try/1")
+    cli("push", shutil.copytree(folder, place / "side"), "org/side", "--revision", "try/1")
+    out["of the branch"] = files(hub, "org/side", "try/1")["README.md"] == card
 
     cli("push", place / "older", "org/open")
     before = head(hub, "org/open")
     hub.tokens[READER] = None
-    from huggingface_hub import HfApi
-
-    from hf_layerprune.publish.hub import upload
 
     # A user without write permission opens a pull request.
     api = HfApi(token=READER)
@@ -216,6 +221,10 @@ def two_authors(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
     out["unchanged"] = cli("push", folder, "org/shared")
     out["kept"] = files(hub, "org/shared")["README.md"].decode()
     out["taken over"] = (folder / "README.md").read_bytes() == files(hub, "org/shared")["README.md"]
+    with (folder / "README.md").open("a") as card:
+        card.write("\nMeasured at home.\n")
+    out["added here"] = cli("push", folder, "org/shared")
+    out["of both"] = files(hub, "org/shared")["README.md"].decode()
     edit("poems.", "long poems.")
     out["both"] = cli("push", folder, "org/shared")
     edit("long poems.", "poems.")
@@ -246,12 +255,17 @@ def their_own_card(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
         api.upload_file(
             repo_id=name, path_in_repo=".eval_results/ours.yaml", path_or_fileobj=f"{EVAL_MARK}[]\n".encode()
         )
+        api.upload_file(repo_id=name, path_in_repo="USE_POLICY.md", path_or_fileobj=b"No poems.\n")
         folder = Path(shutil.copytree(place / "model", place / name.replace("/", "-")))
-        (folder / "README.md").unlink(missing_ok=True)
+        if name == "org/mine":
+            (folder / "README.md").unlink(missing_ok=True)
+        else:
+            with (folder / "README.md").open("a") as card:
+                card.write("\nMeasured at home.\n")
         out[name] = cli("push", folder, name)
         out[f"{name} card"] = files(hub, name)["README.md"].decode()
-        out[f"{name} others"] = sorted({"photo.jpg", ".eval_results/theirs.yaml", ".eval_results/ours.yaml"}
-                                       & files(hub, name).keys())  # fmt: skip
+        others = {"photo.jpg", "USE_POLICY.md", ".eval_results/theirs.yaml", ".eval_results/ours.yaml"}
+        out[f"{name} others"] = sorted(others & files(hub, name).keys())
 
 
 @scenario

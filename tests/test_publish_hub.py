@@ -139,6 +139,7 @@ def test_a_branch(found: Found) -> None:
     assert out["main"] == []
     assert out["side"]
     assert "nothing has changed" in out["branch again"][1]
+    assert out["of the branch"]
     assert "no such branch or pull request; check --revision" in out["no branch"][1]
 
 
@@ -172,6 +173,9 @@ def test_what_people_write_on_the_page_stays(found: Found) -> None:
     assert fields["widget"] == [{"text": "Hi"}]
     assert fields["tags"][-1] == "poems"
     assert out["taken over"]  # into the folder's card, too
+    assert out["added here"][0] == 0
+    assert "Try it on poems." in out["of both"]
+    assert out["of both"].endswith("Measured at home.\n")
     assert out["both"][0] == 1
     assert "combine them in the folder" in out["both"][1]
 
@@ -194,7 +198,8 @@ def test_a_card_that_was_there_before(found: Found) -> None:
     assert fields["thumbnail"] == "x.png"
     assert body.endswith("# Mine\n\nWords.\n")
     assert "More Information Needed" not in out["org/plain card"]
-    assert out["org/mine others"] == [".eval_results/theirs.yaml", "photo.jpg"]
+    assert out["org/plain card"].endswith("Measured at home.\n")
+    assert out["org/mine others"] == [".eval_results/theirs.yaml", "USE_POLICY.md", "photo.jpg"]
 
 
 def test_push_to_hub_of_the_libraries_leaves_our_card(found: Found) -> None:
