@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -12,16 +13,19 @@ from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from hf_layerprune import CutError, LayerDropConfig, LayerPruneError, drop_layers, prune_with
+from hf_layerprune import CheckpointError, CutError, LayerDropConfig, LayerPruneError, drop_layers, prune_with
 from hf_layerprune.calibration.rows import CalibrationSet
 from hf_layerprune.cli import main
+from hf_layerprune.cut.patch import patch_layers
 from hf_layerprune.repair.fit import fit_repair
 from hf_layerprune.repair.frozen import freeze, unfreeze
 from hf_layerprune.repair.linear import NormalEquations, solve_ridge
 from hf_layerprune.repair.registry import REPAIRS
 from hf_layerprune.repair.writers import find_writers
+from hf_layerprune.runtime.loading import load_config
 from hf_layerprune.runtime.walk import LayerWalk
 
+from .folders import snapshot
 from .tiny_models import LAYERS, tiny_input, tiny_model
 
 CPU = torch.device("cpu")
@@ -300,3 +304,18 @@ def test_a_repair_of_another_type_than_the_checkpoint_has_is_refused(base, tmp_p
     assert main(["prune", str(base), str(tmp_path / "out"), *words]) == 1
     assert "is F16[32, 48] in the checkpoint, and the repair computed bfloat16[32, 48]" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "shape", "linked", "message"), [
+    ("mlp.down_proj.weight", (32, 48), True, "is a hard link to a file of the base"),
+    ("mlp.down_proj.weight", (48, 32), False, r"is F32\[32, 48\] in the checkpoint, .* float32\[48, 32\]"),
+    ("mlp.other.weight", (32, 48), False, "has no tensor model.layers.1.mlp.other.weight to repair"),
+])  # fmt: skip
+def test_where_one_value_does_not_fit_none_is_patched(base, tmp_path, name, shape, linked, message):
+    if linked:
+        os.link(base / "model.safetensors", tmp_path / "model.safetensors")
+    before = snapshot(base)
+    values = {(0, "mlp.down_proj.weight"): torch.zeros(32, 48), (1, name): torch.zeros(shape)}
+    with pytest.raises(CheckpointError, match=message):
+        patch_layers(base, load_config(base), values, "out")
+    assert snapshot(base) == before
