@@ -229,7 +229,7 @@ def test_tensors_stay_aligned_when_odd_ones_before_them_go(tmp_path):
 
 
 def test_layers_for_multi_token_prediction_are_dropped_too(tmp_path, caplog):
-    drafts = layer(4, eh_proj=torch.ones(2))
+    drafts = layer(4, eh_proj=torch.ones(2)) | {"mtp.norm.weight": torch.ones(2)}
     shard = EMBED | layer(0) | layer(1) | layer(2) | layer(3) | NORM | drafts
     with caplog.at_level(logging.INFO):
         base = make(tmp_path / "base", [shard], LLAMA | {"num_nextn_predict_layers": 1})

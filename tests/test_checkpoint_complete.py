@@ -78,9 +78,9 @@ def test_metadata_that_may_name_layers_is_refused(tmp_path):
 def test_a_tensor_of_a_layer_that_the_config_does_not_have_is_refused_by_name(tmp_path, capsys):
     base = tmp_path / "base"
     tiny_model("llama").save_pretrained(base)
-    path, stray = base / "model.safetensors", "model.layers.9.mlp.up_proj.weight"
+    path, stray = base / "model.safetensors", "model.layers.8.mlp.up_proj.weight"
     save_file(load_file(path) | {stray: torch.ones(2, 2)}, path)
-    refusal = f"tensor '{stray}' belongs to layer 9, but the config describes only the layers 0..7"
+    refusal = f"tensor '{stray}' belongs to layer 8, but the config describes only the layers 0..7"
     with pytest.raises(CheckpointError, match=refusal):
         cut_checkpoint(base, tmp_path / "cut", [1])
     with pytest.raises(CheckpointError, match=refusal):

@@ -142,7 +142,7 @@ def plan_weights(weights: Weights, config: PreTrainedConfig, cut: families.Cut) 
     """Plan the weight files of a cut.
 
     Raises:
-        CheckpointError: Tensors do not fit the config, or two would get the same name.
+        CheckpointError: Tensors do not fit the config.
         UnsupportedModelError: The decoder layers can't be identified.
     """
     wide = families.wide_tensors(config)
@@ -191,8 +191,7 @@ def new_names(tensors: Iterable[str], config: PreTrainedConfig, cut: families.Cu
             before the layer index.
 
     Raises:
-        CheckpointError: A tensor has no plain layer index or belongs to a layer that the config does not have, or two
-            tensors would get the same name.
+        CheckpointError: A tensor has no plain layer index, or belongs to a layer that the config does not have.
         UnsupportedModelError: The decoder layers can't be identified.
     """
     tensors = list(tensors)
@@ -224,8 +223,6 @@ def new_names(tensors: Iterable[str], config: PreTrainedConfig, cut: families.Cu
             drafts.append(name)
             continue
         names[name] = new
-    if len(set(names.values())) < len(names):
-        raise CheckpointError("two tensors would get the same name; save the checkpoint again")
     if drafts:
         logger.info(
             "%d tensors of layers for multi-token prediction are dropped too, such as %s", len(drafts), drafts[0]
