@@ -1,9 +1,11 @@
 """A checkpoint whose tensors are not those of its model is refused, with the name of one."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoModelForCausalLM
 
 from hf_layerprune import LayerDropConfig, prune_with
 from hf_layerprune.cli import main
@@ -14,7 +16,7 @@ from hf_layerprune.errors import CheckpointError
 from .cutting import cut_checkpoint
 from .matrix import cuts
 from .test_checkpoint import EMBED, LLAMA, NORM, layer, make
-from .tiny_models import tiny_model
+from .tiny_models import tiny_config, tiny_model
 
 
 @pytest.mark.parametrize("lost", ["mlp.up_proj", "input_layernorm"])
@@ -46,8 +48,10 @@ def test_an_expert_weight_that_every_layer_lacks_is_noticed(tmp_path):
 
 
 def test_a_model_whose_loader_reads_content_is_checked_by_name(tmp_path):
-    tiny_model("qwen4_exp_text").save_pretrained(tmp_path / "base")
-    drop = cuts("qwen4_exp_text", AutoConfig.from_pretrained(tmp_path / "base"))["middle"]
+    config = tiny_config("qwen4_exp_text")
+    config.tie_word_embeddings = True  # a head that is not in the file
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    drop = cuts("qwen4_exp_text", config)["middle"]
     plan_cut(tmp_path / "base", drop)
     path = tmp_path / "base" / "model.safetensors"
     save_file(
@@ -57,13 +61,18 @@ def test_a_model_whose_loader_reads_content_is_checked_by_name(tmp_path):
         plan_cut(tmp_path / "base", drop)
 
 
-@pytest.mark.parametrize("instead", ["another", "input_layernorm_2"])
-def test_a_norm_that_every_layer_of_a_quantised_checkpoint_lacks_is_noticed(tmp_path, instead):
+@pytest.mark.parametrize(("lost", "instead"), [
+    ("model.layers.0.input_layernorm", "another"),
+    ("model.layers.0.input_layernorm", "input_layernorm_2"),
+    ("model.embed_tokens", "another"),
+])  # fmt: skip
+def test_what_a_quantised_checkpoint_lacks_is_noticed(tmp_path, lost, instead):
+    """A norm in every layer, or what is outside of the layers."""
     shard = EMBED | NORM | layer(0) | layer(1) | layer(2) | layer(3)
-    weights = {name.replace("input_layernorm", instead): tensor for name, tensor in shard.items()}
+    weights = {name.replace(lost.rpartition(".")[2], instead): tensor for name, tensor in shard.items()}
     quantised = LLAMA | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     base = make(tmp_path / "base", [weights], quantised)
-    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.0\.input_layernorm\.weight, "):
+    with pytest.raises(CheckpointError, match=rf"lacks .*{re.escape(lost)}\.weight[ ,]"):
         cut_checkpoint(base, tmp_path / "cut", [1])
 
 
