@@ -108,9 +108,8 @@ def pruneme_distance(model: Any, rows: torch.Tensor, args: argparse.Namespace) -
 
 
 def our_distance(model: Any, rows: torch.Tensor, args: argparse.Namespace) -> list[float]:
-    blocks = score_layers(model, CalibrationSet.from_ids(rows, "rows"), ["angular_distance"])[
-        "angular_distance"
-    ].blocks
+    scores = score_layers(model, CalibrationSet.from_ids(rows, "rows"), ["angular_distance"])
+    blocks = scores["angular_distance"].blocks
     return [score for block, score in sorted(blocks.items()) if len(block) == LENGTH_OF_BLOCK]
 
 

@@ -19,7 +19,7 @@ from hf_layerprune.families.layout import find_decoder_layers
 from hf_layerprune.repair.fit import Repair, fit_repair
 from hf_layerprune.repair.registry import REPAIRS
 from hf_layerprune.repair.writers import swap_parameters
-from hf_layerprune.runtime.parts import scoped_hooks
+from hf_layerprune.runtime.parts import hook_scope
 
 from .comparing import TOLERANCE, cut_of, same
 from .matrix import ProofError, identities, load, logits
@@ -89,9 +89,9 @@ def fitted_as_written(dense: Any, repair: Repair, drop: tuple[int, ...], rows: C
             stack.enter_context(swap_parameters(layers[before], _borrowed(layers[before], refitted, folded[before])))
             entering: list[torch.Tensor] = []
             keep = lambda m, args, output, entering=entering: entering.extend((args[0], output.clone()))  # noqa: E731
-            with scoped_hooks(module.register_forward_hook(keep)):
+            with hook_scope(module.register_forward_hook(keep)):
                 plain = _leaving(dense, before, ids)
-            with scoped_hooks(module.register_forward_hook(lambda m, args, output: torch.zeros_like(output))):
+            with hook_scope(module.register_forward_hook(lambda m, args, output: torch.zeros_like(output))):
                 written = plain - _leaving(dense, before, ids)
             with swap_parameters(layers[before], folded[before]):
                 mine = _leaving(dense, before, ids)
@@ -195,7 +195,7 @@ def _leaving(model: Any, index: int, ids: torch.Tensor) -> torch.Tensor:
     """The output of a layer in the model's own forward pass."""
     seen: list[torch.Tensor] = []
     keep = lambda module, args, output: seen.append(output[0] if isinstance(output, tuple | list) else output)  # noqa: E731
-    with scoped_hooks(find_decoder_layers(model).layers[index].register_forward_hook(keep)):
+    with hook_scope(find_decoder_layers(model).layers[index].register_forward_hook(keep)):
         logits(model, ids)
     return seen[0]
 

@@ -26,7 +26,7 @@ from hf_layerprune.heal.methods import parse_method
 from hf_layerprune.heal.trainer import HealTrainer
 from hf_layerprune.measure.distance import text_metrics, window_means
 from hf_layerprune.runtime.head import OutputHead
-from hf_layerprune.runtime.parts import scoped_hooks
+from hf_layerprune.runtime.parts import hook_scope
 from hf_layerprune.runtime.walk import LayerWalk
 from hf_layerprune.select import ALL, taylor
 from hf_layerprune.select.runner import score_layers
@@ -76,7 +76,7 @@ def _states_are_those_of_the_model(walk: LayerWalk, model: Any, ids: torch.Tenso
     def keep(module: Any, args: Any, output: Any) -> None:
         own.append(output[0] if isinstance(output, tuple | list) else output)
 
-    with scoped_hooks(*[layer.register_forward_hook(keep) for layer in walk.layers]):
+    with hook_scope(*[layer.register_forward_hook(keep) for layer in walk.layers]):
         whole = logits(model, ids)
     with torch.no_grad():
         batch = walk.begin(ids)

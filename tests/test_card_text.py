@@ -143,9 +143,8 @@ def test_a_new_metric_needs_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = metrics_of(lineage)
     new = [one for one in metrics.results if one["metric"] == "perplexity"]
     metrics.add(results=[one | {"metric": "energy_used", "kind": "memory", "value": 0.25} for one in new])
-    assert "| **WikiText-2** ↑<br><sub>energy used</sub> | 0.250 " in Card.from_records(
-        lineage, metrics
-    ).render().replace(NBSP, " ")
+    text = Card.from_records(lineage, metrics).render().replace(NBSP, " ")
+    assert "| **WikiText-2** ↑<br><sub>energy used</sub> | 0.250 " in text
     monkeypatch.setitem(METRICS, "energy_used", Metric("energy per token, of the limit", "share"))
     text = Card.from_records(lineage, metrics).render().replace(NBSP, " ")
     assert "| **WikiText-2** ↓<br><sub>energy per token, of the limit</sub> | 25.0 " in text

@@ -292,6 +292,10 @@ def test_inspect(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "model.layers" in out
     assert main(["inspect", str(base), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert " ".join(sorted(found)) == (
+        "architecture context counted dropped dropped_before embeddings file_bytes head layers layers_path left "
+        "memory_bytes model_type no_cut other parameters protected refusal refused_at repairs tied"
+    )  # for scripts
     assert found["file_bytes"][0] == sum(path.stat().st_size for path in base.glob("*.safetensors"))
     assert found["memory_bytes"][0] > found["memory_bytes"][1] > found["file_bytes"][1]
     assert (

@@ -170,7 +170,7 @@ def test_a_full_card_does_not_turn_the_cache_off(llama: Bench, monkeypatch: pyte
         prefix.skip()
         raise torch.OutOfMemoryError(MESSAGE)
 
-    monkeypatch.setattr(_Precomputation, "_check_prefix", full)
+    monkeypatch.setattr(_Precomputation, "_find_prefix_obstacle", full)
     trainer = llama.trainer("last1", cache="auto")
     with pytest.raises(torch.OutOfMemoryError):
         trainer.train()

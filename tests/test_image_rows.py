@@ -17,7 +17,7 @@ from hf_layerprune.families.layout import find_decoder_layers
 from hf_layerprune.families.multimodal import placeholder_tokens
 from hf_layerprune.repair.fit import fit_repair
 from hf_layerprune.repair.writers import swap_parameters
-from hf_layerprune.runtime.parts import scoped_hooks
+from hf_layerprune.runtime.parts import hook_scope
 from hf_layerprune.runtime.walk import LayerWalk
 from hf_layerprune.select import taylor
 from hf_layerprune.select.trials import Trial, evaluate_trials
@@ -154,10 +154,10 @@ def test_repaired(model_type: str, method: str) -> None:
     module = layer.get_submodule(name)
     wanted = states(model, drop[-1] + 1, fitted)
     seen: list[torch.Tensor] = []
-    with scoped_hooks(module.register_forward_hook(lambda m, args, output: seen.extend((args[0], output.clone())))):
+    with hook_scope(module.register_forward_hook(lambda m, args, output: seen.extend((args[0], output.clone())))):
         plain = states(model, drop[0], fitted)
     features, output = (torch.cat([x.flatten(0, -2) for x in seen[start::2]]).double() for start in (0, 1))
-    with scoped_hooks(module.register_forward_hook(lambda m, args, output: torch.zeros_like(output))):
+    with hook_scope(module.register_forward_hook(lambda m, args, output: torch.zeros_like(output))):
         written = plain - states(model, drop[0], fitted)
     added = added_by_fit(method, cut, layer, features, output, written, wanted - plain)
     with swap_parameters(layer, repair.by_layer()[before]):

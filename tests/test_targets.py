@@ -89,9 +89,8 @@ def test_all_of_a_model_is_counted(model_type: str, tmp_path: Path) -> None:
     assert anatomy.tied == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
     sizes = Sizes(model.config)
     assert sizes.parameters() == model.num_parameters()
-    if model_type != "zamba" or installed_version("transformers") >= Version(
-        "5.16"
-    ):  # which can run it without weights
+    # This version can run zamba without weights.
+    if model_type != "zamba" or installed_version("transformers") >= Version("5.16"):
         assert sizes.memory_bytes(context=16) == sizes.weight_bytes() + real_cache(model, 16, 1)
     added = Sizes(model.config, untie=True).parameters() - sizes.parameters()
     assert added == (model.get_input_embeddings().weight.numel() if anatomy.tied else 0)

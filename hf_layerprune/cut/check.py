@@ -19,7 +19,7 @@ from ..errors import CutError, LayerPruneError
 from ..families.layout import find_decoder_layers
 from ..families.multimodal import path_to_text
 from ..families.types import proven_versions
-from ..runtime.parts import TrialError, evaluation_mode, probe_ids, scoped_hooks, trial, zero_masked
+from ..runtime.parts import TrialError, evaluation_mode, hook_scope, probe_ids, trial, zero_masked
 from ..versions import installed_version
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def _bypassed(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[None]:
         return (*inputs[:count], *output[count:])
 
     stack = find_decoder_layers(model).layers
-    with scoped_hooks(*[stack[i].register_forward_hook(return_input, with_kwargs=True) for i in layers]):
+    with hook_scope(*[stack[i].register_forward_hook(return_input, with_kwargs=True) for i in layers]):
         yield
 
 

@@ -77,13 +77,13 @@ def read_header(path: Path) -> Header:
         version = file.version
         length = int.from_bytes(file.read(0, min(8, file.size)), "little")
         if file.size < 8 or length > min(MAX_HEADER, file.size - 8):
-            raise _invalid_file(path, f"its header claims {length} bytes, and the file has {file.size}")
+            raise _header_error(path, f"its header claims {length} bytes, and the file has {file.size}")
         text = file.read(8, length)
     try:
         with safe_open(path, framework="numpy"):  # validates the header
             entries = parse_json(text, "its header")
     except Exception as error:  # SafetensorError, OSError or CheckpointError, among others
-        raise _invalid_file(path, one_line(str(error))[:200]) from error
+        raise _header_error(path, one_line(str(error))[:200]) from error
     metadata = entries.pop("__metadata__", None)
     tensors = [
         Tensor(name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"]) for name, entry in entries.items()
@@ -92,7 +92,7 @@ def read_header(path: Path) -> Header:
     return Header(path, version, 8 + length, tuple(tensors), metadata)
 
 
-def _invalid_file(path: Path, what: str) -> CheckpointError:
+def _header_error(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{path} is not a valid safetensors file: {what}; download or save it again")
 
 

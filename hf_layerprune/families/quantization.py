@@ -85,7 +85,7 @@ class _Rewriter:
             return self._walk_dict(value, where)
         listed = value if isinstance(value, list | tuple) else [value] if isinstance(value, str) else []
         if "layer" in where.lower() and any(_INDICES.fullmatch(str(one)) for one in listed):
-            raise self._ambiguous(where, "may list layers by index")
+            raise self._ambiguous_error(where, "may list layers by index")
         if isinstance(value, list | tuple):
             new: list[Any] = []
             for item in value:
@@ -100,13 +100,13 @@ class _Rewriter:
 
     def _walk_dict(self, value: dict[str, Any], where: str) -> dict[str, Any]:
         if "layer" in where.lower() and any(re.fullmatch(r"[0-9]+", str(key)) for key in value):
-            raise self._ambiguous(where, "has keys that may be layers")
+            raise self._ambiguous_error(where, "has keys that may be layers")
         new: dict[str, Any] = {}
         for key, item in value.items():
             field = "" if "." in str(key) else str(key).lower()
             short = isinstance(item, list) and (len(item) < 3 or str in map(type, item))  # such as a block's size
             if not short and (why := looks_per_layer(field, item, self._cut.num_layers)):
-                raise self._ambiguous(str(key), why)
+                raise self._ambiguous_error(str(key), why)
             for text in self._rewrite_text(key, where) if isinstance(key, str) else [key]:
                 rewritten = self.walk(item, key if isinstance(key, str) else where)
                 if new.setdefault(text, rewritten) != rewritten:
@@ -188,7 +188,7 @@ class _Rewriter:
         if self._several_stacks and not _TEXT.search(before) and (wild or before not in _PLAIN):
             raise self._refusal(text, "it may also match layers outside the decoder")
 
-    def _ambiguous(self, where: str, why: str) -> CutError:
+    def _ambiguous_error(self, where: str, why: str) -> CutError:
         return CutError(f"{self._holder} field {where!r} {why}, which is ambiguous; list modules instead")
 
     def _refusal(self, text: str, why: str) -> CutError:

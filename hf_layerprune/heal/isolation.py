@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..families.layout import find_decoder_layers
-from ..runtime.parts import TrialError, agree, scoped_hooks, trial
+from ..runtime.parts import TrialError, agree, hook_scope, trial
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class RowIsolation:
             factors = 1 + scale * torch.randn(hidden.shape, generator=noise, device=self._device)
             return hidden * factors.to(hidden.dtype)
 
-        with scoped_hooks(*(_hook_input(layer, add_noise) for layer in layers)):
+        with hook_scope(*(_hook_input(layer, add_noise) for layer in layers)):
             return [self._states([row])[0] for row in rows]
 
     def _gradients_stay_in_rows(self, rows: Sequence[int], layer: nn.Module) -> bool:
@@ -93,7 +93,7 @@ class RowIsolation:
             return self._split(gradient, rows)
 
         with torch.inference_mode(False), torch.enable_grad():
-            with scoped_hooks(_hook_input(layer, capture_input)):
+            with hook_scope(_hook_input(layer, capture_input)):
                 parts = self._states(rows)
             for row, part in enumerate(parts):
                 if any(bool(one.any()) for other, one in enumerate(input_gradients(part)) if other != row):

@@ -57,8 +57,8 @@ class LossInputs(types.SimpleNamespace):
         """The dense model's side of the loss, with its head; `None` without its states."""
         if self.teacher_states is None or head is None:
             return None
-        mask, distilled = self.kd_mask[self.keep], self.teacher_states[:, :-1][self.keep]
-        return Distillation(distilled, head, mask, self.kd_weight, args.kd_temperature, args.kd_direction)
+        mask, states = self.kd_mask[self.keep], self.teacher_states[:, :-1][self.keep]
+        return Distillation(states, head, mask, self.kd_weight, args.kd_temperature, args.kd_direction)
 
 
 def compute_in_forward(trainer: HealTrainer, output: OutputHead) -> None:
@@ -86,7 +86,7 @@ def compute_in_forward(trainer: HealTrainer, output: OutputHead) -> None:
             return {"loss": heal.loss}
         states = output.states(*args, run=plain_forward, **kwargs)[:, :-1]
         distillation = heal.distillation(precomputed.teacher_head, trainer.args)
-        accumulate = trainer.accumulates_gradients and torch.is_grad_enabled()
+        accumulate = trainer.can_add_gradients_in_forward and torch.is_grad_enabled()
         labels = heal.labels[heal.keep]
         losses = head_loss(
             states[heal.keep], output.head(), labels, heal.ce_weight, distillation, accumulate=accumulate

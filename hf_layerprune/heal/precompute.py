@@ -121,7 +121,7 @@ class _Precomputation:
             prefix = Prefix(self.model, depth, needs_ids=needs_ids)
             try:
                 with trial():
-                    self.obstacle = self._check_prefix(prefix)
+                    self.obstacle = self._find_prefix_obstacle(prefix)
             except TrialError as error:
                 self.obstacle = f"the model fails without them ({error})"
             finally:
@@ -130,7 +130,7 @@ class _Precomputation:
                 return prefix
         return None
 
-    def _check_prefix(self, prefix: Prefix) -> str:
+    def _find_prefix_obstacle(self, prefix: Prefix) -> str:
         """Why the recorded states can't replace the layers; empty if they can."""
         rows = list(range(min(2, len(self.datasets[0]))))
         inputs, output = self._collate(rows), self.trainer.output_head

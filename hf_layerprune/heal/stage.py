@@ -112,15 +112,15 @@ def _merge_trained(
     elif adapter is not None:
         folder = folders.enter_context(new_folder(adapter, source=student.folder))
         if tail:
-            _describe_repair(adapted.peft_config["default"], lineage)
+            _record_repair(adapted.peft_config["default"], lineage)
         adapted.save_pretrained(folder)
         _copy_companions(student.folder, folder, exclude=(CONFIG, GENERATION))
         return adapted.merge_and_unload(), folder if tail else None
     return adapted.merge_and_unload(), None
 
 
-def _describe_repair(config: LayerDropConfig, lineage: Lineage) -> None:
-    """Say in an adapter's config how the model was repaired, as it does if the cut wrote the adapter."""
+def _record_repair(config: LayerDropConfig, lineage: Lineage) -> None:
+    """Record in an adapter's config how the model was repaired, as it is if the cut wrote the adapter."""
     entry = next((entry for entry in lineage.entries if entry.get("repair")), {})
     repair, text = entry.get("repair", {}), entry.get("calibration", {})
     fields = {"repair": repair.get("method"), "calibration": text.get("source"), "seed": text.get("seed")}

@@ -157,8 +157,8 @@ class HealTrainer(SavingTrainer):
         return leaves
 
     @property
-    def accumulates_gradients(self) -> bool:
-        """Whether gradients may be added up before `backward`: a single process without loss scaling or compiling."""
+    def can_add_gradients_in_forward(self) -> bool:
+        """Whether the head's gradients may be added before `backward`: one process without loss scaling or compiling."""
         one = self.accelerator
         plain = one.distributed_type == DistributedType.NO and one.scaler is None
         return plain and self.model.training and not self.args.torch_compile and one.gradient_accumulation_steps == 1

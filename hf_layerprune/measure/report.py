@@ -78,6 +78,6 @@ def _comparison_cells(row: Row, results: Results) -> list[str]:
     return [
         cell.change,
         "" if theory is None else numbers.format_ratio(theory),
-        "" if kept is None else f"{numbers.format_percent(kept)} %",
+        "" if kept is None else f"{numbers.in_percent(kept)} %",
         significance + (" noise" if p is not None and p > SIGNIFICANT else ""),
     ]

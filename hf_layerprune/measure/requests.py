@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CutError
-from ..options import DTYPES, MODEL, MODEL_OR_ADAPTER_HELP, PATH, Kind, Options, documented, integer, option, tuple_of
+from ..options import ANY_MODEL_HELP, DTYPES, MODEL, PATH, Kind, Options, documented, integer, option, tuple_of
 from ..records.requirements import RequireOptions
 
 DEFAULT_LENGTH = 1024  # tokens in a window of text
@@ -63,7 +63,7 @@ class MeasureOptions(Options):
 class EvalRequest(MeasureOptions, RequireOptions):
     """What to measure, and how."""
 
-    model: str = option(MISSING, MODEL_OR_ADAPTER_HELP, MODEL)
+    model: str = option(MISSING, ANY_MODEL_HELP, MODEL)
     base: str | None = option(None, "Dense model to compare with", MODEL)
     tasks: tuple[str, ...] | None = option(
         None,
@@ -124,7 +124,7 @@ class Workload:
 class BenchRequest(MeasureOptions):
     """What to measure, and how."""
 
-    model: str = option(MISSING, MODEL_OR_ADAPTER_HELP, MODEL)
+    model: str = option(MISSING, ANY_MODEL_HELP, MODEL)
     base: str | None = option(None, "Dense model to compare with; the two are timed in alternation", MODEL)
     batch_sizes: tuple[int, ...] = option(
         (1, 4), "Batch sizes, separated by commas", tuple_of(integer(1), separator=",")

@@ -25,12 +25,12 @@ from .declare import (
     set_choices,
 )
 from .kinds import (
+    ANY_MODEL_HELP,
     DROP,
     DTYPES,
     LAYERS,
     MODEL,
     MODEL_HELP,
-    MODEL_OR_ADAPTER_HELP,
     PATH,
     Kind,
     check_value,
@@ -49,10 +49,10 @@ from .shared import (
 )
 
 __all__ = [
-    "AMOUNTS", "BUDGETS", "DEFAULT_DROP", "DROP", "DTYPES", "LAYERS", "MODEL", "MODEL_HELP", "MODEL_OR_ADAPTER_HELP",
-    "PATH", "TARGET_SETTINGS", "AmountOptions", "CalibrationOptions", "CutOptions", "DisplayOptions", "Kind", "Options",
-    "ResultOptions", "SelectionOptions", "TuningOptions", "add_options", "argument_dataclass", "check_choice",
-    "check_options", "check_value", "copy_fields", "documented", "drop_exactly", "format_bytes", "format_count",
-    "format_percent", "integer", "join_words", "option", "option_fields", "options_from_args", "pluralize",
-    "refuse_unused", "set_choices", "to_arguments", "tuple_of"
+    "AMOUNTS", "ANY_MODEL_HELP", "BUDGETS", "DEFAULT_DROP", "DROP", "DTYPES", "LAYERS", "MODEL", "MODEL_HELP",
+    "PATH", "TARGET_SETTINGS", "AmountOptions", "CalibrationOptions", "CutOptions", "DisplayOptions", "Kind",
+    "Options", "ResultOptions", "SelectionOptions", "TuningOptions", "add_options", "argument_dataclass",
+    "check_choice", "check_options", "check_value", "copy_fields", "documented", "drop_exactly", "format_bytes",
+    "format_count", "format_percent", "integer", "join_words", "option", "option_fields", "options_from_args",
+    "pluralize", "refuse_unused", "set_choices", "to_arguments", "tuple_of"
 ]  # fmt: skip

@@ -85,7 +85,7 @@ def set_choices(table: str, names: Collection[str]) -> None:
 
 
 def check_choice(what: str, name: Any, names: Collection[str]) -> str:
-    """Look up a name.
+    """Check that a name is one of `names`, and return it.
 
     Raises:
         CutError: It is unknown; the message lists the known names.

@@ -14,7 +14,7 @@ from ..layer_ranges import MAX_LAYERS, parse_layers
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 MODEL_HELP = "A Hub id, a model folder, or a .gguf file"
-MODEL_OR_ADAPTER_HELP = "A Hub id, a model folder, a .gguf file, or an adapter"
+ANY_MODEL_HELP = "A Hub id, a model folder, a .gguf file, or an adapter"
 _MAX_CHARACTERS = 4096
 
 

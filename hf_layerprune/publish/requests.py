@@ -6,18 +6,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 
 from ..errors import CutError
-from ..options import (
-    MODEL,
-    MODEL_HELP,
-    MODEL_OR_ADAPTER_HELP,
-    PATH,
-    Kind,
-    Options,
-    documented,
-    integer,
-    option,
-    tuple_of,
-)
+from ..options import ANY_MODEL_HELP, MODEL, MODEL_HELP, PATH, Kind, Options, documented, integer, option, tuple_of
 from ..records.names import check_repository
 from ..records.requirements import RequireOptions
 
@@ -108,7 +97,7 @@ class VerifyRequest(Options):
 class ChatRequest(Options):
     """What to chat with, and where to serve it."""
 
-    model: str = option(MISSING, MODEL_OR_ADAPTER_HELP, MODEL)
+    model: str = option(MISSING, ANY_MODEL_HELP, MODEL)
     base: str | None = option(
         None,
         "Dense model to compare with; by default an adapter's base, or the folder that MODEL was pruned from, if it still "

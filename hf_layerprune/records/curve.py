@@ -11,7 +11,7 @@ STATES = ("cut", "repaired")
 _FIGURES = ("kl", "perplexity_ratio", "top1_agreement")
 
 
-def read_curve(history: History) -> list[dict[str, Any]]:
+def curve_points(history: History) -> list[dict[str, Any]]:
     """The points of the search for a budget, or of `rank --curve`, in the records; empty if any of them is malformed."""
     for stage in history.stages:
         points = stage.entry.get("selection", {}).get("curve", [])

@@ -229,7 +229,7 @@ class BorrowFitter(LinearFitter):
     def _collect_activations(
         self, layer: nn.Module, first: int, batches: list[Batch], candidates: list[Rows]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, Iterator[torch.Tensor]]]:
-        """For each batch: activations of the layer's neurons, what is missing after it, and activations of offers."""
+        """For each batch: activations of the layer's neurons, what is missing after it, and of the candidates."""
         seen: list[torch.Tensor] = []
         values = [self.readers.to_parameters(layer, candidate) for candidate in candidates]
 
@@ -249,7 +249,7 @@ class BorrowFitter(LinearFitter):
     def _neuron_gains(
         self, layer: nn.Module, first: int, batches: list[Batch], candidates: list[Rows]
     ) -> tuple[torch.Tensor, Fit]:
-        """How much of what `refit` leaves each offered neuron explains alone, and the fit of `refit`."""
+        """How much of what `refit` leaves each candidate explains alone, and the fit of `refit`."""
         with_own: list[torch.Tensor] = [torch.zeros(())] * len(candidates)
         with_missing, squares = list(with_own), list(with_own)
 
@@ -279,10 +279,10 @@ class BorrowFitter(LinearFitter):
         return torch.cat(gains), fit
 
 
-def _map_rows(rows: Rows, change: torch.Tensor, dtype_like: Rows) -> Rows:
+def _map_rows(rows: Rows, change: torch.Tensor, like: Rows) -> Rows:
     """Rows that read `x` as the given ones read `x @ change`; a bias has nothing to read and stays."""
     return {
-        name: ((value.to(change) @ change.T) if value.ndim == 3 else value).to(dtype_like[name])
+        name: ((value.to(change) @ change.T) if value.ndim == 3 else value).to(like[name])
         for name, value in rows.items()
     }
 

@@ -78,7 +78,7 @@ def scale_writers(index: int, layer: nn.Module, run: Run, batch: Batch, factor: 
     with zero_outputs(writers):
         rest = run(batch.hidden, batch).float() - batch.hidden.float()
     if not (writers and rest.norm() <= _ROUNDING * batch.hidden.float().norm()):
-        raise _cannot_rescale(
+        raise _rescale_error(
             index,
             "not everything that it adds to the hidden states comes from its output projections (it has experts, a "
             "norm or a bias after them)",
@@ -92,11 +92,11 @@ def scale_writers(index: int, layer: nn.Module, run: Run, batch: Batch, factor: 
     with swap_parameters(layer, new):
         scaled = run(batch.hidden * factor, batch).float()
     if not (scaled - wanted).norm() <= _TOLERANCE * wanted.norm():  # such as a layer without an input norm
-        raise _cannot_rescale(index, "what it adds depends on the magnitude of its input")
+        raise _rescale_error(index, "what it adds depends on the magnitude of its input")
     return new
 
 
-def _cannot_rescale(index: int, why: str) -> CutError:
+def _rescale_error(index: int, why: str) -> CutError:
     return CutError(
         f'repair="magnitude" can\'t rescale layer {index}: {why}; use repair="linear", or no repair for this model'
     )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from ..runtime.parts import agree, scoped_hooks
+from ..runtime.parts import agree, hook_scope
 
 # The least scale of a channel, relative to the mean. Values are divided by it, and a norm may all but silence a channel.
 _MIN_SCALE = 1e-2
@@ -66,7 +66,7 @@ def find_norm(layer: nn.Module, x: torch.Tensor, run: Callable[[], object]) -> N
         for name, module in layer.named_modules()
         if [(kind, value.shape) for kind, value in module.named_parameters()] == [("weight", x.shape[-1:])]
     ]
-    with scoped_hooks(*norms):
+    with hook_scope(*norms):
         run()
     if len(readers) != 1 or not x.any():
         return None

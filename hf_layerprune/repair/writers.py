@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..runtime.parts import scoped_hooks
+from ..runtime.parts import hook_scope
 from ..runtime.precision import is_packed
 from ..runtime.walk import Batch
 from .norms import Norm, find_norm
@@ -157,7 +157,7 @@ def find_writers(layer: nn.Module, run: Run, batch: Batch) -> list[Writer]:
         for name, module in layer.named_modules()
         if _is_plain_linear(module, hidden.shape[-1])
     ]
-    with scoped_hooks(*handles):
+    with hook_scope(*handles):
         run(hidden, batch)
     names = [name for name, _, _ in order]
     writers: list[Writer] = []
@@ -181,7 +181,7 @@ def _is_plain_linear(module: nn.Module, hidden_size: int) -> bool:
 
 def zero_outputs(writers: list[Writer]) -> AbstractContextManager[None]:
     """Set the outputs of writers to zero inside a `with` block."""
-    return scoped_hooks(*(hook_output(writer.module, torch.zeros_like) for writer in writers))
+    return hook_scope(*(hook_output(writer.module, torch.zeros_like) for writer in writers))
 
 
 def _gain(module: nn.Module, run: Run, batch: Batch) -> float | None:

@@ -49,7 +49,7 @@ def replace_forward(modules: Sequence[nn.Module], *forwards: Callable[..., Any])
 
 
 @contextmanager
-def scoped_hooks(*handles: Any) -> Iterator[None]:
+def hook_scope(*handles: Any) -> Iterator[None]:
     """Remove hooks, as returned by `register_forward_hook`, at the end of a `with` block."""
     try:
         yield

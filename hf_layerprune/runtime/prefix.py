@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..families.layout import DecoderStack, find_decoder_layers, find_final_norm, find_output_head
-from .parts import hidden_of, input_device, layer_stub, num_values, replace_forward, scoped_hooks
+from .parts import hidden_of, hook_scope, input_device, layer_stub, num_values, replace_forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,7 +110,7 @@ class Prefix:
             return hook
 
         layers = enumerate(self._layers[: max(depths)], 1)
-        with scoped_hooks(*[layer.register_forward_hook(make_hook(depth)) for depth, layer in layers]):
+        with hook_scope(*[layer.register_forward_hook(make_hook(depth)) for depth, layer in layers]):
             yield states
 
     def run(

@@ -39,17 +39,7 @@ from ..families.layout import find_decoder_layers
 from ..families.multimodal import placeholder_tokens
 from .devices import moved_to
 from .memory import free_memory, is_out_of_memory
-from .parts import (
-    TrialError,
-    agree,
-    hidden_of,
-    layer_stub,
-    num_values,
-    probe_ids,
-    replace_forward,
-    scoped_hooks,
-    trial,
-)
+from .parts import TrialError, agree, hidden_of, hook_scope, layer_stub, num_values, probe_ids, replace_forward, trial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -257,7 +247,7 @@ class LayerWalk:
 
             return forward
 
-        notes = scoped_hooks(*[one.register_forward_hook(make_hook(i)) for i, one in enumerate(self.layers)])
+        notes = hook_scope(*[one.register_forward_hook(make_hook(i)) for i, one in enumerate(self.layers)])
         with notes, torch.no_grad(), replace_forward(list(self.layers), *map(on_device, self.layers)):
             wanted = self._forward(ids, **media)
         if order != list(range(self.num_layers)):

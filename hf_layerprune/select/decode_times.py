@@ -22,7 +22,7 @@ from ..families import text_config
 from ..families.layout import count_parameters, find_decoder_layers
 from ..runtime.devices import moved_to, synchronise, token_times
 from ..runtime.memory import free_memory
-from ..runtime.parts import evaluation_mode, scoped_hooks
+from ..runtime.parts import evaluation_mode, hook_scope
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,7 +104,7 @@ def _time_layers(model: PreTrainedModel, context: int, batch: int) -> DecodeTime
     prompt = max(1, context - _TOKENS)
     vocabulary = text_config(model.config).vocab_size
     ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
-    with scoped_hooks(*hooks), evaluation_mode(model):
+    with hook_scope(*hooks), evaluation_mode(model):
         steps = token_times(model, ids, _TOKENS)
     by_kind: dict[Any, list[float]] = defaultdict(list)
     kinds = [_layer_kind(model, index, layer) for index, layer in enumerate(layers)]

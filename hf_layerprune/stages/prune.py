@@ -304,9 +304,8 @@ def _write_model(request: PruneRequest, dropped: list[int], folder: Path, prepar
     cut = drop_layers(model, dropped).cut
     if prepared is not None and prepared.repair is not None:
         model.save_pretrained(folder)
-        prepared.record["repair"]["input_weights"] = uncached_weights_hash(
-            folder
-        )  # finds the numbers of the plain cut
+        # Finds the numbers of the plain cut.
+        prepared.record["repair"]["input_weights"] = uncached_weights_hash(folder)
         stack = find_decoder_layers(model)
         prepared.repair.apply(list(stack.layers), cut.new_index)
         names = repaired_tensor_names(prepared.repair, stack.path, cut)

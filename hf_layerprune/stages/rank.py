@@ -141,7 +141,7 @@ def rank(request: RankRequest) -> Ranking:
 
     # What is refused is refused before a weight is read.
     config = load_config(request.base, revision=request.revision)
-    criteria = _check_criteria(request, config)
+    criteria = _usable_criteria(request, config)
     n = families.layer_count(config)
     protected = families.protected_layers(config)
     count = 1 if request.drop is None else drop_count(request.drop, n)
@@ -210,7 +210,7 @@ def _free_by_criterion(
     return free
 
 
-def _check_criteria(request: RankRequest, config: PreTrainedConfig) -> list[Criterion]:
+def _usable_criteria(request: RankRequest, config: PreTrainedConfig) -> list[Criterion]:
     """The criteria, without those that need text if the model can't be run on it a layer at a time.
 
     Refuses a model, a text or options that they can't use.

@@ -239,9 +239,8 @@ def chat_tab(source: Source, settings: list[Any], glance: str) -> Any:
     def undo(history: list[dict], at: gr.UndoData) -> tuple[list[dict], Any]:
         last = history[message_index(at)]
         files = chat.paths_of(last)
-        return history[: message_index(at)], {"text": chat.text_of(last), "files": files} if files else chat.text_of(
-            last
-        )
+        text = chat.text_of(last)
+        return history[: message_index(at)], {"text": text, "files": files} if files else text
 
     def example(chosen: gr.SelectData) -> tuple[Any, list[dict]]:
         chat.check()

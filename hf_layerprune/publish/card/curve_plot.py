@@ -24,7 +24,7 @@ def curve_table(points: Sequence[dict[str, Any]], chosen: int) -> list[list[str]
             ", ".join(point["layers"].split(",")),
             numbers.format_number(best["kl"]),
             numbers.format_ratio(best["perplexity_ratio"]),
-            f"{numbers.format_percent(best['top1_agreement'])} %",
+            f"{numbers.in_percent(best['top1_agreement'])} %",
         ]
         rows.append([f"**{cell}**" for cell in row] if point["dropped"] == chosen else row)
     return rows

@@ -89,7 +89,7 @@ def _text_losses(rows: list[Row], own: str, results: Results) -> Iterator[Markup
             )
         elif metric == "top1_agreement":
             on = f" of {escape_text(row.task)}" if row.task else ""
-            other = numbers.format_percent(1 - cell.record["value"])
+            other = numbers.in_percent(1 - cell.record["value"])
             yield Markup(
                 f"**Top-1 agreement**: at {other} % of the tokens{on}, its likeliest next token differs from the dense "
                 "model's."
@@ -102,5 +102,5 @@ def _detection_limit(rows: list[Row]) -> Markup | None:
     errors = [paired["stderr"] for paired in pairs if paired.get("stderr")]
     if not errors:
         return None
-    least = numbers.format_percent(2 * max(errors))
+    least = numbers.in_percent(2 * max(errors))
     return Markup(f"With this many questions per task, differences below about {least} points can't be detected.")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...options import pluralize
-from ...records.curve import read_curve
+from ...records.curve import curve_points
 from ...records.figures.results import Results, Row
 from ...records.history import History
 from .curve_plot import draw_curve
@@ -146,7 +146,7 @@ def available_plots(history: History, results: Results | None = None) -> dict[st
     scored = next(filter(None, (_scores_of(stage.entry, history) for stage in history.stages)), None)
     if scored is not None:
         drawings["scores"] = partial(draw_scores, scored[1], history.dropped, scored[0])
-    if points := read_curve(history):
+    if points := curve_points(history):
         drawings["curve"] = partial(draw_curve, points, chosen=len(history.dropped))
     if not results or len(results.columns) < 2:
         return drawings

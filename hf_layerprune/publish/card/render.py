@@ -24,7 +24,7 @@ from markupsafe import Markup
 
 from ...layer_ranges import format_layers
 from ...options import pluralize
-from ...records.curve import read_curve
+from ...records.curve import curve_points
 from ...records.figures import numbers
 from ...records.figures.results import COST, QUALITY, Results, build_results, describe_conditions, describe_run
 from ...records.history import History, Stage, read_history
@@ -166,7 +166,7 @@ def _context(card: Card) -> dict[str, Any]:
         "packed": packed,
         "quantizer": shlex.quote(package) if (package := quantization_package(settings)) else "",
         "own_verb": "was" if quantized else "is",
-        "curve": curve_table(read_curve(history), len(history.dropped)),
+        "curve": curve_table(curve_points(history), len(history.dropped)),
         "pictures": card.pictures,
         "dropped": format_layers(history.dropped).replace(",", ", "),
         "done": [stage.name for stage in history.stages],
@@ -266,6 +266,6 @@ def _environment() -> jinja2.Environment:
 
 
 def _with_error(value: float, stderr: float | None) -> Markup:
-    text = numbers.format_percent(value)
+    text = numbers.in_percent(value)
     text = numbers.with_error(text, value, stderr, share=True) if stderr else text
     return Markup(text.replace(" ", "\u00a0"))

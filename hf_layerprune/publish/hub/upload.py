@@ -1,6 +1,6 @@
 """Uploads files to a repository on the Hub in a single commit, or none if nothing has changed.
 
-    upload(Upload("org/name", {"config.json": Path("pruned/config.json"), ...}), log_in())
+    upload(UploadJob("org/name", {"config.json": Path("pruned/config.json"), ...}), log_in())
 
 Large files are first sent to storage, where nobody sees them; then one commit refers to all of them. Until then, the
 branch is unchanged. Files that the Hub already has are not sent again: repeating an upload makes no commit, and an

@@ -25,7 +25,7 @@ def format_number(value: float) -> str:
     return f"{value:.{digits}f}".replace("-", MINUS)
 
 
-def format_percent(value: float) -> str:
+def in_percent(value: float) -> str:
     """A share in percent, without the percent sign."""
     return f"{100 * value:.1f}".replace("-", MINUS)
 
@@ -50,7 +50,7 @@ def _scaled(value: float, units: dict[float, str], otherwise: str) -> str:
 def with_error(text: str, value: float, stderr: float, *, share: bool) -> str:
     """A value and its standard error, with the same number of decimals."""
     if share:
-        return f"{text} ± {format_percent(stderr)}"
+        return f"{text} ± {in_percent(stderr)}"
     decimals = len(text.partition(".")[2]) if TIMES not in text else -1
     error = f"{stderr:.{decimals}f}" if decimals >= 0 and abs(value) < 1000 else ""
     return f"{text} ± {error if error.strip('0.') else format_number(stderr)}"
@@ -84,7 +84,7 @@ def format_metric(metric: str, value: float, kind: str | None = None, unit: str 
 
 
 _FORMATTERS = {
-    SHARE: format_percent,
+    SHARE: in_percent,
     BYTES: format_size,
     SECONDS: format_duration,
     COUNT: format_count,

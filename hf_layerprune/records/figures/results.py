@@ -282,9 +282,9 @@ def _build_cell(record: dict[str, Any], base: dict[str, Any] | None, results: Re
     paired = next((one for one in reversed(results.pairs_of(record)) if one["base"] == base["weights"]), None)
     if share and metric != "top1_agreement":
         difference = paired["difference"] if paired else value - base["value"]
-        change = numbers.with_sign(numbers.format_percent(difference), difference)
+        change = numbers.with_sign(numbers.in_percent(difference), difference)
         if paired and paired.get("stderr"):
-            change += f" ± {numbers.format_percent(paired['stderr'])}"
+            change += f" ± {numbers.in_percent(paired['stderr'])}"
     elif kind == "distance" or not base["value"]:
         change = ""
     elif paired and paired.get("share") is not None:
