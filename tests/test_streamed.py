@@ -143,7 +143,7 @@ def test_a_model_that_is_too_large_for_the_card_writes_where_it_is(
     when: str, card: Card, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     layers = LayerWalk(tiny_model("llama"), device="cpu")
-    monkeypatch.setattr(layers, "_source", "home")
+    monkeypatch.setattr(layers, "_storage_device", "home")
     card.fits = when == "it writes"
     tries: list[str] = []
 

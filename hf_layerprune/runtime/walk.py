@@ -90,18 +90,18 @@ class LayerWalk:
         self.layers: nn.ModuleList = self.stack.layers
         self.num_layers = len(self.layers)
         self._device = torch.device(device) if device is not None else None
-        self._source = next(self.layers[0].parameters()).device
+        self._storage_device = next(self.layers[0].parameters()).device
         self._tried_media = False
         # How many values each layer returns, see [`num_values`].
         self._returns: list[int | None] = [None] * self.num_layers
-        if self._device is not None and self._device != self._source:
+        if self._device is not None and self._device != self._storage_device:
             self._move_surroundings()
         self._check_layerwise(probe_ids(model, _PROBE_TOKENS).to(self.device), {})
 
     @property
     def device(self) -> torch.device:
         """The device of the hidden states."""
-        return self._device or self._source
+        return self._device or self._storage_device
 
     @property
     def reloads_weights(self) -> bool:
@@ -163,8 +163,10 @@ class LayerWalk:
                 raise
         finally:
             free_memory()
-        logger.warning("%s is too small for the whole model, so it runs on %s for now", self._device, self._source)
-        with moved_to(self._source, self.model):
+        logger.warning(
+            "%s is too small for the whole model, so it runs on %s for now", self._device, self._storage_device
+        )
+        with moved_to(self._storage_device, self.model):
             return work()
 
     # --- internals ---------------------------------------------------------------------------------------
@@ -274,7 +276,7 @@ class LayerWalk:
 
     @property
     def _is_streaming(self) -> bool:
-        return self._device is not None and self._device != self._source
+        return self._device is not None and self._device != self._storage_device
 
     def _move_surroundings(self) -> None:
         """Move everything but the layers to the device, permanently."""
