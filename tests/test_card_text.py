@@ -237,9 +237,17 @@ def test_limits_come_from_the_numbers() -> None:
     for record in metrics.results:
         if record["metric"] == "perplexity" and record["weights"] == "b" * 64:
             record["value"] = 2.8e8
+        elif record.get("task") == "piqa":
+            record["stderr"] = 0.001
+    for record in metrics.comparisons:
+        if record.get("task") == "arc_easy":
+            record |= {"difference": 0.17, "p_value": 0.001}
     text = Card.from_records(lineage, metrics).render()
     assert f"2.8 {TIMES} 10⁸" in text
     assert "hardly predicts text any more" in text
+    limits = text.partition("## Limits")[2].partition("##")[0]
+    assert "points, to 52.0 %.\n" in limits  # which is not chance
+    assert "ARC-Easy" not in limits  # where it is better
 
 
 def test_whole_benchmarks_of_the_hub_become_eval_results() -> None:

@@ -137,7 +137,7 @@ def test_what_would_not_be_measured_is_refused_before(text: str, message: str) -
     )
 
 
-def test_a_file_whose_requirements_mean_nothing(tmp_path: Path) -> None:
+def test_a_file_whose_requirements_or_numbers_mean_nothing(tmp_path: Path) -> None:
     metrics = numbers()
     metrics.bounds = parse_bounds("perplexity<=25")
     metrics.write(tmp_path)
@@ -153,6 +153,10 @@ def test_a_file_whose_requirements_mean_nothing(tmp_path: Path) -> None:
     data["requirements"][0]["require"] = "perplexity"
     (tmp_path / "metrics.json").write_text(json.dumps(data))
     with pytest.raises(LayerPruneError, match="has invalid requirements: must be bounds"):
+        Metrics.load(tmp_path)
+    data["requirements"], data["results"][0]["weights"] = [], "c" * 64
+    (tmp_path / "metrics.json").write_text(json.dumps(data))
+    with pytest.raises(LayerPruneError, match="a number of cccccccccccc, which `models` does not list"):
         Metrics.load(tmp_path)
 
 
