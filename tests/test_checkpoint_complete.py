@@ -100,3 +100,13 @@ def test_a_tensor_of_a_layer_that_the_config_does_not_have_is_refused_by_name(tm
         assert main(["prune", str(base), str(tmp_path / "cut"), "--drop-layers", "1", *words]) == 1
         assert refusal in capsys.readouterr().err
     assert [item.name for item in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_layer_that_the_models_class_skips_is_dropped(tmp_path):
+    """Such as one for multi-token prediction, also where the config does not count it."""
+    base = tmp_path / "base"
+    tiny_model("glm4_moe").save_pretrained(base)
+    path = base / "model.safetensors"
+    save_file(load_file(path) | {"model.layers.92.eh_proj.weight": torch.ones(2, 2)}, path)
+    drop = cuts("glm4_moe", tiny_config("glm4_moe"))["middle"]
+    assert "model.layers.92.eh_proj.weight" not in plan_cut(base, drop).tensor_names
