@@ -182,6 +182,7 @@ def branches_and_proposals(hub: HubServer, place: Path, out: dict[str, Any]) -> 
     out["reader"] = upload.upload(job, api).pull_request
     out["proposed"] = cli("push", folder, "org/open", "--create-pr")
     out["proposed again"] = cli("push", folder, "org/open", "--create-pr")
+    out["another proposed"] = cli("push", place / "side", "org/open", "--create-pr")
     out["untouched"] = head(hub, "org/open") == before
     out["pulls"] = sorted(hub.repos["org/open"].pulls)
     hub.repos["org/open"].merge(2)
@@ -391,6 +392,14 @@ def words_that_fail(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
     out["verify without a real token"] = cli("verify", "org/none")
     os.environ["HF_TOKEN"] = TOKEN
     out["refused"] = cli("push", folder, "a name")
+    from hf_layerprune.publish.hub.push import PushError, push
+    from hf_layerprune.publish.requests import PushRequest
+
+    hub.tokens[READER] = None
+    try:
+        push(PushRequest(folder, "org/none", token=READER))
+    except PushError as error:
+        out["another token"] = 1, str(error)
     out["left alone"] = sorted(hub.repos.keys() & {"org/none"})
 
 

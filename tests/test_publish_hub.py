@@ -24,7 +24,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 def test_one_commit_has_everything(found: Found) -> None:
     out = found["push_and_load"]
     assert out["first"][0] == 0
-    assert "pushed 14 files: http://127.0.0.1" in out["first"][1]
+    assert re.search(r"pushed 14 files: http://127.0.0.1:\d+/org/model\s", out["first"][1])
     assert out["same"]  # the folder got the card and the records that were published
     assert {"README.md", "lineage.json", "metrics.json", "config.json", "tokenizer.json", "LICENSE"} <= {*out["names"]}
     assert {"assets/layers.png", "assets/accuracy.png", "model.safetensors.index.json"} <= {*out["names"]}
@@ -148,8 +148,9 @@ def test_a_pull_request(found: Found) -> None:
     assert out["reader"].endswith("/org/open/discussions/1")
     assert "/org/open/discussions/2" in out["proposed"][1]
     assert "nothing has changed" in out["proposed again"][1]
+    assert "/org/open/discussions/3" in out["another proposed"][1]
     assert out["untouched"]
-    assert out["pulls"] == ["refs/pr/1", "refs/pr/2"]
+    assert out["pulls"] == ["refs/pr/1", "refs/pr/2", "refs/pr/3"]
     assert out["merged"]
     assert "nothing has changed" in out["nothing to do"][1]
     assert "there is no model org/absent to open a pull request for" in out["of nothing"][1]
@@ -226,6 +227,7 @@ def test_an_adapter(found: Found) -> None:
     ("words_that_fail", "inspect without a real token", "the Hub token has characters that no token has; copy it again"),
     ("words_that_fail", "verify without a real token", "the Hub token has characters that no token has; copy it again"),
     ("words_that_fail", "refused", "'a name' is not a Hub id"),
+    ("words_that_fail", "another token", "this token may only read"),
     ("no_network", "push", "can't reach the Hub"),
     ("no_network", "verify", "can't reach the Hub for org/model"),
     ("verify_fails_clearly", "absent", "org/absent is neither a folder here nor on the Hub, unless it is private"),
