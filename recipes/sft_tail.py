@@ -241,7 +241,6 @@ def prune(model_args: ModelArguments, cut_args: CutOptions, training_args: HealC
     request = copy_fields(PruneRequest, cut_args, seed=training_args.seed, **named)
     with training_args.main_process_first(local=False, desc="pruning"):
         if training_args.process_index == 0 and not is_already_pruned(request, folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
             logger.info("%s", prune_to(request))
     return Student.load(folder)
 
@@ -266,9 +265,10 @@ def generate_rows(
     dense = to_fast_precision(dense.to(training_args.device))
     folder = Path(str(training_args.output_dir)) / "self"
     writer = RowWriter(dense, tokenizer, folder, training_args.row_seed)
-    if rows is None:
-        return writer.generate_rows(row_args.self_rows, row_args.self_length)
-    return writer.rewrite_answers(rows, row_args.rewrite_max_tokens, row_args.rewrite_temperature)
+    with boundary(f"{source} can't write rows", kind=LayerPruneError):
+        if rows is None:
+            return writer.generate_rows(row_args.self_rows, row_args.self_length)
+        return writer.rewrite_answers(rows, row_args.rewrite_max_tokens, row_args.rewrite_temperature)
 
 
 def train(trainer: HealTrainer, run: RunSettings) -> dict[str, Any]:

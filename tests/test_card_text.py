@@ -199,6 +199,10 @@ def test_the_commands_fit_together() -> None:
         f"accelerate launch recipes/sft_tail.py --model_name_or_path {BASE} --drop_layers 12-18"
     )
     assert [command.split()[0] for command in read_history(lineage).commands()] == ["accelerate"]
+    lineage = lineage_of(id="/home/alice/models/smol", commit=None)
+    for name, first in (("models/smol", "accelerate"), ("smol", "accelerate"), ("cuts/smol", "hf-layerprune")):
+        lineage.entries[1]["command"] = f"accelerate launch recipes/sft_tail.py --model_name_or_path {name}"
+        assert read_history(lineage).commands()[0].split()[0] == first
     # Pruned twice, of a copy of the base; and of a file with other weights than the Hub's.
     lineage = lineage_of(("dense", "cut"), id="copy", commit=None, hub_id=BASE)
     again = deepcopy(lineage.entries[0])

@@ -140,6 +140,13 @@ def test_the_adapter_of_a_repaired_cut_is_verified(recipe: ModuleType, base: Pat
     assert str(verify(VerifyRequest(model=str(adapter), accept_trained=True)).verdict).startswith("NO")
 
 
+def test_all_weights_are_trained(recipe: ModuleType, base: Path, tmp_path: Path) -> None:
+    """The trainer sets tokens in the decoder's section of the config, too, which the finished model does not keep."""
+    run(recipe, base, tmp_path / "run", method="full", max_steps=1)
+    outcome = verify(VerifyRequest(model=str(tmp_path / "run" / "model"), accept_trained=True))
+    assert outcome.good, [line.text for line in outcome.lines if not line.good]
+
+
 def test_the_images_are_seen(recipe: ModuleType, base: Path, tmp_path: Path) -> None:
     """The same words about other pictures train other weights."""
     other = tmp_path / "other"

@@ -21,20 +21,20 @@ from trl import ModelConfig
 
 from hf_layerprune import drop_layers
 from hf_layerprune.cut.memory import dry_run_cut_of_config
-from hf_layerprune.errors import CutError, LayerPruneError, explain
+from hf_layerprune.errors import CheckpointError, CutError, LayerPruneError, explain
 from hf_layerprune.families import cut_config, make_cut
 from hf_layerprune.heal import preflight
 from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.methods import parse_method
 from hf_layerprune.heal.preflight import dry_run_training
-from hf_layerprune.heal.student import Student, adapter_config, load_student
+from hf_layerprune.heal.student import Student, adapter_config, check_teacher_config, load_student
 from hf_layerprune.measure.requests import EvalRequest
 from hf_layerprune.runtime.loading import load_config
 from hf_layerprune.runtime.model_class import without_zero3
 from hf_layerprune.versions import installed_version
 
 from .heal_makers import load_recipe, rows, word_tokenizer
-from .tiny_models import tiny_model
+from .tiny_models import tiny_config, tiny_model
 
 SETTINGS = {"method": "last2", "use_cpu": "true", "bf16": "false", "report_to": "none"}
 
@@ -303,6 +303,24 @@ def test_the_rehearsal_of_a_training_leaves_nothing_behind(folder: Path, tmp_pat
     dry_run_training(args, ModelConfig(), config, rows(), rows(4), word_tokenizer())
     assert GradientState().active_dataloader is None
     assert not (tmp_path / "heal").exists()
+
+
+def test_lora_on_experts_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    """PEFT drops nothing out of the experts' input, and TRL's default is to drop 5 % out."""
+    args = HealConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", method="lora")
+    given = (tiny_config("qwen3_moe"), rows(), None, word_tokenizer())
+    with pytest.raises(CutError, match=r"can't apply LoRA: .*; experts need --lora_dropout 0"):
+        dry_run_training(args, ModelConfig(), *given)
+    dry_run_training(args, ModelConfig(lora_dropout=0.0), *given)
+
+
+def test_the_base_teaches_a_model_that_was_cut_twice(folder: Path) -> None:
+    dense, twice = load_config(folder / "base"), tiny_model("llama")
+    for drop in ([3, 4], [1]):
+        drop_layers(twice, drop)
+    check_teacher_config(dense, twice.config, "base", features=False)
+    with pytest.raises(CheckpointError, match=r"has 8 layers, but .* from one with 6; .*or use features=0"):
+        check_teacher_config(dense, twice.config, "base", features=True)
 
 
 def test_a_type_that_can_not_be_healed_is_refused_before_the_cut(

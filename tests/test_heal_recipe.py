@@ -387,6 +387,9 @@ def test_methods_that_are_no_tail(recipe: ModuleType, base: Path, tmp_path: Path
     assert ("model.embed_tokens.weight" in changed) == (method == "full")
     assert "model.layers.0.self_attn.q_proj.weight" in changed
     assert (tmp_path / "run" / "adapter").exists() == (method != "full")
+    if method == "qlora":  # a resumed run trains in float32, as PEFT loads the adapter of a checkpoint
+        saved = load_file(tmp_path / "run" / "checkpoint-3" / "adapter_model.safetensors")
+        assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
 def test_the_evaluation_has_the_memory_to_itself(
@@ -493,7 +496,26 @@ def test_a_miss_of_what_is_required(
 def test_bad_settings(recipe: ModuleType, base: Path, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(LayerPruneError, match=message):
         run(recipe, words(base, tmp_path / "run", **settings))
-    assert not (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_target_that_can_not_be_met(recipe: ModuleType, base: Path, tmp_path: Path) -> None:
+    arguments = words(base, tmp_path / "run", target_size="1kB")
+    place = arguments.index("--drop_layers")
+    with pytest.raises(LayerPruneError, match="target_size=1kB can't be met"):
+        run(recipe, arguments[:place] + arguments[place + 2 :])
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_can_not_be_written(
+    recipe: ModuleType, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: Any) -> None:
+        raise RuntimeError("shape is invalid")
+
+    monkeypatch.setattr("hf_layerprune.heal.self_data.RowWriter.generate_rows", fail)
+    with pytest.raises(LayerPruneError, match="base can't write rows: shape is invalid"):
+        run(recipe, words(base, tmp_path / "run", dataset_name="self", self_rows=4, self_length=12))
 
 
 def test_output_of_another_run(recipe: ModuleType, base: Path, healed: tuple[Path, str]) -> None:

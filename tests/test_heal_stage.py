@@ -98,8 +98,8 @@ def test_the_adapter_has_the_records_of_its_model(
     outcome = verify(VerifyRequest(str(tmp_path / "adapter")))
     if method == "lora":
         assert [line.text for line in outcome.lines] == [
-            f"{tmp_path / 'adapter'} is an adapter without a lineage.json, as LoRA's is; specify the whole model, which the "
-            "recipe writes beside it"
+            f"{tmp_path / 'adapter'} is an adapter without a lineage.json, as LoRA's or a trainer's is; specify a whole "
+            "model, such as the recipe writes beside it"
         ]
         return
     assert outcome.consistent, outcome.lines

@@ -235,6 +235,16 @@ def test_rows_longer_than_the_context(tmp_path: Path, settings: dict[str, Any]) 
         bench.trainer(rows_=short, eval_rows=rows(), **settings)
 
 
+def test_rows_whose_length_is_known_are_said_to_be_cut_only_if_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    args = HealConfig(output_dir="none", max_length=8, use_cpu=True)
+    given = Dataset.from_list([{"input_ids": [5] * 8}])
+    keep_labelled_rows(given, args, given)
+    assert "may have been cut" not in caplog.text
+    keep_labelled_rows(given, args, Dataset.from_list([{"input_ids": [5] * 9}]))
+    assert "of 1 training rows, 1 reach max_length=8 and may have been cut" in caplog.text
+
+
 @pytest.mark.skipif(trl_drops_rows_without_labels(), reason="this TRL leaves these rows out itself")
 def test_answers_that_are_all_too_late() -> None:
     late = Dataset.from_list([{"input_ids": [5] * 8, "assistant_masks": [0] * 6 + [1] * 2}] * 3)

@@ -39,6 +39,7 @@ _LORA_OPTIONS = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
     "use_rslora", "use_dora",
 )  # fmt: skip
+_LORA_HINT = "experts need --lora_dropout 0, and --lora_target_modules says which layers LoRA is applied to"
 # Settings that nothing is trained with, if they are not above 0.
 _POSITIVE_OPTIONS = (
     "max_steps", "num_train_epochs", "learning_rate", "max_length", "per_device_train_batch_size",
@@ -256,6 +257,7 @@ def dry_run_training(
     Raises:
         LayerPruneError: Something can't be set up.
     """
+    from peft import get_peft_model
     from transformers.integrations.liger import apply_liger_kernel
 
     from .trainer import HealTrainer
@@ -274,6 +276,9 @@ def dry_run_training(
     try:
         with TemporaryDirectory() as folder, boundary("can't train", kind=CutError):
             args.output_dir = folder
+            if lora is not None:
+                with boundary("can't apply LoRA", _LORA_HINT, CutError):
+                    get_peft_model(model_without_weights(config), lora)
             model = model_without_weights(config, **kernels)
             data = {"train_dataset": rows, "eval_dataset": evaluated, "processing_class": processor}
             trainer = DryRunTrainer(model, args, peft_config=lora, **data)

@@ -46,7 +46,8 @@ def keep_labelled_rows(rows: Any, args: HealConfig, given: Any, what: str = "tra
         )
     packed = args.packing if what == "training" or args.eval_packing is None else args.eval_packing
     if limit is not None and not packed:
-        cut = sum(len(ids) >= limit for ids in rows["input_ids"])
+        least, known = (limit + 1, given) if "input_ids" in given.column_names else (limit, rows)
+        cut = sum(len(ids) >= least for ids in known["input_ids"])
         if cut or len(rows) < count:
             logger.info(
                 "of %d %s rows, %d reach max_length=%d and may have been cut%s", count, what, cut, limit,

@@ -95,8 +95,9 @@ def _merge_trained(
     """The merged model; writes its adapter too, if there is one. Returns the folder of one that the history describes."""
     if not (trained / ADAPTER_CONFIG).is_file():
         model, before = load_base(trained, dtype=weights_dtype(student)), load_config(student.folder)
-        for name in _SET_BY_TRAINERS:
-            setattr(model.config, name, getattr(before, name, None))
+        for mine, theirs in ((model.config, before), (model.config.get_text_config(), before.get_text_config())):
+            for name in _SET_BY_TRAINERS:
+                setattr(mine, name, getattr(theirs, name, None))
         return model, None
     from ..adapter.config import LayerDropConfig
     from ..adapter.reading import load_adapter

@@ -124,11 +124,13 @@ def check_teacher_config(dense: PreTrainedConfig, config: PreTrainedConfig, name
     The other config is of that model or of its base. With `features`, hidden states are taught, too.
 
     Raises:
-        CheckpointError: It has another number of layers, vocabulary or, for hidden states, width.
+        CheckpointError: It has fewer layers, another vocabulary or, for hidden states, another number of layers or width.
     """
     cut = recorded_cut(config)
     layers = families.layer_count(config) if cut is None else cut.num_layers
-    sizes: dict[str, tuple[Any, Any]] = {"layers": (families.layer_count(dense), layers)}
+    own = families.layer_count(dense)
+    # The base of a model that was cut more than once has more layers than the last cut began with.
+    sizes: dict[str, tuple[Any, Any]] = {"layers": (own, layers if features else max(own, layers))}
     fields = {"tokens in its vocabulary": "vocab_size", "values in a hidden state": "hidden_size"}
     for what, field in fields.items():
         if field == "vocab_size" or features:
@@ -136,9 +138,10 @@ def check_teacher_config(dense: PreTrainedConfig, config: PreTrainedConfig, name
             sizes[what] = found, wanted
     for what, (found, wanted) in sizes.items():
         if found != wanted:
+            otherwise = ", or use features=0" if what == "layers" and own > layers else ""
             raise CheckpointError(
                 f"the teacher {name} has {found} {what}, but this model is cut from one with {wanted}; specify the dense "
-                "model with --teacher"
+                f"model with --teacher{otherwise}"
             )
 
 

@@ -106,8 +106,9 @@ class HealTrainer(SavingTrainer):
             if fsdp is not None and getattr(fsdp, "fsdp_version", 1) == 1:
                 raise LayerPruneError("features needs FSDP2; set fsdp_version: 2, or use features=0")
             self.feature_phase = FeaturePhase(self.plain_model)
-        # DeepSpeed holds its own float32 copy.
-        if args.float32_weights and (args.bf16 or args.fp16) and not self.is_deepspeed_enabled:
+        # TRL casts adapters of a quantised model to bfloat16. DeepSpeed holds its own float32 copy.
+        in_16_bits = args.bf16 or args.fp16 or getattr(self.plain_model, "is_quantized", False)
+        if args.float32_weights and in_16_bits and not self.is_deepspeed_enabled:
             cast_trained_to_float32(self.model)
         # DeepSpeed ZeRO-3 can't run the model yet, so its logits can't be checked.
         self._split = is_sharded_by_zero3(self.plain_model)

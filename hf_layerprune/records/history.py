@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from ..errors import CheckpointError
@@ -143,10 +144,15 @@ class History:
                 commands.append(_wrap_command(_split(command)))
             elif stage.name == "prune" and stage.settings.get("drop_layers"):
                 output = self._next_input(number) or ("pruned" if source is None else f"{source}-again")
-                if output not in (self.base_id, self.base_on_hub):  # a recipe that starts from the base prunes it
+                if not self._is_base(output):  # a recipe that starts from the base prunes it
                     commands.append(_wrap_command(self._prune_arguments(stage, source, output)))
                 source = output
         return commands
+
+    def _is_base(self, name: str) -> bool:
+        """Whether a command names the base: as the history does, or, of its path, the part below the working folder."""
+        parts, whole = PurePath(name).parts, PurePath(str(self.lineage.base.get("id"))).parts
+        return name in (self.base_id, self.base_on_hub) or (len(parts) > 1 and whole[-len(parts) :] == parts)
 
     def _next_input(self, number: int) -> str | None:
         """The name that the next command uses for the output of a stage."""

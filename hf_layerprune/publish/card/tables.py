@@ -130,6 +130,8 @@ def training_table(stage: Stage) -> Markup:
     each = [settings[name] for name in _STEP if name in settings]
     if len(each) == len(_STEP):
         settings["rows_a_step"] = prod(each)
+    if settings.get("max_steps", -1) not in (None, -1):  # they end training, whatever the number of epochs
+        settings.pop("num_train_epochs", None)
     facts = {words: settings.get(name) for name, words in _TRAINING.items()}
     rows = [
         [words, code_span(f"{value:.3g}" if isinstance(value, float) else value)]
