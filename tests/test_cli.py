@@ -293,7 +293,7 @@ def test_inspect(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(base), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert " ".join(sorted(found)) == (
-        "architecture context counted dropped dropped_before embeddings file_bytes head layers layers_path left "
+        "architecture context dropped dropped_before embeddings engine_warning file_bytes head layers layers_path left "
         "memory_bytes model_type no_cut other parameters protected refusal refused_at repairs tied"
     )  # for scripts
     assert found["file_bytes"][0] == sum(path.stat().st_size for path in base.glob("*.safetensors"))

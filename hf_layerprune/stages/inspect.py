@@ -45,7 +45,7 @@ class Anatomy:
         dropped_before (`list[int]`): Layers of its base that an earlier cut dropped, if it is the result of one.
         refused_at (`dict[str, str]`): Why it can't be ranked, repaired, healed or evaluated, by stage.
         repairs (`list[str]`): The repairs that its type is proven for.
-        counted (`str`, *optional*): Which engines go by layer numbers, and so misread this model or some cuts of it.
+        engine_warning (`str`, *optional*): Which engines go by layer numbers, and so misread this model or some cuts of it.
         dropped (`list[int]`): The layers that the cut tried out drops, the last ones that may go; empty without one.
         left (`int`, *optional*): The parameters that it leaves.
         file_bytes (`list[int]`): The size of the weight files, and of what the cut leaves of them; empty if there are
@@ -66,7 +66,7 @@ class Anatomy:
     dropped_before: list[int]
     refused_at: dict[str, str]
     repairs: list[str]
-    counted: str | None
+    engine_warning: str | None
     refusal: str | None = None
     protected: dict[int, str] = field(default_factory=dict)
     dropped: list[int] = field(default_factory=list)
@@ -118,7 +118,7 @@ def inspect_model(request: InspectRequest) -> Anatomy:
         dropped_before=list((getattr(config, families.MARKER, None) or {}).get("drop_layers", [])),
         refused_at=_refused_stages(config),
         repairs=list(families.proven_stages().get(model_type, {}).get("repair", ())),
-        counted=describe_misread_layers(config) or describe_period_rule(config),
+        engine_warning=describe_misread_layers(config) or describe_period_rule(config),
     )
     try:
         families.check_supported(model.config)
@@ -189,8 +189,8 @@ def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
         memory = f", {memory} in memory"
     if anatomy.dropped_before:
         lines.append(f"  it is a cut model, without {describe_layers(anatomy.dropped_before)} of its base")
-    if anatomy.counted:
-        lines.append(f"  {anatomy.counted}; {REMEDY}")
+    if anatomy.engine_warning:
+        lines.append(f"  {anatomy.engine_warning}; {REMEDY}")
     lines += [f"  layer {i} must stay: {reason}" for i, reason in sorted(anatomy.protected.items())]
     if anatomy.refusal:
         return "\n".join([*lines, f"It can't be pruned: {anatomy.refusal}"])
