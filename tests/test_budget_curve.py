@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_layerprune import CheckpointError, CutError, LayerDropConfig, prune_with, quality_curve
+from hf_layerprune import CheckpointError, CutError, LayerDropConfig, families, prune_with, quality_curve
 from hf_layerprune.calibration.rows import CalibrationSet
 from hf_layerprune.cli import main
 from hf_layerprune.cut.memory import drop_layers
@@ -26,6 +26,7 @@ from hf_layerprune.select.search import HELD_OUT, Search
 from hf_layerprune.select.trials import Trial, evaluate_trials
 from hf_layerprune.stages import curve as stage
 from hf_layerprune.stages.curve_file import read_curve
+from hf_layerprune.stages.requests import RankRequest
 
 from .measure_models import LAYERS
 from .tiny_models import VOCAB, tiny_model
@@ -98,6 +99,30 @@ def test_a_block_stays_one(model: Any, text: CalibrationSet) -> None:
     choice = CutOptions(max_kl=5.0, contiguous=True, protect_first=2)
     found = choose_layers(model, text, choice, protected=[5]).drop_layers
     assert found == [2, 3, 4]  # all that may go
+
+
+def test_only_sets_that_a_config_can_describe(text: CalibrationSet) -> None:
+    """Jamba's config has a period of layers, so that in front of its last layers only whole periods can go."""
+    model = tiny_model("jamba")
+    search = Search(LayerWalk(model), text, range(12), CutOptions(criterion="auto"))
+    for count in range(1, 5):
+        point = search.find_point(count)
+        families.cut_config(model.config, families.make_cut(model.config, parse_layers(point["layers"])))
+    with pytest.raises(CutError, match="at a fixed period"):
+        search.judge([((0, 2), "a criterion")])
+    assert [one.drop for one in search.judge([((0, 2), "a criterion"), ((10, 11), "another")])] == [(10, 11)]
+
+
+def test_the_curve_of_a_quantised_model_says_why_it_has_no_repair(
+    text: CalibrationSet, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model("llama")
+    model.is_quantized = True
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    caplog.set_level("INFO")
+    made = stage._make_search(RankRequest("base", curve=True), {"steps": []}, LayerWalk(model), text, set(range(8)))
+    assert made.repair is None
+    assert "without repair: the weights are quantised" in caplog.text
 
 
 # --- budgets --------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from torch import nn
 
 from ..calibration.rows import CalibrationSet, check_vocabulary
 from ..errors import CutError
-from ..families import UNREPAIRABLE, check_stage, text_config
+from ..families import UNREPAIRABLE, check_stage, cut_config, make_cut, text_config
 from ..layer_ranges import find_blocks, format_layers
 from ..options import pluralize
 from ..repair.fit import Repair, fit_repair
@@ -121,11 +121,15 @@ class Search:
         return tuple(sorted(self.steps[:count]))
 
     def score_blocks(self, count: int) -> dict[tuple[int, ...], float]:
-        """KL of every block of a length on a few rows, with its map if a fitted repair will follow."""
+        """KL of every block of a length on a few rows, with its map if a fitted repair will follow.
+
+        Raises:
+            CutError: The config can't describe the model without any of them.
+        """
         every = [
             block for block in consecutive_blocks(range(self.walk.num_layers), count) if self.free.issuperset(block)
         ]
-        return {block: one.kl for block, one in self._try_sets(every, _MAX_TRIAL_ROWS).items()}
+        return {block: one.kl for block, one in self._try_sets(self._describable(every), _MAX_TRIAL_ROWS).items()}
 
     def try_nested(self, found: Collection[tuple[int, ...]], count: int) -> tuple[int, ...] | None:
         """The nested set of a size; `None` where the search for it is stuck, and other sets were found."""
@@ -195,7 +199,9 @@ class Search:
         Raises:
             CutError: The repair works for none of them, or none has a KL.
         """
-        fitted = [(drop, by, self.fit(drop)) for drop, by in sets]
+        sets = list(sets)
+        possible = self._describable([drop for drop, _ in sets])
+        fitted = [(drop, by, self.fit(drop)) for drop, by in sets if drop in possible]
         if self.repair:
             fitted = [one for one in fitted if one[2] is not None]
         if not fitted:
@@ -238,6 +244,20 @@ class Search:
 
     # --- internals ---------------------------------------------------------------------------------------
 
+    def _describable(self, sets: Collection[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """The sets without which a config can describe the model; an error if there are sets, but none of these."""
+        config, found, refusal = self.walk.model.config, [], None
+        for drop in sets:
+            try:
+                cut_config(config, make_cut(config, drop))
+            except CutError as error:
+                refusal = error
+            else:
+                found.append(drop)
+        if refusal and not found:
+            raise refusal
+        return found
+
     def _warn_of_few_tokens(self) -> None:
         """A map that is fitted to hardly more tokens than it is wide tells little about a set."""
         tokens = self._map_rows.first(_MAX_MAP_ROWS).tokens
@@ -259,7 +279,8 @@ class Search:
             raise CutError(
                 f"no more than {pluralize(len(dropped), 'layer')} may be dropped from this model; drop fewer, or protect fewer"
             )
-        tried = self._try_sets([tuple(sorted((*dropped, i))) for i in left], _MAX_STEP_ROWS)
+        sets = self._describable([tuple(sorted((*dropped, i))) for i in left])
+        tried = self._try_sets(sets, _MAX_STEP_ROWS)
         if not tried:
             raise CutError(
                 NOT_COMPARABLE
