@@ -26,6 +26,7 @@ from hf_layerprune.measure.evaluate import EvalRequest, check_request
 from hf_layerprune.measure.harness import Harness
 from hf_layerprune.measure.subject import identify
 from hf_layerprune.measure.tasks import load_tasks, read_tasks
+from hf_layerprune.records.figures.results import build_results
 from hf_layerprune.records.fingerprints import fingerprint, weights_hash
 from hf_layerprune.records.metrics import Metrics
 
@@ -336,3 +337,20 @@ def test_the_table(base: Path, cut: Path, tasks: Path, capsys: pytest.CaptureFix
     assert "kl" in rows["words", "kl"]
     assert "McNemar" in out
     assert max(map(len, out.split("\n\n")[1].splitlines())) < 140
+
+
+def test_a_row_in_two_types_is_like_the_others_until_a_model_is_measured_in_another(
+    base: Path, tasks: Path, tmp_path: Path
+) -> None:
+    assert main(["prune", str(base), str(tmp_path / "cut"), "--drop-layers", "3", "--dtype", "float16"]) == 0
+
+    def labels(**more: Any) -> dict[str, set[str]]:
+        found = measure(tmp_path / "cut", None, base=str(base), texts=(str(tasks / "words.txt"),), **more)
+        rows = [row for row in build_results(found).rows if row.key[1] == "words"]
+        return {metric: {row.qualifier for row in rows if row.key[2] == metric} for metric in ("perplexity", "kl")}
+
+    assert labels() == {"perplexity": {""}, "kl": {""}}
+    assert labels(dtype="bfloat16", windows=4) == {
+        "perplexity": {"float32 and float16, 8 windows", "bfloat16, 4 windows"},
+        "kl": {"float16, 8 windows", "bfloat16, 4 windows"},
+    }

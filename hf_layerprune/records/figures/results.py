@@ -211,12 +211,25 @@ def _disambiguate(rows: list[Row]) -> Iterator[Row]:
     for row in rows:
         groups.setdefault(row.key[1] or (row.key, row.run, row.engine), []).append(row)
     for group in groups.values():
-        records = [next(iter(row.cells.values())).record for row in group]
-        records = [(record.get("settings") or {}) | record for record in records]
-        differing = [name for name in CONDITIONS if len({one[name] for one in records if name in one}) > 1]
-        differing += [name for name in _SETTINGS if len({one.get(name) for one in records}) > 1]
-        for row, record in zip(group, records, strict=True):
-            words = ", ".join(_describe_condition(name, record[name]) for name in differing if name in record)
+        records = [[(cell.record.get("settings") or {}) | cell.record for cell in row.cells.values()] for row in group]
+        # A row may hold numbers in two types, each model's own, which tells it from no other row.
+        numbers_of: dict[Any, list[dict[str, Any]]] = {}
+        for row, each in zip(group, records, strict=True):
+            for which, record in [(row.key, each[0]), *zip(row.cells, each, strict=True)]:
+                numbers_of.setdefault(which, []).append(record)
+        differing = [
+            name
+            for name in CONDITIONS
+            if any(len({one[name] for one in some if name in one}) > 1 for some in numbers_of.values())
+        ]
+        differing += [name for name in _SETTINGS if len({each[0].get(name) for each in records}) > 1]
+        for row, each in zip(group, records, strict=True):
+            values = {name: dict.fromkeys(one[name] for one in each if name in one) for name in differing}
+            words = ", ".join(
+                " and ".join(_describe_condition(name, value) for value in found)
+                for name, found in values.items()
+                if found
+            )
             label: dict[str, Any] = (
                 {"task": f"{row.task} ({words})"} if row.task else {"metric": f"{row.metric}, {words}"}
             )
