@@ -88,6 +88,14 @@ def test_dense_and_pruned_side_by_side(base: Path, cut: Path, monkeypatch: pytes
     assert 0.5 < by_metric["time_to_first_token"]["theoretical_share"] < 1
 
 
+def test_the_size_of_an_adapter_is_not_that_of_a_model(base: Path, tmp_path: Path) -> None:
+    assert main(["prune", str(base), str(tmp_path / "adapter"), "--drop-layers", "4-7", "--adapter"]) == 0
+    small = SMALL | {"batch_sizes": (1,), "prompt_lengths": (8,), "repeats": 1}
+    found = bench(BenchRequest(str(tmp_path / "adapter"), base=str(base), load_repeats=0, **small))
+    assert find(found, found.weights, "bytes_on_disk") is None
+    assert find(found, found.weights, "parameters")
+
+
 def test_operations_are_counted() -> None:
     """Against a count by hand: two for each weight of a matrix and token, attention, and the head for one token."""
     model = tiny_model("llama")

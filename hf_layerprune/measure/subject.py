@@ -45,7 +45,7 @@ class Subject:
         lineage (`Lineage`, *optional*): Its history.
         folder (`Path`, *optional*): Its folder, if it is local.
         revision (`str`, *optional*): The commit on the Hub.
-        bytes_on_disk (`int`): The size of its weight files; for an adapter, without its base.
+        bytes_on_disk (`int`): The size of its weight files; 0 for an adapter, which takes its base as well.
     """
 
     source: str
@@ -154,7 +154,9 @@ def identify(source: str | Path, revision: str | None = None) -> Subject:
     if not sizes:
         raise CheckpointError(f"{path} has no safetensors weights; save it with save_pretrained")
     lineage, folder = (Lineage.load(path), path) if path.is_dir() else (None, None)
-    return Subject(str(path), path.resolve().name, compute_identity(path), lineage, folder, None, sum(sizes))
+    return Subject(
+        str(path), path.resolve().name, compute_identity(path), lineage, folder, None, 0 if adapter else sum(sizes)
+    )
 
 
 def _identify_on_hub(repo: str, revision: str | None) -> Subject:
@@ -165,7 +167,7 @@ def _identify_on_hub(repo: str, revision: str | None) -> Subject:
     names = [name for name in hub.files if is_model_file(name)]
     hashes, folder = hash_hub_files(hub, names)
     model = identity_from_hashes(hashes, base_of_adapter(folder) if adapter is not None else None)
-    size = sum(hub.files[name].size for name in names if holds_weights(name))
+    size = 0 if adapter else sum(hub.files[name].size for name in names if holds_weights(name))
     return Subject(repo, repo, model, Lineage.load(folder), None, hub.commit, size)
 
 
