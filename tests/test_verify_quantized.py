@@ -212,6 +212,13 @@ def test_a_cut_that_was_quantised_and_cut_again(place, tmp_path):
     assert found.good, said(found, False)
 
 
+def test_an_adapter_for_a_quantised_cut(nf4, tmp_path):
+    words = ["--drop-layers", "1", "--adapter", "--tune-layers", "0"]
+    assert main(["prune", str(nf4), str(tmp_path / "adapter"), *words]) == 0
+    found = check(tmp_path / "adapter")
+    assert found.good, said(found, False)
+
+
 def test_an_extra_tensor_is_a_no(nf4):
     path = nf4 / "model.safetensors"
     save_file(load_file(path) | {f"{DOWN}.extra": torch.ones(1)}, path, metadata={"format": "pt"})
