@@ -116,6 +116,23 @@ def _tamper(hub: HubServer, place: Path) -> None:
 
 
 @scenario
+def a_cut_of_a_gguf_file(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
+    from huggingface_hub import HfApi
+
+    from tests.measure_models import write_gguf
+
+    file = write_gguf(place / "small.gguf")
+    cli("prune", file, place / "unpacked", "--drop-layers", "1")
+    cli("card", place / "unpacked", "--base-model", "org/packed", "--force")
+    out["push"] = cli("push", place / "unpacked", "org/unpacked")
+    HfApi().create_repo("org/packed")
+    out["missing"] = cli("verify", "org/unpacked")
+    HfApi().upload_file(repo_id="org/packed", path_in_repo=file.name, path_or_fileobj=file)
+    file.unlink()
+    out["verify"] = cli("verify", "org/unpacked")
+
+
+@scenario
 def a_newer_model(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
     """Push other weights in fewer files, then only new numbers."""
     older, folder = place / "older", place / "model"

@@ -467,11 +467,16 @@ def test_adapters(
     base = pruned.parent / "base"
     assert main(["prune", str(base), str(tmp_path / "whole" / "adapter"), "--drop", "2", "--adapter"]) == 0
     adapter = tmp_path / "whole" / "adapter"
+    assert not (adapter / "README.md").exists()  # PEFT's template
     record_declarations(CardRequest(adapter, base_model="org/base"))
-    assert "which nobody else can load" in refusals(adapter)
+    assert "make the adapter from the base's Hub id" in refusals(adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/base"}))
     assert "adapter_config.json was changed since prune wrote the model" in refusals(adapter)
+    gguf = json.dumps(config | {"base_model_name_or_path": "org/base.gguf"})
+    (adapter / "adapter_config.json").write_text(gguf)
+    assert "publish a whole model instead, made without --adapter" in refusals(adapter)
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/base"}))
     forge(adapter)
     assert refusals(adapter) == ""
     files = plan_push(PushRequest(tmp_path / "whole", "org/small", adapter_only=True)).contents.files

@@ -80,6 +80,13 @@ def test_verify_downloads_nothing_of_the_weights(found: Found) -> None:
     assert out["of the base"] >= out["kept"] - 20_000
 
 
+def test_a_gguf_file_is_found_in_its_repository(found: Found) -> None:
+    out = found["a_cut_of_a_gguf_file"]
+    assert out["verify"][0] == 0, out["verify"][1]
+    assert out["push"][1].endswith("small.gguf\n")
+    assert "org/packed has no small.gguf; give the file with --base" in out["missing"][1]
+
+
 def test_verify_says_what_was_tampered_with(found: Found) -> None:
     out = found["verify_what_was_pushed"]
     assert out["no"][0] == 1

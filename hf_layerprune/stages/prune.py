@@ -22,6 +22,7 @@ from ..files.folders import check_target, new_folder
 from ..files.gguf_header import read_header
 from ..layer_ranges import describe_layers
 from ..options import AMOUNTS, TARGET_SETTINGS, copy_fields, format_bytes, refuse_unused
+from ..records.declared import CARD
 from ..records.fingerprints import uncached_weights_hash
 from ..records.lineage import Lineage, stage_entry
 from ..records.names import is_gguf_name, strip_local_path
@@ -352,6 +353,7 @@ def _write_adapter(request: PruneRequest, dropped: list[int], folder: Path, prep
     adapter: Any = model.peft_config["default"]
     adapter.revision = adapter.base_commit  # loading would otherwise put it on whatever the base's main branch is then
     model.save_pretrained(str(folder))
+    (folder / CARD).unlink(missing_ok=True)  # PEFT's template, which says nothing of the cut
     if prepared is not None and prepared.repair is not None:
         pruned: Any = model.get_base_model()
         names = repaired_tensor_names(prepared.repair, find_decoder_layers(pruned).path, resolved_cut(adapter))

@@ -27,7 +27,7 @@ from ...records.lineage import FILE_NAME as LINEAGE
 from ...records.lineage import Lineage
 from ...records.metrics import FILE_NAME as METRICS
 from ...records.metrics import Metrics
-from ...records.names import check_repository, is_hub_name, is_local
+from ...records.names import check_repository, is_gguf_name, is_hub_name, is_local
 from ...runtime.config_file import read_config_file
 from ..requests import PushRequest
 from . import leaks
@@ -160,11 +160,10 @@ def _check_base(contents: Contents, request: PushRequest) -> Outcome:
         yield REFUSAL, text
     if contents.is_adapter:
         name = str(read_object(contents.folder / ADAPTER_CONFIG).get("base_model_name_or_path"))
-        if not is_hub_name(name) or Path(name).exists():
-            raise CheckpointError(
-                f"{ADAPTER_CONFIG} names the base {name!r}, which nobody else can load; make the adapter from the "
-                "base's Hub id"
-            )
+        if is_gguf_name(name) or not is_hub_name(name) or Path(name).exists():
+            way = "publish a whole model instead, made without --adapter"  # no Hub id names a GGUF file
+            way = way if is_gguf_name(name) else "make the adapter from the base's Hub id"
+            raise CheckpointError(f"{ADAPTER_CONFIG} names the base {name!r}, which nobody else can load; {way}")
 
 
 def _check_licence(contents: Contents, request: PushRequest) -> Outcome:

@@ -144,6 +144,11 @@ class Base:
                 f"{repo.name} has the commit {repo.commit[:12]} in none of its branches and tags: it may be from a pull "
                 "request, which anybody can open; if you trust it, download it and give its folder with --base"
             )
+        if history.from_gguf:
+            if (file := next(iter(recorded.get("files") or ()), "")) not in repo.files:
+                raise CheckpointError(f"{repo.name} has no {file}; give the file with --base")
+            path = repo.get(file)
+            return cls(path, None, fingerprint(path))
         repo.fetch(file for file in recorded.get("files") or () if file in repo.files and file.endswith(".json"))
         return cls(name, repo.commit, repo.fingerprint(), token)
 
