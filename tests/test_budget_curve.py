@@ -113,16 +113,18 @@ def test_only_sets_that_a_config_can_describe(text: CalibrationSet) -> None:
     assert [one.drop for one in search.judge([((0, 2), "a criterion"), ((10, 11), "another")])] == [(10, 11)]
 
 
-def test_the_curve_of_a_quantised_model_says_why_it_has_no_repair(
-    text: CalibrationSet, caplog: pytest.LogCaptureFixture
+def test_the_curve_of_a_quantised_model_has_a_repair_only_in_a_type_that_a_cut_can_have(
+    model: Any, text: CalibrationSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = tiny_model("llama")
-    model.is_quantized = True
-    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    """Also where loading unpacks it, since `prune` refuses to repair it without `--dtype`."""
+    fields = model.config.to_dict() | {"quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
     caplog.set_level("INFO")
-    made = stage._make_search(RankRequest("base", curve=True), {"steps": []}, LayerWalk(model), text, set(range(8)))
-    assert made.repair is None
-    assert "without repair: the weights are quantised" in caplog.text
+    for dtype, repair in (("auto", None), ("bfloat16", "refit")):
+        request = RankRequest(str(tmp_path), curve=True, dtype=dtype)
+        made = stage._make_search(request, {"steps": []}, LayerWalk(model), text, set(range(8)))
+        assert made.repair == repair
+    assert caplog.text.count("without repair: the weights are quantised (fp8)") == 1
 
 
 # --- budgets --------------------------------------------------------------------------------------------

@@ -255,8 +255,8 @@ def _make_search(
     from ..select.search import Search
 
     def with_repair(repair: str | None) -> Search:
-        if repair and getattr(walk.model, "is_quantized", False):
-            families.check_trainable(walk.model.config)
+        if repair and request.dtype == "auto":  # as the cut will be, also where loading unpacks quantised weights
+            families.check_trainable(load_config(request.base, revision=request.revision))
         return Search(walk, calibration, free, replace(request, repair=repair), record["steps"])
 
     if request.repair is None and "repair" not in record:
