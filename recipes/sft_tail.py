@@ -145,6 +145,7 @@ def main(
     student = student or prune(model_args, cut_args, training_args)
     method = student.method(training_args.method)
     training_args.method = method.name
+    peft_config = adapter_config(student, method, model_args)  # before rows are written: too few layers may be left
     student.use_base_as_teacher(training_args)
     rows = data.train
     if rows is None or row_args.rewrite_answers:
@@ -154,7 +155,6 @@ def main(
     if model_args.attn_implementation:
         kwargs["attn_implementation"] = model_args.attn_implementation
     model = load_student(student, method, **kwargs)
-    peft_config = adapter_config(student, method, model_args)
     with boundary("can't train", "HF_LAYERPRUNE_DEBUG=1 shows where it came from", LayerPruneError):
         trainer = HealTrainer(
             model,

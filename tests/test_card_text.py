@@ -407,3 +407,10 @@ def test_the_reason_of_a_choice_does_not_repeat_its_layers(dropped: list[int]) -
     entry = {"settings": {"drop_layers": dropped}, "selection": {"why": f"{named} (best block): the lowest KL"}}
     line = tables.stage_line(Stage("prune", entry, frozenset()))
     assert f"{named} dropped (the lowest KL)" in line
+
+
+@pytest.mark.parametrize(("steps", "shown"), [(-1, "epochs"), (2, "steps")])
+def test_what_ended_training(steps: int, shown: str) -> None:
+    """`max_steps` overrides the epochs."""
+    stage = Stage("heal", {"settings": {"num_train_epochs": 3.0, "max_steps": steps}}, frozenset())
+    assert re.findall("epochs|steps", tables.training_table(stage)) == [shown]

@@ -447,3 +447,13 @@ def test_nothing_is_written_outside_a_folder_that_a_link_leads_out_of(tmp_path):
     with pytest.raises(CheckpointError, match="leads out of"):
         write_bytes(tmp_path / "model/assets/layers.png", b"x", inside=tmp_path / "model")
     assert not list((tmp_path / "outside").iterdir())
+
+
+def test_a_folder_that_was_not_written_leaves_none_above_it(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ZeroDivisionError), folders.new_folder(tmp_path / "mine" / "new" / "er" / "cut"):
+        1 / 0  # noqa: B018
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+    with folders.new_folder(tmp_path / "mine" / "new" / "cut") as folder:
+        (folder / "file").write_text("")
+    assert (tmp_path / "mine" / "new" / "cut" / "file").is_file()

@@ -452,6 +452,17 @@ def test_repaired_modules_that_the_checkpoint_names_otherwise(
         assert torch.allclose(adapted(input_ids=ids).logits, merged, atol=1e-5)
 
 
+def test_what_the_trainer_sets_in_the_config_of_experts_is_not_kept(
+    recipe: ModuleType, base: Path, tmp_path: Path
+) -> None:
+    for made in (tiny_model("qwen3_moe"), word_tokenizer()):
+        made.save_pretrained(tmp_path / "base")
+    shutil.copy(base.parent / "rows.jsonl", tmp_path)
+    run(recipe, words(tmp_path / "base", tmp_path / "run", method="full", loss="ce", features=0, max_steps=1))
+    found = verify(VerifyRequest(str(tmp_path / "run" / "model"), accept_trained=True))
+    assert found.good, [line.text for line in found.lines if not line.good]
+
+
 def test_a_miss_of_what_is_required(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -65,6 +65,7 @@ def new_folder(
 
     try:
         target = check_target(target.expanduser(), source, force, replaces)
+        made = [parent for parent in target.parents if not parent.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
         clean_up_leftovers(target, force)
         folder = _sibling(target, "partial")
@@ -79,6 +80,9 @@ def new_folder(
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             unlock_folder(lock)
+            with suppress(OSError):  # they are not empty, unless it failed
+                for parent in made:
+                    parent.rmdir()
     except (OSError, SafetensorError) as error:
         raise write_error(target, error) from error
 

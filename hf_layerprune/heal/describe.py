@@ -117,11 +117,12 @@ def describe_rows(
 
 # What decides which rows of a source are read, apart from its config.
 _SOURCE_OPTIONS = ("split", "columns", "fraction")
-_SECRETS = ("hub_token", "push_to_hub_token")
+# Prefixes of options that are no part of a command that others repeat: tokens, where it was pushed, where it went on.
+_NOT_REPEATED = ("hub_", "push_to_hub", "resume_from_checkpoint")
 
 
 def describe_command(script: Path, words: Sequence[str]) -> str:
-    """The command of a run on one line, without tokens, and without the folders of absolute paths outside this one.
+    """The command that repeats a run on one line, without a push, and without the folders of paths outside this one.
 
     Files of the recipes are named as `hf-layerprune recipes` copies them, wherever the command was run. The words are
     options as `--name value` or `--name=value`, none of them abbreviated; each becomes `--name value`.
@@ -133,7 +134,8 @@ def describe_command(script: Path, words: Sequence[str]) -> str:
             options.append([name[2:].replace("-", "_"), *([value] if joined else [])])
         else:
             options[-1].append(word)
-    kept = [word for name, *values in options[1:] if name not in _SECRETS for word in (f"--{name}", *values)]
+    repeated = [option for option in options[1:] if not option[0].startswith(_NOT_REPEATED)]
+    kept = [word for name, *values in repeated for word in (f"--{name}", *values)]
     recipes = script.resolve().parent
 
     def displayed(word: str) -> str:

@@ -94,10 +94,8 @@ def _merge_trained(
 ) -> tuple[PreTrainedModel, Path | None]:
     """The merged model; writes its adapter too, if there is one. Returns the folder of one that the history describes."""
     if not (trained / ADAPTER_CONFIG).is_file():
-        model, before = load_base(trained, dtype=weights_dtype(student)), load_config(student.folder)
-        for mine, theirs in ((model.config, before), (model.config.get_text_config(), before.get_text_config())):
-            for name in _SET_BY_TRAINERS:
-                setattr(mine, name, getattr(theirs, name, None))
+        model = load_base(trained, dtype=weights_dtype(student))
+        model.config = load_config(student.folder)  # trainers set some of its fields for their own use
         return model, None
     from ..adapter.config import LayerDropConfig
     from ..adapter.reading import load_adapter
@@ -129,10 +127,6 @@ def _record_repair(config: LayerDropConfig, lineage: Lineage) -> None:
     for name, value in fields.items():
         if repair and value is not None:
             setattr(config, name, value)
-
-
-# Fields of a model's config that a trainer sets for its own use.
-_SET_BY_TRAINERS = ("pad_token_id", "bos_token_id", "eos_token_id", "use_cache")
 
 
 def weights_dtype(student: Student) -> torch.dtype:
