@@ -348,7 +348,11 @@ def test_a_cut_of_a_quantised_base(place, tmp_path, capsys):
     base, cut = quantise(place / "base", tmp_path / "base"), tmp_path / "cut"
     for options, code, says in (
         ("--check", 2, "--check can't compare the logits: a forward pass can repack quantised weights; leave it out"),
-        ("--repair=refit", 1, "the weights are quantised (bitsandbytes, nf4), and can't be repaired"),
+        (
+            "--repair=refit",
+            1,
+            "quantised (bitsandbytes, nf4), and can't be repaired or healed; use the unquantised model\n",
+        ),
         ("--repair=refit --adapter", 2, "the layers, and those of this model are quantised; leave out --repair"),
         (
             "--dtype=float32",
@@ -405,7 +409,9 @@ def test_a_repair_of_quantised_weights_is_refused_before_anything_is_copied(tmp_
     monkeypatch.setattr("hf_layerprune.stages.prune._prepare_dense", None)
     words[1] = in_fp8(tmp_path / "base")
     assert main(words) == 1
-    assert "the weights are quantised (fp8), and can't be repaired" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "the weights are quantised (fp8), and can't be repaired" in error
+    assert "prune BASE FOLDER --dtype bfloat16" in error  # which no other quantiser's weights can have
 
 
 def test_a_check_of_quantised_weights_is_refused_before_anything_is_copied(

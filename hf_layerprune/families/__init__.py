@@ -40,6 +40,8 @@ __all__ = [
 
 # The config attribute in which a pruned model records its cut.
 MARKER = "layer_drop"
+# Quantisers that give plain weights where there is no GPU.
+_UNPACKED_IN_LOADING = ("fp8", "mxfp4")
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -130,11 +132,11 @@ def check_trainable(config: PreTrainedConfig) -> None:
     """
     for part in path_to_text(config):
         if (settings := getattr(part, "quantization_config", None)) is not None:
-            raise UnsupportedModelError(
-                f"the weights are quantised ({describe_quantization(settings)}), and can't be repaired or healed; use the "
-                "unquantised model, or a cut with unpacked weights (FP8 and MXFP4, on a machine without a GPU): hf-layerprune "
-                "prune BASE FOLDER --dtype bfloat16"
-            )
+            how = describe_quantization(settings)
+            way = "use the unquantised model"
+            if how.startswith(_UNPACKED_IN_LOADING):
+                way += ", or a cut with unpacked weights, made without a GPU: hf-layerprune prune BASE FOLDER --dtype bfloat16"
+            raise UnsupportedModelError(f"the weights are quantised ({how}), and can't be repaired or healed; {way}")
 
 
 def protected_layers(config: PreTrainedConfig) -> dict[int, str]:
