@@ -159,6 +159,7 @@ USAGE = [
     ({"dataset_name": "FOLDER/text.jsonl", "completion_only_loss": "true"}, "text.jsonl has only text; leave it out"),
     ({"dataset_name": "FOLDER/text.jsonl", "assistant_only_loss": "true"}, "You set `assistant_only_loss=True`, but the dataset is not conversational"),
     (TALKS | {"dataset_name": "FOLDER/talk.jsonl", "assistant_only_loss": "true"}, "can't train: The "),
+    ({"features": 0.5, "method": "behind2", "drop_layers": "3,4", "label_smoothing_factor": 0.1}, "features=0.5 can't be combined with"),
     ({"eval_limit": 3}, "eval_limit has no effect without --eval_tasks or --eval_from"),
     ({"eval_texts": "FOLDER/rows.txt", "eval_limit": 3}, "limit has no effect without tasks"),
     (TALKS, "the chat template can't take row 1 of FOLDER/talks.jsonl: "),

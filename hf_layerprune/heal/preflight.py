@@ -269,7 +269,7 @@ def dry_run_training(
             """Do nothing: there are no weights."""
 
     args = copy.deepcopy(args)
-    args.features = 0.0  # which depends on the cut
+    features, args.features = args.features, 0.0  # which depends on the cut
     kernels = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
     lora = None if args.method == "auto" else parse_method(args.method).adapter(model_args)
     logging.disable(logging.INFO)  # training says it again
@@ -282,6 +282,8 @@ def dry_run_training(
             model = model_without_weights(config, **kernels)
             data = {"train_dataset": rows, "eval_dataset": evaluated, "processing_class": processor}
             trainer = DryRunTrainer(model, args, peft_config=lora, **data)
+            trainer.args.features = features
+            _ = trainer._leaves_loss_to_trl  # or it is refused, as features need the dense model
             next(iter(trainer.get_train_dataloader()))
             trainer.create_optimizer_and_scheduler(max(args.max_steps, 1000))
             if args.use_liger_kernel:
