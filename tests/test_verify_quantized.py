@@ -219,6 +219,21 @@ def test_an_adapter_for_a_quantised_cut(nf4, tmp_path):
     assert found.good, said(found, False)
 
 
+def test_an_adapter_that_nothing_quantised(place, tmp_path):
+    """Its records say that its base was quantised before the cut, by a method that can't be repeated."""
+    folder = tmp_path / "adapter"
+    assert main(["prune", str(place / "base"), str(folder), "--drop-layers", "1", "--adapter"]) == 0
+    lineage = Lineage.load(folder)
+    settings = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    weights = lineage.entries[0]["input_weights"] = "0" * 64
+    layers = {"base": 8, "left": 8}
+    lineage.entries.insert(0, {"stage": "quantize", "settings": settings, "layers": layers, "weights": weights})
+    lineage.write(folder)
+    found = check(folder)
+    assert not found.consistent
+    assert "none was changed by the quantising" in said(found, False)
+
+
 def test_an_extra_tensor_is_a_no(nf4):
     path = nf4 / "model.safetensors"
     save_file(load_file(path) | {f"{DOWN}.extra": torch.ones(1)}, path, metadata={"format": "pt"})
