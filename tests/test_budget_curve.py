@@ -22,7 +22,7 @@ from hf_layerprune.records.history import read_history
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.runtime.walk import LayerWalk
 from hf_layerprune.select.runner import choose_layers
-from hf_layerprune.select.search import HELD_OUT, Search
+from hf_layerprune.select.search import GREEDY, HELD_OUT, Search
 from hf_layerprune.select.trials import Trial, evaluate_trials
 from hf_layerprune.stages import curve as stage
 from hf_layerprune.stages.curve_file import read_curve
@@ -111,6 +111,14 @@ def test_only_sets_that_a_config_can_describe(text: CalibrationSet) -> None:
     with pytest.raises(CutError, match="at a fixed period"):
         search.judge([((0, 2), "a criterion")])
     assert [one.drop for one in search.judge([((0, 2), "a criterion"), ((10, 11), "another")])] == [(10, 11)]
+
+
+def test_sets_where_the_config_can_describe_no_block(text: CalibrationSet) -> None:
+    """Every six consecutive of the eight layers hold both that attend, 2 and 5."""
+    search = Search(LayerWalk(tiny_model("recurrent_gemma")), text, range(8), CutOptions(criterion="auto"))
+    assert set(search.best_sets(6).values()) == {GREEDY}
+    with pytest.raises(CutError, match="no attention layer would be left"):
+        search.best_block(search.score_blocks(6), 6)
 
 
 def test_the_curve_of_a_quantised_model_has_a_repair_only_in_a_type_that_a_cut_can_have(

@@ -104,6 +104,7 @@ class Search:
         self.steps = list(found)
         self._fits: dict[tuple[int, ...], BlockFit | None] = {}
         self._any_lost = False  # whether one of the sets that were tried last had no KL
+        self._refusal: CutError | None = None  # why a config could describe none of them
 
     @cached_property
     def dense(self) -> Outcome:
@@ -121,11 +122,7 @@ class Search:
         return tuple(sorted(self.steps[:count]))
 
     def score_blocks(self, count: int) -> dict[tuple[int, ...], float]:
-        """KL of every block of a length on a few rows, with its map if a fitted repair will follow.
-
-        Raises:
-            CutError: The config can't describe the model without any of them.
-        """
+        """KL of every block of a length on a few rows, with its map if a fitted repair will follow."""
         every = [
             block for block in consecutive_blocks(range(self.walk.num_layers), count) if self.free.issuperset(block)
         ]
@@ -184,8 +181,8 @@ class Search:
         Raises:
             CutError: There is none.
         """
-        if not scores and self._any_lost:
-            raise CutError(NOT_COMPARABLE)
+        if not scores and (self._refusal or self._any_lost):
+            raise self._refusal or CutError(NOT_COMPARABLE)
         if not scores and self._needs_front and any(end - start >= count for start, end in find_blocks(self.free)):
             raise CutError(
                 f"no block of {pluralize(count, 'layer')} can be repaired: no layer in front of one has an output projection that "
@@ -201,6 +198,8 @@ class Search:
         """
         sets = list(sets)
         possible = self._describable([drop for drop, _ in sets])
+        if self._refusal:
+            raise self._refusal
         fitted = [(drop, by, self.fit(drop)) for drop, by in sets if drop in possible]
         if self.repair:
             fitted = [one for one in fitted if one[2] is not None]
@@ -245,7 +244,7 @@ class Search:
     # --- internals ---------------------------------------------------------------------------------------
 
     def _describable(self, sets: Collection[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """The sets without which a config can describe the model; an error if there are sets, but none of these."""
+        """The sets without which a config can describe the model; notes why there is none."""
         config, found, refusal = self.walk.model.config, [], None
         for drop in sets:
             try:
@@ -254,8 +253,7 @@ class Search:
                 refusal = error
             else:
                 found.append(drop)
-        if refusal and not found:
-            raise refusal
+        self._refusal = None if found else refusal
         return found
 
     def _warn_of_few_tokens(self) -> None:
@@ -280,6 +278,8 @@ class Search:
                 f"no more than {pluralize(len(dropped), 'layer')} may be dropped from this model; drop fewer, or protect fewer"
             )
         sets = self._describable([tuple(sorted((*dropped, i))) for i in left])
+        if self._refusal:
+            raise self._refusal
         tried = self._try_sets(sets, _MAX_STEP_ROWS)
         if not tried:
             raise CutError(
