@@ -230,3 +230,8 @@ def test_models_that_cannot_be_compared() -> None:
     other.config._name_or_path = ""
     with pytest.raises(CutError, match="pass its tokenizer"):
         compare_models(other, other, "text.txt")
+    with pytest.raises(CutError, match="windows=-1 measures nothing"):
+        compare_models(other, other, "text.txt", windows=-1)
+    for rows in (ROWS[0], ROWS[:0], ROWS[:, :1]):
+        with pytest.raises(CutError, match=r"must be \[windows, length\], with 2 or more tokens"):
+            compare_models(other, other, rows)

@@ -45,7 +45,8 @@ def compare_models(
             standard errors over windows (NaN for a single window).
 
     Raises:
-        CutError: A window is longer than the context of a model, the text does not exist, or there is no tokenizer.
+        CutError: A window is longer than the context of a model or has fewer than 2 tokens, there are no windows, the text
+            does not exist, or there is no tokenizer.
         CheckpointError: The base has no tokenizer that can be loaded.
         LayerPruneError: The vocabularies differ, or a window does not fit into memory.
         UnsupportedModelError: The architecture is not proven to be measured correctly.
@@ -58,12 +59,16 @@ def compare_models(
         )
     if isinstance(text, str | os.PathLike):
         name = os.fspath(text)
+        if windows is not None and windows < 1:
+            raise CutError(f"windows={windows} measures nothing; use 1 or more, or None for the whole text")
         if tokenizer is None:
             if not base.name_or_path:
                 raise CutError("the base does not say where it was loaded from; pass its tokenizer")
             tokenizer = load_tokenizer(base.name_or_path)
         length = min(resolve_length(one.config, length, DEFAULT_LENGTH, "length") for one in (model, base))
         text, _ = split_windows(find_text(name).text, tokenizer, length, windows, name)
+    if text.dim() != 2 or not len(text) or text.shape[1] < 2:
+        raise CutError(f"the text is {[*text.shape]}, and must be [windows, length], with 2 or more tokens in a window")
     found = window_means(model, text, base)
     perplexity, base_perplexity = (text_metrics(found[name])["perplexity"][0] for name in ("nll", "base_nll"))
     measured = {
