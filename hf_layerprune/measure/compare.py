@@ -68,7 +68,9 @@ def compare_models(
         length = min(resolve_length(one.config, length, DEFAULT_LENGTH, "length") for one in (model, base))
         text, _ = split_windows(find_text(name).text, tokenizer, length, windows, name)
     if text.dim() != 2 or not len(text) or text.shape[1] < 2:
-        raise CutError(f"the text is {[*text.shape]}, and must be [windows, length], with 2 or more tokens in a window")
+        raise CutError(
+            f"the text is {[*text.shape]}, and must be [windows, length], with 2 or more tokens in a window"
+        )
     found = window_means(model, text, base)
     perplexity, base_perplexity = (text_metrics(found[name])["perplexity"][0] for name in ("nll", "base_nll"))
     measured = {
