@@ -148,6 +148,13 @@ def test_theory_knows_a_quantised_model() -> None:
     assert operations(model, work) == real
 
 
+@pytest.mark.parametrize("model_type", ["dbrx", "biogpt"])
+def test_a_quantised_model_whose_operations_depend_on_values_is_benched_without(model_type: str) -> None:
+    model = tiny_model(model_type)
+    model.is_quantized = True
+    assert operations(model, Workload(2, 24, 4)) is None
+
+
 def test_shared_heads_are_counted_as_if_each_query_head_had_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     def strict(query: Any, key: Any, value: Any) -> int:
         """As torch's below 2.13."""
