@@ -151,6 +151,7 @@ def test_theory_knows_a_quantised_model() -> None:
 @pytest.mark.parametrize("model_type", ["dbrx", "biogpt"])
 def test_a_quantised_model_whose_operations_depend_on_values_is_benched_without(model_type: str) -> None:
     model = tiny_model(model_type)
+    model.config._attn_implementation = "sdpa"
     model.is_quantized = True
     assert operations(model, Workload(2, 24, 4)) is None
 
