@@ -19,7 +19,7 @@ from hf_layerprune.heal.data import shape_rows
 from hf_layerprune.publish.requests import VerifyRequest
 from hf_layerprune.publish.verify.verdict import verify
 from hf_layerprune.runtime.loading import load_base
-from hf_layerprune.runtime.model_class import auto_class_for, auto_class_of, stored_names
+from hf_layerprune.runtime.model_class import auto_class_for, auto_class_of, layer_modules, stored_names
 
 from . import chat_server  # noqa: F401 (makes the Space's files importable)
 from .heal_makers import word_tokenizer
@@ -133,6 +133,13 @@ def test_names_in_the_checkpoint(tmp_path: Path) -> None:
         written = set(file.keys())
     assert [name for name in written if name.endswith("layers.0.mlp.down_proj.weight")] == list(stored.values())
     assert list(stored) == [live]
+
+
+def test_the_module_of_a_tensor_in_a_layer_whose_experts_have_no_stored_names_of_their_own() -> None:
+    """ERNIE's checkpoints store the experts for text and for images together, so transformers can't rename them apart."""
+    stored = "model.layers.1.self_attn.o_proj.weight"
+    modules = layer_modules(multimodal_config("ernie4_5_vl_moe"), [stored])
+    assert modules == ["model.language_model.layers.1.self_attn.o_proj"]
 
 
 def test_layers_that_take_in_features_stay() -> None:

@@ -148,7 +148,8 @@ def layer_modules(config: PreTrainedConfig, tensors: Collection[str]) -> list[st
     indices = {_in_stack(name).partition(".")[0] for name in tensors}
     names = [name for name in model.state_dict() if name.startswith(tuple(f"{path}.{index}." for index in indices))]
     modules = {_in_stack(name): name.rpartition(".")[0] for name in names}
-    modules |= {_in_stack(stored): name.rpartition(".")[0] for name, stored in stored_names(config, names).items()}
+    if not modules.keys() >= {_in_stack(name) for name in tensors}:
+        modules |= {_in_stack(stored): name.rpartition(".")[0] for name, stored in stored_names(config, names).items()}
     return sorted({modules.get(_in_stack(name), name.rpartition(".")[0]) for name in tensors})
 
 
