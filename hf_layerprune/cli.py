@@ -26,6 +26,11 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         values, unknown = super().parse_known_args(args, namespace)
+        for action in self._get_positional_actions():
+            # Python 3.11 takes an optional argument for missing if an option stands before it.
+            is_missing = action.nargs == argparse.OPTIONAL and getattr(values, action.dest) is action.default
+            if is_missing and unknown and not unknown[0].startswith("-"):
+                setattr(values, action.dest, self._get_values(action, [unknown.pop(0)]))
         if unknown:
             option = unknown[0].partition("=")[0].replace("_", "-")
             similar = get_close_matches(option, self._option_string_actions, n=1, cutoff=0.8)

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_layerprune import LayerDropConfig, drop_layers
-from hf_layerprune.cli import main
+from hf_layerprune.cli import build_parser, main
 from hf_layerprune.options import format_bytes
 
 from .folders import snapshot
@@ -139,7 +139,9 @@ def test_an_output_that_is_taken_is_told_before_torch_is_imported(
 ) -> None:
     (tmp_path / "notes").write_text("mine")
     command = [words[0], str(base), str(tmp_path), *words[1:]]
-    script = f"import sys; from hf_layerprune.cli import main; print(main({command}), 'torch' in sys.modules)"
+    script = (
+        f"import sys; from hf_layerprune.cli import build_parser, main; print(main({command}), 'torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "1 False\n", done.stderr
     assert str(tmp_path) in done.stderr
@@ -248,6 +250,15 @@ def test_bad_words(
     assert error.count("\n") == 1
     assert len(error) < 600
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("words", [["base", "--curve", "out"], ["base", "out", "--curve"], ["--curve", "base", "out"]])
+def test_arguments_stand_before_or_after_options(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    args = build_parser().parse_args(["rank", *words])
+    assert (args.base, args.output, args.curve) == ("base", Path("out"), True)
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["rank", *words, "more"])
+    assert "unrecognized arguments: more (see" in capsys.readouterr().err
 
 
 def test_a_home_of_nobody(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
