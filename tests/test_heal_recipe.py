@@ -104,6 +104,7 @@ def test_adapter_and_model_are_the_same_healed_model(base: Path, healed: tuple[P
     assert model.config.num_hidden_layers == 6
     adapter = AutoPeftModelForCausalLM.from_pretrained(output / "adapter", **EAGER).eval()
     assert adapter.peft_config["default"].base_model_name_or_path == str(base)
+    assert not (output / "adapter" / "README.md").exists()  # PEFT's template
     assert torch.allclose(model(ids).logits, adapter(ids).logits, atol=1e-6)
     pruned = AutoModelForCausalLM.from_pretrained(output / "pruned", **EAGER).eval()
     assert not torch.allclose(model(ids).logits, pruned(ids).logits, atol=1e-2)

@@ -68,7 +68,8 @@ def test_prune_with_loads_cut_and_saves_plain(model_type, tmp_path, monkeypatch)
 def test_prune_with_cuts_a_pruned_base_further(tmp_path):
     save("llama", tmp_path / "base")
     load_pruned(tmp_path / "base", DROP).save_pretrained(tmp_path / "pruned")
-    model = prune_with(config_of(tmp_path / "pruned", drop=1), **EAGER)
+    model = prune_with(config_of(tmp_path / "pruned", drop=1), torch_dtype="bfloat16", **EAGER)  # dtype's older name
+    assert model.dtype == torch.bfloat16
     assert model.config.layer_drop == {"drop_layers": [4], "num_base_layers": 5}
 
 

@@ -518,7 +518,7 @@ def test_what_others_need_to_load_it(folder: Path) -> None:
     (folder / "train.py").write_text("")
     assert "train.py is code" in warnings(folder, include=("train.py",))
     (folder / "tokenizer.json").unlink()
-    assert "there is no tokenizer" in warnings(folder)
+    assert "the folder has no tokenizer" in warnings(folder)
 
 
 def test_a_file_that_was_there_when_it_was_measured_but_is_not_published(folder: Path) -> None:

@@ -14,7 +14,7 @@ from ..cut.lazy import DROPPED_PARAMETERS, load_pruned
 from ..cut.memory import LayerCut, check_plain_model
 from ..errors import CheckpointError, LayerPruneError, boundary
 from ..families.layout import find_decoder_layers
-from ..runtime.loading import LOCATION_ARGUMENTS, UNPACKED_DTYPE, as_path, is_hub_id, load_base, resolve_base
+from ..runtime.loading import LOCATION_ARGUMENTS, as_path, is_hub_id, load_base, resolve_base
 from ..runtime.precision import to_fast_precision
 from ..select.targets import Target
 from .config import LayerDropConfig
@@ -68,6 +68,8 @@ def prune_with(
             raise LayerPruneError(
                 "there is nothing to prune: pass a model, or specify one in LayerDropConfig(base_model_name_or_path=...)"
             )
+        if "torch_dtype" in from_pretrained_kwargs:  # its older name
+            from_pretrained_kwargs.setdefault("dtype", from_pretrained_kwargs.pop("torch_dtype"))
         model = _load_base_for(config, from_pretrained_kwargs)
     elif from_pretrained_kwargs:
         raise TypeError(
@@ -144,16 +146,16 @@ def prepare_from_base(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepar
     if needs_text(config):
         check_source(config.calibration)
     base = config.base_model_name_or_path or ""
-    others = {name: value for name, value in kwargs.items() if name not in ("device_map", "dtype", "torch_dtype")}
+    others = {name: value for name, value in kwargs.items() if name not in ("device_map", "dtype")}
     packed = resolve_base(base, kwargs.get("gguf_file"))[1] is not None
-    model = load_base(base, dtype=kwargs.get("dtype", UNPACKED_DTYPE) if packed else "auto", **others)
+    model = load_base(base, dtype=kwargs.get("dtype", "auto") if packed else "auto", **others)
     families.check_supported(model.config)
     device = torch.accelerator.current_accelerator(check_available=True)
     target = None
     if config.drop_layers is None:  # sizes and times are those of the type in which the base is
         revision = others.get("revision")
         target = Target.from_options(config, model.config, base, revision=revision, model=model, device=device)
-    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+    dtype = kwargs.get("dtype")
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if model.dtype == torch.float16 and isinstance(dtype, torch.dtype) and not getattr(model, "is_quantized", False):
         cast("torch.nn.Module", model).to(dtype)

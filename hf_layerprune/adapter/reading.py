@@ -1,4 +1,7 @@
-"""Read an adapter of any PEFT method: its config, and its weights, which must be those that the config asks for."""
+"""Read an adapter of any PEFT method: its config, and its weights, which must be those that the config asks for.
+
+[`save_adapter`] writes one.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from transformers.utils.hub import cached_file
 
 from ..errors import CheckpointError, boundary
 from ..files.json_file import read_object
+from ..records.declared import CARD
 from ..records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG
 from ..runtime.loading import LOCATION_ARGUMENTS, as_path, check_complete
 
@@ -107,3 +111,9 @@ def _check_weights(model: PeftModel, path: str, name: str) -> None:
         "mismatched_keys": (),  # PEFT raises
     }
     check_complete(name, info)
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Save an adapter without the card that PEFT writes, a template that says nothing of the cut."""
+    model.save_pretrained(str(folder))
+    (folder / CARD).unlink(missing_ok=True)

@@ -19,10 +19,8 @@ changes nothing, and an interrupted push resumes where it stopped."""
 def run(request: Request) -> Result:
     from dataclasses import asdict
 
-    from ..publish.hub.contents import find_model
     from ..publish.hub.push import PushRefusedError, plan_push, push
     from ..publish.space import publish_space, secret_from_env
-    from ..records.lineage import Lineage
     from ..records.names import is_gguf_name
 
     secret = secret_from_env(request.space_secret)
@@ -61,8 +59,7 @@ def run(request: Request) -> Result:
         if request.private and secret is None:
             lines.append("the Space can't read a private model yet: give it a secret HF_TOKEN, or use --space-secret")
     revision = done.commit if done.pull_request else request.revision  # otherwise, `main` would be verified
-    base = str(Lineage.load_required(find_model(request)).base.get("id"))
-    file = base if is_gguf_name(base) else None  # a model's repository seldom has the GGUF files made of it
+    file = plan.base if is_gguf_name(plan.base) else None  # a model's repository seldom has the GGUF files made of it
     follow_up = suggest("verify", request.repo_id, "--revision", revision, "--base", file)
     return Result(summary, _lines(*lines), data, follow_up)
 

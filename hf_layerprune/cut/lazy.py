@@ -141,9 +141,7 @@ def _locate_base(base: str | Path, hub: dict[str, Any]) -> tuple[Base, dict[str,
 
 def _load_config(source: Base, hub: dict[str, Any], kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """The base's config and the remaining keyword arguments, divided as the auto classes divide them."""
-    dtype = kwargs.pop("torch_dtype", None)
-    dtype = kwargs.pop("dtype", dtype)
-    explicit = {"dtype": dtype, "quantization_config": kwargs.pop("quantization_config", None)}
+    explicit = {"dtype": kwargs.pop("dtype", None), "quantization_config": kwargs.pop("quantization_config", None)}
     config = kwargs.pop("config", None)
     if not isinstance(config, PreTrainedConfig):
         read_checked_config(str(config or source.name), trust_remote_code=False, **hub)

@@ -98,7 +98,7 @@ def _merge_trained(
         model.config = load_config(student.folder)  # trainers set some of its fields for their own use
         return model, None
     from ..adapter.config import LayerDropConfig
-    from ..adapter.reading import load_adapter
+    from ..adapter.reading import load_adapter, save_adapter
 
     adapted: Any = load_adapter(load_base(student.folder, dtype="auto"), str(trained))
     tail = isinstance(adapted.peft_config["default"], LayerDropConfig)  # others have the pruned model as their base
@@ -112,7 +112,7 @@ def _merge_trained(
         folder = folders.enter_context(new_folder(adapter, source=student.folder))
         if tail:
             _record_repair(adapted.peft_config["default"], lineage)
-        adapted.save_pretrained(folder)
+        save_adapter(adapted, folder)
         _copy_companions(student.folder, folder, exclude=(CONFIG, GENERATION))
         return adapted.merge_and_unload(), folder if tail else None
     return adapted.merge_and_unload(), None

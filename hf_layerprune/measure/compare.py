@@ -45,8 +45,8 @@ def compare_models(
             standard errors over windows (NaN for a single window).
 
     Raises:
-        CutError: A window is longer than the context of a model or has fewer than 2 tokens, there are no windows, the text
-            does not exist, or there is no tokenizer.
+        CutError: The text is missing, no tokenizer is known for it, or it gives no window of at least 2 tokens that fits the
+            context of both models.
         CheckpointError: The base has no tokenizer that can be loaded.
         LayerPruneError: The vocabularies differ, or a window does not fit into memory.
         UnsupportedModelError: The architecture is not proven to be measured correctly.

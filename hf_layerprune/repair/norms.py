@@ -51,8 +51,8 @@ class Norm:
 def find_norm(layer: nn.Module, x: torch.Tensor, run: Callable[[], object]) -> Norm | None:
     """Find the RMS norm in a layer that reads a module's output `x`.
 
-    `run` runs the layer on the input that gives this output. Returns `None` if there is no norm, if several modules
-    read the output, or if it is another kind of norm.
+    `run` calls the layer with the input that produced `x`. Returns `None` if no module or more than one reads `x`, or if the
+    one that does is not an RMS norm.
     """
     readers: list[tuple[str, nn.Module]] = []
 

@@ -63,7 +63,7 @@ class Criterion:
         return import_module(f".{self.module}", __package__)
 
     def variant(self, requested: str) -> str:
-        """The variant that is computed when `requested` is requested: always `"original"` if there is no other."""
+        """The variant to compute for `requested`: `"original"` if the criterion has no other."""
         return requested if self.has_variant else ORIGINAL
 
     def scores_blocks(self, contiguous: bool) -> bool:

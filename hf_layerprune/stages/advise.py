@@ -54,7 +54,7 @@ better; to find out which it is here, make a curve: COMMAND. Nothing was timed h
 class Advice:
     """What to do, and why.
 
-    `settings` are those of a YAML file for `sft_tail.py`, and are empty if there is no time to train. `command` is the
+    `settings` are those of a YAML file for `sft_tail.py`; empty if the time is too short to train. `command` is the
     command line, split into words. `text` is the advice in words, and `record` the same as JSON.
     """
 

@@ -22,7 +22,6 @@ from ..files.folders import check_target, new_folder
 from ..files.gguf_header import read_header
 from ..layer_ranges import describe_layers
 from ..options import AMOUNTS, TARGET_SETTINGS, copy_fields, format_bytes, refuse_unused
-from ..records.declared import CARD
 from ..records.fingerprints import uncached_weights_hash
 from ..records.lineage import Lineage, stage_entry
 from ..records.names import is_gguf_name, strip_local_path
@@ -345,6 +344,7 @@ def _write_files(request: PruneRequest, plan: CheckpointPlan, folder: Path, prep
 def _write_adapter(request: PruneRequest, dropped: list[int], folder: Path, prepared: Prepared | None) -> None:
     """Save the plan, the tail that will be tuned, and what the repair changed."""
     from ..adapter.pruning import prune_prepared
+    from ..adapter.reading import save_adapter
     from ..adapter.resolve import resolved_cut
     from ..families.layout import find_decoder_layers
     from ..repair.frozen import repaired_tensor_names
@@ -352,8 +352,7 @@ def _write_adapter(request: PruneRequest, dropped: list[int], folder: Path, prep
     model = prune_prepared(_to_config(request, dropped), prepared, whole=request.check, dtype=_load_dtype(request))
     adapter: Any = model.peft_config["default"]
     adapter.revision = adapter.base_commit  # loading would otherwise put it on whatever the base's main branch is then
-    model.save_pretrained(str(folder))
-    (folder / CARD).unlink(missing_ok=True)  # PEFT's template, which says nothing of the cut
+    save_adapter(model, folder)
     if prepared is not None and prepared.repair is not None:
         pruned: Any = model.get_base_model()
         names = repaired_tensor_names(prepared.repair, find_decoder_layers(pruned).path, resolved_cut(adapter))

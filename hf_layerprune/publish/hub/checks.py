@@ -212,7 +212,7 @@ def _check_loading(contents: Contents, request: PushRequest) -> Outcome:
     if contents.is_adapter:
         return
     if not any(name.startswith("tokenizer") or name == "vocab.json" for name in contents.files):
-        yield WARNING, "there is no tokenizer, so the model needs that of its base"
+        yield WARNING, "the folder has no tokenizer, so the model needs that of its base"
     if code := [name for name in contents.files if name.endswith(".py")]:
         yield WARNING, f"{code[0]} is code, which runs only with trust_remote_code"
     config = read_config_file(contents.folder / CONFIG)
