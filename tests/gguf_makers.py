@@ -106,6 +106,12 @@ def number(key: str, value: int, kind: GGUFValueType = GGUFValueType.UINT32) -> 
     return lambda writer: writer.add_key_value(key, value, kind)
 
 
+def mark(drop: Sequence[int], base: int) -> Callable[[GGUFWriter], None]:
+    """What a file that was cut once says of it."""
+    dropped = array("hf_layerprune.drop_layers", drop, GGUFValueType.UINT32)
+    return all_of(dropped, number("hf_layerprune.num_base_layers", base))
+
+
 def all_of(*steps: Callable[[GGUFWriter], None]) -> Callable[[GGUFWriter], None]:
     return lambda writer: [step(writer) for step in steps] and None
 
@@ -147,9 +153,9 @@ def value(path: Path, key: str):
 
 
 def check_bytes(source: Path, target: Path, drop, changed: set[str]) -> None:
-    """Assert that a cut file differs from its source in the layers and in the changed keys, and in no other byte."""
+    """Assert that a cut file differs from its source in the layers, the changed keys and its mark, and in no other byte."""
     (old_keys, old_tensors), (new_keys, new_tensors) = contents(source), contents(target)
-    assert list(old_keys) == list(new_keys)
+    assert list(new_keys) == [*old_keys, "hf_layerprune.drop_layers", "hf_layerprune.num_base_layers"]
     assert {key for key in old_keys if old_keys[key] != new_keys[key]} == changed
     assert all(old_keys[key][0] == new_keys[key][0] for key in old_keys)
 

@@ -9,19 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, GGUFValueType
 from transformers import AutoModelForCausalLM
 
 import hf_layerprune.cut.gguf as gguf_file
 from hf_layerprune.cli import main
 from hf_layerprune.cut.gguf import cut_gguf, gguf_layer_count, is_gguf, plan_gguf_cut
 from hf_layerprune.errors import CheckpointError, CutError
+from hf_layerprune.files.gguf_header import read_header, recorded_cut
 from hf_layerprune.files.json_file import read_object
+from hf_layerprune.heal.student import Student
 from hf_layerprune.measure.subject import identify
 from hf_layerprune.records.fingerprints import fingerprint, weights_hash
-from hf_layerprune.runtime.loading import resolve_base
+from hf_layerprune.runtime.loading import load_base, load_config, resolve_base
 from hf_layerprune.versions import gguf_options
-from tests.gguf_makers import check_bytes, make_gguf, smollm2, value
+from tests.gguf_makers import array, check_bytes, make_gguf, mark, number, smollm2, value
 from tests.matrix import identities, logits
 from tests.measure_models import write_gguf
 from tests.tiny_models import tiny_input, tiny_model
@@ -130,6 +132,41 @@ def test_planning_and_cutting_need_little_memory_and_no_torch(tmp_path):
         assert int(peak[1]) < 70_000
 
 
+def test_a_cut_file_says_which_layers_of_the_first_one_it_lacks(tmp_path, capsys):
+    source, (once, twice) = write_gguf(tmp_path / "a.gguf", layers=8), [tmp_path / f"{n}.gguf" for n in (1, 2)]
+    assert main(["prune", str(source), str(once), "--drop-layers", "2-3"]) == 0
+    assert main(["prune", str(once), str(twice), "--drop-layers", "0,4"]) == 0
+    assert main(["inspect", str(twice)]) == 0
+    assert "it is a cut model, without layers 0,2-3,6 of its base" in capsys.readouterr().out
+    mark = {"drop_layers": [0, 2, 3, 6], "num_base_layers": 8}
+    assert load_config(twice).layer_drop == load_base(twice).config.layer_drop == mark
+    assert not hasattr(load_config(source), "layer_drop")
+    # As a folder, it is a cut of the file, whatever that says of itself.
+    assert main(["prune", str(twice), str(tmp_path / "folder"), "--drop-layers", "1"]) == 0
+    assert load_config(tmp_path / "folder").layer_drop == {"drop_layers": [1], "num_base_layers": 4}
+    assert main(["verify", str(tmp_path / "folder")]) == 0
+    with pytest.raises(CheckpointError, match=r"specify the 8-layer file that it was cut from, .* 0,2-3,6$"):
+        Student.load(twice)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        mark([1, 2], 9),
+        mark([2, 1], 8),
+        mark([1, 1], 8),
+        mark([1, 8], 8),
+        number("hf_layerprune.num_base_layers", 8),
+        array("hf_layerprune.drop_layers", [1, 2], GGUFValueType.FLOAT32),
+    ],
+)
+def test_a_mark_that_does_not_fit_the_file_counts_for_nothing(tmp_path, wrong):
+    source = make_gguf(tmp_path / "a.gguf", more=wrong)
+    assert recorded_cut(read_header(source)) is None
+    target, _ = cut(source, [3])
+    assert recorded_cut(read_header(target)) == {"drop_layers": [3], "num_base_layers": 6}
+
+
 @pytest.mark.parametrize("alignment", [None, 64, 4096])
 @pytest.mark.parametrize("drop", [(0,), (5,), (1, 2, 4), (0, 1, 2, 3, 4)])
 def test_all_tensor_types_and_alignments_are_copied_exactly(tmp_path, alignment, drop):
@@ -138,7 +175,8 @@ def test_all_tensor_types_and_alignments_are_copied_exactly(tmp_path, alignment,
     check_bytes(source, target, drop, {"llama.block_count"})
     # And the file is the one that the gguf library writes for a model without these layers.
     kept = plan.cut.keep
-    model = make_gguf(tmp_path / "b.gguf", layers=len(kept), alignment=alignment, seeds=kept)
+    more = mark(drop, 6)
+    model = make_gguf(tmp_path / "b.gguf", layers=len(kept), more=more, alignment=alignment, seeds=kept)
     assert target.read_bytes() == model.read_bytes()
 
 

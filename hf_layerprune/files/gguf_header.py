@@ -31,6 +31,10 @@ _FIXED = struct.Struct("<4sIQQ")
 # The type of a value, and for numbers its `struct` format.
 _STRING, _ARRAY = 8, 9
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_COUNT = 4  # a whole number of 32 bits
+# The keys in which a pruned file records its cut. llama.cpp and transformers ignore keys that they don't know.
+_DROPPED, _BASE_LAYERS = "hf_layerprune.drop_layers", "hf_layerprune.num_base_layers"
+CUT_KEYS = (_DROPPED, _BASE_LAYERS)
 
 
 def align(size: int, alignment: int) -> int:
@@ -245,6 +249,24 @@ def block_count_of(header: GGUFHeader) -> int:
     if not 0 < count <= MAX_LAYERS:
         header.fail(f"{key} is {count}, and only 1..{MAX_LAYERS} are supported; the file is damaged")
     return count
+
+
+def recorded_cut(header: GGUFHeader) -> dict[str, Any] | None:
+    """The cut that a pruned file records, in the form of `layer_drop` in a config; `None` without one that fits the file."""
+    dropped, base = (header.keys.get(key) for key in CUT_KEYS)
+    forms = [(entry.kind, entry.is_array) for entry in (dropped, base) if entry is not None]
+    if dropped is None or base is None or forms != [(_COUNT, True), (_COUNT, False)]:
+        return None
+    drop, n = list(dropped.values), base.values[0]
+    # Another program may have dropped layers since, and kept keys that it does not know.
+    fits = drop and drop == sorted({*drop}) and drop[-1] < n == block_count_of(header) + len(drop)
+    return {"drop_layers": drop, "num_base_layers": n} if fits else None
+
+
+def cut_entries(drop: Sequence[int], num_base_layers: int) -> list[bytes]:
+    """The metadata entries that record a cut."""
+    dropped, base = Entry(_DROPPED, _COUNT, True, 0, b""), Entry(_BASE_LAYERS, _COUNT, False, 1, b"")
+    return [dropped.pack(drop), base.pack([num_base_layers])]
 
 
 def integer_value(header: GGUFHeader, entry: Entry) -> int:

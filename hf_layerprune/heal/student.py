@@ -13,6 +13,7 @@ from ..families import Cut
 from ..families.fields import cut_without
 from ..families.layout import ties_head
 from ..files.hub import Repo
+from ..layer_ranges import format_layers
 from ..records.fingerprints import CONFIG, is_hashed, is_part
 from ..records.lineage import Lineage
 from ..records.names import is_gguf_name
@@ -69,6 +70,11 @@ class Student:
         if cut is None:
             raise CheckpointError(
                 f"{name} was not pruned by hf-layerprune; prune it first: hf-layerprune prune {name} OUTPUT"
+            )
+        if folder.is_file():
+            raise CheckpointError(
+                f"{name} is a GGUF file that is pruned already, and only a folder can be trained as it is; specify the "
+                f"{cut.num_layers}-layer file that it was cut from, with --drop_layers {format_layers(cut.drop)}"
             )
         lineage = Lineage.load(folder) or Lineage({})
         entries = lineage.entries

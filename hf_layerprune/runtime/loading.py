@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, boundary
+from ..families import MARKER
 from ..families.layout import find_decoder_layers
-from ..files.gguf_header import block_count_of, read_header
+from ..files.gguf_header import block_count_of, read_header, recorded_cut
 from ..files.hub import resolve_commit
 from ..files.json_file import read_object
 from ..files.shards import INDEX, MAX_INDEX, shard_names
@@ -117,7 +118,17 @@ def load_config(base: str | Path, **kwargs: Any) -> PreTrainedConfig:
         read_checked_config(name, **kwargs)
     trust = kwargs.pop("trust_remote_code", False)
     with boundary(f"no model config at {base}"):
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust, **kwargs)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust, **kwargs)
+    if gguf_file is not None:
+        _mark_cut(config, name, gguf_file, kwargs)
+    return config
+
+
+def _mark_cut(config: PreTrainedConfig, name: str, gguf_file: str, kwargs: dict[str, Any]) -> None:
+    """Give the config of a GGUF file the cut that the file records, which transformers does not read."""
+    path = _fetch(name, gguf_file, kwargs)
+    if path is not None and (cut := recorded_cut(read_header(Path(path)))) is not None:
+        setattr(config, MARKER, cut)
 
 
 def read_checked_config(name: str, **kwargs: Any) -> dict[str, Any]:
@@ -195,6 +206,7 @@ def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
     if commit is not None:
         model.config._commit_hash = commit
     if gguf_file is not None:
+        _mark_cut(model.config, name, gguf_file, kwargs)
         model.name_or_path = str(base)  # the file, not its folder, is the base
     return model
 

@@ -22,7 +22,17 @@ from pathlib import Path
 from ...families.fields import Cut
 from ...files.copy import LocalFile, check_space, new_file
 from ...files.folders import clean_up_leftovers, lock_folder, unlock_folder
-from ...files.gguf_header import GGUFHeader, Tensor, align, block_count_of, read_header, write_header
+from ...files.gguf_header import (
+    CUT_KEYS,
+    GGUFHeader,
+    Tensor,
+    align,
+    block_count_of,
+    cut_entries,
+    read_header,
+    recorded_cut,
+    write_header,
+)
 from ...options import format_bytes
 from ...screen import progress_bar
 from .layers import GGUFCut, rewrite_metadata
@@ -97,7 +107,8 @@ def plan_gguf_cut(source: str | os.PathLike[str] | GGUFHeader, drop_layers: Sequ
             name = tensor.name if layer is None else f"blk.{new_index[layer]}.{tensor.name.split('.', 2)[2]}"
             kept.append(replace(tensor, name=name))
     changes |= size_label_changes(header, cut.architecture, kept)
-    entries = [entry.pack(changes.get(key)) for key, entry in header.keys.items()]
+    entries = [entry.pack(changes.get(key)) for key, entry in header.keys.items() if key not in CUT_KEYS]
+    entries += cut_entries(*_cut_of_base(header, cut.layers))
     return GGUFCutPlan(
         cut=cut.layers,
         header=write_header(entries, kept, header.alignment),
@@ -148,6 +159,14 @@ def cut_gguf(
                     output.write(bytes(align(size, plan.alignment) - size))
                 file.check_unchanged()
     return plan
+
+
+def _cut_of_base(header: GGUFHeader, cut: Cut) -> tuple[list[int], int]:
+    """The layers that a cut file lacks of the first file that was cut, and how many that had."""
+    earlier = recorded_cut(header) or {"drop_layers": [], "num_base_layers": cut.num_layers}
+    n, gone = earlier["num_base_layers"], earlier["drop_layers"]
+    here = [layer for layer in range(n) if layer not in gone]
+    return sorted([*gone, *(here[layer] for layer in cut.drop)]), n
 
 
 def _map_tensors_to_layers(cut: GGUFCut) -> dict[str, int]:

@@ -23,7 +23,7 @@ from ...families.gguf import (
     SCALARS,
     TWO_KINDS,
 )
-from ...files.gguf_header import architecture_of, block_count_of, integer_value
+from ...files.gguf_header import CUT_KEYS, architecture_of, block_count_of, integer_value
 from ...layer_ranges import format_layers
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _new_values(cut: GGUFCut, entry: Entry) -> list[Any] | None:
         return _kept_values(cut, entry) if entry.is_array else None
     if key.startswith("general.tensor_extra."):
         header.fail(f"{key} lists tensors by name, and rewriting it is not supported")
-    if key.startswith(_OTHER_PREFIXES):
+    if key.startswith(_OTHER_PREFIXES) or key in CUT_KEYS:
         return None
     suffix = key.removeprefix(f"{cut.architecture}.")
     if suffix == key:
