@@ -201,22 +201,30 @@ def test_a_tied_head_that_the_base_stores_twice(same: bool, tmp_path: Path) -> N
     assert same or said(found, False) == "tensors: lm_head.weight is missing"
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "hy_v3"])
-def test_an_adapter_with_experts(model_type: str, tmp_path: Path) -> None:
-    """Modules hold all experts of a layer in one tensor, checkpoints each in one of its own."""
+@pytest.mark.parametrize(("model_type", "module", "stored"), [
+    ("mixtral", "experts.down_proj", r"\.1\."),
+    ("qwen3_moe", "experts.down_proj", r"\.1\."),
+    ("hy_v3", "experts.down_proj", r"\.1\."),
+    ("ernie4_5_vl_moe", "vision_moe.experts.down_proj", r"experts\.\d"),
+    ("sarvam_moe", "k_proj.weight", "query_key_value"),
+    ("lara_mini", "in_proj_z.weight", r"in_proj\."),
+])  # fmt: skip
+def test_an_adapter_with_tensors_that_checkpoints_divide_or_join(
+    model_type: str, module: str, stored: str, tmp_path: Path
+) -> None:
     tiny_model(model_type).save_pretrained(tmp_path / "base")
-    words = ["--drop-layers", "6-7", "--adapter", "--tune-layers", "2"]
+    words = ["--drop-layers", "6-7", "--adapter", "--tune-layers", "3"]
     assert main(["prune", str(tmp_path / "base"), str(tmp_path / "small"), *words]) == 0
     found = verify(tmp_path / "small")
     assert found.good, said(found)
     path = tmp_path / "small" / "adapter_model.safetensors"
     tensors = load_file(path)
-    (name,) = (name for name in tensors if "layers.5" in name and name.endswith("experts.down_proj"))
+    name = next(name for name in tensors if name.endswith(module))
     tensors[name][1] += 1
     save_file(tensors, path)
     claim(tmp_path / "small")
     found = verify(tmp_path / "small", accept_trained=True)
-    assert re.search(r"layers\.5\.\S*\.1\.\S+ differs from the base's", said(found)), said(found)
+    assert re.search(rf"layers\.\d\.\S*{stored}\S+ differs from the base's", said(found)), said(found)
 
 
 def test_an_adapter(place: Path, tmp_path: Path) -> None:

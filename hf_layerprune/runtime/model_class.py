@@ -101,26 +101,26 @@ def stored_names(config: PreTrainedConfig, names: Collection[str]) -> dict[str, 
 
     Names that the model doesn't have, or does not store under one name, are left out.
     """
-    stored = stored_parts(config, dict.fromkeys(names))
-    return {name: next(iter(parts)) for name, parts in stored.items() if len(parts) == 1}
-
-
-def stored_parts(
-    config: PreTrainedConfig, tensors: Mapping[str, torch.Tensor | None]
-) -> dict[str, dict[str, torch.Tensor]]:
-    """What a checkpoint stores for tensors that are known by their modules, such as one for each expert of a layer.
-
-    Where only the names matter, a tensor may be `None`. Names that the model doesn't have are left out.
-    """
     from transformers.core_model_loading import revert_weight_conversion
 
     model = model_without_weights(config)
     state = model.state_dict()
-    return {
-        name: revert_weight_conversion(model, {name: state[name] if tensor is None else tensor})
-        for name, tensor in tensors.items()
-        if name in state
-    }
+    stored = {name: revert_weight_conversion(model, {name: state[name]}) for name in names if name in state}
+    return {name: next(iter(parts)) for name, parts in stored.items() if len(parts) == 1}
+
+
+def stored_tensors(config: PreTrainedConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a checkpoint stores for tensors that are known by their modules.
+
+    It may be several for one, such as one for each expert of a layer, or one for several, such as queries, keys and
+    values. Names that the model doesn't have stay as they are.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    model = model_without_weights(config)
+    known = tensors.keys() & model.state_dict().keys()
+    stored = revert_weight_conversion(model, {name: tensors[name] for name in known})
+    return {name: tensor for name, tensor in tensors.items() if name not in known} | stored
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from ...records.fingerprints import ADAPTER_WEIGHTS, CONFIG
 from ...records.history import QUANTIZE, History
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...runtime.loading import ignored_names, load_config
-from ...runtime.model_class import model_class_of, model_without_weights, stored_names, stored_parts
+from ...runtime.model_class import model_class_of, model_without_weights, stored_names, stored_tensors
 from .fields import differences, unties
 from .outcome import Verification
 from .places import ModelLocation
@@ -97,7 +97,7 @@ def check_tensors(
     files: dict[str, WeightFile] = {}
     if modules is not None:
         unknown = [name for name in modules if in_cut(name) not in tensors and in_cut(name) not in changed]
-        stored = [*_to_stored_names(model, expected, modules, unknown).items()]
+        stored = _to_stored_names(model, expected, modules, unknown)
     else:
         files = read_weights(model, expected)
         stored = [one for file in files.values() for one in file.tensors.items()]
@@ -201,24 +201,23 @@ def _tied(expected: Expected) -> dict[str, str]:
 
 def _to_stored_names(
     model: ModelLocation, expected: Expected, modules: Mapping[str, TensorHash], unknown: Collection[str]
-) -> dict[str, TensorHash]:
-    """An adapter's tensors, of which the unknown ones get the names that its base's checkpoint gives them: some types
-    have other names there, or several tensors for one, such as one for each expert.
+) -> list[tuple[str, TensorHash]]:
+    """An adapter's tensors by name, of which the unknown ones are replaced by what its base's checkpoint stores for them: some
+    types have other names there, or several tensors for one, or one for several.
     """
     if not unknown:
-        return {**modules}
+        return [*modules.items()]
     import torch
     from safetensors import safe_open
 
-    parts: dict[str, TensorHash] = {}
     with boundary(_NO_MODEL), safe_open(model.path(ADAPTER_WEIGHTS), "pt") as file:
         values = {name: file.get_tensor(f"{_ADAPTER_PREFIX}{name}") for name in unknown}
-        renamed = stored_parts(expected.model_config, values)
-        for name, stored in renamed.items():
-            for part, value in stored.items():
-                data = value.contiguous().view(torch.uint8).numpy().tobytes()
-                parts[part] = TensorHash(modules[name].dtype, tuple(value.shape), hashlib.sha256(data).hexdigest())
-    return {name: tensor for name, tensor in modules.items() if name not in renamed} | parts
+        types = {values[name].dtype: modules[name].dtype for name in unknown}
+        parts: dict[str, TensorHash] = {}
+        for part, value in stored_tensors(expected.model_config, values).items():
+            data = value.reshape(-1).view(torch.uint8).numpy().tobytes()
+            parts[part] = TensorHash(types[value.dtype], tuple(value.shape), hashlib.sha256(data).hexdigest())
+    return [*((name, tensor) for name, tensor in modules.items() if name not in values), *parts.items()]
 
 
 def _difference(name: str, tensor: TensorHash, wanted: TensorHash | None, quantizer: str | None) -> str:
