@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from gguf import GGMLQuantizationType
 from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune import CutError, LayerDropConfig, drop_layers, prune_with
 from hf_layerprune.cli import main
 from hf_layerprune.cut.sizes import Sizes
+from hf_layerprune.families import layer_count
 from hf_layerprune.options import CutOptions
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.runtime.loading import load_config
@@ -172,27 +172,36 @@ def test_prune_writes_what_was_predicted(bases: dict[str, Path], tmp_path: Path)
     assert on_disk(tmp_path / "half") <= limit // 2
 
 
-def test_files_that_turn_out_too_large_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The head and more of a HY v4 stay in float32."""
-    tiny_model("hy_v4").save_pretrained(tmp_path / "base")
-    sizes = Sizes(load_config(tmp_path / "base"), str(tmp_path / "base"), dtype="bfloat16")
-    words = ["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--dtype", "bfloat16", "--target-size"]
-    assert main([*words, str(sizes.file_bytes([7]))]) == 2
-    error = capsys.readouterr().err
-    assert "more than target_size allows: some tensors stay in float32" in error
-    assert error.endswith("use drop=2 or more instead\n")
-    assert not (tmp_path / "cut").exists()
+@pytest.mark.parametrize("model_type", ["hy_v4", "qwen2_moe", "gguf"])
+def test_a_size_that_files_of_another_type_just_meet(model_type: str, tmp_path: Path) -> None:
+    """Of a HY v4, the head and more stay in float32; in files, each expert has tensors of its own."""
+    base, words = tmp_path / "base", ["--dtype", "bfloat16", "--target-size"]
+    if model_type == "gguf":
+        base, words = write_gguf(tmp_path / "base.gguf"), ["--target-size"]
+    else:
+        tiny_model(model_type).save_pretrained(base)
+    config = load_config(base)
+    last = layer_count(config) - 1
+    limit = Sizes(config, str(base), dtype="bfloat16").file_bytes([last])
+    for fewer in (0, 1):
+        assert main(["prune", str(base), str(tmp_path / str(fewer)), *words, str(limit - fewer)]) == 0
+        assert layer_count(load_config(tmp_path / str(fewer))) == last - fewer
+    assert on_disk(tmp_path / "0") == limit
 
 
-@pytest.mark.parametrize("dtype", ["auto", "float16"])
-def test_files_of_the_right_type_that_turn_out_too_large(
-    dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_files_that_turn_out_too_large_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The header of a file made from a GGUF file is not in the estimate."""
-    base = write_gguf(tmp_path / "base.gguf", packed=GGMLQuantizationType.F16)
-    words = ["prune", str(base), str(tmp_path / "cut"), "--target-dtype", dtype, "--target-size", "73000"]
-    assert main(words) == 2
-    assert "more than target_size allows" in capsys.readouterr().err
+    base = write_gguf(tmp_path / "base.gguf")
+    monkeypatch.setattr(Sizes, "file_bytes", Sizes.weight_bytes)
+    limit = Sizes(load_config(base), str(base), dtype="bfloat16").weight_bytes([3])
+    for dtype in ("auto", "bfloat16"):
+        words = ["prune", str(base), str(tmp_path / "cut"), "--target-dtype", dtype, "--target-size", str(limit)]
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert "more than target_size allows" in error
+        assert error.endswith("use drop=2 or more instead\n")
+        assert not (tmp_path / "cut").exists()
 
 
 def test_a_size_in_a_type_that_is_not_written(bases: dict[str, Path], tmp_path: Path) -> None:

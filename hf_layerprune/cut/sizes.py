@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import str_to_torch_dtype
 
 from .. import families
 from ..errors import CutError, boundary, cause_of
@@ -32,13 +34,14 @@ from ..runtime.loading import is_hub_id
 from ..runtime.model_class import model_without_weights
 from ..runtime.windows import resolve_length
 from .base import Base, Weights, read_headers
-from .header import FLOATS, Tensor
+from .header import FLOATS, Tensor, write_header
 from .plan import WeightsPlan, plan_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _CONTEXT = 4096
+_STORED_NAMES = {dtype: name for name, dtype in str_to_torch_dtype.items()}
 
 
 class Sizes:
@@ -76,14 +79,16 @@ class Sizes:
         return count_parameters(model) + self._head_elements
 
     def file_bytes(self, drop: Sequence[int] = ()) -> int:
-        """Bytes of the safetensors files that are left, as `cut.disk` writes them: headers and tensors.
+        """Bytes of the safetensors files that are left: headers and tensors.
+
+        They are those that `cut.disk` writes or, of another type or without safetensors files, `save_pretrained` as one file.
 
         Raises:
             CheckpointError: The headers can't be read, or do not fit the config.
             CutError: These layers can't be dropped from this model.
         """
-        if self._weights is None:
-            return self.weight_bytes(drop)
+        if self._weights is None or self._dtype != "auto":
+            return self._saved_bytes(drop)
         shards = [file.size for file in (self._plan_weights(drop).shards if drop else self._weights.headers.values())]
         headers = sum(shards) - sum(
             tensor.size * kept // max(1, tensor.elements) for tensor, kept in self._kept_tensors(drop)
@@ -169,6 +174,18 @@ class Sizes:
                 "the data type at auto (target_dtype, dtype)"
             )
         return tensor.size * elements // max(1, tensor.elements)
+
+    def _saved_bytes(self, drop: Sequence[int]) -> int:
+        """Bytes of the file that saving the model would write: some classes keep some tensors in float32."""
+        model = self._empty_model(drop)
+        tied = () if self._untie else model.all_tied_weights_keys
+        state = revert_weight_conversion(model, {k: v for k, v in model.state_dict().items() if k not in tied})
+        placed: list[Tensor] = []
+        end = 0
+        for name, tensor in sorted(state.items(), key=lambda item: (-item[1].itemsize, item[0])):
+            start, end = end, end + tensor.nbytes
+            placed.append(Tensor(name, _STORED_NAMES[tensor.dtype], tuple(tensor.shape), start, end))
+        return len(write_header(placed, {"format": "pt"})) + end
 
     def _plan_weights(self, drop: Sequence[int]) -> WeightsPlan:
         assert self._weights is not None

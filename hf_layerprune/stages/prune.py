@@ -170,12 +170,12 @@ def prune_to(request: PruneRequest) -> Pruned:
 
 
 def _check_size(folder: Path, limit: int, count: int) -> None:
-    """Refuse files that are larger than was estimated from those of the base, and than they may be."""
+    """Refuse files that are larger than was estimated, and than they may be."""
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if size > limit:
         raise CutError(
-            f"the weight files take {format_bytes(size)}, {format_bytes(size - limit)} more than target_size allows: some tensors "
-            f"stay in float32, or the headers are larger than the base's; use drop={count + 1} or more instead"
+            f"the weight files take {format_bytes(size)}, which is more than was estimated, and {format_bytes(size - limit)} more "
+            f"than target_size allows; use drop={count + 1} or more instead"
         )
 
 
