@@ -223,6 +223,33 @@ def test_never_pruned_twice(llama: Path, tmp_path: Path) -> None:
     assert further.config.layer_drop == {"drop_layers": [4, 5], "num_base_layers": 6}
 
 
+def test_another_kind_of_attention_reaches_what_is_tuned(base: Path) -> None:
+    """PEFT's copies of layers have configs of their own, and the mask is made for the model's."""
+    model = prune_with(LayerDropConfig(drop_layers=[2, 3]), load(base))
+    model.add_adapter("second", LayerDropConfig(drop_layers=[2, 3]))
+    expected = logits(model)
+    model.set_attn_implementation("sdpa")
+    for one in (model, copy.deepcopy(model)):
+        for name in ("second", "default"):
+            one.set_adapter(name)
+            torch.testing.assert_close(logits(one), expected)
+    merged = model.merge_and_unload()
+    merged.set_attn_implementation("eager")
+    assert torch.equal(logits(merged), expected)
+
+
+def test_loading_with_low_memory_keeps_what_was_cut(tmp_path: Path) -> None:
+    """PEFT registers parameters as empty ones then; this type has a tensor with a slice for each layer."""
+    tiny_model("gemma4_text").save_pretrained(tmp_path / "base")
+    model = prune_with(LayerDropConfig(drop_layers=[6, 7], keep_dropped=True), load(tmp_path / "base"))
+    shake(model)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter", low_cpu_mem_usage=True)
+    assert torch.equal(logits(again), logits(model))
+    with model.disable_adapter(), again.disable_adapter():
+        assert torch.equal(logits(again), logits(model))
+
+
 @pytest.mark.parametrize("how", ["merge_and_unload", "unload", "drop_layers"])
 def test_lora_on_top_of_a_cut(llama: Path, tmp_path: Path, how: str) -> None:
     """A pruned model in memory is not the base under whose name it was loaded, and PEFT must not record that."""
@@ -237,6 +264,7 @@ def test_lora_on_top_of_a_cut(llama: Path, tmp_path: Path, how: str) -> None:
         adapted.save_pretrained(tmp_path)
         for folder in (tmp_path, tmp_path / "second"):
             assert LayerDropConfig.from_pretrained(folder).base_model_name_or_path == str(llama)
+        assert f"base_model:adapter:{llama}\n" in (tmp_path / "README.md").read_text()
         pruned = getattr(adapted, how)()
     pruned.save_pretrained(tmp_path / "pruned")
     model = get_peft_model(pruned, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))

@@ -133,6 +133,20 @@ def test_what_is_left_stays_or_becomes_active(model: PeftModel, deleted: str, le
     assert torch.equal(logits(model.merge_and_unload()), expected)
 
 
+def test_the_only_adapter_can_be_replaced(llama: Path, tmp_path: Path) -> None:
+    config = LayerDropConfig(drop_layers=[2, 3])
+    model = prune_with(config, load(llama))
+    shake(model)
+    model.save_pretrained(tmp_path)
+    expected = logits(model)
+    for add in (lambda: model.add_adapter("new", config), lambda: model.load_adapter(tmp_path, "new")):
+        model.delete_adapter(*model.peft_config)
+        add()
+        model.set_adapter("new")
+        assert any(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(logits(model), expected)
+
+
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_config_tunes_what_it_says_however_often_it_is_used(llama: Path, tmp_path: Path, saved: bool) -> None:
     config = LayerDropConfig(drop_layers=[2, 3], modules_to_save=["model.embed_tokens"])

@@ -31,7 +31,7 @@ from ..runtime.devices import is_offloaded
 from .config import LayerDropConfig
 from .prepare import CUT, PREPARED, needs_dense_model, prepare
 from .resolve import is_already_cut, resolve_drop, resolved_cut
-from .tail import kept_modules, saved_modules, tuned_modules
+from .tail import kept_modules, saved_modules, share_configs, tuned_modules
 from .tied import TIED, retie_head, untie_head, warn_about_untying
 
 logger = logging.getLogger(__name__)
@@ -180,6 +180,7 @@ class LayerDropModel(BaseTuner):
             model.__dict__.pop(PREPARED, None)
             self.peft_config.pop(adapter_name, None)
             raise
+        share_configs(model, adapter_name)
         for parameter, requires_grad in others:  # PEFT does so only for layers of its own
             parameter.requires_grad_(requires_grad)
         if adapter_name in self.active_adapters:  # PEFT leaves all inactive where another adapter was before
@@ -202,6 +203,12 @@ class LayerDropModel(BaseTuner):
         # PEFT looks for the next one in layers of its own, of which there are none here.
         for name in sorted(self.peft_config, key=lambda name: name not in active)[:1]:
             self.set_adapter(name, inference_mode=self.peft_config[name].inference_mode)
+
+    @property
+    def name_or_path(self) -> str | None:
+        """The base's name, which PEFT puts into the card. A model that was cut in memory has none of its own."""
+        configs: Any = self.peft_config.values()
+        return next((config.base_model_name_or_path for config in configs), None)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
         """Skip PEFT's warning: a tied head is untied on purpose, see `tied.untie_head`."""
@@ -239,7 +246,8 @@ class LayerDropModel(BaseTuner):
 
     def set_adapter(self, adapter_name: Any, inference_mode: bool = False) -> None:
         self._check_enabled()
-        super().set_adapter(adapter_name, inference_mode)
+        if adapter_name:  # PEFT passes on an empty list when the only adapter was deleted and another one is added
+            super().set_adapter(adapter_name, inference_mode)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self._check_enabled()

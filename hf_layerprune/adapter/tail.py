@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+from peft.utils.other import ModulesToSaveWrapper
+from transformers import PreTrainedConfig
+
 from .. import families
 from ..errors import CutError
 from ..families.layout import DecoderStack, find_final_norm, find_output_head
@@ -98,6 +101,20 @@ def saved_modules(tuned: Collection[str], repaired: Collection[str] | None) -> l
     """What an adapter saves: what it tunes, and what a repair changed, unless that is inside a module that is tuned."""
     inside = tuple(f"{name}." for name in tuned)
     return [*tuned, *(name for name in repaired or () if not f"{name}.".startswith(inside))] or None
+
+
+def share_configs(model: nn.Module, adapter_name: str) -> None:
+    """Give an adapter's copies of modules the configs of the originals, so that later changes reach them.
+
+    PEFT's deep copies have configs of their own. After `set_attn_implementation`, such a layer would compute another kind of
+    attention than the one that its model makes the mask for.
+    """
+    for wrapper in model.modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper) or adapter_name not in wrapper.modules_to_save:
+            continue
+        copies = wrapper.modules_to_save[adapter_name].modules()
+        for original, copied in zip(wrapper.original_module.modules(), copies, strict=True):
+            vars(copied).update((k, v) for k, v in vars(original).items() if isinstance(v, PreTrainedConfig))
 
 
 def _check_trainable(modules: dict[str, nn.Module]) -> None:

@@ -57,7 +57,9 @@ class _Change:
 
     def apply(self, value: Any) -> None:
         """Set or remove the attribute, bypassing properties and hooks."""
-        if isinstance(self.owner, nn.Module):
+        if isinstance(value, nn.Parameter):  # PEFT's low_cpu_mem_usage=True empties what is registered
+            self.owner._parameters[self.name] = value
+        elif isinstance(self.owner, nn.Module):
             setattr(self.owner, self.name, value)
         elif value is _ABSENT:
             vars(self.owner).pop(self.name, None)
@@ -123,7 +125,8 @@ class LayerCut:
     def inactive_modules(self) -> nn.ModuleList:
         """What is not in the model: what was dropped, if it was kept; while that is restored, what took its place."""
         values = [change.old if self.active else change.new for change in self.changes]
-        parameters = nn.ParameterList(value for value in values if isinstance(value, nn.Parameter))
+        parameters = nn.Module()
+        parameters._parameters.update((str(i), one) for i, one in enumerate(values) if isinstance(one, nn.Parameter))
         return nn.ModuleList([*(value for value in values if isinstance(value, nn.Module)), parameters])
 
 
