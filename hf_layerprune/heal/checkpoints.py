@@ -39,7 +39,7 @@ def checkpoint_to_resume(named: str | bool | None, folder: str) -> str | None:
         folder (`str`): The output folder of the run.
 
     Raises:
-        CheckpointError: It has no state of the optimizer.
+        CheckpointError: It is not a checkpoint, or has no state of the optimizer.
     """
     word = str(named).lower()  # from a command line
     if word in ("none", "false", ""):
@@ -47,6 +47,10 @@ def checkpoint_to_resume(named: str | bool | None, folder: str) -> str | None:
     path = last_checkpoint(folder) if word == "true" else str(named)
     if path is None:
         logger.info("no checkpoint in %s yet: training starts from the beginning", folder)
+    elif not (Path(path) / TRAINER_STATE_NAME).is_file():
+        raise CheckpointError(
+            f"{path} is not a checkpoint; specify a folder checkpoint-N, or use --resume_from_checkpoint true for the last one"
+        )
     elif not any((Path(path) / name).is_file() for name in (SCHEDULER_NAME, "latest")):  # DeepSpeed's own, too
         raise CheckpointError(
             f"{path} has no state of the optimizer and the schedule, as with --save_only_model, so training can't go on "

@@ -101,4 +101,4 @@ class BatchHalving:
         trainer, rows = self._trainer, len(batch["input_ids"])
         alone = trainer.accelerator.distributed_type == DistributedType.NO
         of_rows = all(torch.is_tensor(value) and value.shape[:1] == (rows,) for value in batch.values())
-        return alone and of_rows and not trainer.padding_free and not trainer._leaves_loss_to_trl
+        return alone and of_rows and not trainer.padding_free and not trainer.leaves_loss_to_trl

@@ -18,6 +18,7 @@ from ..runtime.loading import is_hub_id, load_config
 from ..runtime.model_class import model_without_weights, without_zero3
 from ..runtime.windows import check_context
 from ..select.sets import drop_count
+from .checkpoints import checkpoint_to_resume
 from .features import trained_boundaries
 from .methods import parse_method
 from .options import RowOptions
@@ -71,6 +72,8 @@ def check_run(
         raise CutError("models that need code of their own can't be healed; leave --trust_remote_code out")
     if model_args.model_name_or_path is None:
         raise CutError("specify the model with --model_name_or_path")
+    if not is_finished:
+        args.resume_from_checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, str(args.output_dir))
     check_training(args)
     check_data(script_args, dataset_args, row_args, args)
     name, revision = model_args.model_name_or_path, model_revision_of(model_args)
@@ -135,15 +138,7 @@ def check_training(args: HealConfig) -> None:
 
     Raises:
         CutError: A setting has no effect, trains nothing, or changes a tokenizer that is not kept.
-        CheckpointError: The checkpoint to resume from does not exist.
     """
-    from transformers.trainer import TRAINER_STATE_NAME
-
-    word = str(args.resume_from_checkpoint or "true")
-    if word.lower() not in ("true", "false") and not (Path(word) / TRAINER_STATE_NAME).is_file():
-        raise CheckpointError(
-            f"{word} is not a checkpoint; specify a folder checkpoint-N, or use --resume_from_checkpoint true for the last one"
-        )
     for name in _POSITIVE_OPTIONS:
         value = getattr(args, name)
         if value is not None and (value == 0 if name == "max_steps" else value <= 0):  # a negative max_steps is none
@@ -283,7 +278,7 @@ def dry_run_training(
             data = {"train_dataset": rows, "eval_dataset": evaluated, "processing_class": processor}
             trainer = DryRunTrainer(model, args, peft_config=lora, **data)
             trainer.args.features = features
-            _ = trainer._leaves_loss_to_trl  # or it is refused, as features need the dense model
+            trainer.check_loss()
             next(iter(trainer.get_train_dataloader()))
             trainer.create_optimizer_and_scheduler(max(args.max_steps, 1000))
             if args.use_liger_kernel:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.trainer import OPTIMIZER_NAME
 
 from ..errors import LayerPruneError, boundary
 from .checkpoints import last_checkpoint
@@ -68,6 +71,24 @@ class SavingTrainer(SFTTrainer):
         with boundary(f"can't resume {resume_from_checkpoint}", _RESUME_HINT):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
+    def check_resumable(self, checkpoint: str) -> None:
+        """Refuse a checkpoint of other weights or another optimizer before anything is computed.
+
+        Under FSDP and DeepSpeed, which can load neither yet, `train` refuses it later.
+
+        Raises:
+            CheckpointError: Training can't go on from it.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        self._load_from_checkpoint(checkpoint)
+        with boundary(f"can't resume {checkpoint}", _RESUME_HINT):
+            state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="meta", mmap=True, weights_only=True)
+            present: Any = self.create_optimizer().param_groups
+            _check_groups(state["param_groups"], present)
+            if [len(group["params"]) for group in state["param_groups"]] != [len(now["params"]) for now in present]:
+                raise ValueError("its optimizer has other weights")
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load their states, but not the optimizer's settings, which torch restores with them."""
         optimizer: Any = self.optimizer
@@ -75,9 +96,8 @@ class SavingTrainer(SFTTrainer):
         present = [dict(group) for group in optimizer.param_groups]
         with boundary(f"can't resume {checkpoint}", _RESUME_HINT):
             super()._load_optimizer_and_scheduler(checkpoint)
+            _check_groups(optimizer.param_groups, present)
             for group, now in zip(optimizer.param_groups, present, strict=True):
-                if (group.keys() ^ now.keys()) - {"initial_lr"}:
-                    raise ValueError("its optimizer has other settings")
                 group.update({name: now[name] for name in _OPTIMIZER_SETTINGS if name in now})
                 if "initial_lr" in group and "initial_lr" in now:
                     group["lr"] *= now["initial_lr"] / group["initial_lr"]
@@ -97,3 +117,10 @@ class SavingTrainer(SFTTrainer):
         last = last_checkpoint(str(self.args.output_dir))
         kept = f"{last} is the last good checkpoint" if last else "no checkpoint was saved before"
         return f"{kept}; try a learning rate below {self.args.learning_rate:g}, or check the data"
+
+
+def _check_groups(groups: Sequence[Mapping[str, Any]], present: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse the parameter groups of an optimizer of another kind than the present one."""
+    for group, now in zip(groups, present, strict=True):
+        if (group.keys() ^ now.keys()) - {"initial_lr"}:
+            raise ValueError("its optimizer has other settings")

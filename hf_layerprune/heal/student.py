@@ -143,11 +143,15 @@ def check_teacher_config(dense: PreTrainedConfig, config: PreTrainedConfig, name
             found, wanted = (getattr(one.get_text_config(), field, None) for one in (dense, config))
             sizes[what] = found, wanted
     for what, (found, wanted) in sizes.items():
+        if found != wanted and what == "layers" and own > layers:
+            raise CheckpointError(
+                f"features reproduces hidden states of the model that the last cut began with, which had {layers} layers, and "
+                f"the teacher {name} has {own}; specify that model with --teacher, or use features=0"
+            )
         if found != wanted:
-            otherwise = ", or use features=0" if what == "layers" and own > layers else ""
             raise CheckpointError(
                 f"the teacher {name} has {found} {what}, but this model is cut from one with {wanted}; specify the dense "
-                f"model with --teacher{otherwise}"
+                "model with --teacher"
             )
 
 

@@ -112,7 +112,8 @@ class HealTrainer(SavingTrainer):
             cast_trained_to_float32(self.model)
         # DeepSpeed ZeRO-3 can't run the model yet, so its logits can't be checked.
         self._split = is_sharded_by_zero3(self.plain_model)
-        if not self._leaves_loss_to_trl:
+        self.check_loss()
+        if not self.leaves_loss_to_trl:
             compute_in_forward(self, self.output_head)
             # `compute_loss` divides by all tokens of a step, for any model. Below 5.19, transformers reads the other one.
             self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
@@ -145,17 +146,23 @@ class HealTrainer(SavingTrainer):
         return parallel is not None and (parallel.cp_enabled or parallel.sp_enabled or parallel.tp_enabled)
 
     @property
-    def _leaves_loss_to_trl(self) -> bool:
+    def leaves_loss_to_trl(self) -> bool:
         """Whether a setting requires a loss that only TRL computes."""
         smoothed = self.label_smoother is not None or self.compute_loss_func is not None
         other = self.args.loss_type not in ("nll", "chunked_nll") or self.aux_loss_enabled or self._is_vision_dataset
-        leaves = self.uses_model_parallelism or smoothed or other or self._split or is_prompt_tuned(self.model)
-        if leaves and self.args.distils:
+        return self.uses_model_parallelism or smoothed or other or self._split or is_prompt_tuned(self.model)
+
+    def check_loss(self) -> None:
+        """Refuse settings of which some need the dense model, and others a loss that only TRL computes.
+
+        Raises:
+            CutError: There are such settings.
+        """
+        if self.leaves_loss_to_trl and self.args.distils:
             raise CutError(
                 f"{self.args.teacher_setting} can't be combined with loss_type, label smoothing, a router loss, images, prompt "
                 "tuning, or a model split over devices; use loss=ce without features, or do without these"
             )
-        return leaves
 
     @property
     def can_add_gradients_in_forward(self) -> bool:
@@ -183,7 +190,9 @@ class HealTrainer(SavingTrainer):
             CheckpointError: The cache can't be written, its disk is too small, or the checkpoint can't be resumed.
         """
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
-        self.resumed = bool(resume_from_checkpoint)
+        self.resumed = resume_from_checkpoint is not None
+        if resume_from_checkpoint is not None:
+            self.check_resumable(resume_from_checkpoint)
         self._batch_halving = BatchHalving(self)
         precomputed = self.data_collator.precomputed = precompute(self, self._teacher_model)
         try:
@@ -254,10 +263,10 @@ class HealTrainer(SavingTrainer):
             prefix.requires_grad_(self._reentrant)  # such checkpointing gives gradients only where the input has one
             inputs = self.data_collator.precomputed.prefix.set_output(prefix, inputs)
         outputs = None
-        if self._leaves_loss_to_trl or return_outputs:
+        if self.leaves_loss_to_trl or return_outputs:
             count = None if num_items_in_batch is None else num_items_in_batch[0]
             found = super().compute_loss(model, dict(inputs), return_outputs, count)
-            if self._leaves_loss_to_trl or teacher_states is None:
+            if self.leaves_loss_to_trl or teacher_states is None:
                 return found
             outputs = found[1]
         labels = inputs.pop("labels")[:, 1:]
@@ -334,7 +343,7 @@ class HealTrainer(SavingTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> Any:
         """The labelled, the distilled and all tokens in all batches of a step, `[3]`."""
-        if self._leaves_loss_to_trl:
+        if self.leaves_loss_to_trl:
             count = super()._get_num_items_in_batch(batch_samples, device)
             return None if count is None else torch.as_tensor(count, device=device).reshape(1)
         counts = count_tokens(batch_samples, self.args).to(device)
