@@ -1,6 +1,7 @@
 """Hostile and damaged GGUF files: each is one clear error, at once, whatever the header claims."""
 
 import os
+import re
 import struct
 import tempfile
 import time
@@ -56,8 +57,18 @@ def empty(name: str) -> bytes:
     return raw_info(name, (0,), offset=64)
 
 
-# What the library finds, or what it would have read beyond the end of the file.
-UNREADABLE = r"it can't be read \(.+\); it is truncated or damaged, so download it again"
+def unreadable(why: str) -> str:
+    return re.escape(f"it can't be read ({why}); it is truncated or damaged, so download it again") + "$"
+
+
+def beyond(length: int, at: int, size: int) -> str:
+    """It claims `length` bytes from byte `at` of a file of `size`."""
+    return unreadable(
+        f"its header claims {length} bytes from byte {at}, but the file has {size}, and a header at most 268435456"
+    )
+
+
+ENDS = "its tensors extend beyond byte {}, where the file ends"
 HOSTILE = {
     "empty": (b"", "not a GGUF file"),
     "bad magic": (b"GGML" + with_key()[4:], "not a GGUF file"),
@@ -67,33 +78,42 @@ HOSTILE = {
     "big endian": (b"GGUF" + struct.pack(">IQQ", 3, 2, 2) + bytes(99), "version 50331648 is not"),
     "only the magic": (b"GGUF", "file ends at byte 4"),
     "no counts": (with_key()[:12], "file ends at byte 12"),
-    "cut in the keys": (with_key()[:70], UNREADABLE),
-    "cut in the tensor list": (with_key()[:150], UNREADABLE),
-    "cut in the data": (with_key()[:-1], UNREADABLE),
-    "no data at all": (with_key()[:-64], UNREADABLE),
+    "cut in the keys": (with_key()[:70], beyond(8, 69, 70)),
+    "cut in the tensor list": (with_key()[:150], beyond(7, 149, 150)),
+    "cut in the data": (with_key()[:-1], unreadable(ENDS.format(255))),
+    "no data at all": (with_key()[:-64], unreadable(ENDS.format(192))),
     "2^60 keys": (with_key(key_count=HUGE), f"claims 2 tensors and {HUGE} metadata keys"),
     "2^60 tensors": (with_key(tensor_count=HUGE), f"claims {HUGE} tensors"),
-    "more keys than there are": (with_key(key_count=50), UNREADABLE),
-    "more tensors than there are": (with_key(tensor_count=50), UNREADABLE),
-    "2^60 byte key name": (raw_gguf([u64(HUGE)], (), bytes(99)), UNREADABLE),
-    "2^60 byte string": (with_key(key("general.name", 8, u64(HUGE))), UNREADABLE),
+    "more keys than there are": (with_key(key_count=50), unreadable("a metadata key is empty")),
+    "more tensors than there are": (with_key(tensor_count=50), beyond(8, 252, 256)),
+    "2^60 byte key name": (raw_gguf([u64(HUGE)], (), bytes(99)), beyond(HUGE, 32, 131)),
+    "2^60 byte string": (with_key(key("general.name", 8, u64(HUGE))), beyond(HUGE, 134, 288)),
     "2^60 strings": (with_key(key("tokenizer.x", 9, u32(8) + u64(HUGE))), f"claims {HUGE} strings"),
-    "2^22 strings": (with_key(key("tokenizer.x", 9, u32(8) + u64(1 << 22))), UNREADABLE),
-    "2^60 byte item": (with_key(key("tokenizer.x", 9, u32(8) + u64(1, HUGE))), UNREADABLE),
-    "2^60 numbers": (with_key(key("tokenizer.x", 9, u32(4) + u64(HUGE))), UNREADABLE),
-    "nested arrays": (with_key(key("x", 9, u32(9) + u64(1) + u32(4) + u64(0))), UNREADABLE),
-    "unknown value type": (with_key(key("x", 77, b"")), UNREADABLE),
-    "unknown item type": (with_key(key("x", 9, u32(77) + u64(1))), UNREADABLE),
-    "name of no text": (with_key(raw_string(b"\xff\xfe") + u32(0) + b"\0"), UNREADABLE),
-    "empty key": (with_key(key("", 0, b"\0")), UNREADABLE),
-    "key twice": (with_key(key("x", 0, b"\0"), key("x", 0, b"\1")), UNREADABLE),
-    "alignment 0": (with_key(key("general.alignment", 4, u32(0))), UNREADABLE),
-    "alignment 33": (with_key(key("general.alignment", 4, u32(33))), UNREADABLE),
+    "2^22 strings": (with_key(key("tokenizer.x", 9, u32(8) + u64(1 << 22))), beyond((1 << 35) + 1, 160, 288)),
+    "2^60 byte item": (with_key(key("tokenizer.x", 9, u32(8) + u64(1, HUGE))), beyond(HUGE, 145, 288)),
+    "2^60 numbers": (with_key(key("tokenizer.x", 9, u32(4) + u64(HUGE))), beyond(4 * HUGE, 137, 288)),
+    "nested arrays": (
+        with_key(key("x", 9, u32(9) + u64(1) + u32(4) + u64(0))),
+        unreadable("'x' is of the unknown type 9"),
+    ),
+    "unknown value type": (with_key(key("x", 77, b"")), unreadable("'x' is of the unknown type 77")),
+    "unknown item type": (with_key(key("x", 9, u32(77) + u64(1))), unreadable("'x' is of the unknown type 77")),
+    "name of no text": (
+        with_key(raw_string(b"\xff\xfe") + u32(0) + b"\0"),
+        unreadable("'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+    ),
+    "empty key": (with_key(key("", 0, b"\0")), unreadable("a metadata key is empty")),
+    "key twice": (with_key(key("x", 0, b"\0"), key("x", 0, b"\1")), unreadable("it has a key or a tensor twice")),
+    "alignment 0": (with_key(key("general.alignment", 4, u32(0))), unreadable("general.alignment is 0")),
+    "alignment 33": (with_key(key("general.alignment", 4, u32(33))), unreadable("general.alignment is 33")),
     "alignment 2^31": (
         with_key(key("general.alignment", 4, u32(1 << 31))),
-        "can't be read|general.alignment is 2147483648",
+        unreadable(f"general.alignment is {1 << 31}"),
     ),
-    "alignment as text": (with_key(key("general.alignment", 8, raw_string("32"))), UNREADABLE),
+    "alignment as text": (
+        with_key(key("general.alignment", 8, raw_string("32"))),
+        unreadable("unpack requires a buffer of 4 bytes"),
+    ),
     "no architecture": (raw_gguf([COUNT_KEY], GOOD_INFOS, DATA), "general.architecture is missing"),
     "architecture a number": (raw_gguf([key("general.architecture", 4, u32(1))], (), b""), "architecture is missing"),
     "not a model": (with_key(key("general.type", 8, raw_string("adapter"))), "general.type is 'adapter'"),
@@ -107,10 +127,13 @@ HOSTILE = {
         "one whole number",
     ),
     "too many dimensions": (with_infos(raw_info("blk.0.w", (1,) * 5)), "has 5 dimensions"),
-    "2^60 values": (with_infos(raw_info("blk.0.w", (HUGE,))), UNREADABLE),
-    "2^256 values": (with_infos(raw_info("blk.0.w", (2**64 - 1,) * 4)), UNREADABLE),
-    "negative size": (with_infos(raw_info("blk.0.w", (2**64 - 8,))), UNREADABLE),
-    "offset past the end": (with_infos(raw_info("blk.0.w", offset=HUGE)), UNREADABLE),
+    "2^60 values": (with_infos(raw_info("blk.0.w", (HUGE,))), unreadable(ENDS.format(224))),
+    "2^256 values": (with_infos(raw_info("blk.0.w", (2**64 - 1,) * 4)), unreadable(ENDS.format(256))),
+    "negative size": (with_infos(raw_info("blk.0.w", (2**64 - 8,))), unreadable(ENDS.format(224))),
+    "offset past the end": (
+        with_infos(raw_info("blk.0.w", offset=HUGE)),
+        unreadable("tensor 'blk.0.w' does not follow the one before it"),
+    ),
     "negative offset": (with_infos(raw_info("blk.0.w", offset=2**64 - 32)), "does not follow the one before"),
     "offset not aligned": (with_infos(raw_info("blk.0.w", offset=8)), "does not follow the one before"),
     "overlap": (
@@ -118,10 +141,19 @@ HOSTILE = {
         "'blk.1.w' does not follow the one before",
     ),
     "same place": (with_infos(raw_info("blk.0.w"), raw_info("blk.1.w")), "'blk.1.w' does not follow the one before"),
-    "unknown ggml type": (with_infos(raw_info("blk.0.w", kind=4)), UNREADABLE),
-    "half a block": (with_infos(raw_info("blk.0.w", (16,), kind=2)), UNREADABLE),
-    "tensor twice": (with_infos(raw_info("blk.0.w"), raw_info("blk.0.w", offset=32)), UNREADABLE),
-    "2^60 byte tensor name": (with_infos(u64(HUGE)), UNREADABLE),
+    "unknown ggml type": (
+        with_infos(raw_info("blk.0.w", kind=4)),
+        unreadable("4 is not a valid GGMLQuantizationType"),
+    ),
+    "half a block": (
+        with_infos(raw_info("blk.0.w", (16,), kind=2)),
+        unreadable("tensor 'blk.0.w' ends inside a block of 32 values"),
+    ),
+    "tensor twice": (
+        with_infos(raw_info("blk.0.w"), raw_info("blk.0.w", offset=32)),
+        unreadable("it has a key or a tensor twice"),
+    ),
+    "2^60 byte tensor name": (with_infos(u64(HUGE)), beyond(HUGE, 110, 192)),
     "beyond block_count": (with_infos(*GOOD_INFOS, empty("blk.2.w")), "beyond llama.block_count = 2"),
     "huge layer number": (with_infos(*GOOD_INFOS, empty(f"blk.{10**30}.w")), "not like a decoder layer's"),
     "layer x": (with_infos(*GOOD_INFOS, empty("blk.x.w")), "'blk.x.w' is numbered, but not like"),

@@ -147,7 +147,9 @@ class _Reader:
             raise ValueError("a metadata key is empty")
         if is_array := kind == _ARRAY:
             kind, count = self.number("I"), self.number("Q")
-        if kind != _STRING:  # an array of arrays has no format and raises a KeyError
+        if kind not in (_STRING, *_NUMBERS):  # also an array of arrays
+            raise ValueError(f"{key!r} is of the unknown type {kind}")
+        if kind != _STRING:
             return Entry(key, kind, is_array, count, self.read(count * struct.calcsize(_NUMBERS[kind])))
         # Bounds the time: without it, a huge file of zeros would be read as billions of empty strings.
         self._strings += count * is_array
