@@ -17,7 +17,9 @@ from hf_layerprune import CheckpointError, CutError, LayerDropConfig, LayerPrune
 from hf_layerprune.calibration.rows import CalibrationSet
 from hf_layerprune.cli import main
 from hf_layerprune.cut.patch import patch_layers
-from hf_layerprune.repair.fit import fit_repair
+from hf_layerprune.records.history import read_history
+from hf_layerprune.records.lineage import Lineage
+from hf_layerprune.repair.fit import Repair, fit_repair
 from hf_layerprune.repair.frozen import freeze, unfreeze
 from hf_layerprune.repair.linear import NormalEquations, solve_ridge
 from hf_layerprune.repair.registry import REPAIRS
@@ -276,6 +278,38 @@ def test_the_lineage_says_what_a_repair_did(base, tmp_path):
     assert entry["repair"]["seconds"] > 0
     assert entry["settings"]["repair"] == "linear"
     assert len(entry["calibration"]["fingerprint"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("method", "drop"), [("linear", "3-4"), ("refit", "3-4"), ("borrow", "3-4"), ("magnitude", "6-7")]
+)
+def test_a_repair_that_changes_nothing_is_not_called_one(base, tmp_path, monkeypatch, caplog, method, drop):
+    monkeypatch.setattr(
+        NormalEquations, "unexplained", lambda *args: 1.0
+    )  # as if no map had helped on the rows held out
+    words = ["--drop-layers", drop, "--repair", method, "--calibration-samples", "12", "--calibration-length", "32"]
+    for name, more in (("model", []), ("adapter", ["--adapter"])):
+        folder = tmp_path / name
+        assert main(["prune", str(base), str(folder), *words, *more]) == 0
+        assert "changes nothing" in caplog.text
+        entry = json.loads((folder / "lineage.json").read_text())["entries"][0]
+        assert entry["repair"]["changed_tensors"] == []
+        assert [stage.name for stage in read_history(Lineage.load_required(folder)).stages] == ["prune"]
+        assert main(["verify", str(folder)]) == 0
+        assert main(["card", str(folder)]) == 0
+        card = (folder / "README.md").read_text()
+        assert "It is a plain cut" in card
+        assert f"dropped; its repair, `{method}`, changed nothing." in card
+        assert "was repaired" not in card
+
+
+def test_what_a_repair_leaves_as_it_was_is_not_among_its_changes(base):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    layers = model.model.layers
+    kept, name = layers[1].mlp.down_proj.weight.detach().clone(), "mlp.down_proj.weight"
+    repair = Repair("refit", {(1, name): kept, (4, name): kept})
+    repair.leave_out_unchanged(layers)
+    assert list(repair.tensors) == [(4, name)]
 
 
 @pytest.mark.parametrize("more", [[], ["--dtype", "bfloat16"]])

@@ -133,6 +133,13 @@ def prepare(
             logger.info("fitting the repair %s to the calibration rows", config.repair)
             repair = fit_repair(walk, config.drop_layers, calibration, config.repair)
             timing = {"seconds": round(time.perf_counter() - start, 3)}
+        repair.leave_out_unchanged(list(walk.layers))
+        if not repair.tensors and repair.cuts:
+            logger.warning(
+                "repair=%r changes nothing: no fit explains any of what the dropped layers did on the rows held out; "
+                "use more calibration rows, or text that is closer to what the model is for",
+                repair.method,
+            )
         record["repair"] = {"method": repair.method, "cuts": repair.cuts} | timing
     return Prepared(list(config.drop_layers), repair, record)
 

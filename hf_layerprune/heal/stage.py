@@ -127,6 +127,8 @@ def _record_repair(config: LayerDropConfig, lineage: Lineage) -> None:
     for name, value in fields.items():
         if repair and value is not None:
             setattr(config, name, value)
+    if repair:  # without a list, loading would fit the repair again
+        config.repaired_modules = config.repaired_modules or []
 
 
 def weights_dtype(student: Student) -> torch.dtype:

@@ -259,9 +259,9 @@ def read_history(lineage: Lineage) -> History:
 
 
 def _with_repair(entry: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """An entry, followed by its repair, if any, as a separate stage."""
+    """An entry, followed by its repair as a separate stage, if there is one that changed something."""
     yield str(entry.get("stage")), entry
-    if repair := entry.get("repair"):
+    if (repair := entry.get("repair")) and repair.get("changed_tensors") != []:
         settings = {name: value for name, value in repair.items() if name not in _NOT_SETTINGS}
         yield "repair", {"settings": settings} | {name: repair.get(name) for name in ("changed_tensors", "seconds")}
 

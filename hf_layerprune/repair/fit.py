@@ -55,6 +55,11 @@ class Repair:
             layers.setdefault(index, {})[name] = value
         return layers
 
+    def leave_out_unchanged(self, layers: Sequence[nn.Module]) -> None:
+        """Forget values that the dense model's layers have already."""
+        old = {(i, name): layers[i].get_parameter(name) for i, name in self.tensors}
+        self.tensors = {key: new for key, new in self.tensors.items() if not torch.equal(new, old[key].to(new))}
+
     def apply(self, layers: Sequence[nn.Module], new_index: dict[int, int]) -> None:
         """Write the new values into a model's layers; `new_index` maps base indices to theirs."""
         for (index, name), value in self.tensors.items():

@@ -153,6 +153,8 @@ def stage_line(stage: Stage) -> Markup:
             line += f" ({escape_text(why.partition(': ')[2] if why.startswith(('layer ', 'layers ')) else why)})"
         elif settings.get("criterion"):
             line += f", chosen by {code_span(settings['criterion'])}"
+        if (entry.get("repair") or {}).get("changed_tensors") == []:
+            line += f"; its repair, {code_span(entry['repair'].get('method'))}, changed nothing"
     elif stage.name == QUANTIZE:
         line += f": {code_span(describe_quantization(settings.get('quantization_config')))}"
     elif settings.get("method"):

@@ -60,7 +60,7 @@ def adapter_differences(
     try:
         known = {one.name for one in fields(LayerDropConfig)} - {"peft_type"}
         adapter = LayerDropConfig(**{name: value for name, value in config.items() if name in known})
-        if repair.get("changed_tensors"):
+        if repair.get("changed_tensors") is not None:
             with boundary("no model can be built from the base's config"):
                 wanted["repaired_modules"] = layer_modules(_cut_config(expected), repair["changed_tensors"])
             config = config | {"repaired_modules": sorted(adapter.repaired_modules or ())}
