@@ -22,6 +22,8 @@ from hf_layerprune.records.declared import declared_fields, split_front_matter
 from hf_layerprune.records.history import read_history
 from hf_layerprune.records.lineage import Lineage
 
+from .heal_makers import word_tokenizer
+from .publish_multimodal import run_card
 from .publish_records import lineage_of, measure_by_hand, metrics_of
 from .tiny_models import tiny_model
 
@@ -79,6 +81,19 @@ def test_card_of_a_pruned_model(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (out / "metrics.json").unlink()
     assert main(["card", str(out)]) == 0
     assert sorted(path.name for path in (out / "assets").iterdir()) == ["layers.png"]
+
+
+@pytest.mark.parametrize("more", [[], ["--adapter"]], ids=["model", "adapter"])
+@pytest.mark.parametrize("kind", ["llama", "llava"])
+def test_the_code_of_a_card_runs_without_a_tokenizer_or_processor(
+    kind: str, more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the card names a local base without its path
+    tiny_model(kind).save_pretrained("base")
+    if kind == "llava":
+        word_tokenizer().save_pretrained("base")
+    assert main(["prune", "base", "out", "--drop", "2", *more]) == main(["card", "out"]) == 0
+    assert run_card(Path("out"))[1] is False
 
 
 @pytest.mark.parametrize(("words", "fields"), [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -154,6 +154,11 @@ def is_part(name: str) -> bool:
         return folder == TEMPLATES and base.endswith(".jinja")
     is_vocabulary = base.endswith(_VOCABULARIES) or _VERSIONED.fullmatch(base)
     return base in _PARTS or bool(is_vocabulary) or is_licence_file(base)
+
+
+def has_tokenizer(names: Iterable[str]) -> bool:
+    """Whether a model that consists of these files has a tokenizer."""
+    return any(name.startswith(("tokenizer", "vocab", "tekken")) or name.endswith(_VOCABULARIES) for name in names)
 
 
 def is_model_file(name: str) -> bool:

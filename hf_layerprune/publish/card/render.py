@@ -27,6 +27,7 @@ from ...options import pluralize
 from ...records.curve import curve_points
 from ...records.figures import numbers
 from ...records.figures.results import COST, QUALITY, Results, build_results, describe_conditions, describe_run
+from ...records.fingerprints import CONFIG, has_tokenizer
 from ...records.history import History, Stage, read_history
 from ...records.licences import DeclaredLicence
 from ...records.lineage import Lineage
@@ -98,6 +99,17 @@ class Card:
     def multimodal(self) -> bool:
         """Whether the base takes more than text."""
         return "pipeline_tag" in self.history.lineage.base
+
+    @property
+    def has_input(self) -> bool:
+        """Whether the model comes with what makes its input: a tokenizer, or a processor if it takes more than text."""
+        base, last = self.history.lineage.base, self.history.lineage.entries[-1]
+        own = self.history.form == "model"
+        names = last.get("files", ()) if own else [*base.get("files", ()), *base.get("companions", ())]
+        if CONFIG not in names:  # of a GGUF file, only its own name is known
+            return True
+        processor = not self.multimodal or any(name.endswith("processor_config.json") for name in names)
+        return processor and has_tokenizer(names)
 
     @property
     def quantized_from(self) -> str | None:

@@ -18,6 +18,7 @@ from ...records.fingerprints import (
     CONFIG,
     behaviour_hashes,
     fingerprint,
+    has_tokenizer,
     is_model_file,
     weights_hash,
 )
@@ -211,8 +212,8 @@ def _check_loading(contents: Contents, request: PushRequest) -> Outcome:
     """Check that others can load the model."""
     if contents.is_adapter:
         return
-    if not any(name.startswith("tokenizer") or name == "vocab.json" for name in contents.files):
-        yield WARNING, "the folder has no tokenizer, so the model needs that of its base"
+    if not has_tokenizer(contents.files):
+        yield WARNING, "the folder has no tokenizer, so others can give the model only token ids"
     if code := [name for name in contents.files if name.endswith(".py")]:
         yield WARNING, f"{code[0]} is code, which runs only with trust_remote_code"
     config = read_config_file(contents.folder / CONFIG)
