@@ -73,6 +73,8 @@ CASES = [
     Case("committing: 500 all the time, to what is there", lambda hub: _commit(hub, 500, MANY), UNREACHABLE, known=True),
     Case("the card's YAML is refused", lambda hub: hub.status("/validate-yaml", 400, MANY, body=REFUSED),
          r"metadata of README.md \(\"license\" must be one of"),
+    Case("checking the card: 400 without a reason", lambda hub: hub.status("/validate-yaml", 400, body={"errors": []}),
+         r"metadata of README.md \(it gives no reason\)"),
     Case("checking the card: 400 of a proxy", lambda hub: hub.status("/validate-yaml", 400, body="<html>Blocked</html>"),
          "not the Hub's .*Blocked.*a proxy"),
     # Permissions.

@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, PreTra
 
 from hf_layerprune.cli import main
 from hf_layerprune.cut.gguf import cut_gguf
+from hf_layerprune.measure.engine_bench import _cost
 from hf_layerprune.measure.engines.llama_cpp import LlamaCpp
 from hf_layerprune.measure.report import report
+from hf_layerprune.measure.requests import Workload
 from hf_layerprune.publish.card.render import Card
 from hf_layerprune.records.figures import numbers
 from hf_layerprune.records.figures.results import build_results
@@ -138,6 +140,17 @@ def write_folders(place: Path, config: PreTrainedConfig) -> dict[str, Path]:
     byte_tokenizer().save_pretrained(place / "base")
     assert main(["prune", str(place / "base"), str(place / "cut"), "--drop-layers", "2,3"]) == 0
     return {"base": place / "base", "cut": place / "cut"}
+
+
+def test_no_bytes_are_expected_of_a_quantised_folder(tmp_path):
+    """The model that is counted is never quantised."""
+    work, costs = Workload(1, 8, 4), []
+    for name, more in (("whole", {}), ("packed", {"quantization_config": {"quant_method": "gptq", "bits": 4}})):
+        LlamaConfig(**VLLM_TAKES, **more).save_pretrained(tmp_path / name)
+        costs.append([_cost(tmp_path / name).estimate(kind, work) for kind in ("prefill", "decode")])
+    assert costs[0][0] == costs[1][0]
+    assert costs[0][1] > 0
+    assert costs[1][1] is None
 
 
 # Heads of 32, as its kernels want.

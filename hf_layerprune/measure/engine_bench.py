@@ -124,7 +124,7 @@ class _Cost(NamedTuple):
 
 def _cost(path: Path) -> _Cost:
     """For a GGUF file, all layer parameters per prompt token and all bytes per generated token; for a model folder,
-    operations and bytes, counted on a model without weights.
+    operations and bytes, counted on a model without weights; of a quantised one, no bytes.
     """
     if path.is_file():
         tensors = read_header(path).tensors
@@ -144,6 +144,8 @@ def _cost(path: Path) -> _Cost:
     def estimate(kind: str, work: Workload) -> float | None:
         with suppress(RuntimeError):  # some models need values
             if kind == "decode":
+                if getattr(config, "quantization_config", None):
+                    return None
                 return decode_bytes(model, work.batch, work.prompt_tokens + work.new_tokens // 2)
             return float(prefill_flops(model, work.batch, work.prompt_tokens))
         return None

@@ -173,7 +173,7 @@ def _check_card(path: Path, kind: str, api: HfApi) -> None:
     answer = get_session().post(f"{api.endpoint}/api/validate-yaml", json=payload)
     if answer.status_code == 400:
         try:
-            reason = "; ".join(error["message"] for error in answer.json()["errors"])
+            reason = "; ".join(error["message"] for error in answer.json()["errors"]) or "it gives no reason"
         except (ValueError, TypeError, LookupError):
             text = (
                 f"the answer to a check of {CARD} is not the Hub's ({answer.text[:200]}); look for a proxy in between"
