@@ -50,6 +50,7 @@ def push_and_load(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
     hub.reset()
     out["second"] = cli("push", folder, "org/model")
     out["again"] = [head(hub, "org/model") == before, stored(hub)]
+    out["json"] = cli("push", folder, "org/model", "--json")[1]
     # Load it with transformers.
     model, here = (AutoModelForCausalLM.from_pretrained(name).eval() for name in ("org/model", folder))
     ids = torch.tensor([[1, 5, 9, 17, 33, 60]])

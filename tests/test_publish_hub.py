@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -60,6 +61,7 @@ def test_a_second_push_changes_nothing(found: Found) -> None:
     assert out["second"][0] == 0
     assert "nothing has changed" in out["second"][1]
     assert out["again"] == [True, 0]
+    assert sorted(json.loads(out["json"])) == ["added", "commit", "pull_request", "removed", "url", "warnings"]
 
 
 def test_the_libraries_load_it(found: Found) -> None:
