@@ -27,6 +27,7 @@ from hf_layerprune.stages.rank import Ranking, draw_ranking
 
 from .limits import largest_file
 from .measure_models import LAYERS
+from .test_verify_quantized import in_fp8, needs_no_gpu
 from .tiny_models import tiny_model
 
 FEW = ["--calibration-samples", "8", "--calibration-length", "16"]
@@ -93,7 +94,7 @@ def test_the_best_block_is_the_one_that_prune_drops(
 def test_the_next_command_goes_on_with_the_same_model(
     base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its line works in a shell, and keeps what was said of the type, the text and the layers."""
+    """Its line works in a shell, and keeps what was said of the text and the layers; a cut is not converted."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(base, "it's mine")
     said = ["--calibration", str(text), *FEW, "--dtype", "bfloat16", "--protect-last", "2", "--contiguous"]
@@ -106,7 +107,7 @@ def test_the_next_command_goes_on_with_the_same_model(
     identity = json.loads(Path("curve", "curve.json").read_text())["identity"]
     assert (identity["protect_last"], identity["contiguous"], identity["dtype"]) == (2, True, "bfloat16")
     (entry,) = json.loads(Path("pruned", "lineage.json").read_text())["entries"]
-    assert (entry["settings"]["dtype"], entry["calibration"]["samples"]) == ("bfloat16", 8)
+    assert (entry["settings"]["dtype"], entry["calibration"]["samples"]) == ("auto", 8)
 
 
 def test_the_next_command_does_not_convert_a_quantised_base(
@@ -119,6 +120,31 @@ def test_the_next_command_does_not_convert_a_quantised_base(
     _, *words = shlex.split(capsys.readouterr().out.rpartition("next: ")[2])
     assert words[:3] == ["prune", "4bit", "pruned"]
     assert main(words) == 0
+
+
+@needs_no_gpu
+@pytest.mark.parametrize(
+    ("kind", "words", "dtypes"),
+    [
+        ("fp8", ["--curve", "--curve-up-to", "1", "--dtype", "bfloat16"], ["--dtype", "bfloat16"]),
+        ("float16", ["--curve", "--curve-up-to", "1", "--dtype", "bfloat16"], ["--dtype", "bfloat16"]),
+        ("float16", ["--criterion", "kl", "--dtype", "float32"], []),
+        ("bfloat16", ["--curve", "--curve-up-to", "1", "--dtype", "float32"], []),
+    ],
+)
+def test_the_next_command_converts_only_what_a_repair_needs_in_another_type(
+    kind: str, words: list[str], dtypes: list[str], tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if kind == "fp8":
+        in_fp8(Path("base"))
+    else:
+        tiny_model("llama").to(getattr(torch, kind)).save_pretrained("base")
+    assert main(["rank", "base", *words, "--drop", "1", *FEW]) == 0
+    _, *command = shlex.split(capsys.readouterr().out.rpartition("next: ")[2])
+    assert command[:3] == ["prune", "base", "pruned"]
+    assert [word for word in command if word in ("--dtype", "bfloat16", "float32")] == dtypes
+    assert main(command) == 0
 
 
 def test_a_criterion_that_may_not_drop_enough_is_left_out(

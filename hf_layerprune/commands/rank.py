@@ -33,7 +33,7 @@ def run(request: Request) -> Result:
         choice = ("--drop-layers", point["layers"], "--repair", repair, *(rows if repair else ()))
         if request.output is not None:
             choice = ("--from-curve", request.output, "--drop", count)
-        follow_up = suggest("prune", request.base, "pruned", *choice, *_base_arguments(request))
+        follow_up = suggest("prune", request.base, "pruned", *choice, *_base_arguments(request, repair))
         return Result(summary, str(curve), curve.record, follow_up)
     from ..stages.rank import rank
 
@@ -48,17 +48,19 @@ def run(request: Request) -> Result:
     if "auto" in ranking.drops or (len(ranking.drops) == 1 and ranking.on_text):
         layers = format_layers(ranking.drops.get("auto") or next(iter(ranking.drops.values())))
         choice = ("--drop-layers", layers, "--repair", request.repair)
-        follow_up = suggest(
-            "prune", request.base, "pruned", *choice, *(rows if request.repair else ()), *_base_arguments(request)
-        )
+        choice += (*(rows if request.repair else ()), *_base_arguments(request, request.repair))
+        follow_up = suggest("prune", request.base, "pruned", *choice)
     return Result(summary, str(ranking), ranking.record, follow_up)
 
 
-def _base_arguments(request: Request) -> list[str]:
-    """The options that load the base as it was scored. A quantised one can't be converted to another type."""
+def _base_arguments(request: Request, repair: str | None) -> list[str]:
+    """The options for a cut of the base as it was scored.
+
+    Its weights are converted only where a repair needs that, since `dtype` is there to score in: quantised ones have none,
+    and float16 may overflow.
+    """
     from ..runtime.loading import load_config
 
-    unconverted = request.dtype == "auto" or hasattr(
-        load_config(request.base, revision=request.revision), "quantization_config"
-    )
-    return to_arguments(copy_fields(WalkOptions, request), "device", *(("dtype",) if unconverted else ()))
+    config = load_config(request.base, revision=request.revision) if repair else None
+    converts = hasattr(config, "quantization_config") or str(getattr(config, "dtype", None)) == "torch.float16"
+    return to_arguments(copy_fields(WalkOptions, request), "device", *(() if converts else ("dtype",)))
