@@ -175,6 +175,8 @@ def test_adapter_file_holds_the_tail_in_the_base_dtype(base: Path, dtype: torch.
         ({"tune_layers": 0, "tune_final_norm": False}, ["lm_head"]),
         (NOTHING, None),
         ({"tune_layers": 0, "tune_lm_head": False, "modules_to_save": ["model.embed_tokens"]}, ["model.norm", "model.embed_tokens"]),
+        ({"tune_layers": 3, "modules_to_save": ["mlp.up_proj", "lm_head"]},
+         [f"model.layers.{i}" for i in (2, 3, 4)] + ["model.norm", "lm_head"] + [f"model.layers.{i}.mlp.up_proj" for i in (0, 1)]),
     ],
 )  # fmt: skip
 def test_what_to_tune(llama: Path, settings: dict[str, Any], tuned: list[str] | None, tmp_path: Path) -> None:

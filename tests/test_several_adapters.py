@@ -147,6 +147,25 @@ def test_the_only_adapter_can_be_replaced(llama: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(model), expected)
 
 
+def test_one_adapter_inside_another_is_refused(llama: Path, tmp_path: Path) -> None:
+    """PEFT would train it, and then fail to save it, or to load what it saved."""
+    layers = LayerDropConfig(drop_layers=[2, 3])
+    inside = LayerDropConfig(drop_layers=[2, 3], tune_layers=0, modules_to_save=["mlp.up_proj"])
+    for first, second in ((layers, inside), (inside, layers)):
+        model = prune_with(first, load(llama))
+        shake(model)
+        expected = logits(model)
+        with pytest.raises(CutError, match="one is inside the other, and PEFT could save neither"):
+            model.add_adapter("second", second)
+        assert torch.equal(logits(model), expected)
+        model.delete_adapter("default")
+        model.add_adapter("second", second)
+        model.set_adapter("second")
+        shake(model)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(logits(PeftModel.from_pretrained(load(llama), tmp_path / "second")), logits(model))
+
+
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_config_tunes_what_it_says_however_often_it_is_used(llama: Path, tmp_path: Path, saved: bool) -> None:
     config = LayerDropConfig(drop_layers=[2, 3], modules_to_save=["model.embed_tokens"])

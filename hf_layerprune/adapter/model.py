@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -31,7 +31,7 @@ from ..runtime.devices import is_offloaded
 from .config import LayerDropConfig
 from .prepare import CUT, PREPARED, needs_dense_model, prepare
 from .resolve import is_already_cut, resolve_drop, resolved_cut
-from .tail import kept_modules, saved_modules, share_configs, tuned_modules
+from .tail import check_not_nested, kept_modules, saved_modules, share_configs, tuned_modules
 from .tied import TIED, retie_head, untie_head, warn_about_untying
 
 logger = logging.getLogger(__name__)
@@ -124,6 +124,7 @@ class LayerDropModel(BaseTuner):
         if peft_config.own_modules_to_save is None:
             peft_config.own_modules_to_save = peft_config.modules_to_save or []
         peft_config.modules_to_save = saved_modules(tuned, peft_config.repaired_modules)
+        check_not_nested(peft_config, self.peft_config)
         modules = kept_modules(model, cut, stack)
         for name in peft_config.modules_to_save or ():
             # Its copy would stay as it is, and nothing would say so. Inside another adapter's module, it was checked before.
@@ -203,6 +204,13 @@ class LayerDropModel(BaseTuner):
         # PEFT looks for the next one in layers of its own, of which there are none here.
         for name in sorted(self.peft_config, key=lambda name: name not in active)[:1]:
             self.set_adapter(name, inference_mode=self.peft_config[name].inference_mode)
+        # PEFT leaves wrappers without a copy, in which it could not save what another adapter has there.
+        self._unwrap_where(lambda wrapper: not wrapper.modules_to_save)
+
+    def _unwrap_where(self, condition: Callable[[ModulesToSaveWrapper], bool]) -> None:
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper) and condition(module):
+                self.model.set_submodule(name, module.original_module)
 
     @property
     def name_or_path(self) -> str | None:
@@ -298,11 +306,9 @@ class LayerDropModel(BaseTuner):
         if cut is not None:
             cut.reapply()
         self._activate_for_merge(adapter_names)
-        for name, module in list(self.model.named_modules()):
-            # PEFT would keep the tuned copies here as well; unloading means the untuned cut. And PEFT 0.19
-            # fails on modules that only other adapters tune.
-            if isinstance(module, ModulesToSaveWrapper) and not (merge and module.active_adapters):
-                self.model.set_submodule(name, module.original_module)
+        # PEFT would keep the tuned copies when unloading as well, which means the untuned cut. And PEFT 0.19 fails on
+        # modules that only other adapters tune.
+        self._unwrap_where(lambda wrapper: not (merge and wrapper.active_adapters))
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)  # type: ignore[func-returns-value]
         if hasattr(model, TIED) and ties_head(model):  # what was merged, if anything, is not what untied it
             retie_head(model)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
 
 from peft.utils.other import ModulesToSaveWrapper
 from transformers import PreTrainedConfig
@@ -70,6 +70,7 @@ def tuned_modules(
                 f"modules_to_save has {requested!r}, but {type(model).__name__} has no such module; specify one of its modules"
             )
         names += [name for name in matches if name not in names]
+    names = _outermost(names)
     if getattr(model, "is_quantized", False):
         _check_trainable({name: modules[name] for name in names if name in modules})
     for name in names:
@@ -84,8 +85,9 @@ def tuned_modules(
 
 def kept_modules(model: PreTrainedModel, cut: families.Cut, stack: DecoderStack) -> dict[str, nn.Module]:
     """The modules of a model, which may be whole or already cut, by their full names in the pruned model."""
-    if len(stack.layers) != cut.num_layers:
-        return dict(model.named_modules())
+    if len(stack.layers) != cut.num_layers:  # it may have adapters, whose copies are left out
+        named = ((name.replace(".original_module", ""), module) for name, module in model.named_modules())
+        return {name: module for name, module in named if ".modules_to_save" not in name}
     modules, start = {}, f"{stack.path}."
     for name, module in model.named_modules():
         if name.startswith(start):
@@ -99,8 +101,29 @@ def kept_modules(model: PreTrainedModel, cut: families.Cut, stack: DecoderStack)
 
 def saved_modules(tuned: Collection[str], repaired: Collection[str] | None) -> list[str] | None:
     """What an adapter saves: what it tunes, and what a repair changed, unless that is inside a module that is tuned."""
-    inside = tuple(f"{name}." for name in tuned)
-    return [*tuned, *(name for name in repaired or () if not f"{name}.".startswith(inside))] or None
+    return _outermost([*tuned, *(repaired or ())]) or None
+
+
+def _outermost(names: Collection[str]) -> list[str]:
+    """Names without those inside other modules: they are tuned with these, and PEFT can't load one copy inside another."""
+    inside = tuple(f"{name}." for name in names)
+    return [name for name in dict.fromkeys(names) if not name.startswith(inside)]
+
+
+def check_not_nested(config: LayerDropConfig, others: Mapping[str, Any]) -> None:
+    """Refuse an adapter with modules inside those of another adapter, or around them, of which PEFT saves neither.
+
+    Raises:
+        CutError: There is such a module.
+    """
+    for name in config.modules_to_save or ():
+        for adapter, other in others.items():
+            for theirs in other.modules_to_save or ():
+                if other is not config and (theirs.startswith(f"{name}.") or name.startswith(f"{theirs}.")):
+                    raise CutError(
+                        f"this adapter has {name}, and adapter {adapter!r} {theirs}: one is inside the other, and PEFT could "
+                        "save neither; tune the same module, or load the base again for another adapter"
+                    )
 
 
 def share_configs(model: nn.Module, adapter_name: str) -> None:
