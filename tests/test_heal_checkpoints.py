@@ -100,6 +100,39 @@ def test_resuming_with_another_rate_for_a_schedule_without_a_first_one(
     assert rates == pytest.approx([1e-3, 1e-3, 1e-2])
 
 
+@pytest.mark.parametrize(
+    "change", [{"learning_rate": 5e-3}, {"max_steps": 6}, {"lr_scheduler_type": "linear"}], ids=str
+)
+def test_the_first_step_of_a_resumed_run_has_the_rate_of_its_own_schedule(
+    llama: Bench, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    settings = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    settings |= {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-3}}
+    llama.trainer(**settings).train()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    settings |= change | ({"lr_scheduler_kwargs": {}} if "lr_scheduler_type" in change else {})
+    resumed, whole = (llama.trainer(**settings | {"save_strategy": "no"}) for _ in range(2))
+    resumed.train(resume_from_checkpoint=True)
+    whole.train()
+    rates = [[e["learning_rate"] for e in one.state.log_history if "learning_rate" in e] for one in (resumed, whole)]
+    assert rates[0][2:] == pytest.approx(rates[1][2:])
+
+
+def test_settings_of_the_optimizer_count_where_deepspeed_has_loaded_it_before(
+    llama: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = llama.trainer(output_dir=str(tmp_path), weight_decay=0.5, lr_scheduler_type="constant")
+    trainer.create_optimizer_and_scheduler(4)
+    for group in trainer.optimizer.param_groups:
+        group.update(lr=1.0, initial_lr=1.0, weight_decay=0.1)
+    monkeypatch.setattr(Trainer, "_load_optimizer_and_scheduler", lambda *args: None)
+    trainer._load_optimizer_and_scheduler("checkpoint-2")
+    assert [(group["lr"], group["weight_decay"]) for group in trainer.optimizer.param_groups] == [
+        (1e-2, 0.5),
+        (1e-2, 0.0),
+    ]
+
+
 def test_resuming_without_the_state_of_the_optimizer(llama: Bench, tmp_path: Path) -> None:
     """Its schedule would start from the beginning."""
     settings = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2, "save_only_model": True}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from accelerate.state import GradientState
+from accelerate.state import AcceleratorState, GradientState
 from packaging.version import Version
 from peft import get_peft_model
 from transformers.integrations import deepspeed
@@ -306,6 +306,7 @@ def test_the_rehearsal_of_a_training_leaves_nothing_behind(folder: Path, tmp_pat
     config = load_config(folder / "base")
     dry_run_training(args, ModelConfig(), config, rows(), rows(4), word_tokenizer())
     assert GradientState().active_dataloader is None
+    assert not AcceleratorState._shared_state  # with which accelerate refuses DeepSpeed in the training itself
     assert not (tmp_path / "heal").exists()
 
 

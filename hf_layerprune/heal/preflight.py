@@ -252,6 +252,7 @@ def dry_run_training(
     Raises:
         LayerPruneError: Something can't be set up.
     """
+    from accelerate.state import AcceleratorState
     from peft import get_peft_model
     from transformers.integrations.liger import apply_liger_kernel
 
@@ -284,5 +285,6 @@ def dry_run_training(
             if args.use_liger_kernel:
                 apply_liger_kernel(trainer.model, args.liger_kernel_config)
             trainer.accelerator.free_memory()  # or all later steps would be taken for those of an unfinished loop
+            AcceleratorState._reset_state()  # which takes DeepSpeed's settings from the first trainer alone
     finally:
         logging.disable(logging.NOTSET)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer import OPTIMIZER_NAME
 
 from ..errors import LayerPruneError, boundary
@@ -35,6 +36,7 @@ class SavingTrainer(SFTTrainer):
     data_collator: StateCollator
     _split: bool  # by DeepSpeed ZeRO-3
     _gathered: dict[str, torch.Tensor] | None = None
+    _present_groups: Sequence[dict[str, Any]] = ()
 
     @property
     def plain_model(self) -> PreTrainedModel:
@@ -89,11 +91,20 @@ class SavingTrainer(SFTTrainer):
             if [len(group["params"]) for group in state["param_groups"]] != [len(now["params"]) for now in present]:
                 raise ValueError("its optimizer has other weights")
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule of the learning rate; see [`~transformers.Trainer`]."""
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        groups: Any = getattr(self.optimizer, "param_groups", ())
+        for group in groups:
+            group.setdefault("initial_lr", group["lr"])  # reduce_lr_on_plateau does not say it, and a run may resume
+        self._present_groups = [dict(group) for group in groups]  # DeepSpeed loads a checkpoint right after this
+        return schedule
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load their states, but not the optimizer's settings, which torch restores with them."""
+        """Load their states, but not the optimizer's settings, which torch and DeepSpeed restore with them."""
         optimizer: Any = self.optimizer
         schedule: Any = self.lr_scheduler
-        present = [dict(group) for group in optimizer.param_groups]
+        present = self._present_groups
         with boundary(f"can't resume {checkpoint}", _RESUME_HINT):
             super()._load_optimizer_and_scheduler(checkpoint)
             _check_groups(optimizer.param_groups, present)
@@ -102,6 +113,10 @@ class SavingTrainer(SFTTrainer):
                 if "initial_lr" in group and "initial_lr" in now:
                     group["lr"] *= now["initial_lr"] / group["initial_lr"]
                     group["initial_lr"] = now["initial_lr"]
+            if isinstance(schedule, LambdaLR):  # whose other settings may have changed as well
+                factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+                for group, factor in zip(optimizer.param_groups, factors, strict=True):
+                    group["lr"] = group["initial_lr"] * factor
             if hasattr(schedule, "base_lrs"):
                 schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
                 schedule._last_lr = [group["lr"] for group in optimizer.param_groups]  # for the log

@@ -210,8 +210,6 @@ class HealTrainer(SavingTrainer):
         """The schedule of the learning rate; see [`~transformers.Trainer`]."""
         known = self.lr_scheduler is not None
         schedule = super().create_scheduler(num_training_steps, optimizer)
-        for group in () if known else schedule.optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])  # reduce_lr_on_plateau does not say it, and a run may resume
         if known or not self.args.features:
             return schedule
         if not isinstance(schedule, LambdaLR):
