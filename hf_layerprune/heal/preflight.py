@@ -252,7 +252,7 @@ def dry_run_training(
     Raises:
         LayerPruneError: Something can't be set up.
     """
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, GradientState, PartialState
     from peft import get_peft_model
     from transformers.integrations.liger import apply_liger_kernel
 
@@ -268,6 +268,8 @@ def dry_run_training(
     features, args.features = args.features, 0.0  # which depends on the cut
     kernels = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
     lora = None if args.method == "auto" else parse_method(args.method).adapter(model_args)
+    # With what accelerate keeps of one trainer, the next could not use DeepSpeed, and would be in the first one's loop.
+    states = [(each._shared_state, {**each._shared_state}) for each in (PartialState, AcceleratorState, GradientState)]
     logging.disable(logging.INFO)  # training says it again
     try:
         with TemporaryDirectory() as folder, boundary("can't train", kind=CutError):
@@ -284,7 +286,8 @@ def dry_run_training(
             trainer.create_optimizer_and_scheduler(max(args.max_steps, 1000))
             if args.use_liger_kernel:
                 apply_liger_kernel(trainer.model, args.liger_kernel_config)
-            trainer.accelerator.free_memory()  # or all later steps would be taken for those of an unfinished loop
-            AcceleratorState._reset_state()  # which takes DeepSpeed's settings from the first trainer alone
     finally:
         logging.disable(logging.NOTSET)
+        for state, before in states:
+            state.clear()
+            state.update(before)
