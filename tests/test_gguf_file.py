@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from transformers import AutoModelForCausalLM
 
 import hf_layerprune.cut.gguf as gguf_file
+from hf_layerprune import LayerDropConfig, prune_with
 from hf_layerprune.cli import main
 from hf_layerprune.cut.gguf import cut_gguf, gguf_layer_count, is_gguf, plan_gguf_cut
 from hf_layerprune.errors import CheckpointError, CutError
@@ -78,14 +79,21 @@ def test_an_adapter_is_measured_in_the_type_of_its_unpacked_base_and_its_card_lo
         resolve_base(folder)
 
 
+def test_what_cannot_be_dropped_from_a_file_is_refused_before_its_weights_are_unpacked(tmp_path, monkeypatch):
+    source = write_gguf(tmp_path / "a.gguf")
+    monkeypatch.setattr("hf_layerprune.adapter.pruning.load_base", None)
+    with pytest.raises(CutError, match=r"drop_layers has 4, but the model's layers are 0\.\.3"):
+        prune_with(LayerDropConfig(base_model_name_or_path=str(source), drop_layers=[4]))
+
+
 def test_a_curve_of_a_file_is_of_what_prune_makes_of_it(tmp_path, capsys):
     source, folder = write_gguf(tmp_path / "a.gguf", packed=GGMLQuantizationType.Q8_0), tmp_path / "curve"
     rows = ["--calibration-samples", "8", "--calibration-length", "32"]
     assert main(["rank", str(source), str(folder), "--curve", "--curve-up-to", "1", "--repair", "linear", *rows]) == 0
     point = read_object(folder / "curve.json")["points"][0]
-    assert point["bytes"] == 2 * point["parameters"]  # bfloat16
     from_curve = ["--from-curve", str(folder), "--drop", "1"]
     assert main(["prune", str(source), str(tmp_path / "cut"), *from_curve]) == 0
+    assert point["bytes"] == (tmp_path / "cut" / "model.safetensors").stat().st_size
     capsys.readouterr()
     assert main(["prune", str(source), str(tmp_path / "cut.gguf"), *from_curve]) == 2
     assert f"without repair: drop_layers={point['layers']}" in capsys.readouterr().err

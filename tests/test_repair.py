@@ -177,16 +177,21 @@ def test_what_cannot_be_repaired_is_refused(model_type, drop, method, message):
 
 
 @pytest.mark.parametrize(
-    ("drop", "samples", "message"), [([0, 1], 8, "layer 0 is dropped"), ([3, 4], 1, "two calibration rows or more")]
+    ("model_type", "drop", "samples", "message"),
+    [
+        ("llama", [0, 1], 8, "layer 0 is dropped"),
+        ("llama", [3, 4], 1, "two calibration rows or more"),
+        ("jamba", [1], 8, "can only describe attention layers at a fixed period"),
+    ],
 )
-def test_it_is_refused_before_the_model_writes_text(drop, samples, message, monkeypatch):
+def test_it_is_refused_before_the_model_writes_text(model_type, drop, samples, message, monkeypatch):
     """Writing takes minutes on a real model."""
     monkeypatch.setattr(
         "hf_layerprune.adapter.prepare.load_calibration_for", lambda *given: pytest.fail("text was written")
     )
     with pytest.raises(CutError, match=message):
         prune_with(
-            LayerDropConfig(drop_layers=drop, repair="borrow", calibration_samples=samples), tiny_model("llama")
+            LayerDropConfig(drop_layers=drop, repair="borrow", calibration_samples=samples), tiny_model(model_type)
         )
 
 

@@ -14,7 +14,7 @@ from ..cut.lazy import DROPPED_PARAMETERS, load_pruned
 from ..cut.memory import LayerCut, check_plain_model
 from ..errors import CheckpointError, LayerPruneError, boundary
 from ..families.layout import find_decoder_layers
-from ..runtime.loading import LOCATION_ARGUMENTS, as_path, is_hub_id, load_base, resolve_base
+from ..runtime.loading import LOCATION_ARGUMENTS, as_path, is_hub_id, load_base, load_config, resolve_base
 from ..runtime.precision import to_fast_precision
 from ..select.targets import Target
 from .config import LayerDropConfig
@@ -115,6 +115,9 @@ def _load_base_for(
             raise CheckpointError(f"{base} is an adapter of another method ({adapter.peft_type}); merge it first")
         return load_merged(base, adapter, kwargs)
     if whole or config.keep_dropped or resolve_base(base, kwargs.get("gguf_file"))[1] is not None:
+        if config.drop_layers is not None:  # what can't be dropped is refused before a weight is read
+            where = {name: kwargs[name] for name in (*LOCATION_ARGUMENTS, "gguf_file") if kwargs.get(name)}
+            resolve_drop(config, load_config(base, **where))
         model = load_base(base, **kwargs)
         if prepared is not None:
             setattr(model, PREPARED, prepared)

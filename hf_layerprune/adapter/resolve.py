@@ -47,7 +47,8 @@ def resolve_drop(
             f"model has {n}; {'' if config.is_new else its_base}make a new config"
         )
     if cut is None and config.num_base_layers == n:
-        families.make_cut(model_config, config.drop_layers)
+        # Also refuses, before a repair is fitted, what the config can't describe.
+        families.cut_config(model_config, families.make_cut(model_config, config.drop_layers))
 
 
 def resolved_cut(config: LayerDropConfig) -> families.Cut:
