@@ -153,12 +153,12 @@ def test_a_criterion_that_may_not_drop_enough_is_left_out(
     """Magnitude may drop two of the layers, and three must go. A block from layer 0 has no repairability."""
     words = ["--criterion", "magnitude_l1,reverse_order", "--target-params", "51k"]
     assert main(["rank", str(base), str(tmp_path / "out"), *words]) == 0
-    assert "magnitude_l1 is left out: target_params=51K can't be met" in caplog.text
+    assert "magnitude_l1 is left out: target_params=51k can't be met" in caplog.text
     record = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert {*record["criteria"]} == {*record["protect"]} == {"reverse_order"}
     assert "magnitude" not in capsys.readouterr().out
     assert main(["rank", str(base), "--criterion", "magnitude_l1", "--target-params", "51k"]) == 2
-    assert "target_params=51K can't be met" in capsys.readouterr().err
+    assert "target_params=51k can't be met" in capsys.readouterr().err
     words = ["--protect-last", "1", "--drop", "7", *FEW]
     assert main(["rank", str(base), "--criterion", "repairability,kl", *words]) == 0
     assert "repairability is left out: no block of 7 layers may be dropped" in caplog.text

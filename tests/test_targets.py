@@ -290,12 +290,12 @@ def test_a_model_that_is_too_large_for_a_device_is_timed_where_it_is(
         ),
         (
             ["--target-params", "1M"],
-            "target_params=1M is met by the model as it is (70.18K), so there is nothing to drop",
+            "target_params=1M is met by the model as it is (70.18 k), so there is nothing to drop",
         ),
         (["--target-memory", "200KB", "--context", "999"], "context=999 is more than the 128 positions"),
         (
             ["--target-params", "20K", "--criterion", "magnitude_l1"],
-            "target_params=20K can't be met: dropping all 2 of the layers that may go leaves",
+            "target_params=20k can't be met: dropping all 2 of the layers that may go leaves",
         ),
     ],
 )

@@ -55,8 +55,8 @@ SHARE = number_between(0, 1, "a share between 0 and 1, such as 0.8", "SHARE")
 
 
 def format_count(count: float) -> str:
-    """Format a number of parameters: `6.3B`."""
-    return _format_with_unit(count, {unit: size for unit, size in _COUNTS.items() if size > 1})
+    """Format a number of parameters: `6.3 B`."""
+    return _format_with_unit(count, {" T": 10**12, " B": 10**9, " M": 10**6, " k": 10**3})
 
 
 def format_bytes(size: float) -> str:
