@@ -189,9 +189,14 @@ def test_only_files_with_something_that_stays_are_fetched_and_once(
     assert not fetched(hub)
     assert not any(one.authorized for one in hub.log)
 
-    # Without a connection, what is in the cache is enough.
+    # Without a connection, what is in the cache is enough. transformers has left a listing there of files that it did not fetch.
+    client.ask(source="org/llama", load=True, cache_dir=str(tmp_path / "cache"))
     offline = Client(hub, tmp_path / "other home", HF_HUB_OFFLINE="1")
     hub.reset()
+    found = offline.ask(source="org/llama", fingerprint=True, cache_dir=str(tmp_path / "cache"))["files"]
+    assert found.keys() == {"config.json", "generation_config.json"} | {
+        path.name for path in bases["llama"].glob("*.safetensors*")
+    }
     assert "error" not in offline.cut("org/big", tmp_path / "offline", BIG_DROP, tmp_path / "cache")
     assert snapshot(tmp_path / "offline") == snapshot(tmp_path / "cut")
     error = offline.cut("org/big", tmp_path / "more", [3], tmp_path / "cache")["error"]

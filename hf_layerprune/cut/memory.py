@@ -160,7 +160,7 @@ def drop_layers(
             not. Another model that was built from the same config object would see the config change too.
         layers (`Sequence[int]`): Indices of the layers to drop.
         keep_dropped (`bool`, defaults to `False`): Keep the dropped layers in memory, outside of the module tree,
-            so that `LayerCut.restore` can put them back.
+            so that `LayerCut.restore` can put them back. They don't follow when the model is moved or cast.
         check (`bool`, defaults to `True`): Compare logits with those of the dense model with the dropped layers
             bypassed, which takes two forward passes over 8 tokens. A model that can't be run here is not checked.
 

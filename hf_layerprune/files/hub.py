@@ -272,10 +272,11 @@ def _cached_files(repo: str, revision: str | None, cache_dir: str | None) -> tup
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        snapshot = snapshot_download(repo, revision=revision, cache_dir=cache_dir, local_files_only=True)
-    except LocalEntryNotFoundError:
-        return None
-    folder = Path(snapshot)
+        folder = Path(snapshot_download(repo, revision=revision, cache_dir=cache_dir, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        if not hasattr(error, "snapshot_path"):
+            return None
+        folder = Path(error.snapshot_path)  # only some files are missing, perhaps ones that nobody needed
     files: dict[str, HubFile] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
