@@ -28,11 +28,13 @@ if TYPE_CHECKING:
     from .stages.curve import quality_curve
     from .stages.quantize import record_quantized
     from .stages.rank import rank_layers
+    from .stages.train import record_trained
 
 # Without `HealConfig` and `HealTrainer`, since `import *` must work without TRL.
 __all__ = [
     "CheckpointError", "CutError", "LayerDropConfig", "LayerDropModel", "LayerPruneError", "UnsupportedModelError",
     "__version__", "compare_models", "drop_layers", "prune_with", "quality_curve", "rank_layers", "record_quantized",
+    "record_trained",
 ]  # fmt: skip
 
 # Loaded on first use: each of them imports torch.
@@ -47,6 +49,7 @@ _LAZY = {
     "prune_with": ".adapter.pruning",
     "rank_layers": ".stages.rank",
     "record_quantized": ".stages.quantize",
+    "record_trained": ".stages.train",
 }
 
 register_when_peft_is_imported()

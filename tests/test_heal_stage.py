@@ -101,8 +101,8 @@ def test_the_adapter_has_the_records_of_its_model(
     outcome = verify(VerifyRequest(str(tmp_path / "adapter")))
     if method == "lora":
         assert [line.text for line in outcome.lines] == [
-            f"{tmp_path / 'adapter'} is an adapter without a lineage.json, as LoRA's or a trainer's is; specify a whole "
-            "model, such as the recipe writes beside it"
+            f"{tmp_path / 'adapter'} is an adapter without a lineage.json, as LoRA's or a trainer's is; merge it into "
+            "a whole model with hf_layerprune.record_trained, or specify the one that the recipe writes beside it"
         ]
         return
     assert outcome.consistent, outcome.lines

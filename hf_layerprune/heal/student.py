@@ -15,6 +15,7 @@ from ..families.layout import ties_head
 from ..files.hub import Repo
 from ..layer_ranges import format_layers
 from ..records.fingerprints import CONFIG, is_hashed, is_part
+from ..records.history import TRAIN
 from ..records.lineage import Lineage
 from ..records.names import is_gguf_name
 from ..runtime.loading import is_hub_id, load_base, load_config
@@ -42,7 +43,7 @@ class Student:
         base (`str`, *optional*): The model that it was pruned from, if its history says so.
         revision (`str`, *optional*): The commit of the base.
         repaired (`tuple[str, ...]`): The tensors that a repair changed, as the checkpoint names them.
-        whole_only (`bool`, defaults to `False`): Whether the model was pruned more than once or healed before. An
+        whole_only (`bool`, defaults to `False`): Whether the model was pruned more than once or trained before. An
             adapter of the base would lack what was done first, so only the whole model is written.
     """
 
@@ -80,7 +81,7 @@ class Student:
         entries = lineage.entries
         repaired = tuple(name for e in entries for name in (e.get("repair") or {}).get("changed_tensors") or ())
         stages = [entry["stage"] for entry in entries]
-        again = stages.count("prune") > 1 or "heal" in stages
+        again = stages.count("prune") > 1 or "heal" in stages or TRAIN in stages
         return cls(folder, cut, lineage.base.get("id"), lineage.base.get("commit"), repaired, again)
 
     def method(self, name: str) -> Method:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-_ROLES = {"prune": "cut", "repair": "repaired", "heal": "healed", "quantize": "quantized"}
+_ROLES = {"prune": "cut", "repair": "repaired", "heal": "healed", "train": "trained", "quantize": "quantized"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Subject:
 
     @property
     def role(self) -> str:
-        """`"cut"`, `"repaired"`, `"healed"` or `"quantized"` by the last stage in its history; `"model"` without one."""
+        """By the last stage in its history, `"cut"`, `"repaired"`, `"healed"`, `"trained"` or `"quantized"`; or else `"model"`."""
         last = self.lineage.entries[-1] if self.lineage and self.lineage.entries else {}
         if last.get("stage") == "prune" and last.get("repair"):  # repaired while pruning
             return "repaired"

@@ -16,7 +16,8 @@ from .lineage import Lineage
 from .names import base_name, hub_base, is_gguf_name, is_hub_name, last_part
 
 _LAYER = re.compile(r"(?P<before>.*?\b(?:layers|layer|h|blocks|block)\.)(?P<index>\d+)(?P<after>\..*)")
-QUANTIZE = "quantize"
+# The stages in which other programs made the weights.
+QUANTIZE, TRAIN = "quantize", "train"
 _LINE = 80
 OWN_TEXT = "text that the dense model wrote itself"
 # Fields of a repair's record that are not settings.

@@ -73,12 +73,12 @@ class Lineage:
                 raise CheckpointError(f"{folder} {what}; specify a model folder written by hf-layerprune prune")
             if (folder / ADAPTER_CONFIG).is_file():
                 raise CheckpointError(
-                    f"{name or folder} is an adapter without a {FILE_NAME}, as LoRA's or a trainer's is; specify a whole "
-                    "model, such as the recipe writes beside it"
+                    f"{name or folder} is an adapter without a {FILE_NAME}, as LoRA's or a trainer's is; merge it into "
+                    "a whole model with hf_layerprune.record_trained, or specify the one that the recipe writes beside it"
                 )
             raise CheckpointError(
                 f"{name or folder} has no {FILE_NAME}, so its origin is unknown; make the model with hf-layerprune prune, or "
-                "record how it was quantised with hf_layerprune.record_quantized"
+                "if another program made it of one that was, record that with hf_layerprune.record_trained or record_quantized"
             )
         return lineage
 

@@ -37,7 +37,7 @@ class Metrics:
     Args:
         weights (`str`): The hash of the folder's weights, see [`~records.fingerprints.weights_hash`].
         models (`dict[str, dict]`): The measured models, by the hash of their weights: `role` (`"dense"`, `"cut"`,
-            `"repaired"`, `"healed"`, `"quantized"` or `"model"`), `name`, `layers`, `parameters`, and `identity`, the
+            `"repaired"`, `"healed"`, `"trained"`, `"quantized"` or `"model"`), `name`, `layers`, `parameters`, and `identity`, the
             hashes of other files that affect the behaviour.
         results (`list[dict]`): The measured numbers; see the schema for the fields.
         comparisons (`list[dict]`): Differences from the base.

@@ -13,7 +13,7 @@ from typing import Any
 from ...options import pluralize
 from ...records.curve import curve_points
 from ...records.figures.results import Results, Row
-from ...records.history import History
+from ...records.history import TRAIN, History
 from .curve_plot import draw_curve
 from .escape import clean_line
 from .style import DASHED, INK, ROLE_COLOURS, ROLE_MARKERS, draw_bars, draw_grid, new_figure
@@ -27,7 +27,7 @@ _LIGHT = "#ffffff"
 def draw_layer_map(history: History, path: Path, digest: str | None = None) -> None:
     """Draw the stack of decoder layers: which were kept, which were dropped, and which were changed later."""
     n, kept = history.num_base_layers, set(history.kept)
-    healed = history.layers_changed("heal")
+    healed = history.layers_changed("heal") | history.layers_changed(TRAIN)
     repaired = history.layers_changed("repair") - healed
     rows = -(-n // _ROW)
     columns = -(-n // rows)

@@ -33,10 +33,19 @@ ROLE_COLOURS = {
     "cut": "#d55e00",
     "repaired": "#2b73d1",
     "healed": "#12a583",
+    "trained": "#a68a00",
     "quantized": "#8e663d",
     "model": "#c15bb0",
 }
-ROLE_MARKERS = {"dense": "s", "cut": "v", "repaired": "D", "healed": "o", "quantized": "P", "model": "^"}
+ROLE_MARKERS = {
+    "dense": "s",
+    "cut": "v",
+    "repaired": "D",
+    "healed": "o",
+    "trained": "X",
+    "quantized": "P",
+    "model": "^",
+}
 # For series other than roles, such as criteria.
 CYCLE = ("#2b73d1", "#d55e00", "#12a583", "#c15bb0", "#656b78")
 # The outline of a dropped layer.

@@ -18,7 +18,7 @@ from .metric_names import SHARE, TASKS, get_metric
 if TYPE_CHECKING:
     from ..metrics import Metrics
 
-ROLES = ("dense", "cut", "repaired", "healed", "quantized", "model")
+ROLES = ("dense", "cut", "repaired", "healed", "trained", "quantized", "model")
 QUALITY = ("accuracy", "text", "distance")
 COST = ("size", "speed", "memory")
 # Settings of a timed run, and their descriptions.
