@@ -16,6 +16,8 @@ SCORES = (
     "base calibration commit contiguous count criteria drop num_layers peak_memory_bytes protect schema_version seconds "
     "seed variant versions"
 )
+CURVE = "calibration chosen decode dense identity knee num_layers points repair schema_version steps"
+POINT = "bytes cut dropped found_by layers parameters repaired speedup"
 METRICS = "comparisons models results schema_version weights"
 
 
@@ -29,6 +31,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("words", "code", "keys", "inside"), [
     ("rank BASE --criterion magnitude_l1", 0, SCORES, {}),
+    ("rank BASE --curve --curve-up-to 2 --calibration-samples 8 --calibration-length 16", 0, CURVE, {"points": POINT}),
     ("eval MODEL --tasks asked --tasks-from TASKS --text none", 0, METRICS, {}),
     ("bench MODEL --repeats 1 --load-repeats 0 --batch-sizes 1 --prompt-lengths 8 --new-tokens 2", 0, METRICS, {}),
     ("card MODEL --license mit", 0, "changed folder", {}),
