@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -103,6 +104,9 @@ def test_public_surface() -> None:
 
     for name in hf_layerprune.__all__:
         assert getattr(hf_layerprune, name).__doc__, name
+    # What a name in a signature means is known when a program runs, too.
+    for one in (*map(hf_layerprune.__getattr__, hf_layerprune._LAZY), hf_layerprune.HealTrainer.__init__):
+        assert get_type_hints(one), one
     assert issubclass(hf_layerprune.HealTrainer, SFTTrainer)
     assert issubclass(hf_layerprune.HealConfig, SFTConfig)
     assert {*hf_layerprune.__all__, "HealConfig", "HealTrainer"} <= set(dir(hf_layerprune))

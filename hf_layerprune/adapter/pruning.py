@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
 
 from .. import families
 from ..calibration.documents import check_source
@@ -23,7 +24,7 @@ from .reading import find_adapter, load_adapter
 from .resolve import is_already_cut, resolve_drop, resolved_cut
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 
 def prune_with(

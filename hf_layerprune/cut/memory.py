@@ -21,6 +21,7 @@ import torch
 import transformers
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
+from transformers import PreTrainedModel
 
 from .. import families
 from ..errors import CutError, boundary
@@ -33,7 +34,7 @@ from ..runtime.model_class import model_without_weights, without_zero3
 from .check import CannotCheckError, bypassed_logits, check_logits
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer import OPTIMIZER_NAME
 
 from ..errors import LayerPruneError, boundary
+from .batches import StateCollator
 from .checkpoints import last_checkpoint
 from .config import HealConfig
 
@@ -18,8 +19,6 @@ from trl import SFTTrainer  # isort: skip (if TRL is missing, `.config` raises a
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from .batches import StateCollator
 
 _RESUME_HINT = (
     "train the same weights as it does, with the same optim and kind of schedule, or start in another --output_dir"

@@ -11,12 +11,13 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 
 from ..errors import CutError, LayerPruneError
 from ..families import check_stage
@@ -42,9 +43,6 @@ from .placement import (
 from .precompute import disable_input_require_grads, is_prompt_tuned, is_sharded_by_zero3, precompute
 from .prepared import check_lengths, keep_labelled_rows, number_rows, sample_rows
 from .saving import SavingTrainer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import CutError, LayerPruneError
 from ..runtime.loading import load_tokenizer
@@ -11,10 +13,6 @@ from ..runtime.windows import resolve_length
 from .distance import mean, text_metrics, window_means
 from .requests import DEFAULT_LENGTH
 from .texts import WIKITEXT2, find_text, split_windows
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def compare_models(
