@@ -27,6 +27,8 @@ _MAX_MESSAGE = 300  # characters to keep of a library's message
 _PLAIN = (OSError, ValueError, RuntimeError, ImportError)
 # What torch says of a file that it could not write, as on a full disk: the system's error is lost in its writer.
 _TRUNCATED = re.compile(r"inline_container\S* \. unexpected pos|PytorchStreamWriter failed writing|basic_ios::clear")
+# The package of a file of installed code; this one may be installed, too.
+_PACKAGE = re.compile(r"[\\/]site-packages[\\/](?!hf_layerprune)(\w+)")
 DEBUG = "HF_LAYERPRUNE_DEBUG"
 
 
@@ -114,7 +116,10 @@ def explain(error: BaseException, debug: str = f"{DEBUG}=1") -> tuple[str, int]:
             "out of memory; use smaller batches or fewer or shorter texts, or run on the CPU or on a machine with more memory",
             1,
         )
-    return f"internal error: {cause_of(error)}; {debug} shows where it came from", 1
+    frames = traceback.extract_tb(error.__traceback__)
+    package = _PACKAGE.search(frames[-1].filename) if frames else None
+    where = f" in {package[1]}" if package else ""
+    return f"internal error{where}: {cause_of(error)}; {debug} shows where it came from", 1
 
 
 def wants_traceback() -> bool:

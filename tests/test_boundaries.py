@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import CodeLlamaTokenizer
@@ -272,11 +273,16 @@ def test_debug_shows_where_an_error_came_from(
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_an_error_of_our_own_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_layerprune.commands.inspect.run", lambda args: {}["no\x1bsuch"])
+@pytest.mark.parametrize(("run", "error"), [
+    (lambda args: {}["no\x1bsuch"], "internal error: KeyError: 'no\\x1bsuch'"),
+    (lambda args: Version("v"), "internal error in packaging: Invalid version: 'v'"),
+])  # fmt: skip
+def test_an_unexpected_error_is_one_line(
+    run: Any, error: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_layerprune.commands.inspect.run", run)
     assert main(["inspect", "model"]) == 1
-    error = capsys.readouterr().err
-    assert error == "hf-layerprune: internal error: KeyError: 'no\\x1bsuch'; --debug shows where it came from\n"
+    assert capsys.readouterr().err == f"hf-layerprune: {error}; --debug shows where it came from\n"
 
 
 @pytest.mark.parametrize("words", [[], ["--debug"]])
