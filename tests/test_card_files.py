@@ -147,6 +147,12 @@ def test_bad_words(
      '"settings": {"drop_layers": [3]}}]}', "it was edited"),
     ('{"schema_version": 1, "base": {}, "entries": [{"stage": "prune", "layers": {"base": 4}, '
      '"selection": {"scores": {"layers": [1, 2, 3, "x"]}}}]}', "scores.png can't be drawn"),
+    ('{"schema_version": 1, "base": {}, "entries": [{"stage": "heal", "layers": {"base": 4, "left": 3}}]}',
+     "does not say which layers were dropped"),
+    ('{"schema_version": 1, "base": {}, "entries": [{"stage": "quantize", "layers": {"base": 4}}]}',
+     "does not say how the model was quantised"),
+    ('{"schema_version": 1, "base": {}, "entries": [{"stage": "quantize", "layers": {"base": 4}}, {"stage": "quantize"}]}',
+     "quantised more than once"),
 ])  # fmt: skip
 def test_records_that_say_nothing(
     tmp_path: Path, content: str | None, message: str, capsys: pytest.CaptureFixture[str]

@@ -184,6 +184,26 @@ def test_a_base_on_somebodys_disk_is_named_by_its_last_part() -> None:
     assert Card.from_records(lineage).metadata["base_model"] == BASE
 
 
+def test_a_cut_in_another_type_calibrated_on_a_local_file() -> None:
+    lineage = lineage_of(("dense", "cut"))
+    lineage.entries[0]["settings"]["dtype"] = "float16"
+    text = Card.from_records(lineage).render()
+    assert "every remaining tensor is the base's own in float16;" in text
+    assert "--dtype float16" in text
+    lineage = lineage_of()
+    lineage.entries[0]["calibration"]["source"] = "~/secret project/rows.jsonl"
+    text = Card.from_records(lineage).render()
+    assert "--calibration rows.jsonl" in text
+    assert "secret" not in text
+
+
+def test_changed_layers_are_those_of_the_base() -> None:
+    lineage = lineage_of()
+    lineage.entries[1]["changed_tensors"] += ["lm_head.weight", "model.layers.23.mlp.down_proj.weight"]
+    history = read_history(lineage)
+    assert (history.layers_changed("repair"), history.layers_changed("heal")) == ({11}, {10, 11, 19})
+
+
 def test_the_commands_fit_together() -> None:
     """Each takes the folder that the one before it writes, and none is wider than a page."""
     lineage = lineage_of()
