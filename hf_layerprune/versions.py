@@ -69,8 +69,11 @@ def gguf_options() -> dict[str, Any]:
 
 
 def transformers_loads_whole_modules() -> bool:
-    """Whether the `load_adapter` of transformers, which its `from_pretrained` calls, loads `modules_to_save`."""
-    return _is_at_least("transformers", "5.18")
+    """Whether the `load_adapter` of transformers, which its `from_pretrained` calls, loads `modules_to_save`.
+
+    With PEFT 0.19, it leaves out those outside the decoder, such as `lm_head`.
+    """
+    return _is_at_least("transformers", "5.18") and _is_at_least("peft", "0.20")
 
 
 # --- the Hub client ---------------------------------------------------------------------------------------

@@ -41,9 +41,13 @@ class LayerDropModel(BaseTuner):
     """Drops decoder layers of a causal language model, then tunes some of the rest.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): The dense model. It is pruned in place.
+        model ([`~transformers.PreTrainedModel`]): The dense model. It is pruned in place, and stays cut after `unload()` and
+            `delete_adapter()`.
         config ([`LayerDropConfig`]): What to drop and what to tune.
         adapter_name (`str`, defaults to `"default"`): The name of the adapter.
+
+    Where transformers has loaded the adapter (its `load_adapter`, or `from_pretrained` with an adapter's name), the model can be
+    run; to disable, save or merge the adapter, load it with [`~peft.PeftModel.from_pretrained`].
 
     Attributes:
         prepared (`Prepared`, *optional*): The choice of layers and the repair, as computed from the dense model.
@@ -77,8 +81,8 @@ class LayerDropModel(BaseTuner):
         # A PeftModel passes a dictionary.
         if getattr(peft_config, "is_saved", False) and not versions.transformers_loads_whole_modules():
             raise CutError(
-                "transformers before 5.18 would leave out this adapter's weights; use PeftModel.from_pretrained or "
-                "AutoPeftModelForCausalLM, or update transformers"
+                "transformers before 5.18, or PEFT before 0.20, would leave out this adapter's weights; use "
+                "PeftModel.from_pretrained or AutoPeftModelForCausalLM, or update them"
             )
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
@@ -298,6 +302,10 @@ class LayerDropModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Only make the named adapter active: tuned modules are whole copies, which already replace the originals."""
         self._activate_for_merge(adapter_names)
+
+    def unload(self) -> Any:
+        """Return the cut model without what was tuned. For the dense model, load the base again."""
+        return super().unload()
 
     def _unload_and_optionally_merge(
         self, merge: bool = True, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
