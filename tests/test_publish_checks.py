@@ -492,7 +492,9 @@ def test_adapters(
     assert "not a valid safetensors file" in refusals(adapter)
 
 
-@pytest.mark.parametrize("repo_id", ["small", "a/b/c", "org/..", "org/a b", "-/x", ""])
+@pytest.mark.parametrize(
+    "repo_id", ["small", "a/b/c", "org/..", "org/x.", "org/x-", "org/x.git", "org/a b", "-/x", ""]
+)
 def test_names_that_are_none(folder: Path, repo_id: str) -> None:
     assert "is not a Hub id" in refusals(folder, repo_id)
 
