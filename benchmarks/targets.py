@@ -71,7 +71,7 @@ def predict(args: argparse.Namespace) -> None:
 @torch.no_grad()
 def filled_cache_bytes(model: Any, context: int) -> int:
     """Bytes of the weights and of a filled cache."""
-    cache = model(input_ids=torch.ones(1, context, dtype=torch.long), use_cache=True).past_key_values
+    cache = model(input_ids=torch.ones(1, context, dtype=torch.long), use_cache=True).cache
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     weights = {id(p): p for p in model.parameters()}.values()
     return sum(t.numel() * t.element_size() for t in (*tensors, *weights))

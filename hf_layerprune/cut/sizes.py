@@ -32,6 +32,7 @@ from ..families.layout import (
 )
 from ..runtime.loading import is_hub_id
 from ..runtime.model_class import model_without_weights
+from ..runtime.parts import cache_of
 from ..runtime.windows import resolve_length
 from .base import Base, Weights, read_headers
 from .header import FLOATS, Tensor, write_header
@@ -215,7 +216,7 @@ class Sizes:
             ids = torch.ones(batch, context, dtype=torch.long, device="meta")
             with torch.no_grad():
                 # Without the code that looks for the places of images in a text, since there are no real tokens.
-                cache = text_model(model)(input_ids=ids, use_cache=True).past_key_values
+                cache = cache_of(text_model(model)(input_ids=ids, use_cache=True))
         except Exception as error:
             raise CutError(
                 f"the key-value cache of a {families.text_config(self.config).model_type} model is not known without "

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..families.layout import text_model
 from ..runtime.model_class import model_without_weights
+from ..runtime.parts import cache_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -85,6 +86,6 @@ def cache_bytes(model: PreTrainedModel, tokens: int = _TOKENS) -> float:
     Layers with a sliding window stop growing, so a long text takes less per token than a short one.
     """
     output = prefill(model, torch.ones(1, tokens, dtype=torch.long, device=model.device))
-    layers = getattr(getattr(output, "past_key_values", None), "layers", ())
+    layers = getattr(cache_of(output), "layers", ())
     tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor)) / tokens

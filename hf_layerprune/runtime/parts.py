@@ -77,6 +77,11 @@ def hidden_of(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple | list) else output
 
 
+def cache_of(output: Any) -> Any:
+    """The cache in what a model returns, or `None`; before version 5.24, transformers calls it `past_key_values`."""
+    return output.cache if hasattr(output, "cache") else getattr(output, "past_key_values", None)
+
+
 def num_values(output: Any) -> int | None:
     """How many values a layer returns; `None` for a bare tensor."""
     return len(output) if isinstance(output, tuple | list) else None

@@ -186,7 +186,8 @@ class Answer(TextStreamer):
                 tokenizer=self.tokenizer,  # for the stop strings of a generation config
                 return_dict_in_generate=True,
             )
-            self.cache_bytes = _cache_bytes(made.past_key_values)
+            # Before version 5.24, transformers calls it `past_key_values`.
+            self.cache_bytes = _cache_bytes(made.cache if hasattr(made, "cache") else made.past_key_values)
         except Stopped:
             pass
         except Exception as error:  # raised by the thread that waits for the answer
