@@ -14,6 +14,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 from hf_layerprune.layer_ranges import describe_layers
+from hf_layerprune.measure.paired import compare_pairs
 from hf_layerprune.publish.card import metadata, regions, render, tables
 from hf_layerprune.publish.card.render import Card
 from hf_layerprune.records.declared import split_front_matter
@@ -272,6 +273,21 @@ def test_limits_come_from_the_numbers() -> None:
     limits = text.partition("## Limits")[2].partition("##")[0]
     assert "points, to 52.0 %.\n" in limits  # which is not chance
     assert "ARC-Easy" not in limits  # where it is better
+
+
+@pytest.mark.parametrize(("samples", "points"), [(200, "6.2"), (50, "12.0"), (4, "100.0")])
+def test_no_difference_that_the_exact_test_calls_noise_is_called_detectable(samples: int, points: str) -> None:
+    lineage = lineage_of(("dense", "cut"))
+    metrics = metrics_of(lineage, ("dense", "cut"))
+    for record in metrics.comparisons:
+        if "p_value" in record:
+            record |= {"test": "mcnemar_exact", "samples": samples}
+    assert f"differences below about {points} points can't be detected" in Card.from_records(lineage, metrics).render()
+    significant = (
+        compare_pairs([0] * 6 + [1] * samples, [1] * (6 + samples)).p_value,
+        compare_pairs([0] * 5, [1] * 5).p_value,
+    )
+    assert significant[0] < 0.05 < significant[1]
 
 
 def test_whole_benchmarks_of_the_hub_become_eval_results() -> None:

@@ -140,9 +140,9 @@ def prune_to(request: PruneRequest) -> Pruned:
     # Everything that can be refused is refused before a weight is read.
     dry_run_cut_of_config(config, families.cut_config(config, cut), cut)
     with new_folder(output, force=request.force, source=source) as folder:
+        if prepared is None and request.repair:
+            prepared = _prepare_dense(request, list(cut.drop))  # timed on its own
         with stage_entry("prune", prune_settings(request, list(cut.drop))) as entry:
-            if prepared is None and request.repair:
-                prepared = _prepare_dense(request, list(cut.drop))
             if request.adapter:
                 _write_adapter(request, list(cut.drop), folder, prepared)
             elif _needs_loading(request):

@@ -15,6 +15,7 @@ from .escape import escape_text
 # Above this ratio of its perplexity to the dense model's, the model no longer predicts text in any useful sense.
 _BROKEN = 10.0
 _WORSE = 1.02
+_FEWEST_LOST = 6  # questions, with none gained: of fewer, the exact test calls none significant
 
 
 def describe_limits(results: Results, history: History) -> list[Markup]:
@@ -99,8 +100,9 @@ def _text_losses(rows: list[Row], own: str, results: Results) -> Iterator[Markup
 def _detection_limit(rows: list[Row]) -> Markup | None:
     """A sentence with the smallest difference that this many questions can detect."""
     pairs = [cell.paired for row in rows if row.key[0] == "accuracy" for cell in row.cells.values() if cell.paired]
-    errors = [paired["stderr"] for paired in pairs if paired.get("stderr")]
-    if not errors:
+    limits = [2 * paired["stderr"] for paired in pairs if paired.get("stderr")]
+    if not limits:
         return None
-    least = numbers.in_percent(2 * max(errors))
+    counts = [paired["samples"] for paired in pairs if paired.get("test") == "mcnemar_exact" and "samples" in paired]
+    least = numbers.in_percent(min(1, max([*limits, *(_FEWEST_LOST / count for count in counts)])))
     return Markup(f"With this many questions per task, differences below about {least} points can't be detected.")
