@@ -60,6 +60,12 @@ trainer_counts_predicted_tokens = pytest.mark.skipif(
         ),
         pytest.param({"completion_only_loss": False}, marks=trainer_counts_predicted_tokens),
         {"gradient_accumulation_steps": 2, "max_steps": 3},
+        pytest.param(
+            {"train_sampling_strategy": "sequential", "max_steps": 3},  # of 6: the first rows
+            marks=pytest.mark.skipif(
+                "train_sampling_strategy" not in HealConfig.__dataclass_fields__, reason="a newer setting"
+            ),
+        ),
         {"gradient_accumulation_steps": 3, "max_steps": 3, "method": "lm_head+last1", "max_grad_norm": 0.1},
     ],
 )

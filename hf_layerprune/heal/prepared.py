@@ -74,9 +74,9 @@ def check_lengths(train: Dataset, evaluated: Any, config: PreTrainedConfig, args
 
 
 def sample_rows(rows: Dataset, args: HealConfig) -> Dataset:
-    """If training ends before it has seen all rows, a sample of those that it will see: only these are computed.
+    """If training ends before it has seen all rows, a sample of them, or the first ones if it takes them in order.
 
-    A part of an epoch becomes as many steps in `args.max_steps`.
+    Only these are computed. A part of an epoch becomes as many steps in `args.max_steps`.
 
     Raises:
         LayerPruneError: The rows fill no batch, and smaller ones are left out.
@@ -94,6 +94,8 @@ def sample_rows(rows: Dataset, args: HealConfig) -> Dataset:
     if args.max_steps <= 0 or seen >= len(rows):
         return rows
     logger.info("training ends after %d of %d rows; the other rows are left out", seen, len(rows))
+    if getattr(args, "train_sampling_strategy", "random") == "sequential":
+        return rows.select(range(seen))
     return rows.select(sorted(random.Random(args.row_seed).sample(range(len(rows)), seen)))
 
 
