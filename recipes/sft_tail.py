@@ -113,6 +113,7 @@ def main(
 ) -> list[str]:
     """Prune, repair, train, merge, evaluate, publish. Returns a line for each requirement that the model misses."""
     from datasets import Dataset
+    from huggingface_hub.utils import disable_progress_bars
 
     from hf_layerprune.heal import preflight
     from hf_layerprune.heal.checkpoints import RunSettings
@@ -126,6 +127,8 @@ def main(
     from hf_layerprune.runtime.loading import load_config, load_processor, load_tokenizer
     from hf_layerprune.runtime.memory import free_memory
 
+    if training_args.hides_progress:
+        disable_progress_bars()
     output = Path(str(training_args.output_dir))
     student = preflight.check_run(script_args, training_args, model_args, dataset_args, cut_args, row_args)
     hub = push_request(training_args, output / "model")

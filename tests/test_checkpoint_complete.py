@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -110,3 +111,13 @@ def test_a_layer_that_the_models_class_skips_is_dropped(tmp_path):
     save_file(load_file(path) | {"model.layers.92.eh_proj.weight": torch.ones(2, 2)}, path)
     drop = cuts("glm4_moe", tiny_config("glm4_moe"))["middle"]
     assert "model.layers.92.eh_proj.weight" not in plan_cut(base, drop).tensor_names
+
+
+def test_progress_bars_that_are_off_stay_off(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    disable_progress_bars()
+    try:
+        assert main(["prune", str(tmp_path / "base"), str(tmp_path / "small"), "--drop", "2"]) == 0
+        assert are_progress_bars_disabled()
+    finally:
+        enable_progress_bars()

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from hf_layerprune import drop_layers
-from hf_layerprune.errors import CheckpointError, LayerPruneError
+from hf_layerprune.errors import CheckpointError, CutError, LayerPruneError
 from hf_layerprune.heal.checkpoints import last_checkpoint
 from hf_layerprune.heal.preflight import check_data
 from hf_layerprune.publish.requests import VerifyRequest
@@ -363,6 +363,18 @@ def test_a_model_that_is_healed_again_is_no_adapter_of_the_base(
     assert all(name.startswith(("model.layers.5.", "model.norm.")) for name in changed)
     outcome = verify(VerifyRequest(str(tmp_path / "run" / "model"), base=str(base)))
     assert outcome.consistent, outcome.lines
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_progress_bars_are_hidden_if_that_is_asked_for(
+    recipe: ModuleType, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hidden: bool
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr("huggingface_hub.utils.disable_progress_bars", lambda: calls.append(1))
+    settings = {"disable_tqdm": str(hidden).lower(), "trust_remote_code": "true"}
+    with pytest.raises(CutError, match="need code of their own"):
+        run(recipe, words(base, tmp_path / "run", **settings))
+    assert len(calls) == hidden
 
 
 def test_settings_of_lora_are_used_and_recorded(recipe: ModuleType, base: Path, tmp_path: Path) -> None:

@@ -119,9 +119,10 @@ def _exclude_packed(missing: Collection[str], names: Collection[str], model: Pre
 @contextmanager
 def _silence_loader() -> Iterator[None]:
     """Silence the loader's reports and progress bars."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
     from transformers.utils import logging
 
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level, bar, no_bars = logging.get_verbosity(), logging.is_progress_bar_enabled(), are_progress_bars_disabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
@@ -130,3 +131,5 @@ def _silence_loader() -> Iterator[None]:
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()
+        if no_bars:  # which transformers has enabled with its own
+            disable_progress_bars()

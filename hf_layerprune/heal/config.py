@@ -50,6 +50,7 @@ class HealConfig(HealOptions, SFTConfig):  # type: ignore[misc]
     pad_to_multiple_of: int | str | None = _trl_field("pad_to_multiple_of", "auto")
 
     def __post_init__(self) -> None:
+        self.hides_progress = bool(self.disable_tqdm)  # before TrainingArguments make it follow the level of their log
         self.use_cpu = on_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.fp16 and on_cpu:  # accelerate would train in float32, and the history would say float16
             raise CutError(
