@@ -4,9 +4,9 @@ import re
 
 import pytest
 import torch
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, logging
 
 from hf_layerprune import LayerDropConfig, prune_with
 from hf_layerprune.cli import main
@@ -115,9 +115,10 @@ def test_a_layer_that_the_models_class_skips_is_dropped(tmp_path):
 
 def test_progress_bars_that_are_off_stay_off(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "base")
+    logging.enable_progress_bar()
     disable_progress_bars()
     try:
         assert main(["prune", str(tmp_path / "base"), str(tmp_path / "small"), "--drop", "2"]) == 0
         assert are_progress_bars_disabled()
     finally:
-        enable_progress_bars()
+        logging.disable_progress_bar()  # as tests/conftest.py does
