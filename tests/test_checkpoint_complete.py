@@ -1,6 +1,7 @@
 """A checkpoint whose tensors are not those of its model is refused, with the name of one."""
 
 import re
+import sys
 
 import pytest
 import torch
@@ -113,7 +114,8 @@ def test_a_layer_that_the_models_class_skips_is_dropped(tmp_path):
     assert "model.layers.92.eh_proj.weight" not in plan_cut(base, drop).tensor_names
 
 
-def test_progress_bars_that_are_off_stay_off(tmp_path):
+def test_progress_bars_that_are_off_stay_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", None)
     tiny_model("llama").save_pretrained(tmp_path / "base")
     logging.enable_progress_bar()
     disable_progress_bars()
