@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -23,6 +24,7 @@ from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.runtime.loading import load_base
 
 from .measure_models import write_model
+from .tiny_models import tiny_model
 
 PAIRS = [{"prompt": "What do bees make?", "chosen": " Honey.", "rejected": " Wax."}] * 4
 ROWS = [{"text": "Bees make honey."}] * 4
@@ -127,6 +129,22 @@ def other_shape(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(fields | {"rms_norm_eps": 0.5, "use_cache": False}))
 
 
+def other_layers(folder: Path) -> None:
+    fields = json.loads((folder / "config.json").read_text())
+    fields["layer_drop"]["drop_layers"] = [2]
+    (folder / "config.json").write_text(json.dumps(fields))
+
+
+def quantised(folder: Path) -> None:
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"quantization_config": {"quant_method": "fp8"}}))
+
+
+def other_end(folder: Path) -> None:
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"eos_token_id": [2, 7]}))
+
+
 def no_history(folder: Path) -> None:
     (folder.parent / "source" / "lineage.json").unlink()
 
@@ -139,8 +157,11 @@ def other_source(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (chat_template, "the chat template differ"),
-        (other_shape, "weights alone: rms_norm_eps differ"),
+        (chat_template, "more than its weights: the chat template"),
+        (other_shape, "more than its weights: rms_norm_eps"),
+        (other_layers, "lacks other layers than"),
+        (other_end, "more than its weights: eos_token_id"),
+        (quantised, "trained is quantised"),
         (no_history, "has no lineage.json"),
         (other_source, "are not those that its lineage.json names"),
         (lambda folder: (folder / "config.json").unlink(), "is not a model folder"),
@@ -161,3 +182,67 @@ def test_what_is_more_than_training_is_refused(place: Path, tmp_path: Path, chan
     with pytest.raises(CheckpointError, match=said):
         record_trained(source, trained, tmp_path / "output")
     assert not (tmp_path / "output").exists()
+
+
+def record_adapter(place: Path, folder: Path, config: Any, tokens: int = 259) -> None:
+    """Record an adapter that was put on the cut after its vocabulary was resized."""
+    model = AutoModelForCausalLM.from_pretrained(place / "cut", dtype="auto")
+    model.resize_token_embeddings(tokens)
+    get_peft_model(model, config).save_pretrained(folder / "trained", save_embedding_layers=tokens != 259)
+    record_trained(place / "cut", folder / "trained", folder / "output")
+
+
+def test_adapters_that_add_tokens_are_refused(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"trained has 264 tokens in its vocabulary, and .*cut has 259"):
+        record_adapter(place, tmp_path, LORA, 264)
+    virtual = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    with pytest.raises(CheckpointError, match=r"adds virtual tokens \(PROMPT_TUNING\)"):
+        record_adapter(place, tmp_path / "virtual", virtual)
+    assert not (tmp_path / "output").exists()
+
+
+def accepts(folder: Path) -> str:
+    return verify(VerifyRequest(str(folder), accept_trained=True)).verdict
+
+
+def test_fields_that_trainers_set_and_an_untied_head_are_no_other_model(place: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(place / "cut", dtype=torch.float32)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 2)
+    own = {
+        "attention_dropout": 0.1,
+        "output_router_logits": True,
+        "router_aux_loss_coef": 0.01,
+        "unsloth_version": "1",
+    }
+    model.config.update(own | {"tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": [2]})
+    model.save_pretrained(tmp_path / "trained")
+    record_trained(place / "cut", tmp_path / "trained", tmp_path / "output")
+
+    was, has = (read_object(folder / "config.json") for folder in (place / "cut", tmp_path / "output"))
+    assert has == was | {"tie_word_embeddings": False}
+    assert Lineage.load_required(tmp_path / "output").entries[-1]["changed_tensors"] == ["lm_head.weight"]
+    assert accepts(tmp_path / "output").startswith("YES")
+
+
+def test_the_sections_of_a_config_keep_their_types(tmp_path: Path) -> None:
+    tiny_model("llava").to(torch.bfloat16).save_pretrained(tmp_path / "base")  # whose sections say float32
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--drop-layers", "1"]) == 0
+    config = LoraConfig(r=2, target_modules=r".*language_model.*q_proj", init_lora_weights=False)
+    get_peft_model(load_base(tmp_path / "cut", dtype="auto"), config).save_pretrained(tmp_path / "trained")
+    record_trained(tmp_path / "cut", tmp_path / "trained", tmp_path / "output")
+    assert accepts(tmp_path / "output").startswith("YES")
+
+
+def test_settings_and_data_are_recorded_without_local_paths(place: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(place / "cut", dtype="auto")
+    model.model.norm.weight.data.add_(0.5)
+    model.save_pretrained(tmp_path / "trained")
+    rows = tmp_path / "rows.jsonl"
+    settings = {"loss": float("nan"), "rate": 0.1, "sets": [{"path": str(rows), "type": Path}], 1: (None, True)}
+    record_trained(place / "cut", tmp_path / "trained", tmp_path / "a", settings=settings, data=[rows])
+    entry = Lineage.load_required(tmp_path / "a").entries[-1]
+    kept = {"loss": "nan", "rate": 0.1, "sets": [{"path": "rows.jsonl", "type": str(Path)}], "1": [None, True]}
+    assert (entry["settings"], entry["data"]) == (kept, [{"name": "rows.jsonl"}])
+
+    record_trained(place / "cut", tmp_path / "trained", tmp_path / "b", data="org/pairs")
+    assert Lineage.load_required(tmp_path / "b").entries[-1]["data"] == [{"name": "org/pairs", "id": "org/pairs"}]

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from ..cut.settings import copy_transformers_version, encode_json
-from ..errors import LayerPruneError
+from ..errors import CheckpointError, LayerPruneError
 from ..files.copy import copy_model_file, write_bytes
 from ..files.folders import new_folder
 from ..options import pluralize
@@ -46,12 +46,13 @@ def write_healed(
             same history unless it is LoRA's. A model that was cut or healed before has none, unless it is LoRA's.
 
     Raises:
-        CheckpointError: The output or the adapter's folder exists, or something can't be written.
+        CheckpointError: The output or the adapter's folder exists, something can't be written, or tokens were added.
         LayerPruneError: Training changed nothing.
     """
     lineage = _lineage(student)
     with ExitStack() as folders:  # folders get their names in reverse order: the model, then its adapter
         merged, part = _merge_trained(student, lineage, trained, adapter, folders)
+        _use_config_of(student, merged, trained)
         merged.name_or_path = merged.config.name_or_path = str(student.folder)
         folder = folders.enter_context(new_folder(output, source=student.folder))
         merged.save_pretrained(folder)
@@ -59,8 +60,7 @@ def write_healed(
         entry["changed_tensors"] = changed_tensors(student.folder, folder)
         if not entry["changed_tensors"]:
             raise LayerPruneError(
-                f"training changed no weight of {student.folder}, so nothing was healed; train more steps, or at a higher "
-                "learning rate"
+                f"training changed no weight of {student.folder}; train more steps, or at a higher learning rate"
             )
         entry["layers"] = {"base": student.cut.num_layers, "left": len(student.cut.keep)}
         _record_adapter(part, lineage, entry)
@@ -94,9 +94,7 @@ def _merge_trained(
 ) -> tuple[PreTrainedModel, Path | None]:
     """The merged model; writes its adapter too, if there is one. Returns the folder of one that the history describes."""
     if not (trained / ADAPTER_CONFIG).is_file():
-        model = load_base(trained, dtype=weights_dtype(student))
-        model.config = load_config(student.folder)  # trainers set some of its fields for their own use
-        return model, None
+        return load_base(trained, dtype=weights_dtype(student)), None
     from ..adapter.config import LayerDropConfig
     from ..adapter.reading import load_adapter, save_adapter
 
@@ -116,6 +114,21 @@ def _merge_trained(
         _copy_companions(student.folder, folder, exclude=(CONFIG, GENERATION))
         return adapted.merge_and_unload(), folder if tail else None
     return adapted.merge_and_unload(), None
+
+
+def _use_config_of(student: Student, model: PreTrainedModel, trained: Path) -> None:
+    """Give a trained model the config from before: loading and trainers set fields for their own use. An untied head stays so."""
+    config = load_config(student.folder)
+    text, old = model.config.get_text_config(), config.get_text_config()
+    if text.vocab_size != old.vocab_size:
+        raise CheckpointError(
+            f"{trained} has {text.vocab_size:,} tokens in its vocabulary, and {student.folder} has {old.vocab_size:,}; add tokens "
+            "to a copy of the base, prune that, and train the result"
+        )
+    for has, was in ((model.config, config), (text, old)):
+        if getattr(was, "tie_word_embeddings", False):
+            was.tie_word_embeddings = has.tie_word_embeddings
+    model.config = config
 
 
 def _record_repair(config: LayerDropConfig, lineage: Lineage) -> None:

@@ -8,13 +8,15 @@ record_trained("pruned", "dpo", "preferred", settings={"method": "DPO"}, data=["
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, boundary
+from ..families import MARKER
 from ..options.quantities import join_words
 from ..records.fingerprints import ADAPTER_CONFIG, CONFIG, fingerprint, weights_hash
 from ..records.history import TRAIN
@@ -22,10 +24,15 @@ from ..records.lineage import FILE_NAME, Lineage
 from ..records.names import is_hub_name, strip_local_path
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from ..heal.student import Student
 
-# Trainers set these for their own use.
-_TRAINERS_OWN = ("dtype", "pad_token_id")
+# Fields that trainers set for their own use, and that change nothing of what a trained model computes.
+_TRAINERS_OWN = re.compile(
+    r"dtype|(bos|pad)_token_id|output_(router_logits|attentions|hidden_states)|\w*(aux|z)_loss_\w+|initializer_range"
+    r"|\w*(dropout|pdrop|layerdrop)|unsloth_\w+"
+)
 _TOKENIZER = "tokenizer_config.json"
 
 
@@ -35,7 +42,7 @@ def record_trained(
     output: str | Path,
     *,
     settings: Mapping[str, Any] | None = None,
-    data: Sequence[str] = (),
+    data: str | Sequence[str] = (),
 ) -> None:
     """Write a model that another program trained, with its history, so that `verify`, the card and `push` understand it.
 
@@ -51,11 +58,11 @@ def record_trained(
         output (`str` or `Path`): The folder to write.
         settings (`Mapping[str, Any]`, *optional*): How it was trained, for the history and the card, as JSON:
             `{"method": "DPO", "learning_rate": 5e-7}`. Nothing checks it.
-        data (`Sequence[str]`, *optional*): The data sets that it was trained on: Hub ids, or other names.
+        data (`str` or `Sequence[str]`, *optional*): The data sets that it was trained on: Hub ids, or other names.
 
     Raises:
         CheckpointError: A folder is not such a model folder, the output exists, or the model was trained with another
-            config, vocabulary or chat template than the source's.
+            config, vocabulary or chat template than the source's. Or the source is quantised.
         LayerPruneError: Training changed nothing.
     """
     from ..heal.stage import write_healed
@@ -71,43 +78,79 @@ def record_trained(
     entry = {
         "stage": TRAIN,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": _to_json(settings or {}),
-        "data": [_describe_data(name) for name in data],
+        "settings": _to_json(dict(settings or {})),
+        "data": [_describe_data(name) for name in ([data] if isinstance(data, str) else data)],
     }
     write_healed(student, after, Path(output).expanduser(), entry)
 
 
 def _check_trained(student: Student, folder: Path) -> None:
     """Refuse a model that is more than other weights for the source: the output would lack the rest."""
-    from ..publish.verify.fields import differences
+    from peft import PeftConfig
+
+    from ..publish.verify.fields import differences, unties
     from ..runtime.loading import load_config, load_tokenizer
 
-    adapter, name = (folder / ADAPTER_CONFIG).is_file(), student.folder
+    before = student.folder
+    adapter = (folder / ADAPTER_CONFIG).is_file()
     if not adapter and not (folder / CONFIG).is_file():
         raise CheckpointError(
             f"{folder} is not a model folder; specify one that has a {CONFIG} or an {ADAPTER_CONFIG}"
         )
-    differ = set()
-    if not adapter:
-        was, has = (load_config(one).to_dict() for one in (name, folder))
-        differ = {".".join(path) for path in differences(was, has) if path[-1] not in _TRAINERS_OWN}
-    if (folder / _TOKENIZER).is_file() and (name / _TOKENIZER).is_file():
-        old, new = load_tokenizer(name), load_tokenizer(folder)
+    was, has = ({} if adapter and one == folder else load_config(one).to_dict() for one in (before, folder))
+    for one, fields in ((before, was), (folder, has)):
+        if fields.get("quantization_config"):
+            raise CheckpointError(
+                f"{one} is quantised, and what was trained must not be; specify the model from before that"
+            )
+    old, new = (load_tokenizer(one) if (one / _TOKENIZER).is_file() else None for one in (before, folder))
+    differ: set[str] = set()
+    if adapter:
+        with boundary(f"can't read the adapter {folder}"):
+            config = PeftConfig.from_pretrained(str(folder))
+        if config.is_prompt_learning:
+            raise CheckpointError(
+                f"{folder} is an adapter that adds virtual tokens ({config.peft_type.value}), which no plain model can hold"
+            )
+    else:
+        if has.get(MARKER, was[MARKER]) != was[MARKER]:
+            raise CheckpointError(
+                f"{folder} lacks other layers than {before}; specify the model that training began with"
+            )
+        for path, (one, other) in differences(was, has).items():
+            if not (
+                _TRAINERS_OWN.fullmatch(path[-1]) or unties(path, one, other) or _is_end(path[-1], one, other, old)
+            ):
+                differ.add(".".join(path))
+    if old is not None and new is not None:
         parts = {"the chat template": "chat_template", "the end token": "eos_token"}
         differ |= {what for what, part in parts.items() if getattr(old, part) != getattr(new, part)}
         differ |= {"the vocabulary"} if old.get_vocab() != new.get_vocab() else set()
     if differ:
         raise CheckpointError(
-            f"{folder} is not {name} with other weights alone: {join_words(sorted(differ))} differ; change these in a copy of "
-            "the base, prune that, and train the result"
+            f"{folder} differs from {before} in more than its weights: {join_words(sorted(differ))}; change that in a copy of the "
+            "base, prune the copy, and train the result"
         )
 
 
-def _to_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    plain = json.loads(json.dumps(dict(settings), default=str))
-    return {name: strip_local_path(value) if isinstance(value, str) else value for name, value in plain.items()}
+def _is_end(field: str, was: Any, has: Any, tokenizer: PreTrainedTokenizerBase | None) -> bool:
+    """Whether a field names no other end tokens than the model and its tokenizer did, to which trainers align configs."""
+    known = [*(was if isinstance(was, list) else [was]), getattr(tokenizer, "eos_token_id", None)]
+    return field == "eos_token_id" and all(one in known for one in (has if isinstance(has, list) else [has]))
 
 
-def _describe_data(name: str) -> dict[str, str]:
+def _to_json(value: Any) -> Any:
+    """A setting as JSON, without local paths."""
+    if isinstance(value, Mapping):
+        return {str(name): _to_json(part) for name, part in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_to_json(part) for part in value]
+    if value is None or isinstance(value, bool | int) or (isinstance(value, float) and isfinite(value)):
+        return value
+    return strip_local_path(str(value))
+
+
+def _describe_data(name: str | Path) -> dict[str, str]:
+    name = str(name)
     on_hub = is_hub_name(name) and "/" in name and not Path(name).expanduser().exists()
     return {"name": name, "id": name} if on_hub else {"name": strip_local_path(name)}
