@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,8 @@ def test_the_history_names_every_tensor_that_training_changed(place: Path, tmp_p
     assert "nothing was trained" not in card
     assert "ORPO-like" in card
     assert "datasets/org/pairs" in card
+    assert "| method | `ORPO-like` |" in card
+    assert re.search(r"--drop-layers 1\n# here, it was trained with other software\n```", card)
     assert Student.load(output).whole_only
 
 
@@ -246,3 +249,27 @@ def test_settings_and_data_are_recorded_without_local_paths(place: Path, tmp_pat
 
     record_trained(place / "cut", tmp_path / "trained", tmp_path / "b", data="org/pairs")
     assert Lineage.load_required(tmp_path / "b").entries[-1]["data"] == [{"name": "org/pairs", "id": "org/pairs"}]
+
+
+def test_what_the_card_says_of_training_that_nobody_describes_or_that_came_first(place: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(place / "cut", dtype="auto")
+    model.model.norm.weight.data.add_(0.5)
+    model.save_pretrained(tmp_path / "trained")
+    record_trained(place / "cut", tmp_path / "trained", tmp_path / "bare")
+    settings = {"form": "adapter", "criterion": ["own"], "per_device_train_batch_size": "auto", "world_size": 1}
+    settings |= {"gradient_accumulation_steps": "auto", "max_steps": 3}
+    record_trained(place / "cut", tmp_path / "trained", tmp_path / "first", settings=settings)
+    assert main(["prune", str(tmp_path / "first"), str(tmp_path / "again"), "--drop-layers", "2"]) == 0
+    cards = []
+    for name in ("bare", "again"):
+        write_card(tmp_path / name)
+        cards.append((tmp_path / name / "README.md").read_text())
+    bare, again = cards
+    assert "It was then trained with other software; how, its makers do not say." in bare
+    assert "## Data and training" not in bare
+    assert "It was also trained with other software; what is said below of that training is as" in again
+    assert "| steps | `3` |" in again
+    assert "plain transformers checkpoint" in again
+    assert re.search(
+        r"cut --drop-layers 1\n# here, .*\n.* cut-again --drop-layers 2|layers 1\n# here, .*\nhf-layerprune", again
+    )

@@ -67,7 +67,7 @@ class History:
     @property
     def form(self) -> str:
         """`model`, or `adapter` if only the plan and the tuned tail were saved."""
-        forms = [stage.settings["form"] for stage in self.stages if stage.settings.get("form")]
+        forms = [one.settings["form"] for one in self.stages if one.name != TRAIN and one.settings.get("form")]
         return "adapter" if forms and forms[-1] == "adapter" else "model"
 
     @property
@@ -136,7 +136,7 @@ class History:
 
     def commands(self) -> list[str]:
         """The commands that reproduce the model, one for each stage that records one. Folder names match between
-        consecutive commands.
+        consecutive commands. A comment stands for training with other software.
         """
         commands: list[str] = []
         source = None
@@ -148,6 +148,8 @@ class History:
                 if not self._is_base(output):  # a recipe that starts from the base prunes it
                     commands.append(_wrap_command(self._prune_arguments(stage, source, output)))
                 source = output
+            elif stage.name == TRAIN and commands:
+                commands.append("# here, it was trained with other software")
         return commands
 
     def _is_base(self, name: str) -> bool:

@@ -28,7 +28,7 @@ from ...records.curve import curve_points
 from ...records.figures import numbers
 from ...records.figures.results import COST, QUALITY, Results, build_results, describe_conditions, describe_run
 from ...records.fingerprints import CONFIG, has_tokenizer
-from ...records.history import History, Stage, read_history
+from ...records.history import TRAIN, History, Stage, read_history
 from ...records.licences import DeclaredLicence
 from ...records.lineage import Lineage
 from ...records.metrics import Metrics
@@ -170,7 +170,7 @@ def _context(card: Card) -> dict[str, Any]:
         "scatter": _has_noise(results, COST),
         "chances": any(row.chance for row in results.table(QUALITY)),
         "repaired_with": repairs[-1].description if repairs else "",
-        "trained": [stage for stage in history.stages if stage.data],
+        "trained": [one for one in history.stages if one.data or (one.name == TRAIN and one.settings)],
         "versions": _describe_versions(history),
         "limits": describe_limits(results, history),
         "quantized": describe_quantization(settings) if quantized else "",
@@ -199,8 +199,9 @@ def _cited_papers(history: History) -> str:
     """The papers of the method, and of the criteria and repairs that were used, in BibTeX."""
     entries = files(__package__).joinpath("papers.bib").read_text(encoding="utf-8").strip().split("\n\n")
     by_id = {identifier: entry for entry in entries for identifier in re.findall(r"eprint += {(.+)}", entry)}
-    names = [stage.settings.get("criterion") for stage in history.stages]
-    names += [stage.entry.get("selection", {}).get("criterion") for stage in history.stages]
+    cuts = [stage for stage in history.stages if stage.name == "prune"]
+    names = [stage.settings.get("criterion") for stage in cuts]
+    names += [stage.entry.get("selection", {}).get("criterion") for stage in cuts]
     sources = [CRITERIA[name].source for name in names if name in CRITERIA]
     sources += [repair.source for repair in _used_repairs(history)]
     used = [_METHOD, *re.findall(r"arXiv:([\d.]+)", " ".join(sources))]

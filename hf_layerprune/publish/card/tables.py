@@ -12,7 +12,7 @@ from ...layer_ranges import describe_layers
 from ...options import pluralize
 from ...records.figures import numbers
 from ...records.figures.results import ResultColumn, Results, Row, describe_run
-from ...records.history import QUANTIZE, Stage
+from ...records.history import QUANTIZE, TRAIN, Stage
 from ...records.quantized import describe_quantization
 from ...records.requirements import Outcome
 from .escape import code_span, escape_text, hub_link
@@ -127,12 +127,13 @@ def _purpose(stage: Stage) -> str:
 def training_table(stage: Stage) -> Markup:
     """The most important settings of a training run; the list of settings has all of them."""
     settings = dict(stage.settings)
-    each = [settings[name] for name in _STEP if name in settings]
+    each = [settings[name] for name in _STEP if isinstance(settings.get(name), int)]
     if len(each) == len(_STEP):
         settings["rows_a_step"] = prod(each)
     if settings.get("max_steps", -1) not in (None, -1):  # they end training, whatever the number of epochs
         settings.pop("num_train_epochs", None)
-    facts = {words: settings.get(name) for name, words in _TRAINING.items()}
+    names = _TRAINING | ({"method": "method"} if stage.name == TRAIN else {})
+    facts = {words: settings.get(name) for name, words in names.items()}
     rows = [
         [words, code_span(f"{value:.3g}" if isinstance(value, float) else value)]
         for words, value in facts.items()
