@@ -270,6 +270,4 @@ def test_what_the_card_says_of_training_that_nobody_describes_or_that_came_first
     assert "It was also trained with other software; what is said below of that training is as" in again
     assert "| steps | `3` |" in again
     assert "plain transformers checkpoint" in again
-    assert re.search(
-        r"cut --drop-layers 1\n# here, .*\n.* cut-again --drop-layers 2|layers 1\n# here, .*\nhf-layerprune", again
-    )
+    assert re.search(r" pruned --drop-layers 1\n# here, .*\nhf-layerprune prune pruned .*--drop-layers 2\n", again)
