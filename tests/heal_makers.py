@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,10 @@ def recipe_words(base: Path, output: Path, **settings: Any) -> list[str]:
     return [part for name, value in (named | settings).items() for part in (f"--{name}", str(value))]
 
 
-def launch_recipe(words: list[str], *launcher: str) -> str:
+def launch_recipe(words: list[str], *launcher: str, env: Mapping[str, str] = ENVIRONMENT) -> str:
     """Run the recipe in a process of its own; return what it printed."""
     command = [sys.executable, *launcher, str(RECIPE), *words]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 

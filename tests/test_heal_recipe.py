@@ -54,6 +54,8 @@ SETTINGS = {
     "attn_implementation": "eager", "use_cpu": "true", "bf16": "false", "report_to": "none", "disable_tqdm": "true",
 }  # fmt: skip
 
+DEEPSPEED = Path(sys.prefix) / "deepspeed"
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -182,6 +184,37 @@ def test_fsdp_learns_what_one_process_does(base: Path, healed: tuple[Path, str],
     for name, tensor in theirs.items():
         assert torch.allclose(mine[name], tensor, atol=1e-4), name
     assert (tmp_path / "run" / "checkpoint-8" / "trainer_state.json").is_file()
+    outcome = verify(VerifyRequest(str(tmp_path / "run" / "model")))
+    assert outcome.consistent, outcome.lines
+    assert set(outcome.recorded) == {"heal"}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_learns_what_one_process_does(
+    base: Path, healed: tuple[Path, str], tmp_path: Path, stage: int
+) -> None:
+    """Its settings files, on the CPU, for which it compiles a kernel. `make install` puts it beside the environment."""
+    if not (DEEPSPEED / "deepspeed").is_dir() or shutil.which("c++") is None:
+        pytest.skip("needs DeepSpeed and a C++ compiler")
+    engine = yaml.safe_load((ROOT / "recipes" / "accelerate" / f"deepspeed_zero{stage}.yaml").read_text())
+    (tmp_path / "cpu.yaml").write_text(yaml.safe_dump(engine | {"mixed_precision": "no", "num_processes": 1}))
+    path = os.pathsep.join((str(DEEPSPEED), ENVIRONMENT["PYTHONPATH"]))
+    programs = os.pathsep.join((str(DEEPSPEED / "bin"), os.environ["PATH"]))
+    env = ENVIRONMENT | {"PYTHONPATH": path, "PATH": programs, "DS_ACCELERATOR": "cpu"}
+    launcher = (
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(tmp_path / "cpu.yaml"),
+        "--main_process_port",
+        "0",
+    )
+    settings = {"use_cpu": "false"}  # with it, accelerate would leave DeepSpeed out
+    if stage == 3:  # the dense model would have to be split as well
+        settings |= {"loss": "ce", "features": 0}
+    log = launch_recipe(words(base, tmp_path / "run", **settings), *launcher, env=env)
+    if stage == 2:
+        assert losses(log)[:2] == pytest.approx(losses(healed[1])[:2], rel=1e-3)
     outcome = verify(VerifyRequest(str(tmp_path / "run" / "model")))
     assert outcome.consistent, outcome.lines
     assert set(outcome.recorded) == {"heal"}
