@@ -72,6 +72,35 @@ def test_resuming_with_another_optimizer(llama: Bench, tmp_path: Path, optim: st
     assert not (tmp_path / "_cache").exists()  # nothing was computed
 
 
+@pytest.mark.parametrize("stable", [False, True], ids=["older torch", "stable_adamw"])
+def test_resuming_with_groups_that_are_not_those_of_a_new_optimizer(
+    llama: Bench, tmp_path: Path, stable: bool
+) -> None:
+    """torch adds what an older version did not save; stable_adamw adds a setting in training."""
+    settings = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2}
+    llama.trainer(max_steps=2, **settings).train()
+    path = tmp_path / "checkpoint-2" / "optimizer.pt"
+    state = torch.load(path, weights_only=True)
+    for group in state["param_groups"]:
+        if stable:
+            group["step"] = 2
+        else:
+            del group["decoupled_weight_decay"]
+    torch.save(state, path)
+    trainer = llama.trainer(max_steps=4, **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+
+
+def test_the_optimizer_of_lomo_has_all_weights(llama: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it is made once the frozen ones are taken out, as it was for the checkpoint."""
+    llama.trainer(max_steps=2, output_dir=str(tmp_path), save_strategy="steps", save_steps=2).train()
+    trainer = llama.trainer(max_steps=4)
+    trainer.args.optim = "lomo"
+    trainer.check_resumable(str(tmp_path / "checkpoint-2"))
+    assert trainer.optimizer is None
+
+
 def test_resuming_with_other_settings_of_the_optimizer(llama: Bench, tmp_path: Path) -> None:
     """They count, though torch restores those of the checkpoint: the history would name settings that never did."""
     settings = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2, "max_steps": 4}

@@ -25,6 +25,8 @@ _RESUME_HINT = (
 )
 # Settings of optimizers, as these name them; `lr` follows the schedule. Some keep their own state beside them.
 _OPTIMIZER_SETTINGS = ("betas", "eps", "momentum", "weight_decay")
+# Entries of their groups that schedules add, and stable_adamw in training.
+_ADDED = {"initial_lr", "step"}
 
 
 class SavingTrainer(SFTTrainer):
@@ -75,18 +77,22 @@ class SavingTrainer(SFTTrainer):
     def check_resumable(self, checkpoint: str) -> None:
         """Refuse a checkpoint of other weights or another optimizer before anything is computed.
 
-        Under FSDP and DeepSpeed, which can load neither yet, `train` refuses it later.
+        Under FSDP and DeepSpeed, which can load neither yet, `train` refuses it later; and with LOMO, whose optimizer has the
+        frozen weights as well, which are not taken out yet.
 
         Raises:
             CheckpointError: Training can't go on from it.
         """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.optim in ("lomo", "adalomo"):
             return
         self._load_from_checkpoint(checkpoint)
         with boundary(f"can't resume {checkpoint}", _RESUME_HINT):
             state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="meta", mmap=True, weights_only=True)
             present: Any = self.create_optimizer().param_groups
-            _check_groups(state["param_groups"], present)
+            # Loading adds what older versions of the optimizer did not have.
+            _check_groups(
+                [{**now, **group} for group, now in zip(state["param_groups"], present, strict=True)], present
+            )
             if [len(group["params"]) for group in state["param_groups"]] != [len(now["params"]) for now in present]:
                 raise ValueError("its optimizer has other weights")
 
@@ -136,5 +142,5 @@ class SavingTrainer(SFTTrainer):
 def _check_groups(groups: Sequence[Mapping[str, Any]], present: Sequence[Mapping[str, Any]]) -> None:
     """Refuse the parameter groups of an optimizer of another kind than the present one."""
     for group, now in zip(groups, present, strict=True):
-        if (group.keys() ^ now.keys()) - {"initial_lr"}:
+        if (group.keys() ^ now.keys()) - _ADDED:
             raise ValueError("its optimizer has other settings")
