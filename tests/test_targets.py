@@ -172,17 +172,20 @@ def test_prune_writes_what_was_predicted(bases: dict[str, Path], tmp_path: Path)
     assert on_disk(tmp_path / "half") <= limit // 2
 
 
-@pytest.mark.parametrize("model_type", ["hy_v4", "qwen2_moe", "gguf"])
-def test_a_size_that_files_of_another_type_just_meet(model_type: str, tmp_path: Path) -> None:
-    """Of a HY v4, the head and more stay in float32; in files, each expert has tensors of its own."""
-    base, words = tmp_path / "base", ["--dtype", "bfloat16", "--target-size"]
+@pytest.mark.parametrize(
+    ("model_type", "dtype"),
+    [("hy_v4", "bfloat16"), ("qwen2_moe", "bfloat16"), ("gpt_oss", "float16"), ("gguf", "bfloat16")],
+)
+def test_a_size_that_files_of_another_type_just_meet(model_type: str, dtype: str, tmp_path: Path) -> None:
+    """Of a HY v4, the head and more stay in float32, of a gpt-oss the norms; in files, each expert has tensors of its own."""
+    base, words = tmp_path / "base", ["--dtype", dtype, "--target-size"]
     if model_type == "gguf":
         base, words = write_gguf(tmp_path / "base.gguf"), ["--target-size"]
     else:
         tiny_model(model_type).save_pretrained(base)
     config = load_config(base)
     last = layer_count(config) - 1
-    limit = Sizes(config, str(base), dtype="bfloat16").file_bytes([last])
+    limit = Sizes(config, str(base), dtype=dtype).file_bytes([last])
     for fewer in (0, 1):
         assert main(["prune", str(base), str(tmp_path / str(fewer)), *words, str(limit - fewer)]) == 0
         assert layer_count(load_config(tmp_path / str(fewer))) == last - fewer

@@ -11,6 +11,7 @@ shapes are the library's own, whatever the attention (grouped heads, sliding win
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -50,8 +51,8 @@ class Sizes:
 
     Args:
         config (`PreTrainedConfig`): The base's config.
-        base (`str`, *optional*): Its folder or Hub id. Without safetensors files, bytes are parameters times the size
-            of their type.
+        base (`str`, *optional*): Its folder or Hub id. Without safetensors files, bytes are those that saving the
+            model would write.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
         dtype (`str`, defaults to `"auto"`): The type of weights and cache; `auto` is the base's.
         untie (`bool`, defaults to `False`): Whether the head gets its own matrix where it is tied to the embeddings.
@@ -231,7 +232,13 @@ def _build_empty(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMode
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with boundary("no model can be built from the config"):
-        return model_without_weights(config, dtype=dtype, attn_implementation="eager").eval()
+        model = model_without_weights(config, dtype=dtype, attn_implementation="eager").eval()
+    # Loaded in float16, though not if only built, some classes keep further tensors in float32.
+    kept = (model._keep_in_fp32_modules or ()) if dtype == torch.float16 else ()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if any(re.search(part.replace("*", ".*"), name) for part in kept):
+            tensor.data = tensor.data.float()
+    return model
 
 
 def _tensor_bytes(value: Any, seen: set[int]) -> int:
