@@ -17,6 +17,7 @@ from hf_layerprune import CheckpointError, CutError, LayerDropConfig, LayerPrune
 from hf_layerprune.calibration.rows import CalibrationSet
 from hf_layerprune.cli import main
 from hf_layerprune.cut.patch import patch_layers
+from hf_layerprune.measure.subject import identify
 from hf_layerprune.records.history import read_history
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.repair.fit import Repair, fit_repair
@@ -295,8 +296,10 @@ def test_a_repair_that_changes_nothing_is_not_called_one(base, tmp_path, monkeyp
     words = ["--drop-layers", drop, "--repair", method, "--calibration-samples", "12", "--calibration-length", "32"]
     for name, more in (("model", []), ("adapter", ["--adapter"])):
         folder = tmp_path / name
+        caplog.clear()
         assert main(["prune", str(base), str(folder), *words, *more]) == 0
         assert "changes nothing" in caplog.text
+        assert identify(folder).role == "cut"
         entry = json.loads((folder / "lineage.json").read_text())["entries"][0]
         assert entry["repair"]["changed_tensors"] == []
         assert [stage.name for stage in read_history(Lineage.load_required(folder)).stages] == ["prune"]

@@ -23,6 +23,7 @@ from ..records.fingerprints import (
     is_model_file,
     model_files,
 )
+from ..records.history import is_repaired
 from ..records.lineage import Lineage
 from ..runtime.devices import pick_device
 from ..runtime.loading import is_hub_id, load_config, load_processor, resolve_base
@@ -65,7 +66,7 @@ class Subject:
     def role(self) -> str:
         """By the last stage in its history, `"cut"`, `"repaired"`, `"healed"`, `"trained"` or `"quantized"`; or else `"model"`."""
         last = self.lineage.entries[-1] if self.lineage and self.lineage.entries else {}
-        if last.get("stage") == "prune" and last.get("repair"):  # repaired while pruning
+        if last.get("stage") == "prune" and is_repaired(last):  # repaired while pruning
             return "repaired"
         return _ROLES.get(str(last.get("stage")), "model")
 

@@ -261,10 +261,17 @@ def read_history(lineage: Lineage) -> History:
     return History(lineage, n, tuple(kept), tuple(stages))
 
 
+def is_repaired(entry: dict[str, Any]) -> bool:
+    """Whether a stage repaired the model as well, and that changed something."""
+    repair = entry.get("repair") or {}
+    return bool(repair) and repair.get("changed_tensors") != []
+
+
 def _with_repair(entry: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """An entry, followed by its repair as a separate stage, if there is one that changed something."""
     yield str(entry.get("stage")), entry
-    if (repair := entry.get("repair")) and repair.get("changed_tensors") != []:
+    if is_repaired(entry):
+        repair = entry["repair"]
         settings = {name: value for name, value in repair.items() if name not in _NOT_SETTINGS}
         yield "repair", {"settings": settings} | {name: repair.get(name) for name in ("changed_tensors", "seconds")}
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...records.figures import numbers
 from ...records.figures.results import Results, Row
+from ...records.history import is_repaired
 from ...records.names import is_hub_name
 from .escape import clean_line
 
@@ -42,7 +43,7 @@ def card_metadata(card: Card) -> dict[str, Any]:
     declared = history.lineage.base.get("language") or []
     languages = [clean_line(one, 20) for one in ([declared] if isinstance(declared, str) else declared)]
     # The data sets on the Hub that a repair or training used.
-    fitted = [one for one in history.stages if one.name != "prune" or one.entry.get("repair")]
+    fitted = [one for one in history.stages if one.name != "prune" or is_repaired(one.entry)]
     named = [str(one.get("id", "")) for stage in fitted for one in stage.data]
     return ModelCardData(
         language=languages or None,
