@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from packaging.version import Version
 from peft import get_peft_model
 from transformers.integrations import deepspeed
@@ -301,12 +304,33 @@ def test_rehearsals_have_whole_models_under_zero3(folder: Path, zero3: _ZeRO3) -
     dry_run_cut_of_config(config, cut_config(config, cut), cut)
 
 
-def test_the_rehearsal_of_a_training_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
-    args = HealConfig(output_dir=str(tmp_path / "heal"), use_cpu=True, report_to="none")
+def _global_state() -> dict[str, Any]:
+    """What a trainer may set for the whole process, but for random numbers: each sets the seed."""
+    shared = {one.__name__: {**one._shared_state} for one in (PartialState, AcceleratorState, GradientState)}
+    return shared | {
+        "environment": {**os.environ},
+        "tensors": (torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()),
+        "log": logging.root.manager.disable,
+        "deepspeed": deepspeed._hf_deepspeed_config_weak_ref,
+    }
+
+
+@pytest.mark.parametrize("method", ["behind1", "lora"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_rehearsal_of_a_training_leaves_nothing_behind(
+    folder: Path, tmp_path: Path, zero3: _ZeRO3, method: str, fails: bool
+) -> None:
+    """With what accelerate keeps of a trainer, DeepSpeed is refused in the training itself."""
+    args = HealConfig(output_dir=str(tmp_path / "heal"), use_cpu=True, report_to="none", method=method)
     config = load_config(folder / "base")
-    dry_run_training(args, ModelConfig(), config, rows(), rows(4), word_tokenizer())
+    before = _global_state()
+    assert before["PartialState"]
+    with pytest.raises(CutError) if fails else nullcontext():
+        if fails:
+            args.optim = "lomo"
+        dry_run_training(args, ModelConfig(), config, rows(), rows(4), word_tokenizer())
+    assert _global_state() == before
     assert GradientState().active_dataloader is None
-    assert not AcceleratorState._shared_state  # with which accelerate refuses DeepSpeed in the training itself
     assert not (tmp_path / "heal").exists()
 
 

@@ -270,7 +270,8 @@ def dry_run_training(
     lora = None if args.method == "auto" else parse_method(args.method).adapter(model_args)
     # With what accelerate keeps of one trainer, the next could not use DeepSpeed, and would be in the first one's loop.
     states = [(each._shared_state, {**each._shared_state}) for each in (PartialState, AcceleratorState, GradientState)]
-    logging.disable(logging.INFO)  # training says it again
+    silenced = logging.root.manager.disable
+    logging.disable(max(silenced, logging.INFO))  # training says it again
     try:
         with TemporaryDirectory() as folder, boundary("can't train", kind=CutError):
             args.output_dir = folder
@@ -287,7 +288,7 @@ def dry_run_training(
             if args.use_liger_kernel:
                 apply_liger_kernel(trainer.model, args.liger_kernel_config)
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(silenced)
         for state, before in states:
             state.clear()
             state.update(before)
