@@ -271,3 +271,15 @@ def test_what_the_card_says_of_training_that_nobody_describes_or_that_came_first
     assert "| steps | `3` |" in again
     assert "plain transformers checkpoint" in again
     assert re.search(r" pruned --drop-layers 1\n# here, .*\nhf-layerprune prune pruned .*--drop-layers 2\n", again)
+
+
+def test_layers_of_the_dense_model_do_not_fit_a_cut_that_was_repaired(place: Path, tmp_path: Path) -> None:
+    words = ["--repair", "linear", "--calibration-samples", "4", "--calibration-length", "32"]
+    assert main(["prune", str(place / "base"), str(tmp_path / "repaired"), "--drop-layers", "1", *words]) == 0
+    fine_tuned(place, tmp_path, LayerDropConfig(drop_layers=[1], tune_layers=1), "base")
+    with pytest.raises(CheckpointError, match=r"was trained on .*base, without what was done to .*repaired"):
+        record_trained(tmp_path / "repaired", tmp_path / "trained", tmp_path / "output")
+    how = {"repair": "linear", "calibration_samples": 4, "calibration_length": 32}
+    fine_tuned(place, tmp_path, LayerDropConfig(drop_layers=[1], tune_layers=1, **how), "base")
+    record_trained(tmp_path / "repaired", tmp_path / "trained", tmp_path / "output")
+    assert accepts(tmp_path / "output").startswith("YES")

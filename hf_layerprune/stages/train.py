@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # Fields that trainers set for their own use, and that change nothing of what a trained model computes.
 _TRAINERS_OWN = re.compile(
     r"dtype|(bos|pad)_token_id|output_(router_logits|attentions|hidden_states)|\w*(aux|z)_loss_\w+|initializer_range"
-    r"|\w*(dropout|pdrop|layerdrop)|unsloth_\w+"
+    r"|\w*(dropout|pdrop|layerdrop)|unsloth_\w+|_attn_implementation\w*"
 )
 _TOKENIZER = "tokenizer_config.json"
 
@@ -88,8 +88,10 @@ def _check_trained(student: Student, folder: Path) -> None:
     """Refuse a model that is more than other weights for the source: the output would lack the rest."""
     from peft import PeftConfig
 
+    from ..adapter.config import LayerDropConfig
     from ..publish.verify.fields import differences, unties
     from ..runtime.loading import load_config, load_tokenizer
+    from ..runtime.model_class import layer_modules
 
     before = student.folder
     adapter = (folder / ADAPTER_CONFIG).is_file()
@@ -112,6 +114,13 @@ def _check_trained(student: Student, folder: Path) -> None:
             raise CheckpointError(
                 f"{folder} is an adapter that adds virtual tokens ({config.peft_type.value}), which no plain model can hold"
             )
+        if isinstance(config, LayerDropConfig) and config.base_model_name_or_path == student.base:
+            repaired = layer_modules(load_config(before), student.repaired)
+            if student.whole_only or set(repaired) - {*(config.repaired_modules or ())}:
+                raise CheckpointError(
+                    f"{folder} was trained on {student.base}, without what was done to {before}; specify the model that "
+                    "training began with"
+                )
     else:
         if has.get(MARKER, was[MARKER]) != was[MARKER]:
             raise CheckpointError(
