@@ -195,12 +195,17 @@ def record_adapter(place: Path, folder: Path, config: Any, tokens: int = 259) ->
     record_trained(place / "cut", folder / "trained", folder / "output")
 
 
-def test_adapters_that_add_tokens_are_refused(place: Path, tmp_path: Path) -> None:
+def test_adapters_that_add_tokens_or_of_other_layers_are_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"trained has 264 tokens in its vocabulary, and .*cut has 259"):
         record_adapter(place, tmp_path, LORA, 264)
     virtual = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     with pytest.raises(CheckpointError, match=r"adds virtual tokens \(PROMPT_TUNING\)"):
         record_adapter(place, tmp_path / "virtual", virtual)
+    assert main(["prune", str(place / "base"), str(tmp_path / "other"), "--drop-layers", "2"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "other", dtype="auto")
+    get_peft_model(model, LORA).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"other lacks other layers than .*cut"):
+        record_trained(place / "cut", tmp_path / "adapter", tmp_path / "output")
     assert not (tmp_path / "output").exists()
 
 
@@ -282,4 +287,11 @@ def test_layers_of_the_dense_model_do_not_fit_a_cut_that_was_repaired(place: Pat
     how = {"repair": "linear", "calibration_samples": 4, "calibration_length": 32}
     fine_tuned(place, tmp_path, LayerDropConfig(drop_layers=[1], tune_layers=1, **how), "base")
     record_trained(tmp_path / "repaired", tmp_path / "trained", tmp_path / "output")
+    assert accepts(tmp_path / "output").startswith("YES")
+
+
+def test_layers_of_a_cut_fit_a_further_cut_of_it(place: Path, tmp_path: Path) -> None:
+    assert main(["prune", str(place / "cut"), str(tmp_path / "twice"), "--drop-layers", "2"]) == 0
+    fine_tuned(place, tmp_path, LayerDropConfig(drop_layers=[2], tune_layers=1))
+    record_trained(tmp_path / "twice", tmp_path / "trained", tmp_path / "output")
     assert accepts(tmp_path / "output").startswith("YES")

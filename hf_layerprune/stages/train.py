@@ -86,12 +86,8 @@ def record_trained(
 
 def _check_trained(student: Student, folder: Path) -> None:
     """Refuse a model that is more than other weights for the source: the output would lack the rest."""
-    from peft import PeftConfig
-
-    from ..adapter.config import LayerDropConfig
     from ..publish.verify.fields import differences, unties
     from ..runtime.loading import load_config, load_tokenizer
-    from ..runtime.model_class import layer_modules
 
     before = student.folder
     adapter = (folder / ADAPTER_CONFIG).is_file()
@@ -99,38 +95,23 @@ def _check_trained(student: Student, folder: Path) -> None:
         raise CheckpointError(
             f"{folder} is not a model folder; specify one that has a {CONFIG} or an {ADAPTER_CONFIG}"
         )
-    was, has = ({} if adapter and one == folder else load_config(one).to_dict() for one in (before, folder))
-    for one, fields in ((before, was), (folder, has)):
+    began = _check_adapter(student, folder) if adapter else folder  # whose layers were trained
+    was, has = (load_config(one).to_dict() if (one / CONFIG).is_file() else {} for one in (before, began))
+    for one, fields in ((before, was), (folder, {} if adapter else has)):
         if fields.get("quantization_config"):
             raise CheckpointError(
                 f"{one} is quantised, and what was trained must not be; specify the model from before that"
             )
+    if has.get(MARKER, was[MARKER]) != was[MARKER]:
+        raise CheckpointError(
+            f"{began} lacks other layers than {before}; specify the pruned model that training began with"
+        )
     old, new = (load_tokenizer(one) if (one / _TOKENIZER).is_file() else None for one in (before, folder))
-    differ: set[str] = set()
-    if adapter:
-        with boundary(f"can't read the adapter {folder}"):
-            config = PeftConfig.from_pretrained(str(folder))
-        if config.is_prompt_learning:
-            raise CheckpointError(
-                f"{folder} is an adapter that adds virtual tokens ({config.peft_type.value}), which no plain model can hold"
-            )
-        if isinstance(config, LayerDropConfig) and config.base_model_name_or_path == student.base:
-            repaired = layer_modules(load_config(before), student.repaired)
-            if student.whole_only or set(repaired) - {*(config.repaired_modules or ())}:
-                raise CheckpointError(
-                    f"{folder} was trained on {student.base}, without what was done to {before}; specify the model that "
-                    "training began with"
-                )
-    else:
-        if has.get(MARKER, was[MARKER]) != was[MARKER]:
-            raise CheckpointError(
-                f"{folder} lacks other layers than {before}; specify the model that training began with"
-            )
-        for path, (one, other) in differences(was, has).items():
-            if not (
-                _TRAINERS_OWN.fullmatch(path[-1]) or unties(path, one, other) or _is_end(path[-1], one, other, old)
-            ):
-                differ.add(".".join(path))
+    differ = {
+        ".".join(path)
+        for path, (one, other) in ({} if adapter else differences(was, has)).items()
+        if not (_TRAINERS_OWN.fullmatch(path[-1]) or unties(path, one, other) or _is_end(path[-1], one, other, old))
+    }
     if old is not None and new is not None:
         parts = {"the chat template": "chat_template", "the end token": "eos_token"}
         differ |= {what for what, part in parts.items() if getattr(old, part) != getattr(new, part)}
@@ -140,6 +121,32 @@ def _check_trained(student: Student, folder: Path) -> None:
             f"{folder} differs from {before} in more than its weights: {join_words(sorted(differ))}; change that in a copy of the "
             "base, prune the copy, and train the result"
         )
+
+
+def _check_adapter(student: Student, folder: Path) -> Path:
+    """Refuse an adapter that can't be merged into the source; returns the folder of the cut model that it names, if any."""
+    from peft import PeftConfig
+
+    from ..adapter.config import LayerDropConfig
+    from ..runtime.loading import load_config
+    from ..runtime.model_class import layer_modules
+
+    with boundary(f"can't read the adapter {folder}"):
+        config = PeftConfig.from_pretrained(str(folder))
+    if config.is_prompt_learning:
+        raise CheckpointError(
+            f"{folder} is an adapter that adds virtual tokens ({config.peft_type.value}), which no plain model can hold"
+        )
+    if not isinstance(config, LayerDropConfig):
+        return Path(str(config.base_model_name_or_path)).expanduser()
+    if config.base_model_name_or_path == student.base:
+        repaired = layer_modules(load_config(student.folder), student.repaired)
+        if student.whole_only or set(repaired) - {*(config.repaired_modules or ())}:
+            raise CheckpointError(
+                f"{folder} was trained on {student.base}, without what was done to {student.folder}; specify the pruned model "
+                "that training began with"
+            )
+    return folder  # the cut is its own, and is compared when it is loaded
 
 
 def _is_end(field: str, was: Any, has: Any, tokenizer: PreTrainedTokenizerBase | None) -> bool:
