@@ -340,7 +340,10 @@ def test_lora_on_experts_is_refused_with_a_way_out(tmp_path: Path) -> None:
     given = (tiny_config("qwen3_moe"), rows(), None, word_tokenizer())
     with pytest.raises(CutError, match=r"can't apply LoRA: .*; experts need --lora_dropout 0"):
         dry_run_training(args, ModelConfig(), *given)
-    dry_run_training(args, ModelConfig(lora_dropout=0.0), *given)
+    if installed_version("peft") >= Version(
+        "0.20"
+    ):  # PEFT 0.19 takes the letters of "all-linear" for the experts' names
+        dry_run_training(args, ModelConfig(lora_dropout=0.0), *given)
 
 
 def test_the_base_teaches_a_model_that_was_cut_twice(folder: Path) -> None:
