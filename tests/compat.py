@@ -68,7 +68,7 @@ STACKS = {
     "5.10": Stack(["transformers==5.10.4", _OLD_TOKENIZERS, "huggingface-hub==1.31.0"], matrix=True),
     "5.16": Stack(["transformers==5.16.1", "huggingface-hub==1.33.0"], matrix=True),
     "newest": Stack(["transformers==5.24.0"], matrix=True),
-    "floors": Stack(["accelerate==1.4.0", "datasets==4.7.0", "pyarrow==21.0.0", "gguf==0.18.0"], _FLOORS),
+    "floors": Stack(["accelerate==1.10.0", "datasets==4.7.0", "pyarrow==21.0.0", "gguf==0.18.0"], _FLOORS),
     "peft-0.19": Stack(["peft==0.19.0"], _PEFT),
     "peft-0.20": Stack(["peft==0.20.0"], _PEFT),
     "trl-1.0": Stack(["trl==1.0.0"], _TRL),

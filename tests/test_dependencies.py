@@ -10,6 +10,10 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from .compat import STACKS
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -67,3 +71,13 @@ def test_what_is_declared_is_imported() -> None:
     modules = {name for folder in ("hf_layerprune", "spaces", "recipes") for name in imported(ROOT / folder)}
     used = {normal(one) for module in modules for one in providers.get(module, [module])}
     assert declared() - used - NOT_IMPORTED == set()
+
+
+def test_the_oldest_versions_that_are_declared_are_those_that_are_tested() -> None:
+    tested = [Requirement(pin) for name in ("floor", "floors", "torch-2.8") for pin in STACKS[name].packages]
+    pinned = {one.name: Version(next(iter(one.specifier)).version) for one in tested}
+    wanted = map(Requirement, [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["train"]])
+    floors = {one.name: Version(min(s.version for s in one.specifier if s.operator == ">=")) for one in wanted}
+    both = pinned.keys() & floors.keys()
+    assert both >= {"torch", "transformers", "peft", "huggingface-hub", "accelerate", "trl"}
+    assert {name: pinned[name] for name in both} == {name: floors[name] for name in both}

@@ -140,8 +140,8 @@ class HealTrainer(SavingTrainer):
     @property
     def uses_model_parallelism(self) -> bool:
         """Whether the model or its sequences are split over devices."""
-        parallel = self.accelerator.parallelism_config
-        return parallel is not None and (parallel.cp_enabled or parallel.sp_enabled or parallel.tp_enabled)
+        parallel = self.accelerator.parallelism_config  # accelerate has sp since version 1.12
+        return any(getattr(parallel, f"{kind}_enabled", False) for kind in ("cp", "sp", "tp"))
 
     @property
     def leaves_loss_to_trl(self) -> bool:
