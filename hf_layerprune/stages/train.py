@@ -46,9 +46,9 @@ def record_trained(
 ) -> None:
     """Write a model that another program trained, with its history, so that `verify`, the card and `push` understand it.
 
-    Only the trained weights are taken. The output has the config, tokenizer, chat template, generation settings, licence
-    and data type of the source. Its history says which tensors training changed; how it was trained, it says in your
-    words.
+    Only the trained weights are taken; config, tokenizer, chat template, generation settings, licence and data type are
+    those of the source. The history lists the tensors that training changed, found by comparison. How the model was
+    trained is recorded as you state it.
 
     Args:
         source (`str` or `Path`): The pruned model from before the training: a Hub id, or a folder with its
@@ -61,8 +61,8 @@ def record_trained(
         data (`str` or `Sequence[str]`, *optional*): The data sets that it was trained on: Hub ids, or other names.
 
     Raises:
-        CheckpointError: A folder is not such a model folder, the output exists, or the model was trained with another
-            config, vocabulary or chat template than the source's. Or the source is quantised.
+        CheckpointError: A folder is not such a model folder, the source is quantised, the output exists, or the model was
+            trained with a config, vocabulary or chat template other than the source's.
         LayerPruneError: Training changed nothing.
     """
     from ..heal.stage import write_healed
