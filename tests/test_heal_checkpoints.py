@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,11 +148,16 @@ def test_the_first_step_of_a_resumed_run_has_the_rate_of_its_own_schedule(
     assert rates[0][2:] == pytest.approx(rates[1][2:])
 
 
+@pytest.mark.parametrize("wrapped", [False, True])  # by accelerate, if DeepSpeed's settings have the optimizer
 def test_settings_of_the_optimizer_count_where_deepspeed_has_loaded_it_before(
-    llama: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapped: bool
 ) -> None:
     trainer = llama.trainer(output_dir=str(tmp_path), weight_decay=0.5, lr_scheduler_type="constant")
     trainer.create_optimizer_and_scheduler(4)
+    schedule = trainer.lr_scheduler
+    schedule.base_lrs = [1.0, 1.0]
+    if wrapped:
+        trainer.lr_scheduler = SimpleNamespace(scheduler=schedule)
     for group in trainer.optimizer.param_groups:
         group.update(lr=1.0, initial_lr=1.0, weight_decay=0.1)
     monkeypatch.setattr(Trainer, "_load_optimizer_and_scheduler", lambda *args: None)
@@ -160,6 +166,7 @@ def test_settings_of_the_optimizer_count_where_deepspeed_has_loaded_it_before(
         (1e-2, 0.5),
         (1e-2, 0.0),
     ]
+    assert schedule.base_lrs == [1e-2, 1e-2]
 
 
 def test_resuming_without_the_state_of_the_optimizer(llama: Bench, tmp_path: Path) -> None:

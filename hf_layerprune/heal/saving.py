@@ -108,7 +108,9 @@ class SavingTrainer(SFTTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load their states, but not the optimizer's settings, which torch and DeepSpeed restore with them."""
         optimizer: Any = self.optimizer
-        schedule: Any = self.lr_scheduler
+        schedule: Any = getattr(
+            self.lr_scheduler, "scheduler", self.lr_scheduler
+        )  # of an optimizer in DeepSpeed's settings
         present = self._present_groups
         with boundary(f"can't resume {checkpoint}", _RESUME_HINT):
             super()._load_optimizer_and_scheduler(checkpoint)
