@@ -112,7 +112,7 @@ def test_the_history_names_every_tensor_that_training_changed(place: Path, tmp_p
     assert "ORPO-like" in card
     assert "datasets/org/pairs" in card
     assert "| method | `ORPO-like` |" in card
-    assert re.search(r"--drop-layers 1\n# here, it was trained with other software\n```", card)
+    assert re.search(r"--drop-layers 1\n# Here, the model was trained with other software\.\n```", card)
     assert Student.load(output).whole_only
 
 
@@ -270,12 +270,14 @@ def test_what_the_card_says_of_training_that_nobody_describes_or_that_came_first
         write_card(tmp_path / name)
         cards.append((tmp_path / name / "README.md").read_text())
     bare, again = cards
-    assert "It was then trained with other software; how, its makers do not say." in bare
+    assert "It was then trained with other software. Its makers did not say how." in bare
     assert "## Data and training" not in bare
-    assert "It was also trained with other software; what is said below of that training is as" in again
+    assert (
+        "It was also trained with other software. What this card says about that training is what its makers" in again
+    )
     assert "| steps | `3` |" in again
     assert "plain transformers checkpoint" in again
-    assert re.search(r" pruned --drop-layers 1\n# here, .*\nhf-layerprune prune pruned .*--drop-layers 2\n", again)
+    assert re.search(r" pruned --drop-layers 1\n# Here, .*\nhf-layerprune prune pruned .*--drop-layers 2\n", again)
 
 
 def test_layers_of_the_dense_model_do_not_fit_a_cut_that_was_repaired(place: Path, tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ class History:
                     commands.append(_wrap_command(self._prune_arguments(stage, source, output)))
                 source = output
             elif stage.name == TRAIN and commands:
-                commands.append("# here, it was trained with other software")
+                commands.append("# Here, the model was trained with other software.")
         return commands
 
     def _is_base(self, name: str) -> bool:

@@ -78,7 +78,7 @@ class Lineage:
                 )
             raise CheckpointError(
                 f"{name or folder} has no {FILE_NAME}, so its origin is unknown; make the model with hf-layerprune prune, or "
-                "if another program made it of one that was, record that with hf_layerprune.record_trained or record_quantized"
+                "if another program trained or quantised such a model, use hf_layerprune.record_trained or record_quantized"
             )
         return lineage
 
