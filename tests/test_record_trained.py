@@ -116,9 +116,17 @@ def test_the_history_names_every_tensor_that_training_changed(place: Path, tmp_p
     assert Student.load(output).whole_only
 
 
-def test_training_that_changed_nothing_is_no_stage(place: Path, tmp_path: Path) -> None:
-    AutoModelForCausalLM.from_pretrained(place / "cut", dtype="auto").save_pretrained(tmp_path / "trained")
-    with pytest.raises(LayerPruneError, match="changed no weight"):
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(0.0, "changed no weight"), (torch.nan, "norm.weight of .* not finite"), (torch.inf, "not finite")],
+)
+def test_training_that_changed_nothing_or_diverged_is_no_stage(
+    place: Path, tmp_path: Path, value: float, said: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(place / "cut", dtype="auto")
+    model.model.norm.weight.data[3] += value
+    model.save_pretrained(tmp_path / "trained")
+    with pytest.raises(LayerPruneError, match=said):
         record_trained(place / "cut", tmp_path / "trained", tmp_path / "output")
     assert not (tmp_path / "output").exists()
 
@@ -157,9 +165,16 @@ def other_source(folder: Path) -> None:
     (source / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
 
 
+def other_history(folder: Path) -> None:
+    record = read_object(folder.parent / "source" / "lineage.json")
+    record["entries"][-1]["date"] += "Z"
+    (folder / "lineage.json").write_text(json.dumps(record))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        (other_history, "has another history than"),
         (chat_template, "more than its weights: the chat template"),
         (other_shape, "more than its weights: rms_norm_eps"),
         (other_layers, "lacks other layers than"),
@@ -177,7 +192,6 @@ def test_what_is_more_than_training_is_refused(place: Path, tmp_path: Path, chan
         for file in (place / "cut").iterdir():
             if file.is_file():
                 (folder / file.name).write_bytes(file.read_bytes())
-    (trained / "lineage.json").unlink()
     model = AutoModelForCausalLM.from_pretrained(trained, dtype="auto")
     model.model.norm.weight.data.add_(0.5)
     model.save_pretrained(trained)

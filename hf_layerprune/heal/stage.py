@@ -47,7 +47,7 @@ def write_healed(
 
     Raises:
         CheckpointError: The output or the adapter's folder exists, something can't be written, or tokens were added.
-        LayerPruneError: Training changed nothing.
+        LayerPruneError: Training changed nothing, or a trained weight is not finite.
     """
     lineage = _lineage(student)
     with ExitStack() as folders:  # folders get their names in reverse order: the model, then its adapter
@@ -62,6 +62,7 @@ def write_healed(
             raise LayerPruneError(
                 f"training changed no weight of {student.folder}; train more steps, or at a higher learning rate"
             )
+        _check_finite(folder, entry["changed_tensors"])
         entry["layers"] = {"base": student.cut.num_layers, "left": len(student.cut.keep)}
         _record_adapter(part, lineage, entry)
         lineage.record(folder, entry)
@@ -164,6 +165,15 @@ def changed_tensors(before: Path, after: Path) -> list[str]:
             return other is not None and other.dtype == tensor.dtype and torch.equal(other, tensor)
 
         return sorted(name for name, tensor in _iterate_tensors(after) if not same(name, tensor))
+
+
+def _check_finite(folder: Path, names: Collection[str]) -> None:
+    for name, tensor in _iterate_tensors(folder):
+        if name in names and not tensor.isfinite().all():
+            raise LayerPruneError(
+                f"{name} of the trained model has a value that is not finite; specify an earlier checkpoint, or train at a lower "
+                "learning rate"
+            )
 
 
 def _iterate_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

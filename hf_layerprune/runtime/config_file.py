@@ -72,7 +72,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
     fields = read_object(path, non_finite=True)
     check_schema(fields, _validator(), str(path))
     if not fields.get("model_type"):
-        raise CheckpointError(f"{path} has no model_type, so it is not the config of a transformers model")
+        raise CheckpointError(
+            f"{path} has no model_type, so it is not the config of a transformers model; specify a model that transformers loads"
+        )
     return fields
 
 

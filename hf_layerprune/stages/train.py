@@ -62,8 +62,8 @@ def record_trained(
 
     Raises:
         CheckpointError: A folder is not such a model folder, the source is quantised, the output exists, or the model was
-            trained with a config, vocabulary or chat template other than the source's.
-        LayerPruneError: Training changed nothing.
+            trained with a config, vocabulary or chat template other than the source's, or has a history that the source lacks.
+        LayerPruneError: Training changed nothing, or a trained weight is not finite.
     """
     from ..heal.stage import write_healed
     from ..heal.student import Student
@@ -75,6 +75,12 @@ def record_trained(
             f"the weights of {source} are not those that its {FILE_NAME} names; specify the folder that they belong to"
         )
     _check_trained(student, after)
+    own = Lineage.load(after)
+    if own is not None and own.entries != lineage.entries:
+        raise CheckpointError(
+            f"the {FILE_NAME} of {after} has another history than that of {source}, and the output would lack it; specify the "
+            "model that this training began with as the source"
+        )
     entry = {
         "stage": TRAIN,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
