@@ -124,10 +124,15 @@ def a_cut_of_a_gguf_file(hub: HubServer, place: Path, out: dict[str, Any]) -> No
 
     file = write_gguf(place / "small.gguf")
     cli("prune", file, place / "unpacked", "--drop-layers", "1")
-    cli("card", place / "unpacked", "--base-model", "org/packed", "--force")
+    how = ["--repair", "magnitude", "--calibration-samples", "4", "--calibration-length", "32"]
+    cli("prune", file, place / "repaired", "--drop-layers", "1", *how)
+    for name in ("unpacked", "repaired"):
+        cli("card", place / name, "--base-model", "org/packed", "--force")
     out["push"] = cli("push", place / "unpacked", "org/unpacked")
     HfApi().create_repo("org/packed")
     out["missing"] = cli("verify", "org/unpacked")
+    suggested = cli("push", place / "repaired", "org/repaired")[1].rpartition("next: hf-layerprune ")[2].split()
+    out["suggested"] = suggested, cli(*(file if word == file.name else word for word in suggested))
     HfApi().upload_file(repo_id="org/packed", path_in_repo=file.name, path_or_fileobj=file)
     file.unlink()
     out["verify"] = cli("verify", "org/unpacked")

@@ -87,6 +87,8 @@ def test_a_gguf_file_is_found_in_its_repository(found: Found) -> None:
     assert out["verify"][0] == 0, out["verify"][1]
     assert out["push"][1].endswith("small.gguf\n")
     assert "org/packed has no small.gguf; give the file with --base" in out["missing"][1]
+    words, (code, said) = out["suggested"]
+    assert (words[-3:], code) == (["--base", "small.gguf", "--accept-trained"], 0), said
 
 
 def test_verify_says_what_was_tampered_with(found: Found) -> None:

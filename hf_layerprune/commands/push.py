@@ -21,7 +21,6 @@ def run(request: Request) -> Result:
 
     from ..publish.hub.push import PushRefusedError, plan_push, push
     from ..publish.space import publish_space, secret_from_env
-    from ..records.names import is_gguf_name
 
     secret = secret_from_env(request.space_secret)
     if request.dry_run:
@@ -59,8 +58,10 @@ def run(request: Request) -> Result:
         if request.private and secret is None:
             lines.append("the Space can't read a private model yet: give it a secret HF_TOKEN, or use --space-secret")
     revision = done.commit if done.pull_request else request.revision  # otherwise, `main` would be verified
-    file = plan.base if is_gguf_name(plan.base) else None  # a model's repository seldom has the GGUF files made of it
-    follow_up = suggest("verify", request.repo_id, "--revision", revision, "--base", file)
+    # A model's repository seldom has the GGUF files made of it.
+    base = plan.history.lineage.base.get("id") if plan.history.from_gguf else None
+    trust = ["--accept-trained"] if plan.history.changed() else []  # it is their publisher who verifies
+    follow_up = suggest("verify", request.repo_id, "--revision", revision, "--base", base, *trust)
     return Result(summary, _lines(*lines), data, follow_up)
 
 

@@ -21,6 +21,7 @@ from ...errors import CheckpointError
 from ...files.copy import write_bytes, write_text
 from ...records.declared import CARD, split_front_matter
 from ...records.fingerprints import hash_files, holds_weights
+from ...records.history import History, read_history
 from ...records.licences import is_licence_file
 from ...records.lineage import Lineage
 from ...records.metrics import Metrics
@@ -50,11 +51,11 @@ MESSAGE = "Upload a pruned model with hf-layerprune"
 
 @dataclass(frozen=True)
 class Plan:
-    """What a push would do: the files, in the staging folder, the outcomes of the checks, and the base in the records."""
+    """What a push would do: the files, in the staging folder, the outcomes of the checks, and the model's history."""
 
     contents: Contents
     checks: list[Check]
-    base: str
+    history: History
 
     @property
     def refusals(self) -> list[Check]:
@@ -143,7 +144,7 @@ def _staged(request: PushRequest) -> Iterator[tuple[Plan, Path]]:
         checks = [
             replace(one, text=one.text.replace(str(staging), str(source))) for one in run_checks(contents, request)
         ]
-        yield Plan(contents, checks, str(Lineage.load_required(staging).base.get("id"))), source
+        yield Plan(contents, checks, read_history(Lineage.load_required(staging))), source
 
 
 def _record_requirements(request: PushRequest, staging: Path) -> None:
