@@ -378,6 +378,9 @@ def test_unlisted_names_stay_out(llama: Path) -> None:
     for bad, message in (
         ({"target_modules": ["q_proj"]}, "target_modules=.'q_proj'. has no effect"),
         ({"tune_layers": 7}, "the cut leaves 6 layers"),
+        # Before any text is read.
+        ({"tune_layers": 7, "repair": "linear", "calibration": "missing.txt"}, "the cut leaves 6 layers"),
+        ({"tune_layers": 7, "criterion": "kl", "calibration": "missing.txt"}, "the cut leaves 6 layers"),
         ({"tune_layers": [7]}, "layer 7 is dropped"),
         ({"tune_layers": [8]}, r"model's layers are 0\.\.7"),
         ({"tune_layers": -1}, "tune_layers=-1"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .. import families
 from ..calibration.rows import SELF, load_calibration
 from ..errors import CheckpointError, CutError
+from ..families.fields import cut_without
 from ..families.layout import find_decoder_layers
 from ..repair.fit import check_repair, fit_repair
 from ..runtime.loading import load_processor, load_tokenizer
@@ -19,7 +20,9 @@ from ..runtime.walk import LayerWalk
 from ..select import find_criterion, needs_model
 from ..select.budget import check_budget_rows
 from ..select.runner import choose_layers
+from ..select.sets import drop_count
 from .resolve import is_already_cut, resolve_drop
+from .tail import tuned_layers
 
 if TYPE_CHECKING:
     import torch
@@ -113,6 +116,9 @@ def prepare(
             )
     if choosing:
         check_budget_rows(config, config.calibration_samples)
+        if config.drop and isinstance(config.tune_layers, int):  # too few are left, whichever go
+            n = families.layer_count(model.config)
+            tuned_layers(cut_without(range(drop_count(config.drop, n)), n), config.tune_layers)
     walk = calibration = repair = None
     record: dict[str, Any] = {}
     if needs_text(config):

@@ -9,6 +9,7 @@ from ..errors import CutError
 from ..families.fields import cut_without
 from ..select import select_layers
 from ..select.targets import Target
+from .tail import tuned_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -47,8 +48,9 @@ def resolve_drop(
             f"model has {n}; {'' if config.is_new else its_base}make a new config"
         )
     if cut is None and config.num_base_layers == n:
-        # Also refuses, before a repair is fitted, what the config can't describe.
+        # Also refuses, before weights are read and a repair is fitted, what the config can't describe, and what isn't left.
         families.cut_config(model_config, families.make_cut(model_config, config.drop_layers))
+        tuned_layers(resolved_cut(config), config.tune_layers)
 
 
 def resolved_cut(config: LayerDropConfig) -> families.Cut:

@@ -276,7 +276,9 @@ def _to_config(request: PruneRequest, dropped: list[int] | None) -> LayerDropCon
         base_model_name_or_path=request.base,
         drop_layers=dropped,
         target_dtype=request.target_dtype if request.target_dtype != "auto" else _load_dtype(request),
-        tune_lm_head=request.tune_lm_head if request.adapter else False,  # a whole model's head is not untied
+        # Of a whole model, nothing is tuned, and the head is not untied.
+        tune_layers=request.tune_layers if request.adapter else 0,
+        tune_lm_head=request.tune_lm_head if request.adapter else False,
     )
 
 
