@@ -170,7 +170,8 @@ def test_tokens_of_another_model(tokenizer: Any, tmp_path: Path) -> None:
 
 
 def test_a_model_writes(model: Any, tokenizer: Any) -> None:
-    habits, mode = model.generation_config, model.training
+    model.model.layers[0].train()
+    habits, modes = model.generation_config, [module.training for module in model.modules()]
     state = torch.random.get_rng_state()
     found = load_calibration("self", tokenizer, samples=6, length=24, seed=3, model=model)
     assert found.input_ids.shape == (6, 24)
@@ -183,7 +184,8 @@ def test_a_model_writes(model: Any, tokenizer: Any) -> None:
         load_calibration("self", tokenizer, samples=6, length=24, seed=4, model=model).fingerprint != found.fingerprint
     )
     assert model.generation_config is habits
-    assert model.training == mode
+    assert [module.training for module in model.modules()] == modes
+    model.eval()
     assert torch.equal(torch.random.get_rng_state(), state)
     assert model.config._attn_implementation == "sdpa"
 

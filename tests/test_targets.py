@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from hf_layerprune import CutError, LayerDropConfig, drop_layers, prune_with
 from hf_layerprune.cli import main
@@ -243,7 +243,10 @@ def test_speed_follows_measured_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_times_are_of_the_layers_of_the_model() -> None:
-    times = decode_times.time_decoding(tiny_model("qwen2_moe"), 40, 2)
+    model = tiny_model("qwen2_moe")
+    model.generation_config = habits = GenerationConfig(num_beams=2, eos_token_id=list(range(128)))
+    times = decode_times.time_decoding(model, 40, 2)
+    assert model.generation_config is habits
     assert len(times.layers) == LAYERS
     assert all(time > 0 for time in times.layers)
     assert times.rest > 0
@@ -269,12 +272,13 @@ def test_times_are_taken_on_the_device_that_runs_the_layers(
     assert moved == [torch.device("meta")]
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), RuntimeError("MPS backend out of memory")])
 def test_a_model_that_is_too_large_for_a_device_is_timed_where_it_is(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     @contextmanager
     def too_small(device: Any, *modules: Any) -> Iterator[None]:
-        raise torch.OutOfMemoryError("no room")
+        raise error
         yield
 
     monkeypatch.setattr(decode_times, "moved_to", too_small)

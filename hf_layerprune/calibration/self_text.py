@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..errors import UnsupportedModelError, boundary
+from ..runtime.generation import plain_generation
 from ..runtime.loading import has_chat_template
 from ..runtime.memory import free_bytes, in_batches
+from ..runtime.parts import evaluation_mode
 from ..runtime.windows import check_context
 from ..screen import progress_bar
 
@@ -27,7 +29,6 @@ _MAX_ROWS, _MAX_ROWS_ON_DEVICE = 128, 1024
 _MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 
-@torch.no_grad()
 def generate_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, samples: int, length: int, seed: int
 ) -> torch.Tensor:
@@ -42,40 +43,37 @@ def generate_text(
         LayerPruneError: A single row does not fit into memory.
     """
     check_context(model.config, length, "self_length")
-    from transformers import GenerationConfig, LogitsProcessorList
-
     start = _prompt_ids(model, tokenizer)[: length - 1]
     # Drawn in advance, so that the numbers don't depend on the batch size.
     draws = torch.rand(samples, length - len(start), generator=torch.Generator().manual_seed(seed))
-    size = model.config.get_text_config().vocab_size
-    known = min(size, len(tokenizer)) if tokenizer is not None else size  # the rest is padding of the embeddings
-    was_training, generation_config = model.training, model.generation_config
+    vocabulary = model.config.get_text_config().vocab_size
+    # The rest is padding of the embeddings.
+    known = min(vocabulary, len(tokenizer)) if tokenizer is not None else vocabulary
+
+    def write(part: torch.Tensor) -> torch.Tensor:
+        prompt = torch.tensor([start] * len(part), device=model.device)
+        generate: Any = model.generate
+        return generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=part.shape[1],
+            do_sample=False,  # the processor below leaves only the sampled token
+            logits_processor=LogitsProcessorList([_Sampler(part.to(model.device), len(start), known, bar)]),
+        ).cpu()
+
+    size = _max_batch_size(model, length)
     try:
-        model.eval()
-        # None of the model's own settings: no repetition penalty, no end-of-text token.
-        model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=start[0])
-        with progress_bar(total=draws.numel(), unit="token", desc="writing text") as bar:
-
-            def write(part: torch.Tensor) -> torch.Tensor:
-                prompt = torch.tensor([start] * len(part), device=model.device)
-                generate: Any = model.generate
-                return generate(
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    max_new_tokens=part.shape[1],
-                    do_sample=False,  # the processor below leaves only the sampled token
-                    logits_processor=LogitsProcessorList([_Sampler(part.to(model.device), len(start), known, bar)]),
-                ).cpu()
-
-            return torch.cat([*in_batches(draws, _max_batch_size(model, length), write, "write shorter rows")])
+        with (
+            evaluation_mode(model),
+            plain_generation(model),
+            progress_bar(total=draws.numel(), unit="token", desc="writing text") as bar,
+        ):
+            return torch.cat([*in_batches(draws, size, write, "write shorter rows")])
     except (AttributeError, NotImplementedError, TypeError) as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} can't write its own calibration text ({str(error)[:120]}); specify a text "
             "or a data set with calibration="
         ) from error
-    finally:
-        model.generation_config = generation_config
-        model.train(was_training)
 
 
 class _Sampler(LogitsProcessor):

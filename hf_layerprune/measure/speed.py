@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..runtime.devices import synchronise, token_times
+from ..runtime.devices import synchronise
+from ..runtime.generation import token_times
 from ..runtime.memory import free_memory, is_out_of_memory
 from ..runtime.parts import evaluation_mode
 from ..screen import progress_bar

@@ -1,11 +1,9 @@
-"""Devices: find the specified one, move modules there temporarily, and time what runs on one."""
+"""Devices: find the specified one, wait for it, and move modules there temporarily."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from time import perf_counter
-from typing import Any
 
 import torch
 from torch import nn
@@ -40,30 +38,6 @@ def synchronise(device: torch.device) -> None:
     """Wait until an accelerator has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
-
-
-class _Clock:
-    """A streamer that records the time of each token."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, tokens: torch.Tensor) -> None:
-        """Called with the prompt, then with each token once it is in host memory."""
-        self.times.append(perf_counter())
-
-    def end(self) -> None:
-        """Called at the end."""
-
-
-def token_times(model: Any, ids: torch.Tensor, count: int) -> list[float]:
-    """The times at which `count` tokens were generated, as the model continues prompts `[batch, length]` greedily."""
-    clock = _Clock()
-    model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False,
-        pad_token_id=0, streamer=clock,
-    )  # fmt: skip
-    return clock.times[1:]  # the first call has the prompt
 
 
 @contextmanager

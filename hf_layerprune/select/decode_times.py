@@ -20,8 +20,9 @@ import torch
 
 from ..families import text_config
 from ..families.layout import count_parameters, find_decoder_layers
-from ..runtime.devices import moved_to, synchronise, token_times
-from ..runtime.memory import free_memory
+from ..runtime.devices import moved_to, synchronise
+from ..runtime.generation import token_times
+from ..runtime.memory import free_memory, is_out_of_memory
 from ..runtime.parts import evaluation_mode, hook_scope
 
 if TYPE_CHECKING:
@@ -71,8 +72,8 @@ def time_decoding(
     try:
         with moved_to(device, model):
             return _time_layers(model, context, batch)
-    except torch.OutOfMemoryError:
-        if device is None or device == model.device:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or device in (None, model.device):
             raise
     free_memory()
     logger.warning("%s is too small for the whole model, so decoding is timed on %s", device, model.device)
