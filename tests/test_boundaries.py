@@ -160,9 +160,11 @@ def test_code_in_a_folder_never_runs(
 
 @pytest.mark.parametrize("field", ["_attn_implementation", "attn_implementation", "_experts_implementation"])
 def test_kernels_of_a_repository_never_run(copy: Path, field: str, capsys: pytest.CaptureFixture[str]) -> None:
-    edit(copy / "config.json", **{field: "someone/kernels"})
-    assert main(["inspect", str(copy)]) == 1
-    assert f"would run code of someone/kernels ({field} in its config.json)" in one_line_of(capsys)
+    for fields in ({field: "someone/kernels"}, {"a": {"b": {field: "someone/kernels"}}}):
+        edit(copy / "config.json", **fields)
+        assert main(["inspect", str(copy)]) == 1
+        assert f"would run code of someone/kernels ({field} in its config.json)" in one_line_of(capsys)
+        edit(copy / "config.json", **dict.fromkeys(fields))
 
 
 # --- weights ------------------------------------------------------------------------------------------------------
@@ -381,7 +383,12 @@ def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
         ({"num_hidden_layers": "8"}, "at num_hidden_layers"),
         ({"num_hidden_layers": True}, "at num_hidden_layers"),
         ({"num_hidden_layers": 4.5}, "at num_hidden_layers"),
-        ({"text_config": {"n_layer": 10**9}}, "at text_config"),
+        ({"text_config": {"n_layer": 10**9}}, "at text_config/n_layer: 1000000000 is greater than"),
+        (
+            {"thinker_config": {"text_config": {"num_hidden_layers": 10**9}}},
+            "at thinker_config/text_config/num_hidden",
+        ),
+        ({"some_tower_config": {"depth": 10**9}}, "at some_tower_config/depth"),
         ({"model_type": 5}, "at model_type"),
         ({"model_type": None}, "has no model_type"),
         ({"num_labels": 10**9}, "at num_labels"),

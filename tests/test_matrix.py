@@ -210,6 +210,7 @@ def test_a_field_that_may_be_per_layer_is_refused(value: Any, name: str) -> None
     others = {
         "new": [1, 2, 3],
         "keyed": {"4": 1},
+        "superscript": {"\N{SUPERSCRIPT TWO}": 1},
         "named": {"a": 1},
         "use_layer": True,
         "layer_norm_groups": 4,

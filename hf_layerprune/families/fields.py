@@ -202,7 +202,7 @@ def looks_per_layer(name: str, value: Any, num_layers: int) -> str | None:
     """Why a field without a rule may be per layer, or `None` if it does not look like it."""
     if isinstance(value, list | tuple) and len(value) == num_layers:
         return f"is a list with one entry for each of the {num_layers} layers"
-    if isinstance(value, dict) and value and all(str(key).isdigit() and int(key) < num_layers for key in value):
+    if isinstance(value, dict) and value and all(str(key).isdecimal() and int(key) < num_layers for key in value):
         return "is keyed by layer index"
     is_number = isinstance(value, int) and not isinstance(value, bool)
     if is_number and "layer" in name and "layer_norm" not in name and "layernorm" not in name:

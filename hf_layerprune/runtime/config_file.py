@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 _MAX_TOKENS = 2**31
 # Fields that may name a repository with code.
 _KERNELS = ("attn_implementation", "experts_implementation")
-# Nested configs.
-_SECTIONS = ("text_config", "decoder", "encoder", "vision_config", "audio_config")
 
 
 @cache
@@ -30,7 +29,6 @@ def _validator() -> Validator:
     names = {"type": ["array", "null"], "items": {"type": "string"}}
     fields: dict[str, Any] = {
         **dict.fromkeys(COUNT_FIELDS, count),
-        **{name: {"anyOf": [{"$ref": "#/$defs/config"}, {"not": {"type": "object"}}]} for name in _SECTIONS},
         "model_type": {"type": "string", "maxLength": 200},
         "architectures": names | {"maxItems": 100},
         "layer_types": {"maxItems": MAX_LAYERS},
@@ -57,9 +55,9 @@ def _validator() -> Validator:
         "layers?$|^depth$": {"maximum": MAX_LAYERS},
         "^(num|n)_": {"maximum": 10_000_000},
         "(size|dim|length|embeddings|positions)$": {"maximum": _MAX_TOKENS},
+        "_config$|^(en|de)coder$": {"$ref": "#"},  # nested configs
     }
-    config = {"type": "object", "properties": fields, "patternProperties": patterns}
-    return Draft202012Validator({"$ref": "#/$defs/config", "$defs": {"config": config}})
+    return Draft202012Validator({"properties": fields, "patternProperties": patterns})
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -92,9 +90,16 @@ def check_no_code(fields: dict[str, Any], name: str) -> None:
             f"{name} needs code of its own (auto_map in its config.json), which is not run; specify a model of an "
             "architecture that transformers has"
         )
-    for part in (fields, *(section for section in fields.values() if isinstance(section, dict))):
-        for field, value in part.items():
-            if field.endswith(_KERNELS) and "/" in str(value):
-                raise CheckpointError(
-                    f"{name} would run code of {str(value)[:200]} ({field} in its config.json); remove that field"
-                )
+    for field, value in _fields_of_sections(fields):
+        if field.endswith(_KERNELS) and "/" in str(value):
+            raise CheckpointError(
+                f"{name} would run code of {str(value)[:200]} ({field} in its config.json); remove that field"
+            )
+
+
+def _fields_of_sections(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The fields of a config and of its sections, at any depth."""
+    for field, value in fields.items():
+        yield field, value
+        if isinstance(value, dict):
+            yield from _fields_of_sections(value)
