@@ -81,10 +81,12 @@ def test_data_sets_hold_images_themselves(base: Path, model: Any, tmp_path: Path
     folder.mkdir()
     Dataset.from_dict(rows, features).to_parquet(folder / "train.parquet")
     wanted = {tuple(ids[0].tolist()): media for ids, media in loaded(base, model, str(path), samples=8).batches(1)}
-    for source in (folder, folder / "train.parquet"):
-        found = loaded(base, model, str(source), samples=8)
+    for source in ("", "/train.parquet", "/train.parquet:text", "/train.parquet:train:text"):
+        found = loaded(base, model, f"{folder}{source}", samples=8)
         for ids, media in found.batches(1):
             assert torch.equal(media["pixel_values"], wanted[tuple(ids[0].tolist())]["pixel_values"])
+    with pytest.raises(CheckpointError, match=r"no text in 'words', only text, images; .*/train\.parquet:COLUMN$"):
+        loaded(base, model, f"{folder}/train.parquet:words", samples=8)
 
 
 def test_chats(base: Path, model: Any, tmp_path: Path) -> None:

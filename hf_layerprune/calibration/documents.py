@@ -154,14 +154,15 @@ def _read_data_set(source: str, seed: int) -> Iterator[Document]:
         raise LayerPruneError(need) from None
     refuse_postscript()
     name, _, rest = source.partition(":")
-    split, _, column = rest.partition(":")
+    is_file = name.lower().endswith(".parquet")  # whose only split is `train`
+    split, _, column = (f"train:{rest.removeprefix('train:')}" if is_file else rest).partition(":")
     name, _, config = name.partition("@")
     split, column = split or "train", column or "text"
     if split.partition("[")[0] in _EVAL_SPLITS:
         logger.warning("calibration uses the %s split of %s; don't evaluate on it afterwards", split, name)
     streamed: dict[str, Any] = {"split": split, "streaming": True}  # only the rows that are used are downloaded
     with boundary(f"can't read calibration {source}"):
-        if name.lower().endswith(".parquet"):
+        if is_file:
             file = str(Path(name).expanduser())
             rows = load_dataset("parquet", data_files=file, trust_remote_code=False, **streamed)
         elif files := find_json_files(name, name=config or None):
@@ -172,4 +173,4 @@ def _read_data_set(source: str, seed: int) -> Iterator[Document]:
         else:
             rows = load_dataset(name, config or None, trust_remote_code=False, **streamed)
         for row in rows.shuffle(seed, buffer_size=_BUFFER):
-            yield _to_document(row, column, name, f"{name}:{split}")
+            yield _to_document(row, column, name, name if is_file else f"{name}:{split}")
