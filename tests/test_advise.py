@@ -199,6 +199,8 @@ def test_at_the_papers_size_the_papers_word(tmp_path: Path, capsys: pytest.Captu
     assert "To meet target_params, the last 8 of 32 layers go." in out
     assert main(["advise", str(folder), "--target-params", "1M"]) == 2
     assert "target_params=1M can't be met" in capsys.readouterr().err
+    assert main(["advise", str(folder), "--drop", "32"]) == 2
+    assert "drop=32 would drop all 32 layers of the model" in capsys.readouterr().err
     assert main(["advise", str(tmp_path), "--from-curve", str(tmp_path)]) == 2
     assert "from_curve has no effect for 5 billion" in capsys.readouterr().err
     of_a_branch = _advise_paper_recipe(AdviseRequest("org/model", revision="v1"), load_config(folder))

@@ -86,8 +86,9 @@ def advise(request: AdviseRequest) -> Advice:
             f"{request.base} is pruned already, and the advice is for the model before the cut; pass its base, or heal it as it "
             "is: recipes/sft_tail.py --config recipes/configs/heal.yaml"
         )
-    sizes = Sizes(config, request.base, revision=request.revision)
-    parameters = sizes.parameters()
+    if request.drop is not None:
+        drop_count(request.drop, families.layer_count(config))
+    parameters = Sizes(config, request.base, revision=request.revision).parameters()
     is_paper_size = parameters >= _PAPER_SIZE
     if is_paper_size:
         refuse_unused(
