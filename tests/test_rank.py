@@ -164,6 +164,17 @@ def test_a_criterion_that_may_not_drop_enough_is_left_out(
     assert "repairability is left out: no block of 7 layers may be dropped" in caplog.text
 
 
+def test_what_an_architecture_needs_is_not_said_to_be_an_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model("modernbert-decoder").save_pretrained(tmp_path)
+    assert main(["rank", str(tmp_path), "--criterion", "magnitude_l1,reverse_order", "--protect-first", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "\nlayer 0 can't be dropped from this architecture\n" in out
+    assert "\nmagnitude_l1: layers 1,6-7 may not be dropped (--protect-first, --protect-last)\n" in out
+    assert "\nreverse_order: layer 1 may not be dropped (--protect-first, --protect-last)\n" in out
+
+
 def test_the_block_that_goes_is_shown_beside_those_of_other_lengths(
     base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -345,7 +356,7 @@ def test_the_lineage_has_the_scores(base: Path, text: Path, tmp_path: Path) -> N
 
 def test_a_report_of_layers_without_score() -> None:
     scores = {"block_influence": Scores("block_influence", "paper", (0, 1, 2), layers=[0.25, 1e-9, None])}
-    lines = str(Ranking(scores, {"block_influence": [1]}, {}, {"protect": {}})).splitlines()
+    lines = str(Ranking(scores, {"block_influence": [1]}, {}, {"required": [], "protect": {}})).splitlines()
     assert any(line.split() == ["1", "1e-09*"] for line in lines)
     assert any(line.split() == ["2", "-"] for line in lines)
 

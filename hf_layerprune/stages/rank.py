@@ -81,6 +81,8 @@ class Ranking:
                 table.append([str(i), *(_cell(score, i in self.drops[s.criterion]) for score, s in cells)])
             note = "layers with lower scores are dropped first; * would be dropped"
             lines += ["", *_columns(table, right=True), "", note]
+        if required := self.record["required"]:
+            lines.append(f"{describe_layers(required)} can't be dropped from this architecture")
         protected: dict[tuple[int, ...], list[str]] = {}
         for name, layers in self.record["protect"].items():
             protected.setdefault(tuple(layers), []).append(name)
@@ -181,7 +183,10 @@ def rank(request: RankRequest) -> Ranking:
         "variant": request.variant,
         "contiguous": request.contiguous,
         "seed": request.seed,
-        "protect": {name: [i for i in range(n) if i not in layers] for name, layers in free.items() if name in found},
+        "required": sorted(protected),
+        "protect": {
+            name: sorted({*range(n)} - layers - protected.keys()) for name, layers in free.items() if name in found
+        },
         "calibration": calibration.record() if calibration is not None else None,
         "criteria": {name: one | {"drop_layers": drops[name]} for name, one in found.items()},
         "versions": package_versions(),
