@@ -13,8 +13,10 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
+from hf_layerprune.cli import build_parser
 from hf_layerprune.layer_ranges import describe_layers
 from hf_layerprune.measure.paired import compare_pairs
+from hf_layerprune.options import options_from_args
 from hf_layerprune.publish.card import metadata, regions, render, tables
 from hf_layerprune.publish.card.render import Card
 from hf_layerprune.records.declared import split_front_matter
@@ -23,6 +25,7 @@ from hf_layerprune.records.figures.numbers import MINUS, TIMES
 from hf_layerprune.records.history import Stage, read_history
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.records.metrics import Metrics
+from hf_layerprune.stages.requests import PruneRequest
 
 from .publish_records import BASE, EXPECTED, ROLES, example_card, lineage_of, metrics_of
 
@@ -235,6 +238,25 @@ def test_the_commands_fit_together() -> None:
     ]
     lineage.base["id"] = "model.gguf"
     assert read_history(lineage).commands()[0].split()[2] == "model.gguf"
+
+
+def test_the_command_has_all_that_chose_the_layers() -> None:
+    chosen = {
+        "max_kl": 0.2,
+        "criterion": "taylor",
+        "variant": "paper",
+        "steps": 2,
+        "protect_first": 0,
+        "protect_last": 1,
+    }
+    lineage = lineage_of(("dense", "cut"))
+    lineage.entries[0]["settings"] |= chosen
+    lineage.entries[0]["calibration"] = {"source": "self", "samples": 64, "length": 512, "seed": 7}
+    words = shlex.split(read_history(lineage).commands()[0].replace("\\\n", ""))[1:]
+    request = options_from_args(build_parser().parse_args(words), PruneRequest).with_calibration()
+    assert chosen == {name: getattr(request, name) for name in chosen}
+    assert (request.calibration_samples, request.calibration_length, request.seed) == (64, 512, 7)
+    assert "--calibration-length" not in words
 
 
 def test_the_base_is_named_as_it_was_read() -> None:

@@ -129,6 +129,7 @@ def test_bad_lines(tmp_path: Path, line: Any, message: str) -> None:
         ({}, "has no .jsonl file"),
         ({"a.jsonl": ""}, "a.jsonl has no questions"),
         ({"a.txt": "text", "a.jsonl": json.dumps(QUESTION)}, "have the same name"),
+        ({"a.txt": "text", "a.k.txt": "text", "a.jsonl": json.dumps(QUESTION)}, "have the same name"),
         *(
             (
                 {"a.jsonl": json.dumps(QUESTION), "a.yaml": f"{field}: x"},

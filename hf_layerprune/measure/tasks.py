@@ -226,7 +226,7 @@ def task_files(folder: Path, suffix: str) -> dict[str, Path]:
     """
     if not folder.is_dir():
         raise LayerPruneError(f"{folder} is not a folder; specify one with .jsonl files (tasks) or .txt files (texts)")
-    paths = sorted([*folder.glob("*.jsonl"), *folder.glob("*.txt")])
+    paths = sorted([*folder.glob("*.jsonl"), *folder.glob("*.txt")], key=lambda path: path.stem)
     if not paths:
         raise LayerPruneError(f"{folder} has no .jsonl file (a task) and no .txt file (a text); choose another folder")
     for one, next_one in pairwise(paths):

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..layer_ranges import format_layers
-from ..options import BUDGETS
+from ..options import BUDGETS, CutOptions, option_fields
 from .lineage import Lineage
 from .names import base_name, hub_base, is_gguf_name, is_hub_name, last_part
 
@@ -20,6 +20,8 @@ _LAYER = re.compile(r"(?P<before>.*?\b(?:layers|layer|h|blocks|block)\.)(?P<inde
 QUANTIZE, TRAIN = "quantize", "train"
 _LINE = 80
 OWN_TEXT = "text that the dense model wrote itself"
+# What chooses the layers, besides a budget.
+_SELECTION = ("criterion", "variant", "steps", "contiguous", "protect_first", "protect_last")
 # Fields of a repair's record that are not settings.
 _NOT_SETTINGS = ("changed_tensors", "input_weights", "seconds")
 
@@ -174,17 +176,16 @@ class History:
         if budget is None:
             arguments += ["--drop-layers", format_layers(settings["drop_layers"])]
         else:  # its repair is fitted to the rows that are not held out
-            arguments += [f"--{budget.replace('_', '-')}", f"{settings[budget]:g}"]
-            arguments += ["--criterion", str(settings["criterion"])]
-            arguments += ["--contiguous"] if settings.get("contiguous") is True else []
-            for name in ("protect_first", "protect_last"):
-                arguments += [f"--{name.replace('_', '-')}", str(settings[name])] if settings.get(name) else []
+            arguments += _arguments({name: settings.get(name) for name in (budget, *_SELECTION)})
         if settings.get("dtype", "auto") != "auto":
             arguments += ["--dtype", str(settings["dtype"])]
-        if settings.get("repair"):
-            arguments += ["--repair", str(settings["repair"])]
+        arguments += _arguments({"repair": settings.get("repair")})
         if settings.get("repair") or budget:
-            arguments += _calibration_arguments(stage.entry.get("calibration", {}))
+            text = stage.entry.get("calibration", {})
+            name = str(text.get("source", "self"))
+            name = last_part(name) if name.startswith(("/", "~", ".")) else name
+            sizes = {f"calibration_{size}": text.get(size) for size in ("samples", "length")}
+            arguments += _arguments({"calibration": name, **sizes, "seed": text.get("seed")})
         if settings.get("form") == "adapter":
             arguments.append("--adapter")
         if source is None and base.get("commit"):
@@ -208,17 +209,15 @@ def _wrap_command(words: list[str]) -> str:
     return " ".join(f"\\\n    {word}" if word.startswith("--") else word for word in quoted)
 
 
-def _calibration_arguments(record: dict[str, Any]) -> list[str]:
-    """The command-line options for a calibration set that differ from the defaults."""
-    source = str(record.get("source", "self"))
-    options = {
-        "--calibration": (last_part(source) if source.startswith(("/", "~", ".")) else source, "self"),
-        "--calibration-samples": (record.get("samples"), 128),
-        "--calibration-length": (record.get("length"), 512),
-        "--seed": (record.get("seed"), 42),
-    }
-    changed = [(flag, str(value)) for flag, (value, default) in options.items() if value not in (None, default)]
-    return [word for option in changed for word in option]
+def _arguments(settings: dict[str, Any]) -> list[str]:
+    """The command-line options for settings of a cut that differ from their defaults."""
+    arguments: list[str] = []
+    for name, option in option_fields(CutOptions).items():
+        value = settings.get(name)
+        if value not in (None, option.default):
+            arguments.append(f"--{name.replace('_', '-')}")
+            arguments += [] if value is True else [f"{value:g}" if isinstance(value, float) else str(value)]
+    return arguments
 
 
 def read_history(lineage: Lineage) -> History:

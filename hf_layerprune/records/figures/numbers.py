@@ -14,7 +14,7 @@ def format_number(value: float) -> str:
     """Three significant digits; powers of ten for very large and very small numbers."""
     if value == 0:
         return "0"
-    size = abs(value)
+    size = abs(float(f"{value:.3g}"))  # as it will be shown: 9.996 is 10.0
     if size >= 1e6 or size < 1e-3:
         mantissa, _, power = f"{value:.1e}".partition("e")
         exponent = int(power)
@@ -27,7 +27,7 @@ def format_number(value: float) -> str:
 
 def in_percent(value: float) -> str:
     """A share in percent, without the percent sign."""
-    return f"{100 * value:.1f}".replace("-", MINUS)
+    return f"{round(100 * value, 1) + 0:.1f}".replace("-", MINUS)  # no minus sign before a zero
 
 
 def format_count(value: float) -> str:
@@ -58,7 +58,7 @@ def with_error(text: str, value: float, stderr: float, *, share: bool) -> str:
 
 def format_duration(value: float) -> str:
     """A duration."""
-    if value < 1:
+    if value < 0.9995:
         return f"{1000 * value:.3g} ms"
     if value < 120:
         return f"{value:.1f} s"
