@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shlex
@@ -366,7 +367,8 @@ def test_what_a_curve_says_is_what_prune_makes(
     ("path", "value"),
     [
         (["points"], "x"), (["points", 0, "layers"], 3), (["points", 0, "layers"], "9"), (["points", 0, "dropped"], 2),
-        (["points", 0, "cut", "kl"], "<b>"), (["points", 0, "bytes"], None), (["points", 0, "speedup"], 1e400),
+        (["points", 0, "cut", "kl"], "<b>"), (["points", 0, "cut"], []), (["points", 0, "cut", "top1_agreement_stderr"], "x"),
+        (["points", 0, "cut", "perplexity_ratio"], 0), (["points", 0, "bytes"], None), (["points", 0, "speedup"], 1e400),
         (["steps"], [7, 7]), (["steps"], [99]), (["decode", "layers"], [1]), (["identity"], []), (["repair"], "glue"),
         (["num_layers"], "8"), (["dense", "bytes"], "1"), (["schema_version"], 2), (["decode", "batch"], 1),
     ],
@@ -399,6 +401,20 @@ def test_a_model_that_can_not_be_repaired_has_a_curve(tmp_path: Path) -> None:
     assert curve.record["repair"] is None
     assert all("repaired" not in point for point in curve.points)
     assert len(str(curve).splitlines()) == 6
+
+
+def test_a_curve_of_ruined_cuts_is_read_again(model: Any, tmp_path: Path) -> None:
+    """The perplexity of its plain cuts is more than 10^20 times the dense model's, which the records do not take."""
+    ruined = copy.deepcopy(model)
+    with torch.no_grad():
+        ruined.model.norm.weight.mul_(60)
+    ruined.save_pretrained(tmp_path / "base")
+    options = {"calibration": "self", "calibration_samples": 12, "calibration_length": 16, "context": 16}
+    first, again = (quality_curve(str(tmp_path / "base"), tmp_path / "curve", curve_up_to=2, **options) for _ in "ab")
+    assert first.points == again.points
+    assert first.points[1]["cut"]["perplexity_ratio"] > 1e6
+    words = ["--from-curve", str(tmp_path / "curve"), "--drop", "2"]
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "cut"), *words]) == 0
 
 
 def test_a_curve_ends_where_no_cut_has_a_number(

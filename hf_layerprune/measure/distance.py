@@ -90,10 +90,7 @@ def mean(values: torch.Tensor) -> tuple[float, float | None]:
 
 
 def text_metrics(window_nll: torch.Tensor) -> dict[str, tuple[float, float | None]]:
-    """Perplexity (infinite if it is too large for a float) and `nll`, each with its standard error, to first order."""
+    """Perplexity (infinite if it is too large for `metrics.json`) and `nll`, each with its standard error, to first order."""
     nll, error = mean(window_nll)
-    try:
-        perplexity = math.exp(nll)
-    except OverflowError:
-        perplexity = math.inf
+    perplexity = math.inf if nll > 60 else math.exp(nll)  # 1e26, and its error is larger
     return {"perplexity": (perplexity, None if error is None else perplexity * error), "nll": (nll, error)}

@@ -8,7 +8,8 @@ from ..layer_ranges import parse_layers
 from .history import History
 
 STATES = ("cut", "repaired")
-_FIGURES = ("kl", "perplexity_ratio", "top1_agreement")
+# The figures of a point, and how large they and their standard errors may be; see `Outcome.quality`.
+_FIGURES = {"kl": 1e6, "perplexity_ratio": 1e20, "top1_agreement": 1.0}
 
 
 def curve_points(history: History) -> list[dict[str, Any]]:
@@ -34,11 +35,20 @@ def is_point(point: Any, num_layers: int) -> bool:
     except ValueError:
         return False
     measured = [point[name] for name in STATES if name in point]
-    figures = [m.get(figure) for m in measured if isinstance(m, dict) for figure in _FIGURES]
-    figures += [m.get("kl_stderr", 0) for m in measured if isinstance(m, dict)]
     return (
         len(layers) == point.get("dropped")
         and layers[-1] < num_layers
-        and len(figures) == 4 * len(measured)
-        and all(isinstance(figure, int | float) and abs(figure) < 1e6 for figure in figures)
+        and all(isinstance(one, dict) and _is_quality(one) for one in measured)
+    )
+
+
+def _is_quality(measured: dict[str, Any]) -> bool:
+    """Whether a point has its figures, and a perplexity ratio has a logarithm."""
+    return (
+        all(
+            isinstance(value, int | float) and abs(value) <= most
+            for name, most in _FIGURES.items()
+            for value in (measured.get(name), measured.get(f"{name}_stderr", 0))
+        )
+        and measured["perplexity_ratio"] > 0
     )

@@ -87,7 +87,7 @@ class Outcome:
             if len(values) > 1:
                 error = values.std(correction=1).item() / math.sqrt(len(values))
             if name == "perplexity_ratio":  # so far its logarithm
-                mean = math.exp(min(mean, 700))
+                mean = math.exp(min(mean, 30))  # lineage.json has no number above 1e20
                 error *= mean
             found |= {name: mean, f"{name}_stderr": error}
         return {name: round(value, 6) for name, value in found.items() if math.isfinite(value)}
