@@ -85,6 +85,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "stateless" / "trainer_state.json").write_text("{}")
     part = {"datasets": [{"path": str(folder / "rows.jsonl")}]}
     (folder / "mixture.yaml").write_text(yaml.safe_dump(part))
+    (folder / "streamed.yaml").write_text(yaml.safe_dump(part | {"streaming": True}))
     (folder / "advice.yaml").write_text(yaml.safe_dump({"drop_layers": "3,4"}))
     return folder
 
@@ -117,6 +118,18 @@ USAGE = [
     (PRUNED | {"target_params": "1K"}, "target_params has no effect on"),
     (PRUNED | {"max_kl": 0.1}, "max_kl has no effect on"),
     (PRUNED | {"criterion": "kl", "repair": "linear"}, "repair and criterion have no effect on"),
+    (PRUNED | {"features": 0.5, "teacher": "FOLDER/base"}, "none of them is trained; use --method behind2"),
+    (PRUNED | {"dataset_name": "self", "self_length": 64}, "distilling and writing rows need the dense model; specify it with --teacher"),
+    (PRUNED | {"rewrite_answers": "true"}, "distilling and writing rows need the dense model"),
+    ({"model_name_or_path": None}, "specify the model with --model_name_or_path"),
+    (
+        {"dataset_name": "self", "dataset_config": "en", "dataset_streaming": "true"},
+        "dataset_config and dataset_streaming have no effect with --dataset_name self",
+    ),
+    (
+        {"config": "FOLDER/streamed.yaml", "dataset_name": None, "loss": "kd", "max_steps": 1},
+        "loss=kd needs all rows at once",
+    ),
     ({"dataset_name": "self", "rewrite_answers": "true"}, "rewrite_answers has no effect with --dataset_name self"),
     ({"rewrite_temperature": 1}, "rewrite_temperature has no effect without --rewrite_answers"),
     ({"kd_temperature": 2, "kd_tokens": "completion"}, "kd_temperature and kd_tokens have no effect with loss=ce"),
@@ -133,6 +146,10 @@ USAGE = [
     ({"trust_remote_code": "true"}, "leave --trust_remote_code out"),
     ({"chat_template_path": "FOLDER/t.jinja"}, "--chat_template_path changes the tokenizer only during training"),
     ({"num_train_epochs": 0}, "--num_train_epochs must be above 0"),
+    ({"max_steps": 0}, "--max_steps must be above 0"),
+    ({"max_length": 0}, "--max_length must be above 0"),
+    ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size must be above 0"),
+    ({"per_device_eval_batch_size": 0}, "--per_device_eval_batch_size must be above 0"),
     ({"num_train_epochs": -1}, "--num_train_epochs must be above 0"),
     ({"learning_rate": 0}, "--learning_rate must be above 0"),
     ({"gradient_accumulation_steps": -1}, "--gradient_accumulation_steps must be above 0"),
@@ -179,7 +196,7 @@ FAILURES = [
     ({"loss": "kd", "teacher": "/nowhere"}, "/nowhere"),
     ({"loss": "kd", "teacher": "FOLDER/pruned"}, "has 6 layers, but this model is cut from one with 8"),
     (
-        {"loss": "kd", "teacher": "FOLDER/other"},
+        {"teacher": "FOLDER/other"},
         "has 200 tokens in its vocabulary, but this model is cut from one with",
     ),
     (
@@ -217,6 +234,29 @@ def test_refused_before_the_cut(
     assert said.splitlines()[-1].startswith("error: ")
     assert message.replace("FOLDER", str(folder)) in said
     assert not (tmp_path / "run").exists()
+
+
+LORA = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0, "lora_target_modules": "q_proj", "use_rslora": "true"}
+ACCEPTED = [
+    PRUNED,
+    PRUNED | {"resume_from_checkpoint": "true"},  # nothing is missing where it was not pruned by the recipe
+    {"method": "lora", "features": 0.5, "drop_layers": "3,4", "dtype": "float32", "attn_implementation": "eager"}
+    | LORA,
+    {"method": "lora", "lora_target_parameters": "x", "lora_modules_to_save": "lm_head", "hub_strategy": "end"},
+    {"loss": "kd", "teacher": "FOLDER/wide"},  # whose hidden states nothing learns
+]
+
+
+@pytest.mark.parametrize("settings", ACCEPTED, ids=str)
+def test_what_has_an_effect_is_accepted(
+    recipe: ModuleType, folder: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    run = tmp_path / "run"
+    if "resume_from_checkpoint" in settings:
+        (run / "model").mkdir(parents=True)
+    *parsed, _ = recipe.make_parser().parse_args_and_config(words(folder, run, **settings))
+    student = preflight.check_run(*parsed)
+    assert (student is not None) == ("model_name_or_path" in settings)
 
 
 class _ZeRO3:
