@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +13,13 @@ import torch
 from datasets import Dataset, Image, load_dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM, AutoProcessor
+from trl import DatasetMixtureConfig
+from trl.scripts.utils import DatasetConfig
 
 from hf_layerprune.errors import CheckpointError, CutError, LayerPruneError
 from hf_layerprune.heal.data import load_rows, shape_rows
+from hf_layerprune.heal.options import RowOptions
+from hf_layerprune.heal.sources import Sources
 from hf_layerprune.publish.requests import VerifyRequest
 from hf_layerprune.publish.verify.verdict import verify
 from hf_layerprune.records.lineage import Lineage
@@ -60,7 +64,7 @@ def test_rows_hold_opened_images(base: Path, monkeypatch: pytest.MonkeyPatch) ->
     rows, read, decode = load_rows(str(base.parent / "rows.jsonl"))["train"], [], Image.decode_example
     monkeypatch.setattr(Image, "decode_example", lambda *given, **more: read.append(1) or decode(*given, **more))
     name, processor = str(base.parent / "rows.jsonl"), lambda: load_processor(base)
-    shaped = shape_rows(rows, load_tokenizer(base), name=name, load_processor=processor)
+    shaped = shape_rows(rows, load_tokenizer(base), name=name, load_processor=processor, folder=base.parent)
     assert set(shaped.column_names) == {"prompt", "completion", "images"}
     count = len(read)
     assert len(list(shaped)) == len(rows)
@@ -68,15 +72,15 @@ def test_rows_hold_opened_images(base: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [image.size for image in shaped[1]["images"]] == [noise(1).size]
     assert list(shaped[1]["images"][0].get_flattened_data()) == list(noise(1).get_flattened_data())
     single = Dataset.from_list([{"instruction": "w5", "output": "w6", "image": "1.png"}])
-    shaped = shape_rows(single, load_tokenizer(base), name=name, load_processor=processor)
+    shaped = shape_rows(single, load_tokenizer(base), name=name, load_processor=processor, folder=base.parent)
     assert shaped[0]["image"].size == noise(1).size
     assert shaped[0]["prompt"] == [{"role": "user", "content": "w5"}]
     missing = Dataset.from_list([{"instruction": "w5", "output": "w6", "image": "no.png"}])
     with pytest.raises(CheckpointError, match=r"the rows name the image no.png, and .*no.png is not a file"):
-        shape_rows(missing, load_tokenizer(base), name=name, load_processor=processor)
+        shape_rows(missing, load_tokenizer(base), name=name, load_processor=processor, folder=base.parent)
     text = Dataset.from_list([{"text": "w5", "image": "1.png"}])
     with pytest.raises(CutError, match=r"has image, and training on images needs prompt and completion.* as well"):
-        shape_rows(text, load_tokenizer(base), name=name, load_processor=processor)
+        shape_rows(text, load_tokenizer(base), name=name, load_processor=processor, folder=base.parent)
 
 
 @pytest.mark.parametrize("held", [False, True])
@@ -95,8 +99,22 @@ def test_an_image_that_can_not_be_read_is_found_before_training(
         rows = rows.remove_columns("image").add_column("image", images).cast_column("image", Image())
     name, processor = str(tmp_path / "rows.jsonl"), lambda: load_processor(base)
     with pytest.raises(CheckpointError, match=r"an image in row 2 of .*rows.jsonl can't be read: .*; replace it, or"):
-        shape_rows(rows, load_tokenizer(base), name=name, load_processor=processor)
+        shape_rows(rows, load_tokenizer(base), name=name, load_processor=processor, folder=tmp_path)
     assert not ran.exists()
+
+
+def test_a_mixture_finds_its_images(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = base.parent
+    (folder / "more.jsonl").write_text((folder / "rows.jsonl").read_text())
+    monkeypatch.setenv("HOME", str(folder))
+    parts = [DatasetConfig(path=path) for path in ("~/rows.jsonl", str(folder / "more.jsonl"))]
+    names: Any = SimpleNamespace(dataset_name=None, dataset_train_split="train")
+    args: Any = SimpleNamespace(
+        row_seed=0, dataset_text_field="text", assistant_only_loss=False, completion_only_loss=None, eval_strategy="no"
+    )
+    mixture = DatasetMixtureConfig(datasets=parts)
+    rows = Sources.read(names, mixture, RowOptions(), args, load_tokenizer(base), str(base)).train
+    assert [image.size for image in rows[9]["images"]] == [noise(3).size]
 
 
 def test_the_recipe_trains_on_images(
@@ -189,7 +207,7 @@ def test_images_of_a_data_set(recipe: ModuleType, base: Path, tmp_path: Path) ->
     """A data set that holds its images, with an evaluation during training."""
     rows = load_rows(str(base.parent / "rows.jsonl"))["train"]
     processor = lambda: load_processor(base)  # noqa: E731
-    shaped = shape_rows(rows, load_tokenizer(base), name=str(base.parent / "rows.jsonl"), load_processor=processor)
+    shaped = shape_rows(rows, load_tokenizer(base), load_processor=processor, folder=base.parent)
     folder = tmp_path / "set"
     folder.mkdir()
     for split in ("train", "test"):

@@ -244,7 +244,7 @@ def test_the_recorded_command_has_neither_tokens_nor_folders(tmp_path: Path, mon
     recipes = Path(__file__).parents[1] / "recipes"
     words = [
         "--config", f"{tmp_path}/mine/heal.yaml", "--hub_token", token, f"--hub-token={token}", "--pad_token", "<pad>",
-        "--output_dir=/home/alice/x", "--eval-texts", "/home/alice/a.txt,b/c.txt", "--run_name", f"of {token}",
+        "--output_dir=/home/alice/x", "--eval-texts", "~/secret/a.txt,b/c.txt", "--run_name", f"of {token}",
         "--push_to_hub", "--hub_model_id", "me/x", "--resume_from_checkpoint", "x/checkpoint-4",
         "--dataset_name", "mine/rows.jsonl",
     ]  # fmt: skip

@@ -225,6 +225,8 @@ def new_file(
     Raises:
         CheckpointError: The target can't be written or replaced, or writing fails. The temporary file is removed.
     """
+    from safetensors import SafetensorError
+
     check_file_target(target, force=force, inside=inside, source=source)
     # A random name, so that no existing link or file is written to.
     partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
@@ -236,7 +238,7 @@ def new_file(
             _claim(target, partial)
         os.replace(partial, target)
         sync_folder(target.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise write_error(target, error) from error
     finally:
         partial.unlink(missing_ok=True)

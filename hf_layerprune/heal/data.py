@@ -8,6 +8,7 @@ images takes a column `image` or `images` beside all but the last two.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -115,6 +116,7 @@ def load_mixture(mixture: DatasetMixtureConfig, seed: int = 42) -> DatasetDict:
 
 def _json_to_arrow(part: DatasetConfig) -> DatasetConfig:
     """A part of a mixture; if it is of local JSON files, with the same rows in Arrow's format."""
+    part = replace(part, path=os.path.expanduser(part.path))
     files = find_json_files(part.path, name=part.name, data_dir=part.data_dir, data_files=part.data_files)
     if files is None:
         return part
@@ -143,6 +145,7 @@ def shape_rows(
     text_field: str = TEXT,
     load_processor: Callable[[], ProcessorMixin] | None = None,
     whole: bool = False,
+    folder: Path = Path(),
 ) -> Dataset:
     """Convert rows to `prompt` and `completion`, or leave them unchanged if TRL accepts them.
 
@@ -158,6 +161,7 @@ def shape_rows(
         load_processor (`Callable`, *optional*): Loads the processor of a model that reads images; `None` for one that
             reads text alone.
         whole (`bool`, defaults to `False`): Leave conversations whole, so that all their answers can be trained on.
+        folder (`Path`, *optional*): The folder that paths of images are relative to.
 
     Returns:
         `Dataset`: With `prompt` and `completion`, `messages`, `text` or `input_ids`, and the images if there are any.
@@ -178,7 +182,7 @@ def shape_rows(
     chatting = has_chat_template(load_processor() if images and load_processor else tokenizer)
     if images:
         with _row_errors(name):
-            rows = _open_images(rows, images, Path(name).expanduser().parent)
+            rows = _open_images(rows, images, folder)
         _check_images(rows, images, name)
         columns = [column for column in columns if column not in images]
     shaped = {"prompt", "completion"} <= set(columns) or {"input_ids", "messages", "conversations"} & set(columns)
@@ -234,14 +238,17 @@ def has_images(rows: Any) -> bool:
 
 
 def _open_images(rows: Dataset, columns: list[str], folder: Path) -> Dataset:
-    """Make images of the paths of images, which are relative to the folder of a data file."""
+    """Make images of the paths of images, which are relative to a folder."""
     from datasets import Image, Sequence
 
     refuse_postscript()
 
     def found(path: str) -> str:
         if not (folder / path).is_file():
-            raise CheckpointError(f"the rows name the image {path}, and {folder / path} is not a file")
+            raise CheckpointError(
+                f"the rows name the image {path}, and {folder / path} is not a file; write paths relative to the data, or where "
+                "data sets of several folders are mixed, absolute ones"
+            )
         return str(folder / path)
 
     for column in columns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CutError
@@ -62,6 +63,9 @@ class Sources:
             parts = [{"path": name, "name": config_name, "split": script_args.dataset_train_split}]
             splits = load_rows(name, config=config_name, streaming=script_args.dataset_streaming)
         name = "+".join(part["path"] for part in parts)
+        paths = [Path(part["path"]).expanduser() for part in parts]
+        folders = {path if path.is_dir() else path.parent for path in paths}
+        folder = folders.pop() if len(folders) == 1 else Path()
         config = load_config(model, revision=revision)
         vocabulary = getattr(config.get_text_config(), "vocab_size", None)
         processor = partial(load_processor, model, revision=revision) if placeholder_tokens(config) else None
@@ -69,7 +73,7 @@ class Sources:
 
         def shaped(split: str) -> Dataset:
             rows = pick_split(splits, split, name)
-            rows = shape_rows(rows, tokenizer, row_args.template, name, field, processor, whole)
+            rows = shape_rows(rows, tokenizer, row_args.template, name, field, processor, whole, folder)
             check_rows(rows, name, field, vocabulary)
             if has_images(rows):
                 return rows

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -23,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import CheckpointError
-from ..files.copy import check_space, write_error
+from ..files.copy import check_space, new_file, write_error
 from ..files.folders import lock_folder, unlock_folder
-from ..records.figures.numbers import format_size
+from ..options import format_bytes
 from ..runtime.memory import free_memory, halve_batch
 from ..screen import progress_bar
 
@@ -176,15 +175,8 @@ class StateCache:
         return self.folder / f"{index:05d}-of-{len(self.shards):05d}.safetensors"
 
     def _write(self, index: int, states: dict[str, torch.Tensor]) -> None:
-        path = self._path(index)
-        partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-        try:
+        with new_file(self._path(index), force=True) as partial:
             save_file(states, partial)
-            os.replace(partial, path)
-        except (OSError, SafetensorError) as error:
-            raise write_error(path, error) from error
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def create_cache_folders(caches: Sequence[StateCache]) -> None:
@@ -200,7 +192,7 @@ def create_cache_folders(caches: Sequence[StateCache]) -> None:
         if needed:
             free = shutil.disk_usage(parent).free
             logger.info(
-                "%s will take up %s for hidden states; %s is free", parent, format_size(needed), format_size(free)
+                "%s will take up %s for hidden states; %s is free", parent, format_bytes(needed), format_bytes(free)
             )
             check_space(parent, needed, free)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path, PurePath
 from typing import Any
@@ -61,7 +62,7 @@ def last_part(path: str) -> str:
 
 def strip_local_path(word: str) -> str:
     """Shorten an absolute path to its name or, below the working folder, to the relative path; keep any other word."""
-    path, here = Path(word), Path.cwd()
+    path, here = Path(os.path.expanduser(word)), Path.cwd()
     if not path.is_absolute():
         return word
     inside = path.is_relative_to(here) and not Path.home().is_relative_to(here)
