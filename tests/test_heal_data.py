@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset, DatasetDict, Features, LargeList, List, Sequence, Value, load_from_disk
 
 from hf_layerprune.calibration.documents import read_documents
@@ -290,6 +291,25 @@ def test_what_a_mixture_holds_out_is_drawn_by_the_seed(tmp_path: Path) -> None:
     assert held_out(1) != held_out(2)
 
 
+def test_half_of_the_written_rows_begin_with_a_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a GPU, where a part has as many rows as are usually asked for."""
+    began: dict[bool, int] = {}
+
+    def write(model: Any, begins: Any, size: int, length: int, seed: int) -> torch.Tensor:
+        began[begins is not None] = began.get(begins is not None, 0) + size
+        return torch.zeros(size, length, dtype=torch.long)
+
+    monkeypatch.setattr("hf_layerprune.heal.self_data.generate_text", write)
+    for most, count in ((1024, 512), (64, 512), (64, 100), (64, 129), (64, 1)):
+        monkeypatch.setattr("hf_layerprune.heal.self_data._ROWS_PER_PART", most)
+        began.clear()
+        rows = RowWriter(tiny_model("llama"), word_tokenizer(), tmp_path / f"{most}-{count}", 0).generate_rows(
+            count, 4
+        )
+        assert len(rows) == count == sum(began.values())
+        assert abs(began[True] - began.get(False, 0)) <= most // 32 + 1
+
+
 @pytest.mark.parametrize("damage", ["{", '["a"]', "1", '{"input_ids": [3]}', "null"])
 def test_rows_of_an_earlier_run_that_are_damaged(tmp_path: Path, damage: str) -> None:
     model = tiny_model("llama")
@@ -299,7 +319,7 @@ def test_rows_of_an_earlier_run_that_are_damaged(tmp_path: Path, damage: str) ->
 
     rows = write().to_list()
     assert [len(row["input_ids"]) for row in rows] == [8, 8]
-    (part,) = tmp_path.glob("*/part-*")
+    _, part = tmp_path.glob("*/part-*")
     part.write_text(f"{part.read_text()[:-1]}, {damage}]")
     with pytest.raises(CheckpointError, match=str(tmp_path)):
         write()

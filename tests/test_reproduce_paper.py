@@ -426,6 +426,8 @@ def test_training_that_fails_says_why(tmp_path: Path) -> None:
     script = "import sys; print('loading'); sys.exit('error: method=qlora needs bitsandbytes')"
     with pytest.raises(LayerPruneError, match=r"training failed: method=qlora needs bitsandbytes \(log: "):
         runner._launch([sys.executable, "-c", script], tmp_path / "log.txt")
+    with pytest.raises(LayerPruneError, match=r"training failed: it ended with code 3 \(log: "):
+        runner._launch([sys.executable, "-c", "import sys; sys.exit(3)"], tmp_path / "log.txt")
     assert (tmp_path / "log.txt").read_text().startswith("loading")
 
 

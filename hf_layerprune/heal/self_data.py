@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SELF = "self"
-# Rows in a part, which are written at the same time; on a GPU, a thousand take about as long as a hundred.
+# The most rows in a part, which are written at the same time; on a GPU, a thousand take about as long as a hundred.
 _ROWS_PER_PART, _ROWS_PER_PART_ON_DEVICE = 64, 1024
 _ANSWERS_PER_PART = 32
 
@@ -59,7 +60,8 @@ class RowWriter:
         """
         from datasets import Dataset
 
-        part_rows = _ROWS_PER_PART if self.model.device.type == "cpu" else _ROWS_PER_PART_ON_DEVICE
+        most = _ROWS_PER_PART if self.model.device.type == "cpu" else _ROWS_PER_PART_ON_DEVICE
+        part_rows = math.ceil(count / (2 * math.ceil(count / (2 * most))))  # as many parts of one kind as of the other
 
         def make(part: int) -> list[list[int]]:
             size = min(part_rows, count - part * part_rows)
@@ -67,7 +69,7 @@ class RowWriter:
             return generate_text(self.model, begins, size, length, self.seed + part).tolist()
 
         settings = ("rows", count, length, str(self.tokenizer.chat_template))
-        made = self._make_parts(-(-count // part_rows), make, *settings)
+        made = self._make_parts(math.ceil(count / part_rows), make, *settings)
         with self._read_errors():
             ids = [list(map(int, row)) for row in made]
             return Dataset.from_dict({"input_ids": ids, "labels": ids})

@@ -218,6 +218,7 @@ class Runner:
             ) as running,
         ):
             output: Any = running.stdout
+            start = file.tell()  # an earlier attempt's log comes first
             try:
                 for piece in iter(lambda: os.read(output.fileno(), 1 << 16), b""):
                     file.write(piece)
@@ -228,7 +229,8 @@ class Runner:
                 os.killpg(running.pid, signal.SIGTERM)
                 raise
         if running.returncode:
-            last = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+            written = log.read_bytes()[start:].decode(errors="replace")
+            last = [line for line in written.splitlines() if line.startswith("error: ")]
             reason = last[-1].removeprefix("error: ") if last else f"it ended with code {running.returncode}"
             raise LayerPruneError(f"training failed: {reason} (log: {log})")
 
