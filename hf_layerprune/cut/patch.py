@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,7 +88,8 @@ def match_layers(
     """
     from transformers.modeling_utils import str_to_torch_dtype
 
-    named = {_checkpoint_name(key, stored, config): value for key, value in values.items()}
+    names = _checkpoint_names(values, stored, config)
+    named = {names[key]: value for key, value in values.items()}
     for name, value in named.items():
         if (tensor := stored.get(name)) is None:
             raise CheckpointError(
@@ -104,13 +105,16 @@ def match_layers(
     return named
 
 
-def _checkpoint_name(key: tuple[int, str], stored: Mapping[str, Tensor], config: PreTrainedConfig) -> str:
-    """How the checkpoint names a parameter of a layer: as the model does, or as transformers names it on disk."""
-    index, name = key
+def _checkpoint_names(
+    keys: Collection[tuple[int, str]], stored: Mapping[str, Tensor], config: PreTrainedConfig
+) -> dict[tuple[int, str], str]:
+    """How the checkpoint names parameters of layers: as the model does, or as transformers names them on disk."""
     prefix = find_layer_prefix(stored, layer_count(config))
-    own = f"{prefix}{index}.{name}"
-    if own in stored:
-        return own
-    path = f"{find_decoder_layers(model_without_weights(config)).path}.{index}.{name}"
-    renamed = stored_names(config, [path]).get(path, path)
-    return f"{prefix}{index}.{renamed.partition(f'.{index}.')[2]}"
+    names = {(index, name): f"{prefix}{index}.{name}" for index, name in keys}
+    if others := [key for key, name in names.items() if name not in stored]:
+        path = find_decoder_layers(model_without_weights(config)).path
+        full = {(index, name): f"{path}.{index}.{name}" for index, name in others}
+        renamed = stored_names(config, full.values())
+        for (index, name), own in full.items():
+            names[index, name] = f"{prefix}{index}.{renamed.get(own, own).partition(f'.{index}.')[2]}"
+    return names

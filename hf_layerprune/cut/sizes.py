@@ -91,11 +91,8 @@ class Sizes:
         """
         if self._weights is None or self._dtype != "auto":
             return self._saved_bytes(drop)
-        shards = [file.size for file in (self._plan_weights(drop).shards if drop else self._weights.headers.values())]
-        headers = sum(shards) - sum(
-            tensor.size * kept // max(1, tensor.elements) for tensor, kept in self._kept_tensors(drop)
-        )
-        return headers + self.weight_bytes(drop)
+        files = self._plan_weights(drop).shards if drop else self._weights.headers.values()
+        return sum(file.size for file in files) + self._head_elements * self.dtype.itemsize
 
     def weight_bytes(self, drop: Sequence[int] = ()) -> int:
         """Bytes of the tensors that are left, without headers."""
