@@ -23,7 +23,7 @@ from transformers.integrations import deepspeed
 from trl import ModelConfig
 
 from hf_layerprune import drop_layers
-from hf_layerprune.cut.memory import dry_run_cut_of_config
+from hf_layerprune.cut.dry_run import dry_run_cut_of_config
 from hf_layerprune.errors import CheckpointError, CutError, LayerPruneError, explain
 from hf_layerprune.families import cut_config, make_cut
 from hf_layerprune.heal import preflight

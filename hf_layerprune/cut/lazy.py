@@ -30,7 +30,8 @@ from ..runtime.loading import check_complete, is_hub_id, read_checked_config, re
 from ..runtime.model_class import model_class_of
 from .base import Base, read_weights
 from .check import warn_if_unproven
-from .memory import dry_run_cut, kept_slices
+from .dry_run import dry_run_cut
+from .memory import kept_slices
 from .plan import new_names
 
 if TYPE_CHECKING:

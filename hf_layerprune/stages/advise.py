@@ -148,7 +148,7 @@ def _launch_command(request: AdviseRequest) -> tuple[str, ...]:
 def _advise_from_frontier(request: AdviseRequest, config: Any) -> Advice:
     from ..repair.fit import can_repair_every_cut
     from ..select.cost import forward_seconds
-    from .curve import load_curve
+    from .curve_file import load_curve
     from .rank import open_base, open_walk
 
     if request.target == "target_speedup":

@@ -11,12 +11,11 @@ Each point is on disk once it is found, so an interrupted curve continues where 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +25,14 @@ from ..errors import CheckpointError, CutError, LayerPruneError
 from ..files.copy import write_text
 from ..files.folders import check_target
 from ..layer_ranges import describe_layers, parse_layers
-from ..options import DEFAULT_DROP, AmountOptions, format_bytes, format_count, format_percent, join_words, pluralize
+from ..options import DEFAULT_DROP, format_count, join_words, pluralize
 from ..records.curve import final_quality
-from ..records.fingerprints import fingerprint
-from ..records.names import is_gguf_name
-from ..runtime.loading import is_hub_id, load_config
+from ..runtime.loading import load_config
 from ..select.registry import find_criterion
 from ..select.sets import drop_count, free_layers
 from ..versions import __version__
-from .curve_file import FILE, SCHEMA_VERSION, read_curve
-from .requests import AdviseRequest, PruneRequest, RankRequest
+from .curve_file import FILE, SCHEMA_VERSION, Curve, base_identity, check_answerable, chosen_count, read_curve
+from .requests import RankRequest
 
 if TYPE_CHECKING:
     from ..calibration.rows import CalibrationSet
@@ -51,63 +48,6 @@ _IDENTITY_OPTIONS = (
     "calibration", "calibration_samples", "calibration_length", "seed", "protect_first", "protect_last", "contiguous",
     "dtype", "context", "batch",
 )  # fmt: skip
-
-
-@dataclass
-class Curve:
-    """Quality against the number of dropped layers.
-
-    Args:
-        points (`list[dict[str, Any]]`): One for each number of layers, from 1: `dropped`, `layers`, `found_by`,
-            `parameters`, `bytes`, `speedup` (expected), and the quality before (`cut`) and after repair (`repaired`).
-        record (`dict[str, Any]`): The whole content of `curve.json`.
-    """
-
-    points: list[dict[str, Any]]
-    record: dict[str, Any] = field(repr=False)
-
-    @property
-    def drops(self) -> dict[int, list[int]]:
-        """The layers that each point drops, by their number."""
-        return {point["dropped"]: parse_layers(point["layers"]) for point in self.points}
-
-    @property
-    def chosen(self) -> int | None:
-        """How many layers the options of the request would drop, if the curve goes that far."""
-        return self.record.get("chosen")
-
-    @property
-    def knee(self) -> int | None:
-        """The number of layers beyond which quality falls off, if the curve has such a point."""
-        return self.record.get("knee")
-
-    def __str__(self) -> str:
-        headings = [
-            "dropped", "parameters", "bytes", "speed-up", "KL, cut", "KL, repaired", "perplexity", "top-1", "layers",
-        ]  # fmt: skip
-        rows = [headings, ["0", *_format_sizes(self.record["dense"]), "1x", "0", "0", "x1", "100 %", "dense"]]
-        for point in self.points:
-            best = final_quality(point)
-            marks = {"chosen": self.chosen, "knee": self.knee}
-            here = ", ".join(word for word, count in marks.items() if count == point["dropped"])
-            kls = [f"{point[name]['kl']:.3g}" if name in point else "-" for name in ("cut", "repaired")]
-            quality = [f"x{best['perplexity_ratio']:.3g}", format_percent(best["top1_agreement"])]
-            layers = point["layers"] + (f"  <- {here}" if here else "")
-            rows.append(
-                [str(point["dropped"]), *_format_sizes(point), f"{point['speedup']:.2f}x", *kls, *quality, layers]
-            )
-        widths = [max(len(row[k]) for row in rows) for k in range(len(headings) - 1)]
-        lines = ["  ".join([*(c.rjust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
-        repair = self.record["repair"]
-        note = f"perplexity and top-1 after the {repair} repair; " if repair else ""
-        device = self.record["decode"].get("device", "machine")
-        return "\n".join(
-            [*lines, "", f"{note}speed-up as expected from the times of layers and head on this {device}"]
-        )
-
-
-def _format_sizes(entry: dict[str, Any]) -> list[str]:
-    return [format_count(entry["parameters"]), format_bytes(entry["bytes"])]
 
 
 def quality_curve(base: str, output: str | os.PathLike[str] | None = None, **options: Any) -> Curve:
@@ -139,7 +79,7 @@ def make_curve(request: RankRequest) -> Curve:
     from ..select.budget import check_budget_rows
     from .provenance import has_same_rows
 
-    _check_answerable(request)
+    check_answerable(request)
     check_budget_rows(request, request.calibration_samples)
     check_source(request.calibration)
     config = load_config(request.base, revision=request.revision)
@@ -150,7 +90,7 @@ def make_curve(request: RankRequest) -> Curve:
     free = free_layers(n, 1, *find_criterion("auto").protected_ends(request), protected)
     up_to = _last_count(request, n, min(len(free), n - 1))
     identity = {
-        "base": _base_identity(request),
+        "base": base_identity(request),
         "repair": request.repair,
         **{name: getattr(request, name) for name in _IDENTITY_OPTIONS},
         "version": __version__,
@@ -164,7 +104,7 @@ def make_curve(request: RankRequest) -> Curve:
         raise _other_rows_error(request)
     points = record["points"][:up_to]
     curve = Curve(points, record)
-    record["chosen"] = _chosen_count(request, curve, n)
+    record["chosen"] = chosen_count(request, curve)
     record["knee"] = knee(points)
     if request.output is not None:
         folder = request.output.expanduser()
@@ -270,17 +210,6 @@ def _make_search(
     return with_repair(record.setdefault("repair", request.repair))
 
 
-def _base_identity(request: RankRequest | PruneRequest | AdviseRequest) -> str:
-    """A hash of the base's files."""
-    if is_hub_id(request.base):
-        from ..files.hub import Repo
-
-        repo = Repo.open(request.base, request.revision)
-        return f"{request.base}@{repo.commit}"
-    files = fingerprint(Path(request.base).expanduser())
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
 def _read_earlier(folder: Path, identity: dict[str, Any], force: bool) -> dict[str, Any] | None:
     """What an earlier run has found; raises if it was about something else."""
     if force or not (folder / FILE).exists():
@@ -299,93 +228,8 @@ def _write(folder: Path, record: dict[str, Any]) -> None:
     write_text(folder / FILE, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
-def choose_point(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dict[str, Any]]:
-    """The cut that a request asks for, among the points of a curve.
-
-    Returns:
-        `tuple[PruneRequest, dict[str, Any]]`: The request with the layers and the repair of the point, and the curve
-            for the lineage.
-
-    Raises:
-        CheckpointError: There is no curve of this base.
-        CutError: No point of the curve meets the request.
-    """
-    _check_answerable(request)
-    curve = load_curve(folder, request)
-    record = curve.record
-    count = _chosen_count(request, curve, record["num_layers"])
-    if count is None:
-        way_out = "allow more loss" if request.budget else "ask for less, or extend the curve with rank --curve-up-to"
-        name = request.budget or request.target
-        asked = f"meets {name}" if name else f"drops {drop_count(request.drop, record['num_layers'])}"
-        raise CutError(
-            f"no point of {folder}, which drops up to {pluralize(len(curve.points), 'layer')}, {asked}; {way_out}"
-        )
-    point = curve.points[count - 1]
-    repair = request.repair or (record["repair"] if "repaired" in point else None)
-    if repair and request.repair is None and is_gguf_name(request.output):
-        raise CutError(
-            f"{folder} was measured with the {repair} repair, which a GGUF file that stays one can't have; write a folder, or "
-            f"drop the same layers without repair: drop_layers={point['layers']}"
-        )
-    sizes = ("bytes", "parameters", "speedup")
-    points = [{name: value for name, value in one.items() if name not in sizes} for one in curve.points]
-    if repair and request.calibration is None:
-        logger.info("fitting the repair on the calibration text of %s", folder)
-    request = replace(request, drop_layers=parse_layers(point["layers"]), repair=repair)
-    request = request.with_calibration(record["identity"])
-    return request, {"criterion": "curve", "curve": points}
-
-
-def load_curve(folder: Path, request: PruneRequest | AdviseRequest) -> Curve:
-    """The curve of a request's base that `rank --curve` has written.
-
-    Raises:
-        CheckpointError: There is no curve of this base.
-    """
-    if not (folder / FILE).is_file():
-        raise CheckpointError(f"{folder} has no {FILE}; make it with hf-layerprune rank BASE {folder} --curve")
-    record = read_curve(folder / FILE)
-    if record["identity"].get("base") != _base_identity(request):
-        raise CheckpointError(
-            f"{folder} holds the curve of a base other than {request.base}; specify that base, or make a curve of this one"
-        )
-    return Curve(record["points"], record)
-
-
-def _chosen_count(request: AmountOptions, curve: Curve, num_layers: int) -> int | None:
-    """How many layers a request would drop, by the points of the curve."""
-    if name := request.budget or request.target:
-        found = [point["dropped"] for point in curve.points if _meets_limit(point, name, getattr(request, name))]
-        return found[-1 if request.budget else 0] if found else None
-    count = drop_count(request.drop, num_layers)
-    return count if count <= len(curve.points) else None
-
-
-def _check_answerable(request: AmountOptions) -> None:
-    """Refuse what no curve can answer, before one is made or read."""
-    if request.target_memory is not None:
-        raise CutError("a curve has no figures for memory; use target_size, or prune without a curve")
-
-
-def _meets_limit(point: dict[str, Any], name: str, value: float) -> bool:
-    """Whether a point meets a target or, with one standard error, a budget."""
-    from ..select.budget import budget_margin
-
-    best = final_quality(point)
-    if name in ("target_params", "target_size"):
-        return point["parameters" if name == "target_params" else "bytes"] <= value
-    if name == "target_speedup":
-        return point["speedup"] >= value
-    if f"{name.partition('_')[2]}_stderr" not in best:
-        raise CutError(
-            f"{name} needs a standard error, and the curve has none; make it again with calibration_samples=8 or more"
-        )
-    return budget_margin(best, name, value) >= 0
-
-
 def _draw_curve(curve: Curve, folder: Path) -> None:
-    from ..publish.card.curve_plot import draw_curve as draw_curve
+    from ..publish.card.curve_plot import draw_curve
 
     remark = ""
     if curve.chosen is not None:

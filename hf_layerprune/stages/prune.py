@@ -112,7 +112,7 @@ def prune_to(request: PruneRequest) -> Pruned:
         check_target(output, source, request.force)
     curve: dict[str, Any] | None = None
     if request.from_curve is not None and request.drop_layers is None:
-        from .curve import choose_point
+        from .curve_file import choose_point
 
         request, curve = choose_point(request, request.from_curve.expanduser())
     request = request.with_calibration()
@@ -135,7 +135,7 @@ def prune_to(request: PruneRequest) -> Pruned:
     cut = families.make_cut(config, dropped)
     if warning := describe_misread_layers(config, cut.keep):
         logger.warning("%s; %s", warning, REMEDY)
-    from ..cut.memory import dry_run_cut_of_config  # imports torch, which cutting a GGUF file does not need
+    from ..cut.dry_run import dry_run_cut_of_config  # imports torch, which cutting a GGUF file does not need
 
     # Everything that can be refused is refused before a weight is read.
     dry_run_cut_of_config(config, families.cut_config(config, cut), cut)
