@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .. import families
 from ..errors import CutError
 from ..families.fields import COUNT_FIELDS, FIELDS, looks_per_layer
+from ..families.quantization import rewrite_quantization
 from ..records.fingerprints import QUANTISERS
 from .base import read_json
 
@@ -121,8 +122,6 @@ def rewrite_quantiser_files(folder: Path, cut: families.Cut, several_stacks: boo
     Raises:
         CutError: An entry can't be rewritten exactly.
     """
-    from ..families.quantization import rewrite_quantization
-
     changed: dict[str, bytes] = {}
     for name in QUANTISERS:
         if (folder / name).exists():

@@ -15,6 +15,7 @@ from ..records.quantized import describe_quantization
 from ..versions import installed_version
 from .fields import COUNT_FIELDS, Cut, cut_without, rewrite_fields
 from .multimodal import path_to_text, protected_by_towers, rewrite_outer_fields
+from .quantization import names_layers, rewrite_quantization
 from .special import SPECIAL, Family, WideTensor
 from .types import (
     AFTER_PADDING,
@@ -198,8 +199,6 @@ def cut_config(config: PreTrainedConfig, cut: Cut) -> PreTrainedConfig:
 
 def _cut_quantization(old: PreTrainedConfig, new: PreTrainedConfig, cut: Cut) -> None:
     """Renumber the layers named in quantisation settings, under whatever name a program keeps them (MLX, for one)."""
-    from .quantization import names_layers
-
     for old_part, part in zip(path_to_text(old), path_to_text(new), strict=True):
         for name, value in vars(old_part).items():
             known = name in ("quantization_config", "compression_config") and value is not None
@@ -213,8 +212,6 @@ def cut_quantization(settings: Any, config: PreTrainedConfig, cut: Cut, name: st
     Raises:
         CutError: An entry names layers in a way that can't be rewritten exactly.
     """
-    from .quantization import rewrite_quantization
-
     fields = settings if isinstance(settings, dict | list) else settings.to_dict()
     changed = rewrite_quantization(fields, cut, name, several_stacks=text_config(config) is not config)
     if changed == fields:

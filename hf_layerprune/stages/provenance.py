@@ -10,9 +10,9 @@ from ..cut.gguf import gguf_text_metadata
 from ..errors import CheckpointError
 from ..files.hub import Repo
 from ..records.declared import CARD, declared_fields, declared_gguf_fields
-from ..records.fingerprints import CONFIG, companion_names, fingerprint, holds_weights
+from ..records.fingerprints import CONFIG, companion_names, fingerprint, holds_weights, weights_hash
 from ..records.licences import copy_licence
-from ..records.lineage import Lineage
+from ..records.lineage import FILE_NAME, Lineage
 from ..records.names import last_part
 from ..records.quantized import describe_quantization
 from ..runtime.config_file import read_config_file
@@ -56,6 +56,20 @@ def write_lineage(request: PruneRequest, entry: dict[str, Any], folder: Path, hu
 def _recorded_name(base: str) -> str:
     """A base as the lineage names it; `.` and `..` would say nothing in another folder."""
     return str(Path(base).resolve()) if last_part(base) in ("", "..") else base
+
+
+def load_lineage_of_weights(folder: Path, name: str | None = None) -> Lineage:
+    """The lineage of a model folder, if its last entry names the folder's weights; `name` is for messages.
+
+    Raises:
+        CheckpointError: There is none, or the weights are others.
+    """
+    lineage = Lineage.load_required(folder, name)
+    if not lineage.entries or lineage.entries[-1].get("weights") != weights_hash(fingerprint(folder)):
+        raise CheckpointError(
+            f"the weights of {name or folder} are not those that its {FILE_NAME} names; specify the folder that they belong to"
+        )
+    return lineage
 
 
 def is_same_base(recorded: dict[str, Any], request: PruneRequest) -> bool:

@@ -118,7 +118,9 @@ def prune_to(request: PruneRequest) -> Pruned:
     request = request.with_calibration()
     if is_gguf_name(output):
         return _prune_gguf(request, source, output)
-    if request.link and (request.adapter or request.repair or _needs_loading(request)):
+    # Whether tensors are copied byte for byte; otherwise the base is loaded, to convert or unpack its weights.
+    copies = not request.adapter and request.dtype == "auto" and resolve_base(request.base)[1] is None
+    if request.link and (request.repair or not copies):
         raise CutError(
             "--link shares weight files with the base, but this cut changes or writes them; leave --link out"
         )
@@ -129,7 +131,7 @@ def prune_to(request: PruneRequest) -> Pruned:
         request, source = replace(request, revision=revision), hub.folder  # everything comes from this commit
     config = load_config(source)
     _check_family(request, config)
-    if request.repair and not (request.adapter or _needs_loading(request)):
+    if request.repair and copies:
         check_repairable_weights(hub or Base.open(source), config)
     dropped, prepared, target = _choose_layers(request, config)
     cut = families.make_cut(config, dropped)
@@ -143,12 +145,12 @@ def prune_to(request: PruneRequest) -> Pruned:
         if prepared is None and request.repair:
             prepared = _prepare_dense(request, list(cut.drop))  # timed on its own
         with stage_entry("prune", prune_settings(request, list(cut.drop))) as entry:
-            if request.adapter:
-                _write_adapter(request, list(cut.drop), folder, prepared)
-            elif _needs_loading(request):
-                _write_model(request, list(cut.drop), folder, prepared)
-            else:
+            if copies:
                 _write_files(request, plan_cut(hub or source, cut.drop), folder, prepared)
+            elif request.adapter:
+                _write_adapter(request, list(cut.drop), folder, prepared)
+            else:
+                _write_model(request, list(cut.drop), folder, prepared)
         if request.target_size is not None and not request.adapter:
             import torch
 
@@ -202,11 +204,6 @@ def _choose_layers(
     target = Target.from_options(_to_config(request, None), config, request.base, revision=request.revision)
     protected = families.protected_layers(config)
     return select_layers(families.layer_count(config), request, protected, target), None, target
-
-
-def _needs_loading(request: PruneRequest) -> bool:
-    """Whether the weights are converted or unpacked, so that copying bytes is not enough."""
-    return request.dtype != "auto" or resolve_base(request.base)[1] is not None
 
 
 def _prune_gguf(request: PruneRequest, base: Path, output: Path) -> Pruned:

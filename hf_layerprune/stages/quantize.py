@@ -12,10 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..records.fingerprints import CONFIG, fingerprint, weights_hash
-from ..records.lineage import FILE_NAME, Lineage, stage_entry
+from ..records.fingerprints import CONFIG
+from ..records.lineage import FILE_NAME, stage_entry
 from ..records.quantized import is_repeatable_method, quantization_method
 from ..runtime.config_file import read_config_file
+from .provenance import load_lineage_of_weights
 
 
 def record_quantized(source: str | Path, folder: str | Path) -> None:
@@ -37,11 +38,7 @@ def record_quantized(source: str | Path, folder: str | Path) -> None:
     for place in (before, after):
         if not (place / CONFIG).is_file():
             raise CheckpointError(f"{place} is not a model folder; specify one that has a {CONFIG}")
-    lineage = Lineage.load_required(before)
-    if not lineage.entries or lineage.entries[-1].get("weights") != weights_hash(fingerprint(before)):
-        raise CheckpointError(
-            f"the weights of {before} are not those that its {FILE_NAME} names; specify the folder that they belong to"
-        )
+    lineage = load_lineage_of_weights(before)
     if (after / FILE_NAME).exists():
         raise CheckpointError(f"{after} has a {FILE_NAME} already; remove it if its weights are new")
     old, new = (read_config_file(place / CONFIG) for place in (before, after))

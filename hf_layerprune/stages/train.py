@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, boundary
 from ..families import MARKER
 from ..options.quantities import join_words
-from ..records.fingerprints import ADAPTER_CONFIG, CONFIG, fingerprint, weights_hash
+from ..records.fingerprints import ADAPTER_CONFIG, CONFIG
 from ..records.history import TRAIN
 from ..records.lineage import FILE_NAME, Lineage
 from ..records.names import is_hub_name, strip_local_path
+from .provenance import load_lineage_of_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,11 +70,7 @@ def record_trained(
     from ..heal.student import Student
 
     student, after = Student.load(source), Path(trained).expanduser()
-    lineage = Lineage.load_required(student.folder, str(source))
-    if not lineage.entries or lineage.entries[-1].get("weights") != weights_hash(fingerprint(student.folder)):
-        raise CheckpointError(
-            f"the weights of {source} are not those that its {FILE_NAME} names; specify the folder that they belong to"
-        )
+    lineage = load_lineage_of_weights(student.folder, str(source))
     _check_trained(student, after)
     own = Lineage.load(after)
     if own is not None and own.entries != lineage.entries:
