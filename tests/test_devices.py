@@ -39,7 +39,7 @@ def test_a_teacher_that_was_passed_goes_back_in_one_piece(tmp_path: Path) -> Non
     prefix = Prefix(student, 4)
     prefix.run(input_ids=torch.tensor([[3, 4, 5]]))
     teacher = Teacher(bench.dense, student, prefix)
-    assert teacher.shares_prefix
+    assert teacher.shared_depth
     teacher._device = torch.device("meta")
     wanted = bench.dense.lm_head.weight.detach().clone()
     names = set(AutoModelForCausalLM.from_pretrained(tmp_path / "dense").state_dict())

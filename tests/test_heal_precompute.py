@@ -302,6 +302,23 @@ def test_lora_has_no_frozen_layers_but_can_have_a_teacher(llama: Bench, caplog: 
     assert sum(each[-6:]) < sum(each[:6])
 
 
+def test_both_models_are_whole_after_a_failure(llama: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: Any) -> None:
+        raise RuntimeError("the teacher fails")
+
+    trainer = llama.trainer(cache="on", loss="kd", output_dir=str(llama.folder / "failed"))
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        before = [model(input_ids=ids).logits for model in (trainer.model, llama.dense)]
+        with monkeypatch.context() as patch:
+            patch.setattr("hf_layerprune.heal.teacher.Teacher.states", fail)
+            with pytest.raises(RuntimeError, match="the teacher fails"):
+                trainer.train()
+        after = [model(input_ids=ids).logits for model in (trainer.model.eval(), llama.dense)]
+    assert all(map(torch.equal, before, after))
+    trainer.train()  # goes on from the frozen layers' states
+
+
 # --- the cache on disk --------------------------------------------------------------------------------
 
 

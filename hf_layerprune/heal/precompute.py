@@ -21,7 +21,7 @@ from ..runtime.parts import TrialError, agree, evaluation_mode, trial
 from ..runtime.prefix import Prefix, first_trained_layer
 from .batches import Precomputed
 from .isolation import RowIsolation
-from .placement import is_on_several_devices
+from .placement import is_on_several_devices, restore_prefix
 from .store import StateCache, create_cache_folders, hash_rows, hash_tensors
 from .teacher import Teacher
 
@@ -98,12 +98,19 @@ class _Precomputation:
             features = len(depths) * teacher.layer_width
             token = (features + teacher.width) * teacher.model.dtype.itemsize
             caches["teacher"] = self._make_cache("teacher", token, teacher.fingerprint)
-        with self.accelerator.main_process_first():
-            if self.accelerator.is_main_process:
-                create_cache_folders(list(caches.values()))
-        if prefix is not None:
-            self._run_student(caches["prefix"], prefix)
-        head = None if teacher is None else self._run_teacher(caches["teacher"], teacher, caches.get("prefix"))
+        try:
+            with self.accelerator.main_process_first():
+                if self.accelerator.is_main_process:
+                    create_cache_folders(list(caches.values()))
+            if prefix is not None:
+                self._run_student(caches["prefix"], prefix)
+            head = None if teacher is None else self._run_teacher(caches["teacher"], teacher, caches.get("prefix"))
+        except BaseException:  # leave both models as they were
+            if teacher is not None:
+                teacher.put_back()
+            if prefix is not None:
+                restore_prefix(prefix, self.model)
+            raise
         return Precomputed(caches, prefix, head, features)
 
     # --- what can be precomputed -------------------------------------------------------------------------
@@ -171,7 +178,7 @@ class _Precomputation:
     def _run_teacher(self, cache: StateCache, teacher: Teacher, prefix: StateCache | None) -> Head:
         def run(inputs: dict[str, Any], rows: Sequence[int]) -> torch.Tensor:
             shared = None
-            if prefix is not None and teacher.shares_prefix:
+            if prefix is not None and teacher.shared_depth:
                 shared = self.collator.join(prefix.read(rows), inputs).to(self.device)
             return teacher.states(inputs, shared)
 

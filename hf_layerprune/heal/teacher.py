@@ -94,11 +94,6 @@ class Teacher:
         return agree(found, wanted)
 
     @property
-    def shares_prefix(self) -> bool:
-        """Whether it starts from the output of the student's frozen layers."""
-        return self._prefix is not None
-
-    @property
     def shared_depth(self) -> int:
         """How many layers it does not run, because it starts from their output."""
         return 0 if self._prefix is None else self._prefix.depth
@@ -106,8 +101,7 @@ class Teacher:
     def states(self, inputs: dict[str, torch.Tensor], shared: torch.Tensor | None) -> torch.Tensor:
         """The last hidden states of some rows, `[batch, seq, width]`: the input of `head`, after the features if any.
 
-        `inputs` are the model's arguments, and `shared` is the output of the student's frozen layers, if it `shares_prefix`
-        them.
+        `inputs` are the model's arguments, and `shared` is the output of the student's frozen layers, if it starts there.
         """
         if self._prefix is not None and shared is not None:
             inputs = self._prefix.set_output(shared, inputs)
@@ -131,14 +125,15 @@ class Teacher:
         weight = None if weight is None else weight.detach().to(device)
         bias = None if bias is None else bias.detach().to(device)
         head = Head(weight, bias, self.head.transform)
-        if self._is_external:
-            self._move_back()
+        self.put_back()
         self.model = self._prefix = self._feature_prefix = self._output = self.head = None  # type: ignore[assignment]
         free_memory()
         return head
 
-    def _move_back(self) -> None:
-        """Put the model together again, on the device that it came from."""
+    def put_back(self) -> None:
+        """Put a model that was passed in together again, on the device that it came from."""
+        if not self._is_external:
+            return
         if self._prefix is not None:
             self._prefix.restore()
         moved = any(parameter.device != self._device for parameter in self.model.parameters())
