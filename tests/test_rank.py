@@ -19,6 +19,7 @@ from hf_layerprune import rank_layers
 from hf_layerprune.calibration.rows import CalibrationSet
 from hf_layerprune.cli import main
 from hf_layerprune.errors import UnsupportedModelError
+from hf_layerprune.options import format_bytes
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.select import ALL
 from hf_layerprune.select.runner import score_layers
@@ -141,10 +142,12 @@ def test_the_next_command_converts_only_what_a_repair_needs_in_another_type(
     else:
         tiny_model("llama").to(getattr(torch, kind)).save_pretrained("base")
     assert main(["rank", "base", *words, "--drop", "1", *FEW]) == 0
-    _, *command = shlex.split(capsys.readouterr().out.rpartition("next: ")[2])
+    shown, _, line = capsys.readouterr().out.rpartition("next: ")
+    _, *command = shlex.split(line)
     assert command[:3] == ["prune", "base", "pruned"]
     assert [word for word in command if word in ("--dtype", "bfloat16", "float32")] == dtypes
     assert main(command) == 0
+    assert "--curve" not in words or format_bytes(Path("pruned", "model.safetensors").stat().st_size) in shown
 
 
 def test_a_criterion_that_may_not_drop_enough_is_left_out(

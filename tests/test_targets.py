@@ -101,6 +101,16 @@ def test_all_of_a_model_is_counted(model_type: str, tmp_path: Path) -> None:
     assert anatomy.left == model.num_parameters()
 
 
+def test_sizes_are_those_of_the_type_in_which_a_base_was_loaded() -> None:
+    """Whatever type the model computes in later, as on a CPU that is slow in 16 bits."""
+    config = tiny_model("llama").config
+    config.dtype = torch.bfloat16
+    sizes = Sizes(config)
+    before = sizes.file_bytes([1])
+    config.dtype = torch.float32
+    assert sizes.file_bytes([2]) == before
+
+
 def test_integers_stay_what_they_are_in_another_data_type(tmp_path: Path) -> None:
     base = tiny_model("deepseek_v4")
     base.save_pretrained(tmp_path / "base")

@@ -54,13 +54,7 @@ def run(request: Request) -> Result:
 
 
 def _base_arguments(request: Request, repair: str | None) -> list[str]:
-    """The options for a cut of the base as it was scored.
+    """The options for a cut of the base as it was scored."""
+    from ..stages.rank import dtype_of_cut
 
-    Its weights are converted only where a repair needs that, since `dtype` is there to score in: quantised ones have none,
-    and float16 may overflow.
-    """
-    from ..runtime.loading import load_config
-
-    config = load_config(request.base, revision=request.revision) if repair else None
-    converts = hasattr(config, "quantization_config") or str(getattr(config, "dtype", None)) == "torch.float16"
-    return to_arguments(copy_fields(WalkOptions, request), "device", *(() if converts else ("dtype",)))
+    return to_arguments(copy_fields(WalkOptions, request, dtype=dtype_of_cut(request, repair)), "device")

@@ -67,7 +67,8 @@ class Sizes:
         dtype: str = "auto",
         untie: bool = False,
     ) -> None:
-        self.config, self._base, self._revision, self._dtype, self._untie = config, base, revision, dtype, untie
+        self.config = copy.deepcopy(config)  # a model that computes in another type says so in its own
+        self._base, self._revision, self._dtype, self._untie = base, revision, dtype, untie
         self.num_layers = families.layer_count(config)
         self._models: dict[tuple[int, ...], PreTrainedModel] = {}
 

@@ -144,7 +144,7 @@ def _extend(request: RankRequest, record: dict[str, Any], free: set[int], up_to:
     from ..adapter.prepare import load_calibration_for
     from ..cut.sizes import Sizes
     from ..select.decode_times import DecodeTimes, time_decoding
-    from .rank import open_base, open_walk
+    from .rank import dtype_of_cut, open_base, open_walk
 
     model, device = open_base(request)
     sizes = Sizes(model.config, request.base, revision=request.revision)
@@ -158,6 +158,8 @@ def _extend(request: RankRequest, record: dict[str, Any], free: set[int], up_to:
     if record.setdefault("calibration", calibration.record()) != calibration.record():
         raise _other_rows_error(request)
     search = _make_search(request, record, walk, calibration, free)
+    dtype = dtype_of_cut(request, record["repair"])
+    repaired = Sizes(sizes.config, request.base, revision=request.revision, dtype=dtype)
     left = up_to - len(record["points"])
     search.log_estimate(f"a curve up to {pluralize(up_to, 'layer')}", left, left, left)
     for count in range(len(record["points"]) + 1, up_to + 1):
@@ -171,7 +173,7 @@ def _extend(request: RankRequest, record: dict[str, Any], free: set[int], up_to:
         drop = parse_layers(point["layers"])
         point |= {
             "parameters": sizes.parameters(drop),
-            "bytes": sizes.file_bytes(drop),
+            "bytes": (repaired if "repaired" in point else sizes).file_bytes(drop),
             "speedup": round(times.speedup(drop), 4),
         }
         record["points"].append(point)

@@ -293,6 +293,16 @@ def open_base(request: WalkRequest) -> tuple[Any, torch.device]:
     return load_base(request.base, revision=request.revision, dtype=request.dtype), device
 
 
+def dtype_of_cut(request: WalkRequest, repair: str | None) -> str:
+    """The type to write a cut of a base in, after it was scored in the requested one.
+
+    Weights are converted only where a repair needs that: quantised ones have none, and float16 may overflow.
+    """
+    config = load_config(request.base, revision=request.revision) if repair else None
+    converts = hasattr(config, "quantization_config") or str(getattr(config, "dtype", None)) == "torch.float16"
+    return request.dtype if converts else "auto"
+
+
 def open_walk(request: WalkRequest, model: Any, device: torch.device) -> LayerWalk:
     """Prepare the model from [`open_base`] to be run layer by layer on that device."""
     from ..runtime.precision import to_fast_precision
