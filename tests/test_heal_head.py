@@ -137,6 +137,16 @@ def test_a_model_without_logits_is_refused() -> None:
         OutputHead(model)
 
 
+def test_a_quantiser_that_fails_is_named_as_the_cause() -> None:
+    """As bitsandbytes does on some CPUs, with matrices of an odd width."""
+    model = tiny_model("llama")
+    model.is_quantized, model.forward = True, lambda *args, **kwargs: torch.zeros(16).view(32, 0)
+    with pytest.raises(
+        UnsupportedModelError, match=r"quantised weights of Llama.* on the device cpu \(shape '\[32, 0\]'"
+    ):
+        OutputHead(model)
+
+
 def test_states_that_are_logits_are_not_changed_in_place() -> None:
     from hf_layerprune.heal.losses import Distillation, head_loss
 

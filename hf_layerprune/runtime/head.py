@@ -102,6 +102,11 @@ class OutputHead:
                 with trial():
                     own = model(input_ids=ids, use_cache=False).logits
             except TrialError as error:
+                if getattr(model, "is_quantized", False):  # by kernels that fail on some shapes or devices
+                    raise UnsupportedModelError(
+                        f"the quantised weights of {type(model).__name__} can't be run on the device {self.device} ({error}); "
+                        "use another device, or use the unquantised model"
+                    ) from error
                 raise self._refusal(f"it can't be run on token ids alone ({error})") from error
             if own.shape[:2] != ids.shape:
                 raise self._refusal(f"for input_ids of shape {list(ids.shape)} its logits have {list(own.shape)}")
