@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import get_peft_model_state_dict
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer import OPTIMIZER_NAME
 
+from ..cut.header import read_header
 from ..errors import LayerPruneError, boundary
 from .batches import StateCollator
 from .checkpoints import last_checkpoint
@@ -21,7 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _RESUME_HINT = (
-    "train the same weights as it does, with the same optim and kind of schedule, or start in another --output_dir"
+    "train the same weights as it does, with the same optim, kind of schedule and engine (FSDP, DeepSpeed or neither), or start "
+    "in another --output_dir"
 )
 # Settings of optimizers, as these name them; `lr` follows the schedule. Some keep their own state beside them.
 _OPTIMIZER_SETTINGS = ("betas", "eps", "momentum", "weight_decay")
@@ -48,6 +52,9 @@ class SavingTrainer(SFTTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter, or the model; called by all processes.
 
+        In a checkpoint, tensors have the names that they have in the model, by which the Trainer loads them: those that some
+        types have on disk would be skipped with a warning.
+
         Raises:
             LayerPruneError: A weight is not finite.
         """
@@ -61,7 +68,13 @@ class SavingTrainer(SFTTrainer):
             # Of an adapter, transformers passes on trained weights alone under ZeRO-3; a repair is frozen.
             engine: Any = self.deepspeed
             self._gathered = engine._zero3_consolidated_16bit_state_dict()
-        super().save_model(output_dir, _internal_call)
+        model: Any = self.plain_model
+        if _internal_call and not adapters:
+            model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            vars(model).pop("save_pretrained", None)
         self._gathered = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -75,18 +88,23 @@ class SavingTrainer(SFTTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
     def check_resumable(self, checkpoint: str) -> None:
-        """Refuse a checkpoint of other weights or another optimizer before anything is computed.
+        """Refuse a checkpoint of other weights or another optimizer before anything is computed. No weight is read.
 
-        Under FSDP and DeepSpeed, which can load neither yet, `train` refuses it later; and with LOMO, whose optimizer has the
-        frozen weights as well, which are not taken out yet.
+        Another optimizer is refused later, by `train`, under FSDP and DeepSpeed, which can't load one yet; and with LOMO, whose
+        optimizer has the frozen weights as well, which are not taken out yet.
 
         Raises:
             CheckpointError: Training can't go on from it.
         """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.optim in ("lomo", "adalomo"):
-            return
-        self._load_from_checkpoint(checkpoint)
+        engine = self.is_fsdp_enabled or self.is_deepspeed_enabled
         with boundary(f"can't resume {checkpoint}", _RESUME_HINT):
+            adapter = self.model.active_adapter if hasattr(self.model, "peft_config") else "default"
+            folder = Path(checkpoint, "" if adapter == "default" else adapter)  # as PEFT saves it
+            headers = [read_header(path) for path in folder.glob("*.safetensors")]
+            if headers or not engine:  # which may have them in files of its own
+                self._check_weights({one.name: one.shape for header in headers for one in header.tensors})
+            if engine or self.args.optim in ("lomo", "adalomo"):
+                return
             state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="meta", mmap=True, weights_only=True)
             present: Any = self.create_optimizer().param_groups
             # Loading adds what older versions of the optimizer did not have.
@@ -95,6 +113,24 @@ class SavingTrainer(SFTTrainer):
             )
             if [len(group["params"]) for group in state["param_groups"]] != [len(now["params"]) for now in present]:
                 raise ValueError("its optimizer has other weights")
+
+    def _check_weights(self, stored: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse the weights of a checkpoint, given by their names and shapes, that are not those that it would be saved with."""
+        adapted, model = hasattr(self.model, "peft_config"), self.plain_model
+        own = (
+            get_peft_model_state_dict(self.model, adapter_name=self.model.active_adapter)
+            if adapted
+            else model.state_dict()
+        )
+        # Split, they have no shapes of their own.
+        shapes = {name: stored.get(name, ()) if self._split else tuple(one.shape) for name, one in own.items()}
+        unsaved = (
+            {} if adapted else {**model.all_tied_weights_keys, **dict.fromkeys(model._keys_to_ignore_on_save or ())}
+        )
+        for name in sorted(shapes.keys() | stored.keys()):
+            if stored.get(name) != shapes.get(name) and not (name in unsaved and name not in stored):
+                what = "lacks" if name not in stored else "has" if name not in shapes else "has another shape of"
+                raise ValueError(f"it {what} {name}")
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule of the learning rate; see [`~transformers.Trainer`]."""
