@@ -25,8 +25,7 @@ from hf_layerprune import (
     prune_with,
 )
 
-from .matrix import greedy, realign
-from .matrix import logits as logits_of
+from .matrix import greedy, logits as logits_of, realign
 from .tiny_models import EAGER, tiny_input, tiny_model
 
 # Plain and untied; tied with sliding windows; tied, with another layout; experts; a multimodal composite.

@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import tests.chat_server  # noqa: F401 (makes the Space's files importable)
 from hf_layerprune.publish.card.render import NO_REPEAT_NGRAM, Card

@@ -14,8 +14,7 @@ from benchmarks.checkpoint import make_llama
 from hf_layerprune.cut import disk
 from hf_layerprune.cut.disk import plan_cut
 from hf_layerprune.errors import CheckpointError
-from hf_layerprune.files import copy as files
-from hf_layerprune.files import folders
+from hf_layerprune.files import copy as files, folders
 from hf_layerprune.files.copy import check_inside, write_bytes
 from hf_layerprune.options import format_bytes
 from hf_layerprune.records.licences import copy_licence

@@ -20,8 +20,7 @@ from hf_layerprune.options import format_bytes
 
 from .folders import snapshot
 from .limits import largest_file
-from .matrix import logits as logits_of
-from .matrix import realign
+from .matrix import logits as logits_of, realign
 from .tiny_models import EAGER, tiny_config, tiny_input, tiny_model
 
 

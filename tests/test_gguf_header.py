@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from gguf.constants import MODEL_ARCH_NAMES
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from hf_layerprune.cut.gguf import cut_gguf, gguf_layer_count, is_gguf, plan_gguf_cut
 from hf_layerprune.errors import CheckpointError

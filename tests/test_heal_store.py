@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from hf_layerprune.errors import CheckpointError
 from hf_layerprune.heal.store import StateCache, create_cache_folders, hash_rows, hash_tensors

@@ -24,8 +24,7 @@ from hf_layerprune.records.metrics import Metrics
 from hf_layerprune.stages.prune import prune_settings
 from hf_layerprune.stages.requests import PruneRequest
 from hf_layerprune.versions import installed_version
-from model_cards import __main__ as command
-from model_cards import make
+from model_cards import __main__ as command, make
 
 from .gguf_makers import smollm2
 from .heal_makers import RECIPE, load_recipe

@@ -17,8 +17,7 @@ from hf_layerprune.cli import main
 from hf_layerprune.errors import CheckpointError
 from hf_layerprune.files.hub import Repo
 from hf_layerprune.publish.card.writing import EVAL_MARK, record_declarations, write_card
-from hf_layerprune.publish.hub import leaks
-from hf_layerprune.publish.hub import push as push_module
+from hf_layerprune.publish.hub import leaks, push as push_module
 from hf_layerprune.publish.hub.push import plan_push
 from hf_layerprune.publish.hub.upload import PushError, UploadJob, UploadResult
 from hf_layerprune.publish.requests import CardRequest, PushRequest, VerifyRequest

@@ -6,8 +6,7 @@ import math
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from hf_layerprune import CutError, LayerDropConfig
 from hf_layerprune.options import AMOUNTS, BUDGETS, CutOptions, format_bytes, format_count

@@ -3,8 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from hf_layerprune import CutError
 from hf_layerprune.layer_ranges import format_layers, parse_layers

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from ..layer_ranges import format_layers
 from ..options import AMOUNTS, CalibrationOptions, copy_fields, to_arguments
-from ..stages.requests import RankRequest as Request
-from ..stages.requests import WalkOptions
+from ..stages.requests import RankRequest as Request, WalkOptions
 from . import Result, suggest
 
 HELP = "score every layer, and show what each criterion would drop"

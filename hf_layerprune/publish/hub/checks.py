@@ -24,10 +24,8 @@ from ...records.fingerprints import (
 )
 from ...records.history import read_history
 from ...records.licences import DeclaredLicence, is_licence_file
-from ...records.lineage import FILE_NAME as LINEAGE
-from ...records.lineage import Lineage
-from ...records.metrics import FILE_NAME as METRICS
-from ...records.metrics import Metrics
+from ...records.lineage import FILE_NAME as LINEAGE, Lineage
+from ...records.metrics import FILE_NAME as METRICS, Metrics
 from ...records.names import check_repository, is_gguf_name, is_hub_name, is_local
 from ...runtime.config_file import read_config_file
 from ..requests import PushRequest

@@ -13,8 +13,7 @@ from ...errors import CheckpointError
 from ...files.shards import INDEX
 from ...records.declared import CARD
 from ...records.fingerprints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, TEMPLATES, holds_weights, is_part
-from ...records.lineage import FILE_NAME as LINEAGE
-from ...records.lineage import Lineage
+from ...records.lineage import FILE_NAME as LINEAGE, Lineage
 from ...records.metrics import FILE_NAME as METRICS
 from ..card.writing import ASSETS, EVAL_RESULTS, PICTURES, is_our_result
 from ..requests import PushRequest

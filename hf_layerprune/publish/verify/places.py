@@ -21,8 +21,7 @@ from ...records.fingerprints import (
     sha256_of,
 )
 from ...records.history import History
-from ...records.metrics import FILE_NAME as METRICS
-from ...records.metrics import Metrics
+from ...records.metrics import FILE_NAME as METRICS, Metrics
 from ...records.names import base_name
 from ...runtime.loading import is_hub_id, resolve_base
 from ..requests import VerifyRequest

@@ -35,8 +35,7 @@ from ...records.fingerprints import (
     weights_hash,
 )
 from ...records.history import History, read_history
-from ...records.lineage import FILE_NAME as LINEAGE
-from ...records.lineage import Lineage
+from ...records.lineage import FILE_NAME as LINEAGE, Lineage
 from ...records.metrics import FILE_NAME as METRICS
 from ...records.quantized import describe_quantization, is_repeatable_method
 from ...runtime.config_file import read_config_file
