@@ -296,7 +296,7 @@ def train(trainer: HealTrainer, run: RunSettings) -> dict[str, Any]:
     return entry | {"data": run.data} | ({"resumed": run.resumed} if run.resumed else {})
 
 
-def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> Path:
+def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> None:
     """Save the adapter and the merged model; the merge happens on disk, so it works with every engine."""
     from hf_layerprune.heal.stage import write_healed
 
@@ -311,7 +311,6 @@ def save(trainer: HealTrainer, student: Student, entry: dict[str, Any]) -> Path:
             write_healed(student, trained, output / "model", entry, adapter=output / "adapter")
         shutil.rmtree(trained, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    return output / "model"
 
 
 def check_completed(trainer: HealTrainer, student: Student, run: RunSettings) -> None:

@@ -330,7 +330,8 @@ def test_a_whole_model_is_merged_and_evaluated_under_zero3(
         save_model=model.save_pretrained,
     )
     entry: dict[str, Any] = {"stage": "heal", "settings": {}}
-    healed = recipe.save(trainer, student, entry)
+    recipe.save(trainer, student, entry)
+    healed = tmp_path / "run" / "model"
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{i % 50}" for i in range(200)))
     request = EvalRequest(str(healed), tasks=("none",), texts=(str(text),), length=16, windows=2)

@@ -120,19 +120,17 @@ def _load_base_for(
             where = {name: kwargs[name] for name in (*LOCATION_ARGUMENTS, "gguf_file") if kwargs.get(name)}
             resolve_drop(config, load_config(base, **where))
         model = load_base(base, **kwargs)
-        if prepared is not None:
-            setattr(model, PREPARED, prepared)
-        return model
+    else:
 
-    def layers_to_drop(model_config: PreTrainedConfig) -> list[int]:
-        resolve_drop(config, model_config)
-        return [] if is_already_cut(config, model_config) else list(resolved_cut(config).drop)
+        def layers_to_drop(model_config: PreTrainedConfig) -> list[int]:
+            resolve_drop(config, model_config)
+            return [] if is_already_cut(config, model_config) else list(resolved_cut(config).drop)
 
-    if prepared is None and needs_dense_model(config):
-        prepared = prepare_from_base(config, kwargs)
-    model = load_pruned(base, layers_to_drop, **kwargs)
-    if hasattr(model, DROPPED_PARAMETERS):
-        setattr(model, CUT, LayerCut(resolved_cut(config), [], []))
+        if prepared is None and needs_dense_model(config):
+            prepared = prepare_from_base(config, kwargs)
+        model = load_pruned(base, layers_to_drop, **kwargs)
+        if hasattr(model, DROPPED_PARAMETERS):
+            setattr(model, CUT, LayerCut(resolved_cut(config), [], []))
     if prepared is not None:
         setattr(model, PREPARED, prepared)
     return model

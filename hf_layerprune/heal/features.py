@@ -109,9 +109,9 @@ class FeaturePhase:
     ) -> torch.Tensor:
         """Run the layers before the last cut, and compare their states with the dense model's.
 
-        The loss is summed over the tokens that count, and averaged over blocks. `run` is the model's forward method, and `inputs` its arguments. `target` are the dense model's states after
-        each block, joined, `[batch, seq, blocks * hidden]`; the mask of the tokens that count is boolean `[batch,
-        seq]`.
+        The loss is summed over the tokens that count, and averaged over blocks. `run` is the model's forward method, and
+        `inputs` its arguments. `target` are the dense model's states after each block, joined, `[batch, seq, blocks * hidden]`;
+        the mask of the tokens that count is boolean `[batch, seq]`.
         """
         found = self._front.run(self._depths, forward=run, **inputs)
         parts = target.chunk(len(self._depths), -1)

@@ -91,7 +91,8 @@ def has_images(row: Any) -> bool:
 def to_harness_row(row: dict[str, Any], folder: Path, where: str, *, read_images: bool = True) -> dict[str, Any]:
     """Turn a question about images into what the harness gets.
 
-    That is a `query` with a place for each image, an `answer`, and the paths of `images`. The paths in the row are relative to the folder. Images of a question that will not be asked are not read.
+    That is a `query` with a place for each image, an `answer`, and the paths of `images`. The paths in the row are relative
+    to the folder. Images of a question that will not be asked are not read.
 
     Raises:
         LayerPruneError: An image does not exist or can't be read, or the query does not have one placeholder for each.

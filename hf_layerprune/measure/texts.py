@@ -70,8 +70,8 @@ def split_windows(
 ) -> tuple[torch.Tensor, bool]:
     """Cut a text into consecutive windows `[windows, length]`, and return the first `most` of them.
 
-    An incomplete window is left out. If the tokenizer begins texts with special tokens, every window begins with them too, because a model that was
-    trained with them predicts badly without. The second value says whether it does so.
+    An incomplete window is left out. If the tokenizer begins texts with special tokens, every window begins with them too,
+    because a model that was trained with them predicts badly without. The second value says whether it does so.
 
     Raises:
         CutError: The special tokens leave no room for text.

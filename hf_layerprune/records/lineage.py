@@ -108,9 +108,9 @@ class Lineage:
     def record(self, folder: Path, entry: dict[str, Any]) -> None:
         """Append an entry (see [`stage_entry`]), and write the history into the stage's output.
 
-        This is the last thing that a stage does. Added to the entry are `input_weights`, the hash of the weights from the previous stage; `weights`, the hash of
-        the weights from this stage; and `files`, the sha256 of every other file that affects the model's behaviour:
-        config, tokenizer, chat template, generation settings.
+        This is the last thing that a stage does. Added to the entry are `input_weights`, the hash of the weights from the
+        previous stage; `weights`, the hash of the weights from this stage; and `files`, the sha256 of every other file that
+        affects the model's behaviour: config, tokenizer, chat template, generation settings.
         """
         if self.entries and "weights" in self.entries[-1]:
             entry["input_weights"] = self.entries[-1]["weights"]

@@ -28,7 +28,7 @@ class Verification:
 
     Args:
         name (`str`): The model.
-        lines (`list[Line]`): The findings.
+        lines (`list[Finding]`): The findings.
         recorded (`Counter[str]`): Number of tensors that can only be checked against the records, by the stages that
             changed them.
         accept_trained (`bool`): Whether to accept such tensors.
