@@ -115,9 +115,9 @@ def _load_base_for(
         if not isinstance(adapter, LayerDropConfig):
             raise CheckpointError(f"{base} is an adapter of another method ({adapter.peft_type}); merge it first")
         return load_merged(base, adapter, kwargs)
-    if whole or config.keep_dropped or resolve_base(base, kwargs.get("gguf_file"))[1] is not None:
+    if whole or config.keep_dropped or resolve_base(base)[1] is not None:
         if config.drop_layers is not None:  # what can't be dropped is refused before a weight is read
-            where = {name: kwargs[name] for name in (*LOCATION_ARGUMENTS, "gguf_file") if kwargs.get(name)}
+            where = {name: kwargs[name] for name in LOCATION_ARGUMENTS if kwargs.get(name)}
             resolve_drop(config, load_config(base, **where))
         model = load_base(base, **kwargs)
     else:
@@ -149,7 +149,7 @@ def prepare_from_base(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepar
         check_source(config.calibration)
     base = config.base_model_name_or_path or ""
     others = {name: value for name, value in kwargs.items() if name not in ("device_map", "dtype")}
-    packed = resolve_base(base, kwargs.get("gguf_file"))[1] is not None
+    packed = resolve_base(base)[1] is not None
     model = load_base(base, dtype=kwargs.get("dtype", "auto") if packed else "auto", **others)
     families.check_supported(model.config)
     device = torch.accelerator.current_accelerator(check_available=True)

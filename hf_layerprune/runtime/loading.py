@@ -34,12 +34,8 @@ LOCATION_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "sub
 _OPTIONAL = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 
-def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, str | None]:
-    """Turn a base into the name and the GGUF file that `from_pretrained` takes.
-
-    Args:
-        base (`str` or `Path`): A Hub id, a folder, or a GGUF file.
-        gguf_file (`str`, *optional*): A GGUF file inside the folder or repository.
+def resolve_base(base: str | Path) -> tuple[str, str | None]:
+    """Turn a base, which is a Hub id, a folder or a GGUF file, into the name and the GGUF file that `from_pretrained` takes.
 
     Raises:
         CheckpointError: The path does not exist, is a folder without a config, or is a damaged GGUF file.
@@ -51,18 +47,18 @@ def resolve_base(base: str | Path, gguf_file: str | None = None) -> tuple[str, s
         block_count_of(read_header(path))  # the reader of the gguf package trusts every count
         return str(path.parent), path.name
     if path.is_dir():
-        if gguf_file is None and not (path / "config.json").is_file():
+        if not (path / "config.json").is_file():
             if (path / ADAPTER_CONFIG).is_file():
                 raise adapter_error(path)
             raise CheckpointError(
                 f"{path} has no config.json, so it is not a model folder; specify a folder that has one"
             )
-        return str(path), gguf_file
+        return str(path), None
     if not is_hub_id(base):
         raise CheckpointError(
             f"{base} does not exist; specify a model folder, a .gguf file, or a Hub id such as org/name"
         )
-    return str(base), gguf_file
+    return str(base), None
 
 
 def adapter_error(name: str | Path) -> CheckpointError:
@@ -104,14 +100,14 @@ def load_config(base: str | Path, **kwargs: Any) -> PreTrainedConfig:
 
     Args:
         base (`str` or `Path`): A Hub id, a folder, or a GGUF file.
-        kwargs: For `from_pretrained`: `revision`, `token`, `gguf_file`, `trust_remote_code` (`False` by default), ...
+        kwargs: For `from_pretrained`: `revision`, `token`, `trust_remote_code` (`False` by default), ...
 
     Raises:
         CheckpointError: There is no such model, or its config can't be read.
     """
     from transformers import AutoConfig
 
-    name, gguf_file = resolve_base(base, kwargs.pop("gguf_file", None))
+    name, gguf_file = resolve_base(base)
     if gguf_file is not None:
         kwargs["gguf_file"] = gguf_file
     else:
@@ -120,14 +116,13 @@ def load_config(base: str | Path, **kwargs: Any) -> PreTrainedConfig:
     with boundary(f"no model config at {base}"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust, **kwargs)
     if gguf_file is not None:
-        _mark_cut(config, name, gguf_file, kwargs)
+        _mark_cut(config, as_path(base))
     return config
 
 
-def _mark_cut(config: PreTrainedConfig, name: str, gguf_file: str, kwargs: dict[str, Any]) -> None:
+def _mark_cut(config: PreTrainedConfig, path: Path) -> None:
     """Give the config of a GGUF file the cut that the file records, which transformers does not read."""
-    path = _fetch(name, gguf_file, kwargs)
-    if path is not None and (cut := recorded_cut(read_header(Path(path)))) is not None:
+    if (cut := recorded_cut(read_header(path))) is not None:
         setattr(config, MARKER, cut)
 
 
@@ -166,13 +161,13 @@ def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
 
     Args:
         base (`str` or `Path`): A Hub id, a folder, or a GGUF file.
-        kwargs: For `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, `revision`, `gguf_file`, ...
+        kwargs: For `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, `revision`, ...
             `dtype="auto"` unpacks a GGUF file to bfloat16.
 
     Raises:
         CheckpointError: There is no such model, it can't be loaded, or its weights do not match its config.
     """
-    name, gguf_file = resolve_base(base, kwargs.pop("gguf_file", None))
+    name, gguf_file = resolve_base(base)
     lookup = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
     fields: dict[str, Any] = {}
     if gguf_file is not None:
@@ -206,7 +201,7 @@ def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
     if commit is not None:
         model.config._commit_hash = commit
     if gguf_file is not None:
-        _mark_cut(model.config, name, gguf_file, kwargs)
+        _mark_cut(model.config, as_path(base))
         model.name_or_path = str(base)  # the file, not its folder, is the base
     return model
 
