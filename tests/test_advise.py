@@ -165,6 +165,13 @@ def test_more_layers_than_were_measured_have_no_loss(base: Path, capsys: pytest.
     assert re.search(r"6 of 8 *>x1\.", capsys.readouterr().out)
 
 
+def test_a_target_where_the_last_layer_must_stay(tmp_path: Path) -> None:
+    model = tiny_model("gpt_neox_japanese")
+    model.save_pretrained(tmp_path)
+    advice = advise(AdviseRequest(str(tmp_path), minutes=0.001, target_params=int(0.8 * model.num_parameters())))
+    assert 1 < advice.record["drop"] < 7
+
+
 def test_a_model_of_one_layer_gets_no_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_config("llama")
     config.num_hidden_layers = 1

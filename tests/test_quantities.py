@@ -47,6 +47,11 @@ def test_what_is_spelled_reads_back_as_almost_the_same(value: int) -> None:
     assert COUNT.check(format_count(value)) == pytest.approx(value, rel=6e-4, abs=1)
 
 
+def test_a_number_just_below_a_unit_is_rounded_to_it() -> None:
+    assert [format_count(count) for count in (999_940, 999_950, 10**6)] == ["999.9 k", "1 M", "1 M"]
+    assert [format_bytes(size) for size in (999, 999_999_999)] == ["999 B", "1 GB"]
+
+
 @given(st.text(max_size=12))
 def test_anything_else_is_refused_in_plain_words(text: str) -> None:
     for kind in (BYTES, COUNT):

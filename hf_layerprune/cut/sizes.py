@@ -84,7 +84,8 @@ class Sizes:
     def file_bytes(self, drop: Sequence[int] = ()) -> int:
         """Bytes of the safetensors files that are left: headers and tensors.
 
-        They are those that `cut.disk` writes or, of another type or without safetensors files, `save_pretrained` as one file.
+        They are the files that `cut.disk` writes or, for another data type or a base without safetensors files, the one that
+        `save_pretrained` would write.
 
         Raises:
             CheckpointError: The headers can't be read, or do not fit the config.

@@ -124,7 +124,7 @@ def count_last(value: Any, cut: Cut) -> Any:
 
 def expand_pattern(value: Any, cut: Cut) -> Any:
     """A pattern that repeats over the layers: write out the kept layers as one pattern."""
-    return None if not value else [value[i % len(value)] for i in cut.keep]
+    return value and [value[i % len(value)] for i in cut.keep]
 
 
 def expand_runs(value: Any, cut: Cut) -> Any:

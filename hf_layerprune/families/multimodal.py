@@ -69,9 +69,8 @@ def protected_by_towers(config: PreTrainedConfig) -> dict[int, str]:
     found: dict[int, str] = {}
     for part in path_to_text(config)[:-1]:
         for owner in (part, getattr(part, "vision_config", None)):
-            indexes = getattr(owner, "deepstack_visual_indexes", None) or ()
-            for i in range(len(indexes)):
-                found[i] = f"the features of the vision tower's layer {indexes[i]} are added to its output"
+            for i, tower in enumerate(getattr(owner, "deepstack_visual_indexes", None) or ()):
+                found[i] = f"the features of the vision tower's layer {tower} are added to its output"
         pairs = getattr(part, "deepstack_layer_map", None) or ()
         for tower, i in (*pairs, *((None, i) for i in getattr(part, "spatial_target_layers", None) or ())):
             what = "the vision tower" if tower is None else f"the vision tower's layer {tower}"

@@ -80,7 +80,8 @@ def join_words(words: Sequence[str]) -> str:
 
 
 def _format_with_unit(value: float, units: Mapping[str, int], plain: str = "") -> str:
-    for unit, size in sorted(units.items(), key=lambda one: -one[1]):
-        if abs(value) >= size:
+    rounded = abs(float(f"{value:.4g}"))  # 999,999 is 1 M, not 1000 k
+    for unit, size in units.items():
+        if rounded >= size:
             return f"{value / size:.4g}{unit}"
     return f"{value:.0f}{plain}"

@@ -34,7 +34,7 @@ def drop_non_finite(
 ) -> dict[tuple[int, ...], float]:
     """The numbers of those cuts that have one. A warning names the others, which are not chosen.
 
-    It does so once, and leaves out cuts that drop all layers of one that was named, as a search tries many of them.
+    A search tries many cuts, so each is named once, and not at all if it contains one that was named.
     """
     found = {cut: value for cut, value in cuts.items() if math.isfinite(value)}
     named, newly_lost = _WARNED.setdefault(walk, []), list[tuple[int, ...]]()
@@ -113,8 +113,8 @@ class Choice:
     """Which layers to drop, and why.
 
     There is one entry of `scores` per round and criterion that the choice is based on. `details` are further entries
-    for the record, such as the short list of `auto`; `repair` is what the choice was judged with, if another would not
-    be the same.
+    for the record, such as the short list of `auto`. `repair` is the repair that the choice was judged with, where the
+    cut has to get this very one.
     """
 
     drop_layers: list[int]

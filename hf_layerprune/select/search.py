@@ -55,7 +55,7 @@ _MAX_JUDGED = 3  # how many sets are judged where the best ones overflow
 class Candidate:
     """A set of layers that was judged: found as `"best block"`, by `"greedy"` search or by a criterion.
 
-    The outcome is that on the rows that are held out for judging, after the repair.
+    The outcome was measured on the rows held out for judging, after the repair.
     """
 
     drop: tuple[int, ...]

@@ -78,7 +78,7 @@ class Outcome:
         return math.exp(self.loss) if self.loss < 709 else math.inf
 
     def quality(self, dense: Outcome) -> dict[str, float]:
-        """What the cut does to the model, with standard errors over rows; without what is not finite."""
+        """What the cut does to the model, with standard errors over rows; figures that are not finite are left out."""
         nll, kl, agreement = self.rows.unbind(1)
         of_rows = {"kl": kl, "perplexity_ratio": nll - dense.rows[:, 0], "top1_agreement": agreement}
         found: dict[str, float] = {}
@@ -131,7 +131,7 @@ def rows_per_pass(walk: LayerWalk, calibration: CalibrationSet, trials: Sequence
     samples, length = calibration.input_ids.shape
     width, size = walk.model.config.get_text_config().hidden_size, walk.model.dtype.itemsize
     # The hidden states kept after a layer, plus one set while it is computed.
-    most = max((len({_state_key(trial, i + 1) for trial in trials}) for i in range(walk.num_layers)), default=1) + 1
+    most = max(len({_state_key(trial, i + 1) for trial in trials}) for i in range(walk.num_layers)) + 1
     rows = state_memory(walk) // (most * length * width * size)
     small = pick_batch_size(calibration)
     return max(1, min(samples, rows // small * small if rows >= small else rows))

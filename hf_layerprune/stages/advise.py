@@ -234,11 +234,16 @@ def _expected_loss(
     )
 
 
+def _free_layers(config: Any) -> list[int]:
+    """The layers that the architecture lets go, at least one."""
+    n = families.layer_count(config)
+    return sorted(free_layers(n, drop_count(1, n), 0, 0, families.protected_layers(config)))
+
+
 def _candidate_counts(config: Any, curve: list[dict[str, Any]] | None) -> range:
     """The numbers of layers that are considered: up to a quarter, or as far as the curve goes."""
     n = families.layer_count(config)
-    most = min(len(free_layers(n, drop_count(1, n), 0, 0, families.protected_layers(config))), n - 1)
-    return range(1, min(most, len(curve) if curve else max(1, n // 4)) + 1)
+    return range(1, min(len(_free_layers(config)), n - 1, len(curve) if curve else max(1, n // 4)) + 1)
 
 
 def _choose_count(request: AdviseRequest, config: Any, expected: dict[int, ExpectedLoss]) -> int:
@@ -266,9 +271,8 @@ def _count_for_target(request: AdviseRequest, config: Any) -> int:
 
     target = Target.from_options(copy_fields(CutOptions, request), config, request.base, revision=request.revision)
     assert target is not None, "there is a target"
-    n = families.layer_count(config)
-    free = free_layers(n, 1, 0, 0, families.protected_layers(config))
-    return target.choose_count(n, free, lambda count: range(n - count, n))
+    free = _free_layers(config)
+    return target.choose_count(families.layer_count(config), free, lambda count: free[-count:])
 
 
 def _describe_epochs(settings: dict[str, Any]) -> str:

@@ -125,7 +125,7 @@ def knee(points: list[dict[str, Any]]) -> int | None:
 
 
 def _last_count(request: RankRequest, num_layers: int, most: int) -> int:
-    """How many layers the curve drops in the end; refuses a number that can't be reached, or that it does not reach."""
+    """The most layers that the curve drops; refuses more than can be dropped, and a `drop` beyond its end."""
     if request.curve_up_to is not None and request.curve_up_to > most:
         raise CutError(
             f"curve_up_to={request.curve_up_to}, but only {most} of {num_layers} layers can be dropped; use {most} or less"
