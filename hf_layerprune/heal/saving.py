@@ -53,7 +53,7 @@ class SavingTrainer(SFTTrainer):
         """Save the adapter, or the model; called by all processes.
 
         In a checkpoint, tensors have the names that they have in the model, by which the Trainer loads them: those that some
-        types have on disk would be skipped with a warning.
+        types have on disk would be skipped with a warning (huggingface/transformers#48805).
 
         Raises:
             LayerPruneError: A weight is not finite.
