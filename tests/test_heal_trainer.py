@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -334,3 +335,13 @@ def test_no_teacher(llama: Bench) -> None:
 def test_settings_that_make_no_sense(settings: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(LayerPruneError, match=next(iter(settings))):
         HealConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+
+def test_a_copy_of_the_model_runs_on_its_own(llama: Bench) -> None:
+    trainer, ids = llama.trainer(cache="on", max_steps=1), torch.arange(6)[None]
+    trainer.train()
+    twin = copy.deepcopy(trainer.model.eval())
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    assert trainer.model(input_ids=ids).logits.any()
+    assert not twin(input_ids=ids).logits.any()

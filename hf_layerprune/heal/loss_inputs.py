@@ -70,6 +70,8 @@ def compute_in_forward(trainer: HealTrainer, output: OutputHead) -> None:
     plain_forward = model.forward
 
     def forward(self_: PreTrainedModel, *args: Any, heal: LossInputs | None = None, **kwargs: Any) -> Any:
+        if self_ is not model:  # a deep copy, which takes this function with it
+            return type(self_).forward(self_, *args, **kwargs)
         precomputed = trainer.data_collator.precomputed
         if precomputed.prefix is not None and not precomputed.prefix.holds_output_for(
             args[0] if args else kwargs.get("input_ids")
