@@ -114,6 +114,7 @@ def test_a_name_until_it_is_on_the_hub(tmp_path: Path) -> None:
     assert main(["card", str(folder), "--name", "SmolLM2-small"]) == 0
     assert "\n# SmolLM2-small\n" in (folder / "README.md").read_text()
     record_declarations(CardRequest(folder), published={"repo_id": "org/other"})
+    record_declarations(CardRequest(folder, name="late"))
     write_card(folder, weights=False)
     assert "\n# other\n" in (folder / "README.md").read_text()
 

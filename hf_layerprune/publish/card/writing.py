@@ -85,7 +85,8 @@ def record_declarations(request: CardRequest, published: dict[str, str] | None =
                     f"the model was pruned from {base['id']} at commit {base['commit'][:12]}, not from {hub_id}; leave out "
                     "--base-model"
                 )
-        if named and named.get("repo_id") != lineage.published.get("repo_id"):
+        before = lineage.published.get("repo_id")
+        if named.get("repo_id", before) != before:
             lineage.published = {}  # a Space that belongs to another repository
         lineage.base, lineage.published = base, lineage.published | named
 
