@@ -156,6 +156,13 @@ def test_a_cut_that_a_family_does_not_allow(
     families.cut_config(config, families.make_cut(config, near))
 
 
+def test_all_layers_of_a_kind_may_go() -> None:
+    config = tiny_config("jamba")
+    experts = range(config.expert_layer_offset, config.num_hidden_layers, config.expert_layer_period)
+    new = families.cut_config(config, families.make_cut(config, experts))
+    assert new.expert_layer_offset >= new.num_hidden_layers
+
+
 Numbers = dict[str, Any]
 # Settings from which a layer's kind follows, as transformers computes it from the layer's index.
 ARITHMETIC: dict[str, tuple[special.Family, list[str], Callable[[Numbers, int, int], object]]] = {

@@ -69,8 +69,11 @@ SPARSE_STEP = Family(
 
 
 def _fit_period(flags: list[bool], what: str, period: int, offset: int) -> tuple[int, int]:
-    """The period and offset that give these flags: the old ones if they still do, otherwise the shortest period."""
-    candidates = [(period, offset), *((p, o) for p in range(1, len(flags) + 1) for o in range(p))]
+    """The period and offset that give these flags: the old ones if they still do, otherwise the shortest period.
+
+    With a period longer than the model, no flag is set.
+    """
+    candidates = [(period, offset), *((p, o) for p in range(1, len(flags) + 2) for o in range(p))]
     for p, o in candidates:
         if all(flag == (i % p == o) for i, flag in enumerate(flags)):
             return p, o
