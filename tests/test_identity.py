@@ -92,6 +92,14 @@ def test_a_pickled_adapter_is_not_measured(place: Path, tmp_path: Path) -> None:
         identify(adapter)
 
 
+def test_an_adapter_without_a_base_is_named(place: Path, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(place / "adapter", tmp_path / "adapter"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    with pytest.raises(CheckpointError, match=r"adapter is an adapter that does not name its base; merge it first"):
+        identify(adapter)
+
+
 def test_answers_are_those_to_the_same_prompts(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     model = write_model(tmp_path / "model")

@@ -176,7 +176,9 @@ def _check_adapter(adapter: PeftConfig, source: str | Path, files: Container[str
     if ADAPTER_WEIGHTS not in files:
         raise CheckpointError(f"{source} has no {ADAPTER_WEIGHTS}, and pickled weights are not read; save it again")
     name = adapter.base_model_name_or_path
-    if name and is_hub_id(name):
+    if not name:
+        raise CheckpointError(f"{source} is an adapter that does not name its base; merge it first")
+    if is_hub_id(name):
         # The Hub client resolves the base's commit, so that the identity is that of the base that will be loaded.
         Repo.open(name, adapter.revision).get(CONFIG)
 
