@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ def states_of(row: int, length: int) -> torch.Tensor:
 
 
 def cache_of(folder: Path, lengths: list[int], shard_tokens: int = 100) -> StateCache:
-    cache = StateCache(folder, lengths, WIDTH * 4, shard_tokens * WIDTH * 4)
+    with mock.patch("hf_layerprune.heal.store.SHARD_BYTES", shard_tokens * WIDTH * 4):
+        cache = StateCache(folder, lengths, WIDTH * 4)
     create_cache_folders([cache])
     return cache
 

@@ -46,6 +46,10 @@ _ALWAYS_RECORDED = (
     "completion_only_loss", "bf16", "fp16", "seed", "data_seed",
 )  # fmt: skip
 _LORA_SETTINGS = ("lora_r", "lora_alpha", "lora_dropout")
+# What decides which rows of a source are read, apart from its config.
+_SOURCE_OPTIONS = ("split", "columns", "fraction")
+# Prefixes of options that are no part of a command that others repeat: tokens, where it was pushed, where it went on.
+_NOT_REPEATED = ("hub_", "push_to_hub", "resume_from_checkpoint")
 
 
 def training_settings(args: HealConfig, *others: Any) -> dict[str, Any]:
@@ -113,12 +117,6 @@ def describe_rows(
         ids = datasets[0]["input_ids"]
         records[0] |= {"rows": len(ids), "tokens": sum(map(len, ids)), "sha256": hash_rows(datasets[0])}
     return records
-
-
-# What decides which rows of a source are read, apart from its config.
-_SOURCE_OPTIONS = ("split", "columns", "fraction")
-# Prefixes of options that are no part of a command that others repeat: tokens, where it was pushed, where it went on.
-_NOT_REPEATED = ("hub_", "push_to_hub", "resume_from_checkpoint")
 
 
 def describe_command(script: Path, words: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from ..errors import LayerPruneError
 from ..runtime.head import Head
 from ..runtime.parts import TrialError, agree, evaluation_mode, trial
 from ..runtime.prefix import Prefix, first_trained_layer
+from ..versions import installed_version
 from .batches import Precomputed
 from .isolation import RowIsolation
 from .placement import is_on_several_devices, restore_prefix
@@ -164,7 +165,8 @@ class _Precomputation:
     def _make_cache(self, name: str, token_bytes: int, source: str) -> StateCache:
         """A cache in a folder that is named by a hash of all that decides its states."""
         precision, attention = self.accelerator.mixed_precision, self.model.config._attn_implementation
-        settings = (precision, str(self.model.dtype), attention, self.collator.padding_free)
+        library = str(installed_version("transformers"))
+        settings = (precision, str(self.model.dtype), attention, self.collator.padding_free, library)
         known = hash_tensors([], source, *map(hash_rows, self.datasets), token_bytes, settings)
         # With `push_to_hub`, transformers uploads the output folder at each save, but nothing that begins with `_`.
         folder = Path(self.args.cache_dir or Path(str(self.args.output_dir)) / "_cache")

@@ -1,8 +1,8 @@
 """Hidden states of training rows on disk: computed once, and read in any order in each epoch.
 
 A cache is a folder of safetensors shards, each with the states of some rows by row number. A shard gets its name only
-once it is complete, so an interrupted run can resume. The folder's name is a hash of the rows, the weights and the
-settings that decide the states, so stale states are never read.
+once it is complete, so an interrupted run can resume. The folder's name is a hash of the rows, the weights, the
+settings and the version of transformers that decide the states, so stale states are never read.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SHARD_BYTES = 128 * 2**20
+SHARD_BYTES = 128 * 2**20  # of a shard, about
 _KEEP_MARKER = "kept"  # the file by which a run with `keep_cache` tells all others to leave a folder
 
 
@@ -44,7 +44,6 @@ class StateCache:
         folder (`Path`): The folder; [`create_cache_folders`] creates it.
         lengths (`Sequence[int]`): Tokens of each row.
         token_bytes (`int`): Size of a token's states.
-        shard_bytes (`int`, *optional*): Approximate size of a shard.
         keep (`bool`, defaults to `False`): Whether the folder stays, also after other runs that use it.
     """
 
@@ -53,7 +52,6 @@ class StateCache:
         folder: Path,
         lengths: Sequence[int],
         token_bytes: int,
-        shard_bytes: int = SHARD_BYTES,
         *,
         keep: bool = False,
     ) -> None:
@@ -65,7 +63,7 @@ class StateCache:
         # memory happens at once.
         order = np.argsort(-self._lengths, kind="stable")
         starts = np.cumsum(self._lengths[order]) - self._lengths[order]
-        _, firsts = np.unique(starts * token_bytes // shard_bytes, return_index=True)
+        _, firsts = np.unique(starts * token_bytes // SHARD_BYTES, return_index=True)
         self.shards = [rows.tolist() for rows in np.split(order, firsts[1:])]
         self._shard_of = {row: index for index, rows in enumerate(self.shards) for row in rows}
         self._open: dict[tuple[int, int], Any] = {}

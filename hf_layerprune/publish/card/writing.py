@@ -239,7 +239,7 @@ def _write_eval_results(card: Card, folder: Path) -> list[str]:
     for name in sorted(present.keys() - wanted.keys() - theirs):
         present[name].unlink()
         changed.append(name)
-    for name in wanted.keys() - theirs:
+    for name in sorted(wanted.keys() - theirs):
         changed += _write(folder, name, EVAL_MARK + wanted[name])
     return changed
 
