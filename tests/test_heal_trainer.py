@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -345,3 +347,15 @@ def test_a_copy_of_the_model_runs_on_its_own(llama: Bench) -> None:
         parameter.data.zero_()
     assert trainer.model(input_ids=ids).logits.any()
     assert not twin(input_ids=ids).logits.any()
+
+
+def test_a_trained_model_does_not_keep_its_trainer(llama: Bench) -> None:
+    trainer, ids = llama.trainer(cache="on", max_steps=1), torch.arange(6)[None]
+    trainer.train()
+    model, kept = trainer.model.eval(), weakref.ref(trainer)
+    logits = model(input_ids=ids).logits
+    trainer.accelerator.free_memory()
+    del trainer
+    gc.collect()
+    assert kept() is None
+    assert torch.equal(model(input_ids=ids).logits, logits)

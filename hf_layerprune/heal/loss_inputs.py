@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,12 +67,14 @@ def compute_in_forward(trainer: HealTrainer, output: OutputHead) -> None:
 
     That method then takes [`LossInputs`] as `heal`.
     """
-    model = trainer.plain_model
+    model, owner = trainer.plain_model, weakref.ref(trainer)  # which the model would keep in memory, optimizer and all
     plain_forward = model.forward
 
     def forward(self_: PreTrainedModel, *args: Any, heal: LossInputs | None = None, **kwargs: Any) -> Any:
         if self_ is not model:  # a deep copy, which takes this function with it
             return type(self_).forward(self_, *args, **kwargs)
+        if (trainer := owner()) is None:
+            return plain_forward(*args, **kwargs)
         precomputed = trainer.data_collator.precomputed
         if precomputed.prefix is not None and not precomputed.prefix.holds_output_for(
             args[0] if args else kwargs.get("input_ids")
