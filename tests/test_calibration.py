@@ -189,8 +189,8 @@ def test_a_model_writes(model: Any, tokenizer: Any) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("model_type", ["pegasus", "roc_bert"])
-def test_a_config_without_special_tokens(model_type: str) -> None:
+@pytest.mark.parametrize("model_type", ["pegasus", "roc_bert", "gemma4_text"])
+def test_a_config_without_special_tokens_or_with_layers_of_several_sizes(model_type: str) -> None:
     assert generate_text(tiny_model(model_type), None, 2, 8, 0).shape == (2, 8)
 
 

@@ -6,6 +6,7 @@ the tokenizer has no chat template. An end-of-text token does not end a row; sam
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,7 +110,8 @@ def _prompt_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
 
 def _max_batch_size(model: PreTrainedModel, length: int) -> int:
     """As many rows as fit into half of the free memory."""
-    config = model.config.get_text_config()
+    config = copy.copy(model.config.get_text_config())
+    config.allow_global_per_layer_attribute_access = True  # Gemma 4's layers differ in `head_dim`
     heads = getattr(config, "num_attention_heads", 1) or 1
     shared = (getattr(config, "num_key_value_heads", heads) or heads) / heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
