@@ -282,6 +282,12 @@ def test_times_are_taken_on_the_device_that_runs_the_layers(
     assert moved == [torch.device("meta")]
 
 
+def test_layers_that_run_only_with_an_image_take_no_time() -> None:
+    model = tiny_model("mllama")
+    times = decode_times.time_decoding(model, 40)
+    assert [i for i, time in enumerate(times.layers) if not time] == model.config.cross_attention_layers
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), RuntimeError("MPS backend out of memory")])
 def test_a_model_that_is_too_large_for_a_device_is_timed_where_it_is(
     error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

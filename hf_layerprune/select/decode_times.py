@@ -111,7 +111,8 @@ def _time_layers(model: PreTrainedModel, context: int, batch: int) -> DecodeTime
     kinds = [_layer_kind(model, index, layer) for index, layer in enumerate(layers)]
     for kind, span in zip(kinds, spans, strict=True):
         by_kind[kind] += span[1 + _WARM_UP :]  # the first one is the prompt
-    means = {kind: statistics.fmean(times) for kind, times in by_kind.items()}
+    # Layers that only run if there is an image take no time here.
+    means = {kind: statistics.fmean(times) if times else 0.0 for kind, times in by_kind.items()}
     each = [means[kind] for kind in kinds]
     gaps = [after - before for before, after in pairwise(steps)][_WARM_UP:]
     return DecodeTimes(each, max(0.0, statistics.fmean(gaps) - sum(each)), device.type)
