@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from hf_layerprune.publish.verify.verdict import verify
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.runtime.loading import load_base
 
+from .heal_makers import word_tokenizer
 from .measure_models import write_model
 from .tiny_models import tiny_model
 
@@ -135,6 +137,13 @@ def chat_template(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
 
 
+def other_words(folder: Path) -> None:
+    """Of as many tokens as the model has."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+
+
 def other_shape(folder: Path) -> None:
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(fields | {"rms_norm_eps": 0.5, "use_cache": False}))
@@ -176,6 +185,7 @@ def other_history(folder: Path) -> None:
     [
         (other_history, "has another history than"),
         (chat_template, "more than its weights: the chat template"),
+        (other_words, "more than its weights: the vocabulary"),
         (other_shape, "more than its weights: rms_norm_eps"),
         (other_layers, "lacks other layers than"),
         (other_end, "more than its weights: eos_token_id"),
@@ -251,20 +261,40 @@ def test_the_sections_of_a_config_keep_their_types(tmp_path: Path) -> None:
     assert main(["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--drop-layers", "1"]) == 0
     config = LoraConfig(r=2, target_modules=r".*language_model.*q_proj", init_lora_weights=False)
     get_peft_model(load_base(tmp_path / "cut", dtype="auto"), config).save_pretrained(tmp_path / "trained")
+    word_tokenizer().save_pretrained(tmp_path / "trained")  # which the source lacks
     record_trained(tmp_path / "cut", tmp_path / "trained", tmp_path / "output")
     assert accepts(tmp_path / "output").startswith("YES")
 
 
-def test_settings_and_data_are_recorded_without_local_paths(place: Path, tmp_path: Path) -> None:
+def test_lora_of_quantised_weights_is_merged_into_the_whole_ones(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "cut", tmp_path / "quantised")
+    quantised(tmp_path / "quantised")
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = AutoModelForCausalLM.from_pretrained(place / "cut", dtype="auto")
+    model.name_or_path = str(tmp_path / "quantised")
+    get_peft_model(model, config).save_pretrained(tmp_path / "trained")
+    record_trained(place / "cut", tmp_path / "trained", tmp_path / "output")
+    assert accepts(tmp_path / "output").startswith("YES")
+
+
+def test_settings_and_data_are_recorded_without_local_paths(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(place / "cut", dtype="auto")
     model.model.norm.weight.data.add_(0.5)
     model.save_pretrained(tmp_path / "trained")
     rows = tmp_path / "rows.jsonl"
     settings = {"loss": float("nan"), "rate": 0.1, "sets": [{"path": str(rows), "type": Path}], 1: (None, True)}
-    record_trained(place / "cut", tmp_path / "trained", tmp_path / "a", settings=settings, data=[rows])
+    (tmp_path / "org" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    data = [rows, "org/mine", "pairs"]
+    record_trained(place / "cut", tmp_path / "trained", tmp_path / "a", settings=settings, data=data)
     entry = Lineage.load_required(tmp_path / "a").entries[-1]
     kept = {"loss": "nan", "rate": 0.1, "sets": [{"path": "rows.jsonl", "type": str(Path)}], "1": [None, True]}
-    assert (entry["settings"], entry["data"]) == (kept, [{"name": "rows.jsonl"}])
+    assert (entry["settings"], entry["data"]) == (
+        kept,
+        [{"name": name} for name in ("rows.jsonl", "org/mine", "pairs")],
+    )
 
     record_trained(place / "cut", tmp_path / "trained", tmp_path / "b", data="org/pairs")
     assert Lineage.load_required(tmp_path / "b").entries[-1]["data"] == [{"name": "org/pairs", "id": "org/pairs"}]
@@ -278,6 +308,7 @@ def test_what_the_card_says_of_training_that_nobody_describes_or_that_came_first
     settings = {"form": "adapter", "criterion": ["own"], "per_device_train_batch_size": "auto", "world_size": 1}
     settings |= {"gradient_accumulation_steps": "auto", "max_steps": 3}
     record_trained(place / "cut", tmp_path / "trained", tmp_path / "first", settings=settings)
+    assert main(["card", str(tmp_path / "first"), "--name", "Mine"]) == 0
     assert main(["prune", str(tmp_path / "first"), str(tmp_path / "again"), "--drop-layers", "2"]) == 0
     cards = []
     for name in ("bare", "again"):
@@ -291,6 +322,7 @@ def test_what_the_card_says_of_training_that_nobody_describes_or_that_came_first
     )
     assert "| steps | `3` |" in again
     assert "plain transformers checkpoint" in again
+    assert "# Mine" not in again  # another model
     assert re.search(r" pruned --drop-layers 1\n# Here, .*\nhf-layerprune prune pruned .*--drop-layers 2\n", again)
 
 
