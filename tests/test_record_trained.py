@@ -144,9 +144,13 @@ def other_words(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def other_end_word(folder: Path) -> None:
+    AutoTokenizer.from_pretrained(folder, eos_token="<s>").save_pretrained(folder)
+
+
 def other_shape(folder: Path) -> None:
     fields = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(fields | {"rms_norm_eps": 0.5, "use_cache": False}))
+    (folder / "config.json").write_text(json.dumps(fields | {"rms_norm_eps": 2.0, "use_cache": False}))
 
 
 def other_layers(folder: Path) -> None:
@@ -186,13 +190,14 @@ def other_history(folder: Path) -> None:
         (other_history, "has another history than"),
         (chat_template, "more than its weights: the chat template"),
         (other_words, "more than its weights: the vocabulary"),
+        (other_end_word, "more than its weights: the end token"),
         (other_shape, "more than its weights: rms_norm_eps"),
         (other_layers, "lacks other layers than"),
         (other_end, "more than its weights: eos_token_id"),
         (quantised, "trained is quantised"),
         (no_history, "has no lineage.json"),
         (other_source, "are not those that its lineage.json names"),
-        (lambda folder: (folder / "config.json").unlink(), "is not a model folder"),
+        (lambda folder: (folder / "config.json").unlink(), "is not a model folder; specify one that"),
     ],
 )
 def test_what_is_more_than_training_is_refused(place: Path, tmp_path: Path, change: Any, said: str) -> None:
@@ -254,6 +259,17 @@ def test_fields_that_trainers_set_and_an_untied_head_are_no_other_model(place: P
     assert has == was | {"tie_word_embeddings": False}
     assert Lineage.load_required(tmp_path / "output").entries[-1]["changed_tensors"] == ["lm_head.weight"]
     assert accepts(tmp_path / "output").startswith("YES")
+
+
+def test_trainers_take_the_end_from_the_tokenizer(place: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(place / "cut", tmp_path / "source"))
+    (source / "config.json").write_text(json.dumps(read_object(source / "config.json") | {"eos_token_id": [1, 5]}))
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    model.model.norm.weight.data.add_(0.5)
+    model.config.eos_token_id = [5, 2]
+    model.save_pretrained(tmp_path / "trained")
+    record_trained(source, tmp_path / "trained", tmp_path / "output")
+    assert read_object(tmp_path / "output" / "config.json")["eos_token_id"] == [1, 5]
 
 
 def test_the_sections_of_a_config_keep_their_types(tmp_path: Path) -> None:
@@ -326,12 +342,15 @@ def test_what_the_card_says_of_training_that_nobody_describes_or_that_came_first
     assert re.search(r" pruned --drop-layers 1\n# Here, .*\nhf-layerprune prune pruned .*--drop-layers 2\n", again)
 
 
-def test_layers_of_the_dense_model_do_not_fit_a_cut_that_was_repaired(place: Path, tmp_path: Path) -> None:
+def test_layers_of_the_dense_model_do_not_fit_a_cut_that_was_repaired_or_trained(place: Path, tmp_path: Path) -> None:
     words = ["--repair", "linear", "--calibration-samples", "4", "--calibration-length", "32"]
     assert main(["prune", str(place / "base"), str(tmp_path / "repaired"), "--drop-layers", "1", *words]) == 0
     fine_tuned(place, tmp_path, LayerDropConfig(drop_layers=[1], tune_layers=1), "base")
     with pytest.raises(CheckpointError, match=r"was trained on .*base, without what was done to .*repaired"):
         record_trained(tmp_path / "repaired", tmp_path / "trained", tmp_path / "output")
+    record_trained(place / "cut", tmp_path / "trained", tmp_path / "once")
+    with pytest.raises(CheckpointError, match=r"was trained on .*base, without what was done to .*once"):
+        record_trained(tmp_path / "once", tmp_path / "trained", tmp_path / "output")
     how = {"repair": "linear", "calibration_samples": 4, "calibration_length": 32}
     fine_tuned(place, tmp_path, LayerDropConfig(drop_layers=[1], tune_layers=1, **how), "base")
     record_trained(tmp_path / "repaired", tmp_path / "trained", tmp_path / "output")
