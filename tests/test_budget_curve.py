@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +24,9 @@ from hf_layerprune.publish.card.render import Card
 from hf_layerprune.records.history import read_history
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.runtime.walk import LayerWalk
+from hf_layerprune.select import budget
 from hf_layerprune.select.runner import choose_layers
-from hf_layerprune.select.search import GREEDY, HELD_OUT, Search
+from hf_layerprune.select.search import BLOCK, GREEDY, HELD_OUT, Search
 from hf_layerprune.select.trials import Trial, evaluate_trials
 from hf_layerprune.stages import curve as stage
 from hf_layerprune.stages.curve_file import read_curve
@@ -34,6 +37,8 @@ from .tiny_models import VOCAB, tiny_model
 
 FEW: dict[str, Any] = {"calibration_samples": 12, "calibration_length": 16, "context": 16}
 WORDS = ["--calibration-samples", "12", "--calibration-length", "16"]
+QUALITY = {"kl": 0.1, "perplexity_ratio": 1.1, "top1_agreement": 0.9}
+POINT = {"dropped": 1, "layers": "7", "cut": QUALITY, "parameters": 1, "bytes": 2, "speedup": 1.1}
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +250,55 @@ def test_too_strict_or_too_few_rows_to_tell(model: Any, text: CalibrationSet) ->
     assert rows == pytest.approx(25 * 16, rel=0.1)
 
 
+class FewSets:
+    """A search in whose sets as many layers can go, nested or as a block, as given; blocks lose less."""
+
+    dense, fit_rows, judge_rows = None, [], [1, 2]
+
+    def __init__(self, most: int, nested: int, block: int) -> None:
+        self.max_drop, self.deepest = most, {GREEDY: nested, BLOCK: block, "kl": block}
+
+    def log_estimate(self, *args: Any) -> None: ...
+
+    def nested(self, count: int) -> tuple[int, ...]:
+        assert count <= self.max_drop
+        return tuple(range(count))
+
+    def score_blocks(self, count: int) -> None:
+        assert count <= self.max_drop
+
+    def best_block(self, scores: None, count: int) -> tuple[int, ...]:
+        return tuple(range(20 - count, 20))
+
+    def judge(self, sets: Any) -> list[Any]:
+        ((drop, found_by),) = sets
+        if self.deepest[found_by] < 0:
+            raise CutError("every cut overflows")
+        kl = 3 if len(drop) > self.deepest[found_by] else 0.5 if found_by == GREEDY else 0.25
+        outcome = SimpleNamespace(quality=lambda dense: {"kl": kl, "kl_stderr": 0.1})
+        return [SimpleNamespace(drop=drop, found_by=found_by, repair=None, outcome=outcome)]
+
+
+@pytest.mark.parametrize("criterion", ["auto", "kl"])
+def test_a_search_ends_at_the_deepest_set_inside(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    walk, rows, choice = SimpleNamespace(num_layers=20), range(16), CutOptions(max_kl=1.0, criterion=criterion)
+    search = FewSets(0, 0, 0)
+    monkeypatch.setattr(budget, "Search", lambda *args: search)
+    pick = (lambda rows, count: search.nested(count)) if criterion == "kl" else None
+    for most, nested, block in itertools.product(range(12), range(-1, 12), range(12)):
+        search = FewSets(most, min(nested, most), min(block, most))
+        deepest = search.deepest["kl"] if pick else max(search.deepest[GREEDY], search.deepest[BLOCK])
+        fails = "may be dropped" if not most else "overflows" if nested < 0 and not pick else "no layer can go"
+        if not deepest or fails == "overflows":
+            with pytest.raises(CutError, match=fails):
+                budget.choose(walk, rows, range(20), choice, pick)
+            continue
+        drop = budget.choose(walk, rows, range(20), choice, pick).drop_layers
+        assert len(drop) == deepest
+        if pick is None and deepest > 1:  # the better one of a size
+            assert (drop[0] > 0) == (search.deepest[BLOCK] == deepest)
+
+
 # --- the curve ------------------------------------------------------------------------------------------
 
 
@@ -366,18 +420,16 @@ def test_what_a_curve_says_is_what_prune_makes(
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (["points"], "x"), (["points", 0, "layers"], 3), (["points", 0, "layers"], "9"), (["points", 0, "dropped"], 2),
+        (["points"], "x"), (["points"], []), (["points"], [POINT, POINT]), (["points", 0, "bytes"], True), (["points", 0, "bytes"], -1), (["points", 0, "bytes"], 10**19), (["points", 0, "layers"], 3), (["points", 0, "layers"], "9"), (["points", 0, "layers"], "6-7"), (["points", 0], {name: POINT[name] for name in POINT if name != "cut"}), (["points", 0, "cut", "top1_agreement"], 2),
         (["points", 0, "cut", "kl"], "<b>"), (["points", 0, "cut"], []), (["points", 0, "cut", "top1_agreement_stderr"], "x"),
         (["points", 0, "cut", "perplexity_ratio"], 0), (["points", 0, "bytes"], None), (["points", 0, "speedup"], 1e400),
         (["steps"], [7, 7]), (["steps"], [99]), (["decode", "layers"], [1]), (["identity"], []), (["repair"], "glue"),
-        (["num_layers"], "8"), (["dense", "bytes"], "1"), (["schema_version"], 2), (["decode", "batch"], 1),
+        (["points", 0], POINT | {"dropped": 2, "layers": "6-7"}), (["num_layers"], "8"), (["dense", "bytes"], "1"), (["schema_version"], 2), (["decode", "batch"], 1),
     ],
 )  # fmt: skip
 def test_a_damaged_curve_is_refused(path: list[Any], value: Any, tmp_path: Path) -> None:
-    quality = {"kl": 0.1, "perplexity_ratio": 1.1, "top1_agreement": 0.9}
-    point = {"dropped": 1, "layers": "7", "cut": quality, "parameters": 1, "bytes": 2, "speedup": 1.1}
     record: dict[str, Any] = {
-        "schema_version": 1, "points": [point], "steps": [7], "num_layers": 8,
+        "schema_version": 1, "points": [copy.deepcopy(POINT)], "steps": [7], "num_layers": 8,
         "decode": {"layers": [1.0] * 8, "rest": 1.0, "device": "cpu"}, "dense": {"parameters": 1, "bytes": 2}, "identity": {"base": "x"}, "repair": None,
     }  # fmt: skip
     file = tmp_path / "curve.json"

@@ -17,7 +17,7 @@ from hf_layerprune.cli import main
 from hf_layerprune.publish.card import regions
 from hf_layerprune.publish.card.writing import record_declarations, write_card
 from hf_layerprune.publish.requests import CardRequest
-from hf_layerprune.records.declared import declared_fields, split_front_matter
+from hf_layerprune.records.declared import declared_fields, declared_gguf_fields, split_front_matter
 from hf_layerprune.records.history import read_history
 from hf_layerprune.records.lineage import Lineage
 
@@ -207,11 +207,55 @@ def test_what_people_write_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("template", "chats"),
-    [("{{ 1 }}", True), (None, False), ([{"name": "rag"}], False), ([{"name": "rag"}, {"name": "default"}], True)],
+    [
+        ("{{ 1 }}", True),
+        (None, False),
+        ([{"name": "rag"}], False),
+        (["default"], False),
+        ([{"name": "rag"}, {"name": "default"}], True),
+    ],
 )
 def test_a_base_chats_if_it_has_a_default_template(template: Any, chats: bool, tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     assert declared_fields(tmp_path) == ({"chat": True} if chats else {})
+
+
+@pytest.mark.parametrize(
+    ("said", "declared"),
+    [
+        ("license: [mit]\nlanguage: en", {"license": "mit", "language": ["en"]}),
+        ("license: [mit, gpl-3.0]\nlicense_name: [a, b]", {}),
+        (
+            "license: ' other '\nlicense_name: 7\nlicense_link: ./LICENSE",
+            {"license": "other", "license_link": "./LICENSE"},
+        ),
+        ("license_link: https://x.org/l\nlicense: ' '", {"license_link": "https://x.org/l"}),
+        ("language: [en, 7, '<b>', no]", {"language": ["en", "no"]}),
+        ("language: [7]", {}),
+        ("language: no", {"language": ["no"]}),
+    ],
+)
+def test_what_the_card_of_a_base_declares(
+    said: str, declared: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "card.md").write_text(f"---\n{said}\n---\n# Base\n")
+    assert declared_fields(tmp_path, tmp_path / "card.md") == declared
+    assert caplog.text.count("declares several licences") == ("gpl" in said)
+    if "./" in said:
+        declared = declared | {"license_link": "https://huggingface.co/org/base/blob/abc/LICENSE"}
+    assert declared_fields(tmp_path, tmp_path / "card.md", "org/base/blob/abc") == declared
+    (tmp_path / "chat_template.jinja").touch()
+    assert declared_fields(tmp_path) == {"chat": True}
+
+
+def test_what_a_gguf_file_declares() -> None:
+    keys = {"general.license": " mit ", "general.license.link": "LICENSE", "general.license.name": ""}
+    assert declared_gguf_fields(keys) == {"license": "mit", "license_link": "LICENSE"}
+    assert declared_gguf_fields({"tokenizer.chat_template": "{{ 1 }}"}) == {"chat": True}
+
+
+def test_a_card_without_fields() -> None:
+    assert split_front_matter("# Base\n---\na: b\n") == ({}, "# Base\n---\na: b\n")
 
 
 def test_what_people_write_inside_is_not_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ from hf_layerprune.publish.verify.outcome import Verification
 from hf_layerprune.publish.verify.verdict import verify
 from hf_layerprune.records.fingerprints import fingerprint, weights_hash
 from hf_layerprune.records.lineage import Lineage
+from hf_layerprune.records.quantized import describe_quantization, quantization_method
 from hf_layerprune.runtime.loading import load_base
 from hf_layerprune.versions import installed_version
 
@@ -96,6 +97,26 @@ def edit(folder: Path, name: str, change: Any = None, **notes: str) -> None:
         tensors[name] = change(tensors[name])
     save_file(tensors, path, metadata=known | notes)
     claim(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "desc_act": False}, "gptq, 4 bits"),
+        (
+            {"quant_method": "compressed-tensors", "format": "pack-quantized", "bits": 4},
+            "compressed-tensors, pack-quantized",
+        ),
+        ({"quant_method": "torchao", "quant_type": {"default": None}}, "torchao"),
+        ({"quant_method": "awq", "bits": "four"}, "awq"),
+        ({"quant_method": ["gptq"]}, "unknown"),
+        ({"quant_method": ""}, "unknown"),
+        ("fp8", "unknown"),
+    ],
+)
+def test_how_other_programs_quantised_in_a_few_words(settings: Any, said: str) -> None:
+    assert describe_quantization(settings) == said
+    assert quantization_method(settings) == said.partition(",")[0]
 
 
 @pytest.mark.parametrize("name", METHODS)

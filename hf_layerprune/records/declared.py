@@ -83,10 +83,9 @@ def declared_gguf_fields(keys: Mapping[str, str]) -> dict[str, Any]:
 
 def _chat_field(folder: Path) -> dict[str, Any]:
     """Whether a folder has a chat template: a file, or an entry of the tokenizer config, of several the default one."""
-    settings, inside = folder / "tokenizer_config.json", None
-    if settings.is_file():
-        with suppress(CheckpointError):
-            inside = read_object(settings).get("chat_template")
+    inside = None
+    with suppress(CheckpointError):
+        inside = read_object(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(inside, list):
         inside = any(isinstance(one, dict) and one.get("name") == "default" for one in inside)
     return {"chat": True} if inside or (folder / "chat_template.jinja").is_file() else {}
