@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,7 @@ from hf_layerprune.select.search import BLOCK, GREEDY, HELD_OUT, Search
 from hf_layerprune.select.trials import Trial, evaluate_trials
 from hf_layerprune.stages import curve as stage
 from hf_layerprune.stages.curve_file import read_curve
-from hf_layerprune.stages.requests import RankRequest
+from hf_layerprune.stages.requests import PruneRequest, RankRequest
 
 from .measure_models import LAYERS
 from .tiny_models import VOCAB, tiny_model
@@ -338,6 +339,10 @@ def test_a_curve_goes_on_where_it_stopped(
     for other in ({"repair": "refit"}, {"seed": 7}, {"calibration_samples": 16}):
         with pytest.raises(CheckpointError, match=f"with another {next(iter(other))};"):
             quality_curve(str(base), tmp_path / "curve", **options | other)
+    assert (
+        len(quality_curve(str(base), tmp_path / "curve", curve_up_to=1, force=True, **options | {"seed": 7}).points)
+        == 1
+    )
     (tmp_path / "curve" / "notes").write_text("mine")
     with pytest.raises(CheckpointError, match="holds files that may be yours: notes"):
         quality_curve(str(base), tmp_path / "curve", force=True, **options)
@@ -415,6 +420,36 @@ def test_what_a_curve_says_is_what_prune_makes(
     (tmp_path / "curve" / "curve.json").write_text('{"points": []}')
     assert main(["prune", str(base), str(tmp_path / "x"), "--from-curve", str(tmp_path / "curve")]) == 1
     assert "is not a curve" in capsys.readouterr().err
+
+
+def test_which_point_a_request_means(base: Path, tmp_path: Path) -> None:
+    def ask(output: str = "cut", model: Path = base, **options: Any) -> PruneRequest:
+        return stage.choose_point(PruneRequest(str(model), str(tmp_path / output), **options), tmp_path)[0]
+
+    points = [
+        POINT | {"dropped": n, "layers": f"{8 - n}-7" if n > 1 else "7", "repaired": QUALITY}
+        | {"parameters": 100 - 10 * n, "bytes": 1000 - 50 * n, "speedup": 1 + n / 10}
+        for n in (1, 2, 3)
+    ]  # fmt: skip
+    del points[0]["repaired"]
+    identity = {"base": stage._base_identity(PruneRequest(str(base), "cut"))}
+    record = {
+        "schema_version": 1, "points": points, "steps": [], "num_layers": 8, "identity": identity, "repair": "refit",
+        "decode": {"layers": [1.0] * 8, "rest": 1.0, "device": "cpu"}, "dense": {"parameters": 100, "bytes": 1000},
+    }  # fmt: skip
+    (tmp_path / "curve.json").write_text(json.dumps(record))
+    for asked in ({"target_params": 80}, {"target_size": 900}, {"target_speedup": 1.15}, {"drop": 2}):
+        found = ask(**asked)
+        assert (found.drop_layers, found.repair) == ([6, 7], "refit"), asked
+    assert (ask(drop=1).repair, ask(drop=2, repair="linear").repair) == (None, "linear")
+    with pytest.raises(CutError, match="a GGUF file that stays one can't have"):
+        ask("cut.gguf", drop=2)
+    with pytest.raises(CutError, match="max_kl needs a standard error, and the curve has none"):
+        ask(max_kl=1.0)
+    other = Path(shutil.copytree(base, tmp_path / "other"))
+    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    with pytest.raises(CheckpointError, match="holds the curve of a base other than"):
+        ask(model=other, drop=2)
 
 
 @pytest.mark.parametrize(
@@ -498,7 +533,8 @@ def test_the_knee() -> None:
 
     assert stage.knee(curve(0.01, 0.02, 0.04, 0.5, 1.0)) == 3
     assert stage.knee(curve(0.2, 0.4, 0.6, 0.8)) is None, "a straight line has none"
-    assert stage.knee(curve(0.1, 0.2)) is None
+    assert stage.knee(curve(0.1, 1.0)) is None  # too few points to tell
+    assert stage.knee(curve(0.0, 0.0, 0.0)) is None
 
 
 @pytest.mark.parametrize(("rows", "repair", "warns"), [(16, "refit", True), (16, None, False), (128, "refit", False)])

@@ -87,17 +87,27 @@ def test_a_calibration_file_that_was_edited_is_another_text(base: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("commit", "weights", "same"), [("a" * 40, "1", True), ("b" * 40, "1", True), ("b" * 40, "2", False)]
+    ("commit", "change", "same"),
+    [
+        ("b" * 40, {}, True),
+        ("b" * 40, {"README.md": "2"}, True),
+        ("b" * 40, {"model.safetensors": "2"}, False),
+        ("b" * 40, {"config.json": "2"}, False),
+        ("b" * 40, {"more.safetensors": "1"}, False),
+        ("a" * 40, {"model.safetensors": "2"}, True),  # of a file that is not in the cache, no hash is known
+    ],
 )
 def test_another_commit_of_a_base_on_the_hub(
-    monkeypatch: pytest.MonkeyPatch, commit: str, weights: str, same: bool
+    monkeypatch: pytest.MonkeyPatch, commit: str, change: dict[str, str], same: bool
 ) -> None:
     """With the same weights and config, such as after an edit of its card, it is the same base."""
 
-    def files(sha256: str) -> dict[str, Any]:
-        return {name: {"size": 1, "sha256": sha256} for name in ("config.json", "model.safetensors")}
+    def files(change: dict[str, str]) -> dict[str, Any]:
+        hashes = {"config.json": "1", "model.safetensors": "1", "README.md": "1"} | change
+        return {name: {"size": 1, "sha256": sha256} for name, sha256 in hashes.items()}
 
-    repo = SimpleNamespace(commit=commit, get=lambda name: None, fingerprint=lambda: files(weights))
+    repo = SimpleNamespace(commit=commit, get=lambda name: None, fingerprint=lambda: files(change))
     monkeypatch.setattr(provenance.Repo, "open", lambda name, revision: repo)
-    recorded = {"id": "org/base", "commit": "a" * 40, "files": files("1")}
+    recorded = {"id": "org/base", "commit": "a" * 40, "files": files({})}
     assert provenance.is_same_base(recorded, PruneRequest("org/base", "pruned", revision="v2")) is same
+    assert not provenance.is_same_base(recorded | {"id": "org/other"}, PruneRequest("org/base", "pruned"))

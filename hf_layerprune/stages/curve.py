@@ -121,7 +121,7 @@ def knee(points: list[dict[str, Any]]) -> int | None:
     last = len(kls) - 1
     below = [i / last - kl / kls[-1] for i, kl in enumerate(kls)]
     best = max(range(len(kls)), key=below.__getitem__)
-    return best if 0 < best < last and below[best] > 0.05 else None
+    return best if below[best] > 0.05 else None
 
 
 def _last_count(request: RankRequest, num_layers: int, most: int) -> int:
