@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import get_peft_model_state_dict
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer import OPTIMIZER_NAME
 
@@ -116,6 +115,8 @@ class SavingTrainer(SFTTrainer):
 
     def _check_weights(self, stored: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse the weights of a checkpoint, given by their names and shapes, that are not those that it would be saved with."""
+        from peft import get_peft_model_state_dict
+
         adapted, model = hasattr(self.model, "peft_config"), self.plain_model
         own = (
             get_peft_model_state_dict(self.model, adapter_name=self.model.active_adapter)
