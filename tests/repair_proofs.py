@@ -86,7 +86,8 @@ def fitted_as_written(dense: Any, repair: Repair, drop: tuple[int, ...], rows: C
                     stack.enter_context(swap_parameters(layers[i], values))
             cut_plainly = _leaving(dense, before, ids)
             refitted = (name, cut.get("norm", "").partition(".")[2])
-            stack.enter_context(swap_parameters(layers[before], _borrowed(layers[before], refitted, folded[before])))
+            start = _borrowed(layers[before], refitted, folded[before]) if repair.method == "borrow" else {}
+            stack.enter_context(swap_parameters(layers[before], start))
             entering: list[torch.Tensor] = []
             keep = lambda m, args, output, entering=entering: entering.extend((args[0], output.clone()))  # noqa: E731
             with hook_scope(module.register_forward_hook(keep)):

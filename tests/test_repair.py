@@ -23,6 +23,7 @@ from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.repair.fit import Repair, fit_repair
 from hf_layerprune.repair.frozen import freeze, unfreeze
 from hf_layerprune.repair.linear import NormalEquations, solve_ridge
+from hf_layerprune.repair.mixtures import find_output_axes
 from hf_layerprune.repair.registry import REPAIRS
 from hf_layerprune.repair.writers import find_writers
 from hf_layerprune.runtime.loading import load_config
@@ -58,8 +59,8 @@ def logits(model, ids):
 
 
 @pytest.fixture
-def base(tmp_path):
-    model = tiny_model("llama")
+def base(tmp_path, request):
+    model = tiny_model(getattr(request, "param", "llama"))
     model.save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
@@ -97,6 +98,51 @@ def test_writers_are_found_by_trying(model_type, names):
     assert [writer.name for writer in found] == names
     gain = getattr(model.config, "residual_multiplier", 1.0)
     assert all(writer.gain == pytest.approx(gain, rel=1e-3) for writer in found)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "axes", "norm"),
+    [
+        ("mixtral", "mlp", {"experts.down_proj": 1}, None),
+        ("gpt_oss", "mlp.experts", {"down_proj": 2, "down_proj_bias": 1}, None),
+        ("jetmoe", "mlp", {"bias": 0, "output_linear.weight": 1}, None),
+        ("qwen3_5_moe_text", "mlp", {"experts.down_proj": 1, "shared_expert.down_proj.weight": 0}, None),
+        ("flex_olmo", "mlp", {"experts.down_proj": 1}, "post_feedforward_layernorm"),
+    ],
+)
+def test_what_a_mixture_of_experts_writes_with_is_found_by_trying(model_type, name, axes, norm):
+    walk = LayerWalk(tiny_model(model_type))
+    batch = walk.begin(tiny_input())
+    with walk.layer(0) as run:
+        batch.hidden = run(batch.hidden, batch)
+    before = {name: value.clone() for name, value in walk.layers[1].named_parameters()}
+    with walk.layer(1) as run:
+        writer = find_writers(walk.layers[1], run, batch, mixtures=True)[0]
+    assert (writer.name, dict(writer.axes), writer.norm and writer.norm.name) == (name, axes, norm)
+    assert all(torch.equal(value, before[name]) for name, value in walk.layers[1].named_parameters())
+
+
+class Mixture(torch.nn.Module):
+    """Two experts of which a token has one, with something of its own."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.down = kind, torch.nn.Parameter(torch.randn(2, 8, 4))
+        self.scale = torch.nn.Parameter(torch.randn(8)) if kind == "scaled" else 1.0
+        self.single = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(2 * (kind == "single")))
+
+    def forward(self, x):
+        y = x[..., :4] @ self.down[0].T * self.scale
+        return y + x if self.kind == "input" else y + self.single[0](x) if self.kind == "single" else y
+
+
+@pytest.mark.parametrize("kind", ["plain", "input", "scaled", "single"])
+def test_a_mixture_is_not_taken_if_its_output_is_made_of_more(kind):
+    """Of what enters it; of a scale, to which no matrix can be applied; of an expert that no token reached."""
+    module, x = Mixture(kind), torch.randn(1, 16, 8)
+    found = find_output_axes(module, lambda: module(x))
+    assert found == ({"down": 1} if kind == "plain" else None)
 
 
 def test_normal_equations_agree_with_least_squares():
@@ -167,7 +213,9 @@ def test_magnitude_has_nothing_to_do_at_the_tail(caplog):
     [
         ("llama", [0, 1], "linear", "layer 0 is dropped"),
         ("llama", [0, 1], "refit", "layer 0 is dropped"),
-        ("mixtral", [3, 4], "linear", "model type 'mixtral' can't be repaired"),
+        ("bert", [3, 4], "linear", "model type 'bert' can't be repaired"),
+        ("mixtral", [3, 4], "refit", "model type 'mixtral' has no layer .* linear, magnitude"),
+        ("qwen3_moe", [2, 6], "refit", r"layer 5, whose MLP is a mixture of experts; use repair=\"linear\""),
         ("gemma2", [3, 4], "magnitude", "model type 'gemma2' has no layer .* linear, refit, borrow"),
     ],
 )
@@ -196,7 +244,17 @@ def test_it_is_refused_before_the_model_writes_text(model_type, drop, samples, m
         )
 
 
-@pytest.mark.parametrize(("method", "tune_layers"), [*((method, "cut") for method in REPAIRS), ("refit", 2)])
+@pytest.mark.parametrize(
+    ("base", "method", "tune_layers"),
+    [
+        *(("llama", method, "cut") for method in REPAIRS),
+        ("llama", "refit", 2),
+        ("mixtral", "linear", "cut"),  # stored expert by expert
+        ("gpt_oss", "linear", 2),  # with biases
+        ("qwen3_5_moe_text", "magnitude", "cut"),  # with a gated shared expert
+    ],
+    indirect=["base"],
+)
 def test_every_way_gives_the_same_repaired_model(base, tmp_path, method, tune_layers):
     """From a live model, from a folder, and on disk; as an adapter that was saved and read back; merged."""
     settings = {"drop_layers": DROP, "repair": method, "calibration_samples": 12, "calibration_length": 32}
@@ -321,10 +379,13 @@ def test_what_a_repair_leaves_as_it_was_is_not_among_its_changes(base):
 
 
 @pytest.mark.parametrize("more", [[], ["--dtype", "bfloat16"]])
-@pytest.mark.parametrize("model_type", ["hy_v3", "minimax_m3_vl"])
-def test_a_repaired_tensor_that_the_checkpoint_names_otherwise(model_type, more, tmp_path):
+@pytest.mark.parametrize(
+    ("model_type", "method"),
+    [("hy_v3", "refit"), ("minimax_m3_vl", "refit"), ("minimax_m3_vl", "linear"), ("granitemoe", "magnitude")],
+)
+def test_a_repaired_tensor_that_the_checkpoint_names_otherwise(model_type, method, more, tmp_path):
     tiny_model(model_type).save_pretrained(tmp_path / "base")
-    words = ["--drop-layers", "3-4", "--repair", "refit", "--calibration-samples", "4", "--calibration-length", "16"]
+    words = ["--drop-layers", "3-4", "--repair", method, "--calibration-samples", "4", "--calibration-length", "16"]
     assert main(["prune", str(tmp_path / "base"), str(tmp_path / "out"), *words, *more]) == 0
     entry = json.loads((tmp_path / "out" / "lineage.json").read_text())["entries"][0]
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:

@@ -441,12 +441,20 @@ def test_states_beyond_the_dtype_are_named(text: CalibrationSet) -> None:
         choose_layers(walk, text, CutOptions(drop=2, criterion="kl"))
 
 
-def test_experts_and_norms_have_no_repairability(text: CalibrationSet) -> None:
-    for model_type in ("gemma2", "mixtral"):
-        with pytest.raises(UnsupportedModelError, match="repairability has no scores"):
-            choose_layers(tiny_model(model_type), text, CutOptions(drop=3, criterion="repairability"))
-    with pytest.raises(UnsupportedModelError, match=r"'mixtral' can't be repaired: .*leave out --repair"):
-        choose_layers(tiny_model("mixtral"), text, CutOptions(drop=3, repair="linear", criterion="auto"))
+def test_what_a_norm_follows_has_no_repairability(text: CalibrationSet) -> None:
+    with pytest.raises(UnsupportedModelError, match="repairability has no scores"):
+        choose_layers(tiny_model("gemma2"), text, CutOptions(drop=3, criterion="repairability"))
+    with pytest.raises(UnsupportedModelError, match=r"'bert' can't be repaired: .*leave out --repair"):
+        choose_layers(tiny_model("bert"), text, CutOptions(drop=3, repair="linear", criterion="auto"))
+
+
+@pytest.mark.parametrize("criterion", ["repairability", "auto"])
+def test_experts_can_be_repaired(criterion: str) -> None:
+    text = CalibrationSet.from_ids(tiny_input(batch=32, length=32), "random")
+    choice = choose_layers(
+        tiny_model("mixtral"), text, CutOptions(drop=2, contiguous=True, repair="linear", criterion=criterion)
+    )
+    assert len(choice.drop_layers) == 2
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "olmo2", "glm4"])
@@ -460,15 +468,15 @@ def test_auto_finds_what_is_repaired_through_a_norm(model_type: str) -> None:
     assert any(kl < cut.get(layers, 0) for layers, kl in repaired.items())
 
 
-def test_experts_in_every_layer_leave_nothing_to_repair(text: CalibrationSet) -> None:
-    """The type can be repaired, but not a model of it without dense layers."""
+def test_experts_in_every_layer_leave_nothing_to_refit(text: CalibrationSet) -> None:
+    """The type can be refitted, but not a model of it without dense layers."""
     config = tiny_config("qwen3_moe")
     config.decoder_sparse_step, config.mlp_only_layers = 1, []
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     randomize(model)
     for contiguous in (True, False):
         with pytest.raises(CutError, match=r"can be repaired: no layer in front|works for none.*leave"):
-            choose_layers(model, text, CutOptions(drop=2, contiguous=contiguous, repair="linear", criterion="auto"))
+            choose_layers(model, text, CutOptions(drop=2, contiguous=contiguous, repair="refit", criterion="auto"))
 
 
 def test_layers_that_cannot_be_walked_still_have_weights(text: CalibrationSet) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, UnsupportedModelError
 from ..families import check_trainable, layer_count, text_config
 from ..families.layout import find_decoder_layers, find_layer_prefix
-from ..runtime.model_class import model_without_weights, stored_names
+from ..runtime.model_class import model_without_weights, name_in_stack, stored_tensors
 from .base import Base, read_headers
 from .header import FLOATS, Tensor, read_header
 
@@ -88,8 +88,7 @@ def match_layers(
     """
     from transformers.modeling_utils import str_to_torch_dtype
 
-    names = _checkpoint_names(values, stored, config)
-    named = {names[key]: value for key, value in values.items()}
+    named = _checkpoint_tensors(stored, config, values)
     for name, value in named.items():
         if (tensor := stored.get(name)) is None:
             raise CheckpointError(
@@ -105,16 +104,19 @@ def match_layers(
     return named
 
 
-def _checkpoint_names(
-    keys: Collection[tuple[int, str]], stored: Mapping[str, Tensor], config: PreTrainedConfig
-) -> dict[tuple[int, str], str]:
-    """How the checkpoint names parameters of layers: as the model does, or as transformers names them on disk."""
+def _checkpoint_tensors(
+    stored: Mapping[str, Tensor], config: PreTrainedConfig, values: Mapping[tuple[int, str], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The values by the checkpoint's names, which are those of the model, or those that transformers uses on disk."""
     prefix = find_layer_prefix(stored, layer_count(config))
-    names = {(index, name): f"{prefix}{index}.{name}" for index, name in keys}
-    if others := [key for key, name in names.items() if name not in stored]:
-        path = find_decoder_layers(model_without_weights(config)).path
-        full = {(index, name): f"{path}.{index}.{name}" for index, name in others}
-        renamed = stored_names(config, full.values())
-        for (index, name), own in full.items():
-            names[index, name] = f"{prefix}{index}.{renamed.get(own, own).partition(f'.{index}.')[2]}"
-    return names
+    own = {f"{prefix}{index}.{name}": value for (index, name), value in values.items()}
+    if own.keys() <= stored.keys():
+        return own
+    path = find_decoder_layers(model_without_weights(config)).path
+    full = {
+        f"{path}.{index}.{name}": value
+        for (index, name), value in values.items()
+        if f"{prefix}{index}.{name}" not in stored
+    }
+    converted = {f"{prefix}{name_in_stack(name)}": value for name, value in stored_tensors(config, full).items()}
+    return {name: value for name, value in own.items() if name in stored} | converted

@@ -108,8 +108,8 @@ _UNRANKED: dict[str, str] = {
 }
 
 _NO_PROJECTION = (
-    "no output projection of its layers writes into the hidden states, directly or through an RMS norm: it belongs to a "
-    "mixture of experts, is followed by another norm, or is not a plain matrix"
+    "no output projection of its layers writes into the hidden states, directly or through an RMS norm: it is followed "
+    "by another norm, or is not a plain matrix"
 )
 
 

@@ -39,19 +39,22 @@ def unfreeze(model: nn.Module) -> None:
 
 def repaired_module_names(repair: Repair, stack: DecoderStack, cut: families.Cut) -> list[str]:
     """Full names in the pruned model of the modules that a repair changes."""
-    return list(dict.fromkeys(name.rpartition(".")[0] for name in repaired_tensor_names(repair, stack.path, cut)))
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in repaired_tensors(repair, stack.path, cut)))
 
 
-def repaired_tensor_names(repair: Repair, stack_path: str, cut: families.Cut) -> list[str]:
-    """Full names in the pruned model of the tensors that a repair changes."""
-    return [f"{stack_path}.{cut.new_index[index]}.{name}" for index, name in sorted(repair.tensors)]
+def repaired_tensors(repair: Repair, stack_path: str, cut: families.Cut) -> dict[str, torch.Tensor]:
+    """The tensors that a repair changes, by their full names in the pruned model."""
+    return {
+        f"{stack_path}.{cut.new_index[index]}.{name}": repair.tensors[index, name]
+        for index, name in sorted(repair.tensors)
+    }
 
 
 def apply_to_adapter(repair: Repair, model: nn.Module, stack_path: str, cut: families.Cut, adapter_name: str) -> None:
     """Write the new weights into an adapter's copies of a pruned model's modules; the originals stay unchanged."""
-    for (index, name), value in repair.tensors.items():
+    for name, value in repaired_tensors(repair, stack_path, cut).items():
         module: Any = model
-        *path, last = f"{stack_path}.{cut.new_index[index]}.{name}".split(".")
+        *path, last = name.split(".")
         for part in path:
             module = getattr(_adapter_copy(module, adapter_name), part)
         module = _adapter_copy(module, adapter_name)

@@ -7,7 +7,8 @@ does not grow.
 
 With `T = I + D`, the least-squares problem is `M D = X - (Y + M)`, so `D` models the block's effect. The normal
 equations are summed batch by batch in float64 and solved with a ridge on `D`, so a stronger ridge approaches the plain
-cut. The ridge strength is chosen on held-out rows.
+cut. The ridge strength is chosen on held-out rows. If the MLP is a mixture of experts, `T` is folded into the output
+projections of all of them.
 
 `M` itself is a product `A W` of the projection's input and its weight, and `A` is wider than `M`. `refit` solves the
 same problem for a change of `W`: `A D = X - (Y + M)`. A map applied to `M` is a special case of it.
@@ -169,12 +170,15 @@ class LinearFitter(Fitter):
             if self.student is not None:
                 self.student = [run(state, batch) for state, batch in zip(self.student, batches, strict=True)]
             return
-        writers = find_writers(self.walk.layers[i], run, probe)
+        writers = find_writers(self.walk.layers[i], run, probe, mixtures=self.method == "linear")
         if not writers:
+            if self.method != "linear" and find_writers(self.walk.layers[i], run, probe, mixtures=True):
+                raise CutError(
+                    f'repair="{self.method}" can\'t change layer {i}, whose MLP is a mixture of experts; use repair="linear"'
+                )
             raise CutError(
                 f'repair="{self.method}" has no weight to change: no output projection of layer {i} writes into '
-                "the hidden states directly or through an RMS norm (it is quantised, or belongs to a mixture of experts, say); "
-                f"{families.UNREPAIRABLE}"
+                f"the hidden states directly or through an RMS norm (it is quantised, say); {families.UNREPAIRABLE}"
             )
         self.writer = writers[0]
         # The layer runs again after the block, so that nothing as wide as an MLP has to be kept for all rows.

@@ -74,20 +74,15 @@ def scale_writers(index: int, layer: nn.Module, run: Run, batch: Batch, factor: 
     Raises:
         CutError: The layer can't be rescaled by its output projections alone.
     """
-    writers = [writer for writer in find_writers(layer, run, batch) if writer.norm is None]
+    writers = [writer for writer in find_writers(layer, run, batch, mixtures=True) if writer.norm is None]
     with zero_outputs(writers):
         rest = run(batch.hidden, batch).float() - batch.hidden.float()
     if not (writers and rest.norm() <= _ROUNDING * batch.hidden.float().norm()):
         raise _rescale_error(
             index,
-            "not everything that it adds to the hidden states comes from its output projections (it has experts, a "
-            "norm or a bias after them)",
+            "not everything that it adds to the hidden states comes from its output projections (a norm follows them, say)",
         )
-    new = {
-        f"{writer.name}.{name}": (parameter.detach().double().cpu() * factor).to(parameter.dtype)
-        for writer in writers
-        for name, parameter in writer.module.named_parameters(recurse=False)
-    }
+    new = {name: value for writer in writers for name, value in writer.scaled(factor).items()}
     wanted = run(batch.hidden, batch).float() * factor
     with swap_parameters(layer, new):
         scaled = run(batch.hidden * factor, batch).float()

@@ -3,7 +3,8 @@
 A module is a writer if anything added to its output arrives unchanged in the layer's output, up to a constant factor
 (the gain: 1 in most families, the residual multiplier in Granite). A matrix applied to its output can then be folded
 into its weight. A module is also a writer if its output only goes through an RMS norm of which that is true (Gemma 2
-and 3, OLMo 2). No model family is named here: experts and packed weights simply fail the test.
+and 3, OLMo 2). A mixture of experts is a writer as a whole, if the parameters that its output is made of are found
+(`mixtures.py`). No model family is named here: packed weights simply fail the test.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from ..runtime.parts import hook_scope
 from ..runtime.precision import is_packed
 from ..runtime.walk import Batch
+from .mixtures import find_output_axes, is_mixture
 from .norms import Norm, find_norm
 
 _TOLERANCE = 0.03  # bfloat16 keeps two to three digits
@@ -29,19 +31,22 @@ Run = Callable[[torch.Tensor, Batch], torch.Tensor]
 
 @dataclass(frozen=True)
 class Writer:
-    """A linear module whose output is added to the residual stream.
+    """A module whose output is added to the residual stream.
 
     Args:
         name (`str`): Its name inside the layer, such as `mlp.down_proj`.
-        module (`nn.Module`): An `nn.Linear` or a `Conv1D`.
+        module (`nn.Module`): An `nn.Linear`, a `Conv1D` or a mixture of experts.
         gain (`float`): The factor between its output, or that of the norm after it, and what arrives in the
             residual stream.
+        axes (`Mapping[str, int]`): The parameters that its output is a linear function of, by name in the module, each
+            with the dimension that is that of the output.
         norm (`Norm`, *optional*): The norm between the module and the residual stream.
     """
 
     name: str
     module: nn.Module
     gain: float
+    axes: Mapping[str, int]
     norm: Norm | None = None
 
     def fold_matrix(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -49,15 +54,24 @@ class Writer:
 
         With a norm, `output` is the norm's, and the new one has that direction.
         """
-        new = {"weight": self.weight @ matrix.double().cpu()}
-        bias: torch.Tensor | None = self.module.bias  # type: ignore[assignment]
-        if bias is not None:
-            new["bias"] = bias.detach().double().cpu() * self._scale @ matrix.double().cpu()
-        return self._to_stored(new)
+        matrix = self._scale[:, None] * matrix.double().cpu() / self._scale
+        return {f"{self.name}.{name}": _fold(parameter, matrix, axis) for name, parameter, axis in self._parameters()}
+
+    def scaled(self, factor: float) -> dict[str, torch.Tensor]:
+        """The writer's parameters, on the CPU, with its output multiplied by a factor."""
+        return {
+            f"{self.name}.{name}": (parameter.detach().double().cpu() * factor).to(parameter.dtype)
+            for name, parameter, _ in self._parameters()
+        }
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter, int]]:
+        return ((name, self.module.get_parameter(name), axis) for name, axis in self.axes.items())
 
     def add_change(self, change: torch.Tensor) -> dict[str, torch.Tensor]:
         """The writer's parameters, on the CPU, with its weight changed: the new output adds `features @ change`."""
-        return self._to_stored({"weight": self.weight + change.double().cpu()})
+        new = (self.weight + change.double().cpu()) / self._scale
+        stored = new if isinstance(self.module, Conv1D) else new.T
+        return {f"{self.name}.weight": stored.to(self.module.get_parameter("weight").dtype).contiguous()}
 
     def weight_without(self, indices: torch.Tensor) -> torch.Tensor:
         """The module's weight, on the CPU, with zeros for some inputs."""
@@ -101,14 +115,13 @@ class Writer:
     def _scale(self) -> torch.Tensor:
         return torch.ones(1, dtype=torch.float64) if self.norm is None else self.norm.scale
 
-    def _to_stored(self, new: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        new = {name: value / self._scale for name, value in new.items()}
-        if not isinstance(self.module, Conv1D):
-            new["weight"] = new["weight"].T
-        return {
-            f"{self.name}.{name}": value.to(self.module.get_parameter(name).dtype).contiguous()
-            for name, value in new.items()
-        }
+
+def _fold(parameter: torch.Tensor, matrix: torch.Tensor, axis: int) -> torch.Tensor:
+    """A parameter, on the CPU, with a matrix applied along one of its dimensions, in double precision."""
+    if parameter.ndim > 2 and axis > 0:  # one expert at a time, to save memory
+        return torch.stack([_fold(one, matrix, axis - 1) for one in parameter])
+    new = parameter.detach().cpu().double().movedim(axis, -1) @ matrix
+    return new.movedim(-1, axis).to(parameter.dtype).contiguous()
 
 
 def hook_output(
@@ -141,8 +154,15 @@ def swap_parameters(layer: nn.Module, values: Mapping[str, torch.Tensor]) -> Ite
 
 
 @torch.no_grad()
-def find_writers(layer: nn.Module, run: Run, batch: Batch) -> list[Writer]:
+def find_writers(layer: nn.Module, run: Run, batch: Batch, mixtures: bool = False) -> list[Writer]:
     """Find the modules of a layer that write into the residual stream, by running it on a few tokens.
+
+    Args:
+        layer (`nn.Module`): A decoder layer.
+        run (`Run`): Runs it.
+        batch (`Batch`): A few tokens.
+        mixtures (`bool`, defaults to `False`): Whether mixtures of experts count. If not, what attention writes before one
+            does not count either, since the experts respond to it.
 
     Returns:
         `list[Writer]`: In reverse order of execution: the MLP's output projection, then the attention's. Empty if the
@@ -150,16 +170,19 @@ def find_writers(layer: nn.Module, run: Run, batch: Batch) -> list[Writer]:
     """
     hidden = batch.hidden
     order: list[tuple[str, nn.Module, torch.Tensor]] = []
+
+    def record(name: str, module: nn.Module, args: object, output: object) -> None:
+        if isinstance(output, torch.Tensor):
+            order.append((name, module, output.clone()))
+
     handles = [
-        module.register_forward_hook(
-            lambda module, args, output, name=name: order.append((name, module, output.clone()))
-        )
+        module.register_forward_hook(partial(record, name))
         for name, module in layer.named_modules()
-        if _is_plain_linear(module, hidden.shape[-1])
+        if _is_plain_linear(module, hidden.shape[-1]) or (mixtures and name and is_mixture(module))
     ]
     with hook_scope(*handles):
         run(hidden, batch)
-    names = [name for name, _, _ in order]
+    names = [name for name, *_ in order]
     writers: list[Writer] = []
     for name, module, output in reversed(order):
         if names.count(name) > 1:  # run more than once: experts, or shared weights
@@ -168,9 +191,24 @@ def find_writers(layer: nn.Module, run: Run, batch: Batch) -> list[Writer]:
             norm, gain = None, _gain(module, run, batch)
             if gain is None and (norm := find_norm(layer, output, lambda: run(hidden, batch))) is not None:
                 gain = _gain(norm.module, run, batch)
-        if gain is not None:
-            writers.append(Writer(name, module, gain, norm))
+            if gain is not None and (axes := _output_axes(module, lambda: run(hidden, batch))):
+                writers.append(Writer(name, module, gain, axes, norm))
     return writers
+
+
+def _output_axes(module: nn.Module, run: Callable[[], object]) -> Mapping[str, int] | None:
+    """The parameters that a module's output is a linear function of."""
+    if isinstance(module, nn.Linear | Conv1D):
+        axis = 1 if isinstance(module, Conv1D) else 0
+        return {name: axis if parameter.ndim > 1 else 0 for name, parameter in module.named_parameters()}
+    seen: list[torch.Tensor] = []
+
+    def output() -> torch.Tensor:
+        run()
+        return seen.pop()
+
+    with hook_output(module, lambda x: seen.append(x.clone())):
+        return find_output_axes(module, output)
 
 
 def _is_plain_linear(module: nn.Module, hidden_size: int) -> bool:

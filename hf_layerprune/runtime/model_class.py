@@ -145,15 +145,17 @@ def layer_modules(config: PreTrainedConfig, tensors: Collection[str]) -> list[st
     """Full names of the modules that hold tensors of decoder layers, known by their names in the model or as stored."""
     model = model_without_weights(config)
     path = find_decoder_layers(model).path
-    indices = {_in_stack(name).partition(".")[0] for name in tensors}
+    indices = {name_in_stack(name).partition(".")[0] for name in tensors}
     names = [name for name in model.state_dict() if name.startswith(tuple(f"{path}.{index}." for index in indices))]
-    modules = {_in_stack(name): name.rpartition(".")[0] for name in names}
-    if not modules.keys() >= {_in_stack(name) for name in tensors}:
-        modules |= {_in_stack(stored): name.rpartition(".")[0] for name, stored in stored_names(config, names).items()}
-    return sorted({modules.get(_in_stack(name), name.rpartition(".")[0]) for name in tensors})
+    modules = {name_in_stack(name): name.rpartition(".")[0] for name in names}
+    if not modules.keys() >= {name_in_stack(name) for name in tensors}:
+        modules |= {
+            name_in_stack(stored): name.rpartition(".")[0] for name, stored in stored_names(config, names).items()
+        }
+    return sorted({modules.get(name_in_stack(name), name.rpartition(".")[0]) for name in tensors})
 
 
-def _in_stack(name: str) -> str:
+def name_in_stack(name: str) -> str:
     """A tensor's name from the index of its layer on."""
     found = re.search(r"(?<![^.])\d+\..+", name)
     return found[0] if found else name

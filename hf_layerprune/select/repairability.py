@@ -70,7 +70,8 @@ class Repairability(Observer):
     def watch_layer(self, index: int, layer: nn.Module, run: Run, probe: Batch) -> Iterator[None]:
         """Record the outputs of the module that a map would be folded into."""
         # A map of what a norm divides again is not linear: it estimates what a repair gains, but has no score.
-        writers = [writer for writer in find_writers(layer, run, probe) if writer.norm is None or self.keep]
+        found = find_writers(layer, run, probe, mixtures=True)
+        writers = [writer for writer in found if writer.norm is None or self.keep]
         self.writer = writers[0] if writers else None
         self.features: list[torch.Tensor] = []
         if self.writer is None:
@@ -113,8 +114,7 @@ class Repairability(Observer):
         if not self.shares:
             raise UnsupportedModelError(
                 "no layer of this model has an output projection that a linear map could be folded into (each is "
-                "followed by a norm or belongs to a mixture of experts), so repairability has no scores; use kl or "
-                "perplexity"
+                "followed by a norm, say), so repairability has no scores; use kl or perplexity"
             )
         return Scores("repairability", ORIGINAL, self.alive, blocks=self.shares)
 

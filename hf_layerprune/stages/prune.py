@@ -291,8 +291,8 @@ def _write_model(request: PruneRequest, dropped: list[int], folder: Path, prepar
     """Load the whole model, cut it, and save it."""
     from ..cut.memory import drop_layers
     from ..families.layout import find_decoder_layers
-    from ..repair.frozen import repaired_tensor_names
-    from ..runtime.model_class import stored_names
+    from ..repair.frozen import repaired_tensors
+    from ..runtime.model_class import stored_tensors
 
     model = load_base(request.base, revision=request.revision, dtype=_load_dtype(request))
     if getattr(model, "is_quantized", False):
@@ -307,9 +307,8 @@ def _write_model(request: PruneRequest, dropped: list[int], folder: Path, prepar
         prepared.record["repair"]["input_weights"] = uncached_weights_hash(folder)
         stack = find_decoder_layers(model)
         prepared.repair.apply(list(stack.layers), cut.new_index)
-        names = repaired_tensor_names(prepared.repair, stack.path, cut)
-        stored = stored_names(model.config, names)
-        prepared.record["repair"]["changed_tensors"] = sorted(stored.get(name, name) for name in names)
+        stored = stored_tensors(model.config, repaired_tensors(prepared.repair, stack.path, cut))
+        prepared.record["repair"]["changed_tensors"] = sorted(stored)
     model.save_pretrained(folder)
     try:
         load_tokenizer(request.base, revision=request.revision).save_pretrained(folder)
@@ -346,7 +345,7 @@ def _write_adapter(request: PruneRequest, dropped: list[int], folder: Path, prep
     from ..adapter.reading import save_adapter
     from ..adapter.resolve import resolved_cut
     from ..families.layout import find_decoder_layers
-    from ..repair.frozen import repaired_tensor_names
+    from ..repair.frozen import repaired_tensors
 
     model = prune_prepared(_to_config(request, dropped), prepared, whole=request.check, dtype=_load_dtype(request))
     adapter: Any = model.peft_config["default"]
@@ -354,5 +353,7 @@ def _write_adapter(request: PruneRequest, dropped: list[int], folder: Path, prep
     save_adapter(model, folder)
     if prepared is not None and prepared.repair is not None:
         pruned: Any = model.get_base_model()
-        names = repaired_tensor_names(prepared.repair, find_decoder_layers(pruned).path, resolved_cut(adapter))
-        prepared.record["repair"]["changed_tensors"] = names
+        path = find_decoder_layers(pruned).path
+        prepared.record["repair"]["changed_tensors"] = [
+            *repaired_tensors(prepared.repair, path, resolved_cut(adapter))
+        ]

@@ -1,0 +1,77 @@
+"""Find the parameters that the output of a mixture of experts is a linear function of, by experiment.
+
+These are the output projections of all experts, routed and shared, and their biases. A matrix that is applied to each of
+them is applied to the output of the whole mixture, however tokens are routed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ..runtime.precision import is_packed
+
+_TOLERANCE = 0.03  # bfloat16 keeps two to three digits
+
+
+def is_mixture(module: nn.Module) -> bool:
+    """Whether a module may be a mixture of experts: transformers keeps the weights of all experts in one tensor."""
+    return any(parameter.ndim > 2 for parameter in module.parameters())
+
+
+@torch.no_grad()
+def find_output_axes(module: nn.Module, run: Callable[[], torch.Tensor]) -> dict[str, int] | None:
+    """Find the parameters of a mixture that its output is made of.
+
+    The channels of each parameter are permuted and scaled. If the part of the output that comes from it changes in the
+    same way, it is such a parameter.
+
+    Args:
+        module (`nn.Module`): The mixture.
+        run (`Callable[[], torch.Tensor]`): Runs it on a few tokens, and returns a copy of its output `[..., hidden]`.
+
+    Returns:
+        `dict[str, int]`, *optional*: By parameter, the dimension that is that of the output; `None` if the output is
+            made of something else as well, or of the weights of single experts, which a few tokens may not all reach.
+    """
+    plain = run()
+    width = plain.shape[-1]
+    draw = torch.Generator().manual_seed(0)
+    order = torch.randperm(width, generator=draw).to(plain.device)
+    factors = (2.0 ** torch.randint(-1, 2, (width,), generator=draw)).to(plain)  # exact in any type
+
+    def moved(values: torch.Tensor, axis: int) -> torch.Tensor:
+        return (values.movedim(axis, -1)[..., order] * factors.to(values.dtype)).movedim(-1, axis).contiguous()
+
+    axes: dict[str, int] = {}
+    for name, parameter in module.named_parameters():
+        if width not in parameter.shape or is_packed(parameter) or not parameter.any():
+            continue
+        own = parameter.data
+        try:
+            parameter.data = torch.zeros_like(own)
+            rest = run()
+            if torch.equal(rest, plain):
+                return None
+            for axis in (axis for axis, size in enumerate(own.shape) if size == width):
+                parameter.data = moved(own, axis)
+                if _agree(run() - rest, moved(plain - rest, -1)):
+                    axes[name] = axis
+        finally:
+            parameter.data = own
+    if all(module.get_parameter(name).ndim < 3 for name in axes):
+        return None
+    values = {name: module.get_parameter(name).data for name in axes}
+    try:
+        for name, axis in axes.items():
+            module.get_parameter(name).data = moved(values[name], axis)
+        return axes if _agree(run(), moved(plain, -1)) else None
+    finally:
+        for name, own in values.items():
+            module.get_parameter(name).data = own
+
+
+def _agree(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return bool((found - wanted).float().norm() <= _TOLERANCE * wanted.float().norm())
