@@ -186,9 +186,14 @@ class Search:
         if not scores and self._needs_front and any(end - start >= count for start, end in find_blocks(self.free)):
             raise CutError(
                 f"no block of {pluralize(count, 'layer')} can be repaired: no layer in front of one has an output projection that "
-                f"repair={self.repair!r} could change; {UNREPAIRABLE}"
+                f"repair={self.repair!r} could change; {self._other_repair or UNREPAIRABLE}"
             )
         return tuple(lowest_block(scores, count, self.free))
+
+    @property
+    def _other_repair(self) -> str | None:
+        """What to do if `refit` and the like work for no cut."""
+        return 'use repair="linear", which also changes mixtures of experts' if self.repair != "linear" else None
 
     def judge(self, sets: Iterable[tuple[tuple[int, ...], str]]) -> list[Candidate]:
         """Evaluate sets with the repair that each would really get, best first; those without one, or KL, are left out.
@@ -205,7 +210,8 @@ class Search:
             fitted = [one for one in fitted if one[2] is not None]
         if not fitted:
             raise CutError(
-                f"repair={self.repair!r} works for none of the candidates on the short list; leave it out (repair=None)"
+                f"repair={self.repair!r} works for none of the candidates on the short list; "
+                f"{self._other_repair or 'leave it out (repair=None)'}"
             )
         trials = {drop: Trial(drop, repair_changes(repair) if repair else {}) for drop, _, repair in fitted}
         outcomes = self._evaluate(self.judge_rows, trials)
@@ -285,7 +291,8 @@ class Search:
             raise CutError(
                 NOT_COMPARABLE
                 if self._any_lost
-                else f"repair={self.repair!r} works for none of the layers that are left; leave it out (repair=None)"
+                else f"repair={self.repair!r} works for none of the layers that are left; "
+                f"{self._other_repair or 'leave it out (repair=None)'}"
             )
         best = min(tried, key=lambda drop: tried[drop].kl)
         (step,) = set(best) - dropped

@@ -171,7 +171,8 @@ def _advise_from_frontier(request: AdviseRequest, config: Any) -> Advice:
     by_distance: dict[str, Any] = {"criterion": "angular_distance", "contiguous": True}
     requested = {"drop": count} if request.budget else _amount_settings(request, count)
     amount = {"drop_layers": point["layers"]} if point else requested | by_distance
-    repair = {"repair": heal["repair"]} if repairable else {}
+    method = heal["repair"] if repairable else "linear"  # which mixtures of experts can have as well
+    repair: dict[str, Any] = {"repair": method} if repairable or can_repair_every_cut(walk, method) else {}
     settings: dict[str, Any] = {**_model_settings(request), **amount, **repair}
     record = {
         "by": "the frontier",
@@ -308,9 +309,10 @@ def _format_advice(
         f"Expected from {scale} measured on {frontier.source['model']}, as a mean over three kinds of text; larger models "
         "lose less of the same share of their layers."
     )
-    if record["repair"] is None:
+    measured = frontier.source["heal"]["repair"]
+    if record["repair"] != measured:
         lines.append(
-            "They were measured with a closed-form repair, which not every cut of this model can have, so expect to lose more."
+            f"They were measured with the repair {measured}, which not every cut of this model can have, so expect to lose more."
         )
     if record["criterion"]:
         lines.append(
