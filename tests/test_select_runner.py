@@ -479,6 +479,19 @@ def test_experts_in_every_layer_leave_nothing_to_refit(text: CalibrationSet) -> 
             choose_layers(model, text, CutOptions(drop=2, contiguous=contiguous, repair="refit", criterion="auto"))
 
 
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_only_blocks_that_can_be_refitted_are_on_the_short_list(text: CalibrationSet, contiguous: bool) -> None:
+    """A map for the output of a mixture says nothing about `refit`, which can't change one."""
+    config = tiny_config("qwen3_moe")
+    config.decoder_sparse_step, config.mlp_only_layers = 1, [0]
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    randomize(model)
+    choice = choose_layers(
+        model, text, CutOptions(drop=2, contiguous=contiguous, repair="refit", criterion="auto", protect_last=0)
+    )
+    assert choice.drop_layers == [1, 2]
+
+
 def test_layers_that_cannot_be_walked_still_have_weights(text: CalibrationSet) -> None:
     model = tiny_model("gemma3n_text")
     assert (

@@ -51,12 +51,18 @@ class Repairability(Observer):
         lengths (`Collection[int]`): Block lengths, in layers.
         only (`Collection[tuple[int, ...]]`, *optional*): Fit only these blocks of them.
         keep (`bool`, defaults to `False`): Whether to keep the maps, in `fits`.
+        mixtures (`bool`, defaults to `True`): Whether to fit a map to the output of a mixture of experts.
     """
 
     def __init__(
-        self, lengths: Collection[int], *, only: Collection[tuple[int, ...]] | None = None, keep: bool = False
+        self,
+        lengths: Collection[int],
+        *,
+        only: Collection[tuple[int, ...]] | None = None,
+        keep: bool = False,
+        mixtures: bool = True,
     ) -> None:
-        self.lengths, self.only, self.keep = sorted(lengths), only, keep
+        self.lengths, self.only, self.keep, self.mixtures = sorted(lengths), only, keep, mixtures
         self.fits: dict[tuple[int, ...], BlockFit] = {}
         self.shares: dict[tuple[int, ...], float] = {}
 
@@ -70,7 +76,7 @@ class Repairability(Observer):
     def watch_layer(self, index: int, layer: nn.Module, run: Run, probe: Batch) -> Iterator[None]:
         """Record the outputs of the module that a map would be folded into."""
         # A map of what a norm divides again is not linear: it estimates what a repair gains, but has no score.
-        found = find_writers(layer, run, probe, mixtures=True)
+        found = find_writers(layer, run, probe, mixtures=self.mixtures)
         writers = [writer for writer in found if writer.norm is None or self.keep]
         self.writer = writers[0] if writers else None
         self.features: list[torch.Tensor] = []

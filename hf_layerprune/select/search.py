@@ -328,7 +328,8 @@ class Search:
         """Fit the maps that are missing, all in one pass over the dense model."""
         missing = {block for block in wanted if block not in self._fits}
         if missing:
-            observer = Repairability({len(block) for block in missing}, only=missing, keep=True)
+            mixtures = self.repair == "linear"  # the others can't change one
+            observer = Repairability({len(block) for block in missing}, only=missing, keep=True, mixtures=mixtures)
             run_pass(self.walk, self._map_rows.first(_MAX_MAP_ROWS), [observer])
             self._fits |= {block: observer.fits.get(block) for block in missing}
 
