@@ -145,6 +145,20 @@ def test_a_mixture_is_not_taken_if_its_output_is_made_of_more(kind):
     assert found == ({"down": 1} if kind == "plain" else None)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("bias", "first"), [(1.0, 1.0), (0.05, 1.0), (1.0, 3e3), (0.05, 3e3)])
+def test_small_parts_of_a_mixture_are_found_in_16_bits(dtype, bias, first):
+    """Beside larger ones, and beside a first token with massive activations."""
+    torch.manual_seed(0)
+    module = Mixture("plain")
+    module.bias = torch.nn.Parameter(torch.randn(8) * bias)
+    module.forward = lambda x: Mixture.forward(module, x) + module.bias
+    module, x = module.to(dtype), torch.randn(1, 32, 8)
+    x[:, 0] *= first
+    x = x.to(dtype)
+    assert find_output_axes(module, lambda: module(x)) == {"down": 1, "bias": 0}
+
+
 def test_normal_equations_agree_with_least_squares():
     torch.manual_seed(0)
     features, truth = torch.randn(400, 8), torch.randn(8, 8)

@@ -6,6 +6,7 @@ them is applied to the output of the whole mixture, however tokens are routed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -26,7 +27,8 @@ def find_output_axes(module: nn.Module, run: Callable[[], torch.Tensor]) -> dict
     """Find the parameters of a mixture that its output is made of.
 
     The channels of each parameter are permuted and scaled. If the part of the output that comes from it changes in the
-    same way, it is such a parameter.
+    same way, it is such a parameter. In 16 bits, a small part would be lost to rounding, so it is first made as large as
+    the whole; and each token counts the same, since the first one may be a thousand times as large as all others.
 
     Args:
         module (`nn.Module`): The mixture.
@@ -45,6 +47,15 @@ def find_output_axes(module: nn.Module, run: Callable[[], torch.Tensor]) -> dict
     def moved(values: torch.Tensor, axis: int) -> torch.Tensor:
         return (values.movedim(axis, -1)[..., order] * factors.to(values.dtype)).movedim(-1, axis).contiguous()
 
+    whole = plain.float().norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+    def share(part: torch.Tensor) -> float:
+        """The size of a part of the output in that of the whole, over all tokens."""
+        return (part.float() / whole).square().sum(-1).mean().sqrt().item()
+
+    def agree(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+        return share(found - wanted) <= _TOLERANCE * share(wanted)
+
     axes: dict[str, int] = {}
     for name, parameter in module.named_parameters():
         if width not in parameter.shape or is_packed(parameter) or not parameter.any():
@@ -55,9 +66,14 @@ def find_output_axes(module: nn.Module, run: Callable[[], torch.Tensor]) -> dict
             rest = run()
             if torch.equal(rest, plain):
                 return None
-            for axis in (axis for axis, size in enumerate(own.shape) if size == width):
-                parameter.data = moved(own, axis)
-                if _agree(run() - rest, moved(plain - rest, -1)):
+            if not math.isfinite(before := share(plain - rest)):
+                continue
+            large = own * 2.0 ** max(0, round(-math.log2(before)))  # exact
+            parameter.data = large
+            part = run() - rest
+            for axis in (axis for axis, length in enumerate(own.shape) if length == width):
+                parameter.data = moved(large, axis)
+                if agree(run() - rest, moved(part, -1)):
                     axes[name] = axis
         finally:
             parameter.data = own
@@ -67,11 +83,7 @@ def find_output_axes(module: nn.Module, run: Callable[[], torch.Tensor]) -> dict
     try:
         for name, axis in axes.items():
             module.get_parameter(name).data = moved(values[name], axis)
-        return axes if _agree(run(), moved(plain, -1)) else None
+        return axes if agree(run(), moved(plain, -1)) else None
     finally:
         for name, own in values.items():
             module.get_parameter(name).data = own
-
-
-def _agree(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    return bool((found - wanted).float().norm() <= _TOLERANCE * wanted.float().norm())
