@@ -63,7 +63,10 @@ a type accepts.
 **heal**: the loss and all gradients of one `HealTrainer` step with `ce`, `kd` and `ce+kd` match a simple computation
 from the model's own logits.
 
-**evaluate**: perplexity, KL and top-1 agreement match those computed from the model's own logits.
+**evaluate**: perplexity, KL and top-1 agreement match those computed from the model's own logits. Text that the model
+writes for its own calibration follows the distribution that `generate` has without a cache. The time of each layer is
+measured while the model decodes. The parameters, file and cache that `inspect` and the targets predict are those of the
+model and of its cut; types whose cache can't be predicted are refused by `target_memory`.
 
 A particular cut of a proven type can still be refused, and the error says why: for example, layers share keys and values,
 the config can only describe a fixed period, or a layer must keep its position.

@@ -33,6 +33,7 @@ from hf_layerprune.select.runner import score_layers
 from hf_layerprune.select.trials import Trial, evaluate_trials
 
 from .comparing import TOLERANCE, cut_of, divergence, next_token_loss, same
+from .evaluate_proofs import prove_sizes, prove_times, prove_writing
 from .heal_makers import word_tokenizer
 from .matrix import CUT, SEED, ProofError, cuts, identities, logits, prove, text_inputs
 from .multimodal_inputs import media_inputs
@@ -225,7 +226,10 @@ def _naive_step(
 
 
 def prove_evaluate(dense: Any, proven_cuts: dict[str, tuple[int, ...]]) -> None:
-    """Perplexity, KL and top-1 agreement, and logits a few positions at a time."""
+    """Perplexity, KL and top-1 agreement, logits a few positions at a time, and text that the model writes.
+
+    With one cut alone, as in `make test`, times and sizes are left out.
+    """
     rows = tiny_input(seed=5, batch=3, length=12)
     pruned = cut_of(dense, proven_cuts["middle"])
     own, whole = (torch.cat([logits(model, row[None]) for row in rows]) for model in (pruned, dense))
@@ -241,6 +245,10 @@ def prove_evaluate(dense: Any, proven_cuts: dict[str, tuple[int, ...]]) -> None:
     with torch.no_grad():
         part = output.head().logits(output.states(input_ids=rows, use_cache=False)[:, 3:7])
     same("logits of some positions", part, own[:, 3:7])
+    prove_writing(dense)
+    if len(proven_cuts) > 1:
+        prove_times(dense, pruned)
+        prove_sizes(dense, pruned)
 
 
 # The proof of each stage, which returns the variants that it holds for.

@@ -214,9 +214,12 @@ def test_batch_size_does_not_matter(model: Any, tokenizer: Any, monkeypatch: pyt
     assert torch.equal(generate_text(model, tokenizer, 5, 20, 0), found)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "qwen3_moe", "mamba2"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "qwen3_moe", "mamba2", "janus"])
 def test_what_is_written_follows_the_models_distribution(model_type: str) -> None:
-    """Decoded with a cache and our attention; judged by one plain forward pass over what was written."""
+    """Decoded with a cache and our attention; judged by one plain forward pass over what was written.
+
+    Janus has a `generate` of its own.
+    """
     model = tiny_model(model_type)
     if model_type in ("llama", "qwen3_moe"):
         model.set_attn_implementation("sdpa")

@@ -13,15 +13,20 @@ from typing import Any
 import pytest
 import torch
 
+from hf_layerprune.calibration import self_text
+from hf_layerprune.cut import sizes
+from hf_layerprune.cut.sizes import Sizes
 from hf_layerprune.heal import loss_inputs, losses
 from hf_layerprune.measure import distance
 from hf_layerprune.repair import linear, magnitude
 from hf_layerprune.repair.fit import Repair
 from hf_layerprune.runtime.divergence import Divergence, Reference, compute_divergence
 from hf_layerprune.runtime.head import OutputHead
+from hf_layerprune.runtime.parts import hook_scope
 from hf_layerprune.runtime.walk import LayerWalk
-from hf_layerprune.select import taylor, trials
+from hf_layerprune.select import decode_times, taylor, trials
 
+from . import evaluate_proofs
 from .matrix import ProofError, cuts
 from .stages import PROOFS
 from .tiny_models import tiny_model
@@ -150,6 +155,28 @@ def targets_one_position_late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distance, "compute_divergence", lambda logits, targets, *of: own(logits, targets.roll(1), *of))
 
 
+def text_that_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_text._Sampler, "__call__", lambda sampler, ids, scores: scores)
+
+
+def layers_that_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_times, "hook_scope", lambda *hooks: hook_scope(*[hook.remove() for hook in hooks][:0]))
+
+
+def a_reading_of_the_base_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate_proofs, "decode_bytes", lambda *of: 1)
+
+
+def parameters_of_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Sizes.parameters
+    monkeypatch.setattr(Sizes, "parameters", lambda sizes, drop=(): own(sizes))
+
+
+def a_cache_of_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = sizes._filled_bytes
+    monkeypatch.setattr(sizes, "_filled_bytes", lambda model, context, batch: own(model, context, 1))
+
+
 FAULTS: list[tuple[str, Fault, str]] = [
     ("rank", layers_in_the_wrong_order, "hidden states behind layer 2: off by"),
     ("rank", a_scale_in_the_head_of_the_walk, "logits: off by"),
@@ -166,6 +193,11 @@ FAULTS: list[tuple[str, Fault, str]] = [
     ("evaluate", kl_of_a_measurement_with_swapped_arguments, "KL: off by"),
     ("evaluate", agreement_everywhere, "top-1 agreement: off by"),
     ("evaluate", targets_one_position_late, "log-likelihood of the model: off by"),
+    ("evaluate", text_that_is_not_drawn, "text that the model writes: .* beside what was drawn"),
+    ("evaluate", layers_that_take_no_time, r"decoding: layers \[0, 1, .*\] take no time"),
+    ("evaluate", a_reading_of_the_base_alone, "decoding: 1 with fewer layers, 1 with all"),
+    ("evaluate", parameters_of_the_base, "parameters of the cut: .*, should be"),
+    ("evaluate", a_cache_of_one_row, "cache of the cut: .*, should be"),
 ]
 
 

@@ -27,9 +27,10 @@ from hf_layerprune.stages.requests import InspectRequest, RankRequest
 from hf_layerprune.versions import installed_version
 
 from .cutting import cut_checkpoint
+from .evaluate_proofs import real_cache
 from .gguf_makers import smollm2
 from .measure_models import write_gguf
-from .tiny_models import LAYERS, tiny_input, tiny_model
+from .tiny_models import LAYERS, tiny_model
 
 # Layers of one size; dense and expert layers; state spaces; latent attention; windows; a slice for each layer.
 TYPES = ("llama", "qwen2_moe", "granitemoehybrid", "deepseek_v3", "gemma2", "gemma3n_text")
@@ -45,19 +46,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def on_disk(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-@torch.no_grad()
-def real_cache(model: Any, tokens: int, batch: int) -> int:
-    """Bytes of every tensor in a cache that was really filled."""
-    cache = model(input_ids=tiny_input(batch=batch, length=tokens), use_cache=True).past_key_values
-    found: dict[int, int] = {}
-    for layer in cache.layers:
-        for value in vars(layer).values():
-            for tensor in value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]:  # fmt: skip
-                if isinstance(tensor, torch.Tensor):
-                    found[id(tensor)] = tensor.numel() * tensor.element_size()
-    return sum(found.values())
 
 
 @pytest.mark.parametrize("model_type", TYPES)

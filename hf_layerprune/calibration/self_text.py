@@ -10,7 +10,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 
 from ..errors import UnsupportedModelError, boundary
 from ..runtime.generation import plain_generation
@@ -53,8 +53,10 @@ def generate_text(
 
     def write(part: torch.Tensor) -> torch.Tensor:
         prompt = torch.tensor([start] * len(part), device=model.device)
-        generate: Any = model.generate
+        # Janus's own method leaves out the processor.
+        generate: Any = GenerationMixin.generate
         return generate(
+            model,
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=part.shape[1],

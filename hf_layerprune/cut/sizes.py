@@ -213,17 +213,30 @@ class Sizes:
         try:
             if set_experts is not None:
                 set_experts("batched_mm")  # the kernel whose shapes don't depend on the data
-            ids = torch.ones(batch, context, dtype=torch.long, device="meta")
-            with torch.no_grad():
-                # Without the code that looks for the places of images in a text, since there are no real tokens.
-                cache = cache_of(text_model(model)(input_ids=ids, use_cache=True))
+            if model._is_stateful:  # long texts are scanned token by token, for minutes, but states don't grow
+                few, more = (_filled_bytes(model, min(tokens, context), batch) for tokens in (4, 5))
+                if few == more:
+                    return few
+            return _filled_bytes(model, context, batch)
         except Exception as error:
             raise CutError(
                 f"the key-value cache of a {families.text_config(self.config).model_type} model is not known without "
                 f"running it ({cause_of(error)[:120]}); use target_size or drop instead of target_memory"
             ) from error
-        layers = getattr(cache, "layers", None)
-        return [_tensor_bytes(part, set()) for part in (layers if layers is not None else [cache])]
+
+
+def _filled_bytes(model: PreTrainedModel, context: int, batch: int) -> list[int]:
+    """Bytes of the cache of a model without weights behind so many tokens, by its layers."""
+    ids = torch.ones(batch, context, dtype=torch.long, device="meta")
+    with torch.no_grad():
+        # Without the code that looks for the places of images in a text, since there are no real tokens.
+        cache = cache_of(text_model(model)(input_ids=ids, use_cache=True))
+    if cache is None and any(
+        isinstance(value, torch.Tensor) for part in model.modules() for value in vars(part).values()
+    ):
+        raise NotImplementedError("its layers keep it to themselves")
+    layers = getattr(cache, "layers", None)
+    return [_tensor_bytes(part, set()) for part in (layers if layers is not None else [cache])]
 
 
 def _build_empty(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
