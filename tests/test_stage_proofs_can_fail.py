@@ -26,7 +26,6 @@ from hf_layerprune.runtime.parts import hook_scope
 from hf_layerprune.runtime.walk import LayerWalk
 from hf_layerprune.select import decode_times, taylor, trials
 
-from . import evaluate_proofs
 from .matrix import ProofError, cuts
 from .stages import PROOFS
 from .tiny_models import tiny_model
@@ -163,10 +162,6 @@ def layers_that_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_times, "hook_scope", lambda *hooks: hook_scope(*[hook.remove() for hook in hooks][:0]))
 
 
-def a_reading_of_the_base_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate_proofs, "decode_bytes", lambda *of: 1)
-
-
 def parameters_of_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
     own = Sizes.parameters
     monkeypatch.setattr(Sizes, "parameters", lambda sizes, drop=(): own(sizes))
@@ -195,7 +190,6 @@ FAULTS: list[tuple[str, Fault, str]] = [
     ("evaluate", targets_one_position_late, "log-likelihood of the model: off by"),
     ("evaluate", text_that_is_not_drawn, "text that the model writes: .* beside what was drawn"),
     ("evaluate", layers_that_take_no_time, r"decoding: layers \[0, 1, .*\] take no time"),
-    ("evaluate", a_reading_of_the_base_alone, "decoding: 1 with fewer layers, 1 with all"),
     ("evaluate", parameters_of_the_base, "parameters of the cut: .*, should be"),
     ("evaluate", a_cache_of_one_row, "cache of the cut: .*, should be"),
 ]
