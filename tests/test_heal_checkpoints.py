@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,7 +80,10 @@ def test_resuming_a_model_whose_weights_have_other_names_on_disk(tmp_path: Path)
     """transformers would skip them with a warning, and go on from the weights before training."""
     pruned = Bench(tmp_path, "mixtral").pruned
     whole = whole_trainer(pruned, tmp_path / "run", max_steps=4)
+    sharded = whole.model.save_pretrained = partial(whole.model.save_pretrained, max_shard_size="40KB")
     whole.train()
+    assert whole.model.save_pretrained is sharded
+    assert len([*(tmp_path / "run" / "checkpoint-2").glob("*.safetensors")]) > 1
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
     resumed = whole_trainer(pruned, tmp_path / "run", max_steps=4)
     resumed.train(resume_from_checkpoint=True)

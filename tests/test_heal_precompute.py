@@ -302,16 +302,17 @@ def test_lora_has_no_frozen_layers_but_can_have_a_teacher(llama: Bench, caplog: 
     assert sum(each[-6:]) < sum(each[:6])
 
 
-def test_both_models_are_whole_after_a_failure(llama: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failing", ["Teacher.states", "free_memory"])
+def test_both_models_are_whole_after_a_failure(llama: Bench, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     def fail(*given: Any) -> None:
         raise RuntimeError("the teacher fails")
 
-    trainer = llama.trainer(cache="on", loss="kd", output_dir=str(llama.folder / "failed"))
+    trainer = llama.trainer(cache="on", loss="kd", output_dir=str(llama.folder / f"failed at {failing}"))
     ids = torch.arange(6)[None]
     with torch.no_grad():
         before = [model(input_ids=ids).logits for model in (trainer.model, llama.dense)]
         with monkeypatch.context() as patch:
-            patch.setattr("hf_layerprune.heal.teacher.Teacher.states", fail)
+            patch.setattr(f"hf_layerprune.heal.teacher.{failing}", fail)
             with pytest.raises(RuntimeError, match="the teacher fails"):
                 trainer.train()
         after = [model(input_ids=ids).logits for model in (trainer.model.eval(), llama.dense)]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -180,7 +180,7 @@ def other_source(folder: Path) -> None:
 
 def other_history(folder: Path) -> None:
     record = read_object(folder.parent / "source" / "lineage.json")
-    record["entries"][-1]["date"] += "Z"
+    record["entries"][-1]["settings"]["repair"] = "refit"
     (folder / "lineage.json").write_text(json.dumps(record))
 
 
@@ -214,6 +214,18 @@ def test_what_is_more_than_training_is_refused(place: Path, tmp_path: Path, chan
     with pytest.raises(CheckpointError, match=said):
         record_trained(source, trained, tmp_path / "output")
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("form", [(), ("--adapter",)])
+def test_the_same_cut_made_again_and_trained_in_its_folder(place: Path, tmp_path: Path, form: tuple[str, ...]) -> None:
+    folder = tmp_path / "trained"
+    assert main(["prune", str(place / "base"), str(folder), "--drop-layers", "1", *form]) == 0
+    model: Any = load_base(place / "base" if form else folder)
+    model = PeftModel.from_pretrained(model, str(folder), is_trainable=True) if form else model
+    next(one for one in model.parameters() if one.requires_grad).data.add_(0.5)
+    model.save_pretrained(folder)
+    record_trained(place / "cut", folder, tmp_path / "output")
+    assert accepts(tmp_path / "output").startswith("YES")
 
 
 def record_adapter(place: Path, folder: Path, config: Any, tokens: int = 259) -> None:

@@ -68,12 +68,14 @@ class SavingTrainer(SFTTrainer):
             engine: Any = self.deepspeed
             self._gathered = engine._zero3_consolidated_16bit_state_dict()
         model: Any = self.plain_model
+        own = {name: value for name, value in vars(model).items() if name == "save_pretrained"}  # if it was replaced
         if _internal_call and not adapters:
             model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
         try:
             super().save_model(output_dir, _internal_call)
         finally:
             vars(model).pop("save_pretrained", None)
+            vars(model).update(own)
         self._gathered = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -132,7 +132,7 @@ class Teacher:
 
     def put_back(self) -> None:
         """Put a model that was passed in together again, on the device that it came from."""
-        if not self._is_external:
+        if not self._is_external or self.model is None:  # `release` has done it
             return
         if self._prefix is not None:
             self._prefix.restore()

@@ -73,7 +73,7 @@ def record_trained(
     lineage = load_lineage_of_weights(student.folder, str(source))
     _check_trained(student, after)
     own = Lineage.load(after)
-    if own is not None and own.entries != lineage.entries:
+    if own is not None and _stages(own) != _stages(lineage):
         raise CheckpointError(
             f"the {FILE_NAME} of {after} has another history than that of {source}, and the output would lack it; specify the "
             "model that this training began with as the source"
@@ -85,6 +85,11 @@ def record_trained(
         "data": [_describe_data(name) for name in ([data] if isinstance(data, str) else data)],
     }
     write_healed(student, after, Path(output).expanduser(), entry)
+
+
+def _stages(lineage: Lineage) -> list[Any]:
+    """What was done, whenever that was, and whether an adapter or the whole model was written."""
+    return [(one["stage"], {**one.get("settings", {}), "form": None}) for one in lineage.entries]
 
 
 def _check_trained(student: Student, folder: Path) -> None:
