@@ -15,19 +15,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from hf_layerprune import rank_layers
+from hf_layerprune import quality_curve, rank_layers
 from hf_layerprune.calibration.rows import CalibrationSet
 from hf_layerprune.cli import main
+from hf_layerprune.cut.sizes import Sizes
 from hf_layerprune.errors import UnsupportedModelError
 from hf_layerprune.options import format_bytes
 from hf_layerprune.records.lineage import Lineage
+from hf_layerprune.runtime.loading import load_config
 from hf_layerprune.select import ALL
 from hf_layerprune.select.runner import score_layers
 from hf_layerprune.select.scores import Scores
 from hf_layerprune.stages.rank import Ranking, draw_ranking
 
 from .limits import largest_file
-from .measure_models import LAYERS
+from .measure_models import LAYERS, write_gguf
 from .test_verify_quantized import in_fp8, needs_no_gpu
 from .tiny_models import tiny_model
 
@@ -148,6 +150,23 @@ def test_the_next_command_converts_only_what_a_repair_needs_in_another_type(
     assert [word for word in command if word in ("--dtype", "bfloat16", "float32")] == dtypes
     assert main(command) == 0
     assert "--curve" not in words or format_bytes(Path("pruned", "model.safetensors").stat().st_size) in shown
+
+
+@pytest.mark.parametrize(("base", "target"), [("base", "target_memory"), ("base.gguf", "target_size")])
+def test_a_target_is_for_the_cut_not_for_the_type_to_score_in(
+    base: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_model("llama").to(torch.bfloat16).save_pretrained("base")
+    write_gguf(Path("base.gguf"))
+    size = Sizes(load_config(base), base)
+    left = size.memory_bytes([6, 7]) if target == "target_memory" else size.file_bytes([2, 3])
+    found = rank_layers(base, criteria="reverse_order", dtype="float32", **{target: left})
+    assert len(found.drops["reverse_order"]) == 2
+    quality_curve(base, "curve", dtype="float32", curve_up_to=1, calibration_samples=4, calibration_length=16)
+    assert main(["prune", base, "pruned", "--from-curve", "curve", "--drop", "1"]) == 0
+    (point,) = json.loads(Path("curve", "curve.json").read_text())["points"]
+    assert point["bytes"] == Path("pruned", "model.safetensors").stat().st_size
 
 
 def test_a_criterion_that_may_not_drop_enough_is_left_out(

@@ -31,7 +31,8 @@ from ..families.layout import (
     text_model,
     ties_head,
 )
-from ..runtime.loading import is_hub_id
+from ..records.names import is_gguf_name
+from ..runtime.loading import UNPACKED_DTYPE, is_hub_id
 from ..runtime.model_class import model_without_weights
 from ..runtime.parts import cache_of
 from ..runtime.windows import resolve_length
@@ -144,7 +145,8 @@ class Sizes:
     def dtype(self) -> torch.dtype:
         """The type of the weights."""
         kept = getattr(self.config, "dtype", None) or getattr(families.text_config(self.config), "dtype", None)
-        name = self._dtype if self._dtype != "auto" else str(kept or "float32").removeprefix("torch.")
+        kept = kept or (UNPACKED_DTYPE if is_gguf_name(self._base or "") else "float32")
+        name = self._dtype if self._dtype != "auto" else str(kept).removeprefix("torch.")
         return getattr(torch, name)
 
     # --- internals ---------------------------------------------------------------------------------------

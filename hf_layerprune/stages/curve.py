@@ -35,6 +35,8 @@ from .curve_file import FILE, SCHEMA_VERSION, Curve, base_identity, check_answer
 from .requests import RankRequest
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from ..calibration.rows import CalibrationSet
     from ..runtime.walk import LayerWalk
     from ..select.search import Search
@@ -99,7 +101,7 @@ def make_curve(request: RankRequest) -> Curve:
     if record is None:
         record = {"schema_version": SCHEMA_VERSION, "identity": identity, "points": [], "steps": [], "num_layers": n}
     if len(record["points"]) < up_to:
-        _extend(request, record, free, up_to)
+        _extend(request, config, record, free, up_to)
     elif not has_same_rows(record.get("calibration", {}), request):
         raise _other_rows_error(request)
     points = record["points"][:up_to]
@@ -139,7 +141,9 @@ def _last_count(request: RankRequest, num_layers: int, most: int) -> int:
     return up_to
 
 
-def _extend(request: RankRequest, record: dict[str, Any], free: set[int], up_to: int) -> None:
+def _extend(
+    request: RankRequest, config: PreTrainedConfig, record: dict[str, Any], free: set[int], up_to: int
+) -> None:
     """Find and measure the points that are missing."""
     from ..adapter.prepare import load_calibration_for
     from ..cut.sizes import Sizes
@@ -147,7 +151,7 @@ def _extend(request: RankRequest, record: dict[str, Any], free: set[int], up_to:
     from .rank import dtype_of_cut, open_base, open_walk
 
     model, device = open_base(request)
-    sizes = Sizes(model.config, request.base, revision=request.revision)
+    sizes = Sizes(config, request.base, revision=request.revision)
     if "decode" not in record:
         times = time_decoding(model, sizes.resolve_context(request.context, 512), request.batch, device)
         record["decode"] = asdict(times)
@@ -159,7 +163,7 @@ def _extend(request: RankRequest, record: dict[str, Any], free: set[int], up_to:
         raise _other_rows_error(request)
     search = _make_search(request, record, walk, calibration, free)
     dtype = dtype_of_cut(request, record["repair"])
-    repaired = Sizes(sizes.config, request.base, revision=request.revision, dtype=dtype)
+    repaired = sizes if dtype == "auto" else Sizes(config, request.base, revision=request.revision, dtype=dtype)
     left = up_to - len(record["points"])
     search.log_estimate(f"a curve up to {pluralize(up_to, 'layer')}", left, left, left)
     for count in range(len(record["points"]) + 1, up_to + 1):

@@ -151,10 +151,8 @@ def rank(request: RankRequest) -> Ranking:
     free = _free_by_criterion(request, criteria, n, count, protected)
     start = time.perf_counter()
     dense, device = open_base(request)
-    # Sizes and times are those of the type in which the base is.
-    target = Target.from_options(
-        request, dense.config, request.base, revision=request.revision, model=dense, device=device
-    )
+    # Sizes are those of the type in which the base is.
+    target = Target.from_options(request, config, request.base, revision=request.revision, model=dense, device=device)
     if target is not None:  # what blocks are scored at: the number of layers that go if the last ones do
         order = sorted(free_layers(n, 1, request.protect_first or 0, request.protect_last or 0, protected))
         count = target.choose_count(n, order, lambda k: order[-k:])
