@@ -30,7 +30,7 @@ from hf_layerprune.select.runner import choose_layers
 from hf_layerprune.select.search import BLOCK, GREEDY, HELD_OUT, Search
 from hf_layerprune.select.trials import Trial, evaluate_trials
 from hf_layerprune.stages import curve as stage
-from hf_layerprune.stages.curve_file import read_curve
+from hf_layerprune.stages.curve_file import base_identity, choose_point, read_curve
 from hf_layerprune.stages.requests import PruneRequest, RankRequest
 
 from .measure_models import LAYERS
@@ -424,7 +424,7 @@ def test_what_a_curve_says_is_what_prune_makes(
 
 def test_which_point_a_request_means(base: Path, tmp_path: Path) -> None:
     def ask(output: str = "cut", model: Path = base, **options: Any) -> PruneRequest:
-        return stage.choose_point(PruneRequest(str(model), str(tmp_path / output), **options), tmp_path)[0]
+        return choose_point(PruneRequest(str(model), str(tmp_path / output), **options), tmp_path)[0]
 
     points = [
         POINT | {"dropped": n, "layers": f"{8 - n}-7" if n > 1 else "7", "repaired": QUALITY}
@@ -432,7 +432,7 @@ def test_which_point_a_request_means(base: Path, tmp_path: Path) -> None:
         for n in (1, 2, 3)
     ]  # fmt: skip
     del points[0]["repaired"]
-    identity = {"base": stage._base_identity(PruneRequest(str(base), "cut"))}
+    identity = {"base": base_identity(PruneRequest(str(base), "cut"))}
     record = {
         "schema_version": 1, "points": points, "steps": [], "num_layers": 8, "identity": identity, "repair": "refit",
         "decode": {"layers": [1.0] * 8, "rest": 1.0, "device": "cpu"}, "dense": {"parameters": 100, "bytes": 1000},
