@@ -27,10 +27,11 @@ from hf_layerprune.repair.mixtures import find_output_axes
 from hf_layerprune.repair.registry import REPAIRS
 from hf_layerprune.repair.writers import find_writers
 from hf_layerprune.runtime.loading import load_config
+from hf_layerprune.runtime.model_class import layer_modules
 from hf_layerprune.runtime.walk import LayerWalk
 
 from .folders import snapshot
-from .tiny_models import LAYERS, tiny_input, tiny_model
+from .tiny_models import LAYERS, tiny_config, tiny_input, tiny_model
 
 CPU = torch.device("cpu")
 DROP = [3, 4, 6]
@@ -390,6 +391,12 @@ def test_what_a_repair_leaves_as_it_was_is_not_among_its_changes(base):
     repair = Repair("refit", {(1, name): kept, (4, name): kept})
     repair.leave_out_unchanged(layers)
     assert list(repair.tensors) == [(4, name)]
+
+
+def test_experts_that_are_stored_one_by_one_belong_to_one_module():
+    """An adapter on top of a repaired checkpoint saves that module."""
+    stored = [f"model.layers.2.block_sparse_moe.experts.{i}.w2.weight" for i in range(4)]
+    assert layer_modules(tiny_config("mixtral"), stored) == ["model.layers.2.mlp.experts"]
 
 
 @pytest.mark.parametrize("more", [[], ["--dtype", "bfloat16"]])

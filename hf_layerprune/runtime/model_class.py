@@ -101,12 +101,16 @@ def stored_names(config: PreTrainedConfig, names: Collection[str]) -> dict[str, 
 
     Names that the model doesn't have, or does not store under one name, are left out.
     """
+    return {name: parts[0] for name, parts in _stored_parts(config, names).items() if len(parts) == 1}
+
+
+def _stored_parts(config: PreTrainedConfig, names: Collection[str]) -> dict[str, list[str]]:
+    """As [`stored_names`], with the names of all parts, such as those of single experts."""
     from transformers.core_model_loading import revert_weight_conversion
 
     model = model_without_weights(config)
     state = model.state_dict()
-    stored = {name: revert_weight_conversion(model, {name: state[name]}) for name in names if name in state}
-    return {name: next(iter(parts)) for name, parts in stored.items() if len(parts) == 1}
+    return {name: [*revert_weight_conversion(model, {name: state[name]})] for name in names if name in state}
 
 
 def stored_tensors(config: PreTrainedConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -150,7 +154,9 @@ def layer_modules(config: PreTrainedConfig, tensors: Collection[str]) -> list[st
     modules = {name_in_stack(name): name.rpartition(".")[0] for name in names}
     if not modules.keys() >= {name_in_stack(name) for name in tensors}:
         modules |= {
-            name_in_stack(stored): name.rpartition(".")[0] for name, stored in stored_names(config, names).items()
+            name_in_stack(stored): name.rpartition(".")[0]
+            for name, parts in _stored_parts(config, names).items()
+            for stored in parts
         }
     return sorted({modules.get(name_in_stack(name), name.rpartition(".")[0]) for name in tensors})
 
