@@ -77,7 +77,7 @@ def boundary(what: str, hint: str = "", kind: type[LayerPruneError] = Checkpoint
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if hint and isinstance(error, ImportError):  # no file or setting is wrong
-            hint = "install the package that is missing"
+            hint = "" if "pip install" in str(error) else "install the package that is missing"
         elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # nor here
             hint = "run it where more memory is free"
         raise kind(f"{what}: {cause_of(error)}{f'; {hint}' if hint else ''}") from error
@@ -109,6 +109,8 @@ def explain(error: BaseException, debug: str = f"{DEBUG}=1") -> tuple[str, int]:
         return "interrupted; nothing was left half-written", 130
     if isinstance(error, LayerPruneError | OSError):
         return one_line(str(error)), 2 if isinstance(error, CutError) else 1
+    if isinstance(error, ImportError) and "pip install" in str(error):  # as transformers asks for what a model needs
+        return cause_of(error), 1
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # `Path.expanduser`
         return "a path starts with ~ and the name of a user who does not exist; write it in full", 1
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without torch

@@ -77,7 +77,7 @@ STACKS = {
     "hub-1.31": Stack(["huggingface-hub==1.31.0", "transformers==5.16.1"], _HUB),
     "hub-2.0": Stack(["huggingface-hub==2.0.0"], _HUB),
     # torchao 0.18 needs a newer torch.
-    "torch-2.8": Stack(["torch==2.8.0", "torchao==0.17.0"], _FLOORS, only_by_name=True),
+    "torch-2.8": Stack(["torch==2.8.0", "torchao==0.17.0", "torchvision==0.23.0"], _FLOORS, only_by_name=True),
 }
 
 

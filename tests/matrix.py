@@ -28,7 +28,7 @@ from .cutting import cut_checkpoint
 from .tiny_models import EAGER, VOCAB, tiny_input
 
 CUT = "cut"
-_SHARED_KV = ("gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
+_SHARED_KV = ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 
 # How many of its arguments a layer passes on to the next one; in most families, only the hidden states.
 CARRIED = {"zaya": 2}

@@ -58,6 +58,11 @@ def _nested(config: Any) -> Media:
     return {"pixel_values": pixels, "pixel_attention_mask": torch.ones(BATCH, 1, *pixels.shape[-2:], dtype=torch.bool)}
 
 
+def _listed(config: Any) -> Media:
+    """A list of one tile per row: `[batch, 1, 3, size, size]`."""
+    return {"pixel_values": _pixels(config)["pixel_values"][:, None]}
+
+
 def _tiles(config: Any) -> Media:
     """A list of one tile per row, and which tiles are not padding."""
     return {
@@ -129,6 +134,12 @@ def _mel(mask: str | None, frames: int = FRAMES, stacked: bool = False) -> Calla
     return make
 
 
+def _frames(config: Any) -> Media:
+    """A spectrogram per row, `[batch, frames, bins]`, and which of its frames are not padding."""
+    mask = torch.ones(BATCH, 2 * FRAMES, dtype=torch.bool)
+    return {"input_features": _noise(*mask.shape, config.audio_config.input_feat_size), "input_features_mask": mask}
+
+
 def _wave(config: Any) -> Media:
     """Samples `[batch, 1, samples]`."""
     return {"input_values": _noise(BATCH, 1, 400)}
@@ -144,10 +155,13 @@ IMAGES: dict[str, Callable[[Any], Media]] = {
         _pixels,
     ),
     "deepseek_ocr2": _of_size(64),
+    "gemma3n": _of_size(64),
+    "fast_vlm": _of_size(32),
     "deepseek_vl_hybrid": _two_sizes,
     **dict.fromkeys(("apertus1p5", "lighton_ocr", "mistral3", "mistral_large4"), _sized),
     **dict.fromkeys(("idefics2", "idefics3", "smolvlm"), _nested),
     "granite_docling": _tiles,
+    "perception_lm": _listed,
     **dict.fromkeys(("granite4_vision", "llava_next", "llava_next_video", "llava_onevision"), _tiled),
     **dict.fromkeys(
         (
@@ -165,6 +179,7 @@ IMAGES: dict[str, Callable[[Any], Media]] = {
     **dict.fromkeys(("minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), _strips),
 }  # fmt: skip
 AUDIO: dict[str, Callable[[Any], Media]] = {
+    "gemma3n": _frames,
     "glmasr": _mel("input_features_mask"),
     "qwen3_asr": _mel("input_features_mask", frames=100),
     "fun_asr_nano": _mel("input_features_mask", stacked=True),

@@ -280,9 +280,9 @@ def _outcome(model_type: str, dense: Any, stage: str, only: str) -> str:
     both = {name: cut for name, cut in cuts(model_type, dense.config).items() if name.startswith(only)}
     try:
         if stage == CUT:
-            inputs = text_inputs() | (media_inputs(model_type, dense) if model_type in MULTIMODAL_TYPES else {})
+            inputs = text_inputs() | ({} if model_type in WHOLE else media_inputs(model_type, dense))
             prove(dense, both, inputs)
-            variants = list(inputs) if model_type in MULTIMODAL_TYPES else None
+            variants = list(inputs) if model_type in MULTIMODAL_TYPES or len(inputs) > 1 else None
             if model_type in WHOLE:
                 whole = whole_model(model_type)
                 inputs = text_inputs() | media_inputs(model_type, whole)

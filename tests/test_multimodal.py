@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM, AutoProcessor, CLIPVisionConfig, T5Config
+from transformers.utils.import_utils import BACKENDS_MAPPING
 
 from hf_layerprune import CutError, LayerDropConfig, UnsupportedModelError, families, prune_with
 from hf_layerprune.cli import main
@@ -198,6 +199,34 @@ def test_without_a_language_decoder_there_is_one_line(config: Any, reason: str, 
         load_base(tmp_path)
     with pytest.raises(LayerPruneError):
         families.check_supported(config)
+
+
+def test_what_a_tower_of_timm_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without timm, which builds the vision tower, each command says in one line what to install."""
+    base, cut, text = (str(tmp_path / name) for name in ("base", "cut", "text.txt"))
+    tiny_model("gemma3n").save_pretrained(base)
+    word_tokenizer().save_pretrained(base)
+    Path(text).write_text("w5 w9 w7 w8 " * 40)
+    assert main(["prune", base, cut, "--drop-layers", "6-7"]) == 0
+    monkeypatch.setitem(BACKENDS_MAPPING, "timm", (lambda: False, BACKENDS_MAPPING["timm"][1]))
+    for words in (
+        ["inspect", base],
+        ["prune", base, f"{cut}-again", "--drop-layers", "6-7"],
+        ["prune", base, f"{cut}-again", "--drop", "2", "--criterion", "magnitude_l1", "--adapter"],
+        ["eval", cut, "--text", text, "--length", "32", "--quiet"],
+        ["verify", cut],
+    ):
+        capsys.readouterr()
+        assert main(words) == 1, words
+        said = capsys.readouterr().err
+        assert said.startswith("hf-layerprune: "), words
+        assert "`pip install timm`" in said, words
+        assert len(said.splitlines()) == 1, said
+        assert "internal error" not in said, words
+        assert "check that" not in said, words
+    assert not Path(f"{cut}-again").exists()
 
 
 def test_media_that_healing_can_not_take() -> None:

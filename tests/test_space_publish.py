@@ -120,15 +120,19 @@ def test_a_complete_space(folder: Path, tmp_path: Path) -> None:
             assert "hf_layerprune" not in path.read_text()
 
 
-def test_a_model_that_reads_images_needs_torchvision(folder: Path, tmp_path: Path) -> None:
-    """Most image processors are of torchvision; without it the page would answer text alone."""
-    for name, section in (("text", {}), ("images", {"vision_config": {"hidden_size": 8}})):
+def test_a_model_that_reads_images_needs_more_packages(folder: Path, tmp_path: Path) -> None:
+    """Most image processors are of torchvision; without it the page would answer text alone. Some towers are of timm."""
+    for name, section, packages in (
+        ("text", {}, set()),
+        ("images", {"vision_config": {"hidden_size": 8}}, {"torchvision"}),
+        ("gemma3n", {"vision_config": {"model_type": "gemma3n_vision"}}, {"torchvision", "timm"}),
+    ):
         shutil.copytree(folder / "pruned", tmp_path / name)
         config = json.loads((tmp_path / name / "config.json").read_text())
         (tmp_path / name / "config.json").write_text(json.dumps(config | section))
         space = tmp_path / f"{name}-space"
         build_space(space, model_repo_id="org/pruned", model=tmp_path / name)
-        assert ("torchvision" in (space / "requirements.txt").read_text().splitlines()) == bool(section)
+        assert {"torchvision", "timm"} & set((space / "requirements.txt").read_text().splitlines()) == packages
 
 
 def test_an_adapter_of_a_local_base(folder: Path, tmp_path: Path) -> None:

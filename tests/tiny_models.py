@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -24,6 +25,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
+from hf_layerprune.families.multimodal import packages_of
 from hf_layerprune.runtime.model_class import auto_class_of
 
 from .compat import PROVEN_AT, UNCUT
@@ -37,8 +39,8 @@ MODEL_TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 # The types that `AutoModelForCausalLM` can't load; tiny_multimodal.py makes them.
 MULTIMODAL_TYPES = tuple(sorted(set(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES) - set(MODEL_TYPES)))
 ALL_TYPES = (*MODEL_TYPES, *MULTIMODAL_TYPES)
-# Called for a type that is missing or broken in the installed transformers. tests/conftest.py sets it to skip the test; the
-# matrix tries the type.
+# Called for a type that is missing or broken in the installed transformers, or needs a package that is missing. tests/conftest.py
+# sets it to skip the test; the matrix tries the type.
 on_unusable: Callable[[str], Any] | None = None
 
 _LAYER_COUNTS = dict.fromkeys(
@@ -214,6 +216,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 64},
     "fuyu": {"text_config": {"model_type": "persimmon", "hidden_size": 32, "intermediate_size": 48, "vocab_size": VOCAB,
                              "num_hidden_layers": LAYERS, "num_attention_heads": 4, "max_position_embeddings": 128}},
+    "gemma3n": {
+        # The ids from the text's own on are those of the image's vocabulary, then of the audio's.
+        "text_config": {"vocab_size": VOCAB + 32},
+        "vision_config": {"architecture": "test_efficientnet", "hidden_size": 256, "vocab_size": 16, "vocab_offset": VOCAB},
+        "audio_config": {"vocab_size": 16, "vocab_offset": VOCAB + 16, "hidden_size": 32, "input_feat_size": 16,
+                         "conf_num_attention_heads": 4, "conf_num_hidden_layers": 2, "sscp_conv_channel_size": [8, 4]},
+        "image_token_id": VOCAB + 1, "audio_token_id": VOCAB + 17,
+        "boi_token_id": VOCAB + 2, "eoi_token_id": VOCAB + 3, "boa_token_id": VOCAB + 18, "eoa_token_id": VOCAB + 19,
+        "vision_soft_tokens_per_image": 4, "audio_soft_tokens_per_image": 4,
+    },
     "gemma3n_text": _SHARED_KV | {"intermediate_size": [32, 48] * 4, "activation_sparsity_pattern": [0.5, 0.0] * 4},
     "gemma4_text": _SHARED_KV,
     "gemma4_unified_text": _SHARED_KV,
@@ -257,6 +269,7 @@ def small(config_class: type, overrides: dict[str, Any]) -> dict[str, Any]:
     return small | scales | still | overrides
 
 
+@cache
 def is_current() -> bool:
     """Whether the matrix was run with the installed version of transformers."""
     return f"of transformers {transformers.__version__} is" in DOCUMENT.read_text(encoding="utf-8")
@@ -278,7 +291,8 @@ def unusable(model_type: str, version: str = transformers.__version__) -> str | 
 
 def tiny_config(model_type: str):
     """A small config of the model type."""
-    if on_unusable is not None and (reason := unusable(model_type)):
+    # With the version of transformers that the matrix was made with, a type that is missing or broken is a failure.
+    if on_unusable is not None and not is_current() and (reason := unusable(model_type)):
         on_unusable(reason)
     if model_type in MULTIMODAL_TYPES:
         from .tiny_multimodal import multimodal_config
@@ -301,6 +315,8 @@ def tiny_model(model_type: str, seed: int = 0):
     """A small random model of the type, in float32 and evaluation mode, in which every layer matters."""
     torch.manual_seed(seed)
     config = tiny_config(model_type)
+    if on_unusable is not None and "timm" in packages_of(config.to_dict()) and find_spec("timm") is None:
+        on_unusable(f"model type {model_type} needs timm, which is not installed")
     model = auto_class_of(config).from_config(config, dtype=torch.float32, **EAGER).eval()
     randomize(model, seed)
     return model

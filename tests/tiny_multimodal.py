@@ -114,6 +114,14 @@ SECTIONS: dict[str, dict[str, dict[str, Any]]] = {
                       "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}}},
     "deepseek_vl_hybrid": {"high_res_vision_config": {"output_channels": 16, "window_size": 4, "global_attn_indexes": [1],
                                                       "image_size": 64, "patch_size": 8, "mlp_dim": 48}},
+    # Towers of the published models' own kinds, with fewer and narrower blocks.
+    "fast_vlm": {"vision_config": {"architecture": "fastvit_mci3", "hidden_size": 32, "model_args": {
+        "inference_mode": True, "layers": [1, 1], "embed_dims": [8, 16], "mlp_ratios": [2, 2], "pos_embs": [None, None],
+        "downsamples": [False, True], "se_downsamples": [False, False], "token_mixers": ["repmixer", "repmixer"]}}},
+    "perception_lm": {"vision_config": {"architecture": "vit_pe_core_large_patch14_336", "model_args": {
+        "embed_dim": 32, "depth": 2, "num_heads": 4, "img_size": [16, 16], "patch_size": 4, "global_pool": "",
+        "use_post_transformer_norm": False, "init_values": 0.1, "ref_feat_shape": [4, 4]}},
+        "": {"projector_pooling_ratio": 2}},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8, "projector_hidden_size": 32}},
     **dict.fromkeys(("glm4v", "glm46v", "glmga", "glm4v_moe", "glm_ocr"), _GLM_TOWER),
     "glm_ocr": {"vision_config": {"patch_size": 4, "out_hidden_size": 32, "in_channels": 3}},

@@ -7,6 +7,7 @@ count or index its layers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CutError
@@ -22,6 +23,9 @@ TEXT_SECTIONS = ("text_config", "thinker_config", "decoder")
 # text model.
 TEXT_ONLY_TYPES = ("llama4",)
 
+# Vision towers that the package timm builds, by the model type of their section.
+TIMM_TOWERS = ("gemma3n_vision", "timm_wrapper")
+
 
 def path_to_text(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     """The configs from a whole one down to the one of its language decoder; only the whole one for a text model."""
@@ -34,6 +38,16 @@ def path_to_text(config: PreTrainedConfig) -> list[PreTrainedConfig]:
                 break
         else:
             return path
+
+
+def packages_of(fields: Mapping[str, Any]) -> list[str]:
+    """The packages that a model with this `config.json` needs besides transformers to see: most processors' torchvision,
+    and its tower's timm, without which the model can't be built at all.
+    """
+    tower = fields.get("vision_config")
+    if not isinstance(tower, dict):
+        return []
+    return ["torchvision", *(["timm"] if tower.get("model_type") in TIMM_TOWERS else [])]
 
 
 def placeholder_tokens(config: PreTrainedConfig) -> list[int]:

@@ -38,14 +38,12 @@ STAGES: dict[str, Stage] = {
 }
 
 ENCODER_DECODER = "it is an encoder-decoder: every layer of its decoder reads the encoder's output"
-_TIMM = "its vision tower needs timm, so it was not proven"
 _IMAGE_ALWAYS = "its forward pass needs an image with every text, so it can't be ranked, checked or healed on text"
 _REFUSED_MULTIMODAL: dict[str, str] = {
     **dict.fromkeys(
         ("blip", "evolla", "florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"),
         ENCODER_DECODER,
     ),
-    **dict.fromkeys(("fast_vlm", "perception_lm"), _TIMM),
     **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo", "kosmos-2"), _IMAGE_ALWAYS),
     "diffusion_gemma": "it fills blocks of tokens by diffusion, not one token after another",
     "idefics": "its cross-attention layers come at a fixed interval, and it can't run without an image",
@@ -67,7 +65,6 @@ REFUSED: dict[str, str] = {
     "cpmant": "it generates other tokens with a cache than without, even uncut, so a cut can't be proven",
     "diffllama": "each layer derives its attention's lambda from its own index, so layers above a cut would change",
     "dory": "its config counts input, recurrent and output layers separately; a cut would have to update all three",
-    "gemma3n": "its vision tower needs timm, so it was not proven; its text decoder, gemma3n_text, is proven",
     "gemma4_assistant": "it drafts for another model and reads that model's key-value cache layer by layer",
     "gemma4_unified_assistant": "it drafts for another model and reads that model's key-value cache layer by layer",
     "hrm_text": "it runs two stacks of layers in repeated cycles, so no layer can be dropped",
@@ -95,7 +92,7 @@ _STREAMS = "its layers pass on several streams of hidden states"
 _SHARED = "its last layers read keys and values of earlier layers, so they can't run alone"
 _NO_IMAGE = "its cross-attention layers run only if there is an image"
 _UNRANKED: dict[str, str] = {
-    **dict.fromkeys(("deepseek_v4", "gemma3n_text", "hy_v4", "xlnet"), _STREAMS),
+    **dict.fromkeys(("deepseek_v4", "gemma3n", "gemma3n_text", "hy_v4", "xlnet"), _STREAMS),
     **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), _SHARED),
     **dict.fromkeys(
         ("glm_moe_dsa", "mistral_large4", "mistral_large4_text"),

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, one_line
 from ..records.fingerprints import Identity
 from ..records.lineage import peak_rss
 
@@ -94,4 +94,7 @@ def _start_accelerators(device: str) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_probe(**json.loads(sys.argv[1]))))
+    try:
+        print(json.dumps(_probe(**json.loads(sys.argv[1]))))
+    except Exception as error:
+        sys.exit(f"{type(error).__name__}: {one_line(str(error))}")

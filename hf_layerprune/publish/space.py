@@ -25,6 +25,7 @@ from typing import NoReturn
 from huggingface_hub.repocard import metadata_load, metadata_save
 
 from ..errors import CheckpointError, CutError
+from ..families.multimodal import packages_of
 from ..files.folders import new_folder
 from ..files.shipped import bundled_folder
 from ..records.declared import CARD
@@ -177,7 +178,7 @@ def _requirements_of(model: Path | None, adapter: bool) -> list[str]:
     if adapter:
         return [f"hf-layerprune=={__version__}"]
     config = read_config_file(model / CONFIG) if model else {}
-    packages = ["torchvision"] if isinstance(config.get("vision_config"), dict) else []  # which most processors need
+    packages = packages_of(config)
     settings = config.get("quantization_config")
     if not isinstance(settings, dict):
         return packages

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .. import families
 from ..cut.gguf import plan_gguf_cut
 from ..cut.sizes import Sizes
-from ..errors import CutError, LayerPruneError, cause_of
+from ..errors import CutError, LayerPruneError, boundary
 from ..families.engines import REMEDY, describe_misread_layers, describe_period_rule
 from ..families.layout import count_by_layer, count_parameters, find_decoder_layers, ties_head
 from ..layer_ranges import describe_layers
@@ -91,17 +91,13 @@ def inspect_model(request: InspectRequest) -> Anatomy:
         LayerPruneError: It has no language decoder.
     """
     config = load_config(request.model, revision=request.revision)
-    try:
-        model = model_without_weights(config)
-    except Exception as error:  # each model's class raises what it likes
-        if type(config) in auto_class_of(config)._model_mapping:
-            raise LayerPruneError(
-                f"no model can be built from the config: {cause_of(error)}; check that it belongs to this checkpoint"
-            ) from error
+    if type(config) not in auto_class_of(config)._model_mapping:
         raise LayerPruneError(
             f"a {config.model_type} model has no language decoder of its own, so there are no decoder layers to prune; "
             "docs/architectures.md lists the types that can be pruned"
-        ) from error
+        )
+    with boundary("no model can be built from the config", "check that it belongs to this checkpoint"):
+        model = model_without_weights(config)
     stack, table, output = find_decoder_layers(model), model.get_input_embeddings(), model.get_output_embeddings()
     layers, tied = count_by_layer(stack.layers), ties_head(model)
     in_table, in_head = count_parameters(table), 0 if tied or output is None else count_parameters(output)
