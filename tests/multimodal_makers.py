@@ -39,6 +39,23 @@ def write_llava(folder: Path) -> Path:
     return folder
 
 
+def write_qwen2_vl(folder: Path) -> Path:
+    """A tiny Qwen2-VL, whose processor needs torchvision."""
+    pytest.importorskip("torchvision")
+    from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+
+    model = tiny_model("qwen2_vl")
+    model.save_pretrained(folder)
+    tokenizer = word_tokenizer()
+    special = ["<|image_pad|>", "<|video_pad|>", "<|vision_end|>", "<|vision_start|>"]  # by their ids in the config
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    how = {"patch_size": model.config.vision_config.patch_size, "min_pixels": 64, "max_pixels": 256}
+    template = TEMPLATE.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
+    both = Qwen2VLImageProcessor(**how), tokenizer, Qwen2VLVideoProcessor(**how)
+    Qwen2VLProcessor(*both, chat_template=template).save_pretrained(folder)
+    return folder
+
+
 def noise(seed: int) -> Any:
     """An image of random pixels."""
     from PIL import Image

@@ -25,7 +25,7 @@ from hf_layerprune.runtime.model_class import auto_class_for, auto_class_of, lay
 from . import chat_server  # noqa: F401 (makes the Space's files importable)
 from .heal_makers import word_tokenizer
 from .matrix import identities
-from .multimodal_makers import write_llava
+from .multimodal_makers import noise, write_llava, write_qwen2_vl, write_rows
 from .tiny_models import EAGER, tiny_config, tiny_input, tiny_model
 from .tiny_multimodal import multimodal_config
 
@@ -85,6 +85,23 @@ def test_an_image_through_the_real_processor(base: Path, cut: Path) -> None:
     torch.testing.assert_close(pruned(**question).logits, wanted)
     blind = dict(question, pixel_values=torch.zeros_like(question["pixel_values"]))
     assert not torch.allclose(pruned(**blind).logits, wanted, atol=1e-3)
+
+
+@torch.no_grad()
+def test_ranked_on_images_that_torchvision_prepares(tmp_path: Path) -> None:
+    """Most published processors need it; LLaVA's here does not."""
+    base, cut = write_qwen2_vl(tmp_path / "base"), tmp_path / "cut"
+    rows = ["--calibration", f"{write_rows(tmp_path / 'rows')}:text", "--calibration-samples", "6"]
+    options = ["--drop", "2", "--criterion", "taylor", "--repair", "linear", "--calibration-length", "32"]
+    assert main(["prune", str(base), str(cut), *options, *rows]) == 0
+    assert main(["verify", str(cut), "--accept-trained"]) == 0
+    processor = AutoProcessor.from_pretrained(cut)
+    said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " w5 w6"}]}]
+    text = processor.apply_chat_template(said, add_generation_prompt=True)
+    asked = [processor(images=noise(seed), text=text, return_tensors="pt") for seed in (0, 1)]
+    pruned = AutoModelForMultimodalLM.from_pretrained(cut, **EAGER).eval()
+    assert (asked[0]["input_ids"] == pruned.config.image_token_id).any()
+    assert not torch.allclose(pruned(**asked[0]).logits[:, -1], pruned(**asked[1]).logits[:, -1], atol=1e-4)
 
 
 @torch.no_grad()
