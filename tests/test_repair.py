@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -391,6 +392,14 @@ def test_what_a_repair_leaves_as_it_was_is_not_among_its_changes(base):
     repair = Repair("refit", {(1, name): kept, (4, name): kept})
     repair.leave_out_unchanged(layers)
     assert list(repair.tensors) == [(4, name)]
+
+
+def test_weights_that_are_stored_with_unchanged_ones_are_refused(tmp_path, capsys):
+    """ERNIE's checkpoints store the experts for text and for images together."""
+    tiny_model("ernie4_5_vl_moe").save_pretrained(tmp_path / "base")
+    words = ["--drop-layers", "3-4", "--repair", "magnitude", "--calibration-length", "16"]
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "out"), *words]) == 1
+    assert re.search("can't convert the changed weights .*; choose another repair", capsys.readouterr().err)
 
 
 def test_experts_that_are_stored_one_by_one_belong_to_one_module():
