@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 from dataclasses import replace
 
 import pytest
@@ -394,12 +393,16 @@ def test_what_a_repair_leaves_as_it_was_is_not_among_its_changes(base):
     assert list(repair.tensors) == [(4, name)]
 
 
-def test_weights_that_are_stored_with_unchanged_ones_are_refused(tmp_path, capsys):
-    """ERNIE's checkpoints store the experts for text and for images together."""
+def test_experts_for_text_alone_are_not_rescaled(tmp_path, capsys):
+    """ERNIE has others for images, which no text reaches, and its checkpoints store them together."""
     tiny_model("ernie4_5_vl_moe").save_pretrained(tmp_path / "base")
     words = ["--drop-layers", "3-4", "--repair", "magnitude", "--calibration-length", "16"]
-    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "out"), *words]) == 1
-    assert re.search("can't convert the changed weights .*; choose another repair", capsys.readouterr().err)
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "out"), *words]) == 2
+    assert "can't rescale layer 5: not everything that it adds" in capsys.readouterr().err
+    words[3] = "linear"
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "out"), *words]) == 0
+    entry = json.loads((tmp_path / "out" / "lineage.json").read_text())["entries"][0]
+    assert all("experts.0" not in name for name in entry["repair"]["changed_tensors"])
 
 
 def test_experts_that_are_stored_one_by_one_belong_to_one_module():

@@ -22,6 +22,12 @@ def is_mixture(module: nn.Module) -> bool:
     return any(parameter.ndim > 2 for parameter in module.parameters())
 
 
+def is_bank(module: nn.Module) -> bool:
+    """Whether a module itself holds the weights of several experts."""
+    many = any(parameter.ndim > 2 for parameter in module.parameters(recurse=False))
+    return many and not isinstance(module, nn.Conv1d | nn.Conv2d)
+
+
 @torch.no_grad()
 def find_output_axes(module: nn.Module, run: Callable[[], torch.Tensor]) -> dict[str, int] | None:
     """Find the parameters of a mixture that its output is made of.

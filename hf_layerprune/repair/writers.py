@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from ..runtime.parts import hook_scope
 from ..runtime.precision import is_packed
 from ..runtime.walk import Batch
-from .mixtures import find_output_axes, is_mixture
+from .mixtures import find_output_axes, is_bank, is_mixture
 from .norms import Norm, find_norm
 
 _TOLERANCE = 0.03  # bfloat16 keeps two to three digits
@@ -162,7 +162,8 @@ def find_writers(layer: nn.Module, run: Run, batch: Batch, mixtures: bool = Fals
         run (`Run`): Runs it.
         batch (`Batch`): A few tokens.
         mixtures (`bool`, defaults to `False`): Whether mixtures of experts count. If not, what attention writes before one
-            does not count either, since the experts respond to it.
+            does not count either, since the experts respond to it. They don't count in a layer some of whose experts
+            run only for other inputs, such as images.
 
     Returns:
         `list[Writer]`: In reverse order of execution: the MLP's output projection, then the attention's. Empty if the
@@ -170,8 +171,10 @@ def find_writers(layer: nn.Module, run: Run, batch: Batch, mixtures: bool = Fals
     """
     hidden = batch.hidden
     order: list[tuple[str, nn.Module, torch.Tensor]] = []
+    idle = {module for module in layer.modules() if mixtures and is_bank(module)}
 
     def record(name: str, module: nn.Module, args: object, output: object) -> None:
+        idle.discard(module)
         if isinstance(output, torch.Tensor):
             order.append((name, module, output.clone()))
 
@@ -182,6 +185,8 @@ def find_writers(layer: nn.Module, run: Run, batch: Batch, mixtures: bool = Fals
     ]
     with hook_scope(*handles):
         run(hidden, batch)
+    if idle:
+        order = [one for one in order if _is_plain_linear(one[1], hidden.shape[-1])]
     names = [name for name, *_ in order]
     writers: list[Writer] = []
     for name, module, output in reversed(order):
