@@ -357,7 +357,8 @@ def test_inspect_tells_of_tied_heads_and_protected_layers(tmp_path: Path, capsys
     ("model_type", "told"),
     [
         ("mamba", "it can be repaired by linear, refit, magnitude"),
-        ("mixtral", "model type 'mixtral' can't be repaired: "),
+        ("mixtral", "it can be repaired by linear, magnitude"),
+        ("bert", "model type 'bert' can't be repaired: "),
     ],
 )
 def test_inspect_tells_of_repairs(

@@ -13,7 +13,7 @@ from hf_layerprune.cli import main
 from .measure_models import write_model, write_tasks
 
 SCORES = (
-    "base calibration commit contiguous count criteria drop num_layers peak_memory_bytes protect schema_version seconds "
+    "base calibration commit contiguous count criteria drop num_layers peak_memory_bytes protect required schema_version seconds "
     "seed variant versions"
 )
 CURVE = "calibration chosen decode dense identity knee num_layers points repair schema_version steps"
