@@ -154,6 +154,16 @@ def test_masked_values_are_equal_or_differ_but_hide_no_others(mask: float) -> No
     assert not agree(one, other)
 
 
+def test_a_large_token_hides_no_others() -> None:
+    """The first token of a row may have states a thousand times as large as the others."""
+    one = torch.randn(1, 32, 64, generator=torch.Generator().manual_seed(0))
+    one[:, 0] *= 1000
+    other = one.clone()
+    other[:, 1:] *= 1.1
+    assert agree(one.bfloat16(), one.bfloat16())
+    assert not agree(other.bfloat16(), one.bfloat16())
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_no_number_is_equal_to_itself_alone(value: float) -> None:
     one = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0))

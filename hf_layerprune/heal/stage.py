@@ -168,19 +168,21 @@ def changed_tensors(before: Path, after: Path) -> list[str]:
 
 
 def _check_finite(folder: Path, names: Collection[str]) -> None:
-    for name, tensor in _iterate_tensors(folder):
-        if name in names and not tensor.isfinite().all():
+    for name, tensor in _iterate_tensors(folder, names):
+        if not tensor.isfinite().all():
             raise LayerPruneError(
                 f"{name} of the trained model has a value that is not finite; specify an earlier checkpoint, or train at a lower "
                 "learning rate"
             )
 
 
-def _iterate_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _iterate_tensors(folder: Path, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a folder, or those with some names."""
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
-                yield name, file.get_tensor(name)
+                if names is None or name in names:
+                    yield name, file.get_tensor(name)
 
 
 def copy_companion_files(before: Path, after: Path) -> None:

@@ -29,6 +29,7 @@ from ..errors import CutError
 from ..runtime.walk import Batch, LayerWalk
 from .fit import HELD_OUT, Fitter
 from .norms import Norm
+from .registry import find_repair
 from .writers import Run, find_writers, swap_parameters
 
 Tensors = dict[str, torch.Tensor]  # by name in the layer
@@ -170,9 +171,9 @@ class LinearFitter(Fitter):
             if self.student is not None:
                 self.student = [run(state, batch) for state, batch in zip(self.student, batches, strict=True)]
             return
-        writers = find_writers(self.walk.layers[i], run, probe, mixtures=self.method == "linear")
+        writers = find_writers(self.walk.layers[i], run, probe, mixtures=find_repair(self.method).changes_mixtures)
         if not writers:
-            if self.method != "linear" and find_writers(self.walk.layers[i], run, probe, mixtures=True):
+            if find_writers(self.walk.layers[i], run, probe, mixtures=True):
                 raise CutError(
                     f'repair="{self.method}" can\'t change layer {i}, whose MLP is a mixture of experts; use repair="linear"'
                 )

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import CutError
 from ..families.layout import find_final_norm
+from ..runtime.parts import relative_error
 from ..runtime.walk import Batch, LayerWalk
 from .fit import Fitter
 from .writers import Run, find_writers, swap_parameters, zero_outputs
@@ -76,8 +77,8 @@ def scale_writers(index: int, layer: nn.Module, run: Run, batch: Batch, factor: 
     """
     writers = [writer for writer in find_writers(layer, run, batch, mixtures=True) if writer.norm is None]
     with zero_outputs(writers):
-        rest = run(batch.hidden, batch).float() - batch.hidden.float()
-    if not (writers and rest.norm() <= _ROUNDING * batch.hidden.float().norm()):
+        rest = relative_error(run(batch.hidden, batch), batch.hidden)
+    if not (writers and rest <= _ROUNDING):
         raise _rescale_error(
             index,
             "not everything that it adds to the hidden states comes from its output projections (a norm follows them, say)",
@@ -86,7 +87,7 @@ def scale_writers(index: int, layer: nn.Module, run: Run, batch: Batch, factor: 
     wanted = run(batch.hidden, batch).float() * factor
     with swap_parameters(layer, new):
         scaled = run(batch.hidden * factor, batch).float()
-    if not (scaled - wanted).norm() <= _TOLERANCE * wanted.norm():  # such as a layer without an input norm
+    if not relative_error(scaled, wanted) <= _TOLERANCE:  # such as a layer without an input norm
         raise _rescale_error(index, "what it adds depends on the magnitude of its input")
     return new
 

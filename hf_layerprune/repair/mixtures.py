@@ -17,22 +17,22 @@ from ..runtime.precision import is_packed
 _TOLERANCE = 0.03  # bfloat16 keeps two to three digits
 
 
-def is_mixture(module: nn.Module) -> bool:
-    """Whether a module may be a mixture of experts: transformers keeps the weights of all experts in one tensor."""
-    return any(parameter.ndim > 2 for parameter in module.parameters())
-
-
 def is_bank(module: nn.Module) -> bool:
-    """Whether a module itself holds the weights of several experts."""
+    """Whether a module itself holds the weights of several experts; transformers keeps them in one tensor."""
     many = any(parameter.ndim > 2 for parameter in module.parameters(recurse=False))
     return many and not isinstance(module, nn.Conv1d | nn.Conv2d)
+
+
+def is_mixture(module: nn.Module) -> bool:
+    """Whether a module may be a mixture of experts."""
+    return any(map(is_bank, module.modules()))
 
 
 @torch.no_grad()
 def find_output_axes(module: nn.Module, run: Callable[[], torch.Tensor]) -> dict[str, int] | None:
     """Find the parameters of a mixture that its output is made of.
 
-    The channels of each parameter are permuted and scaled. If the part of the output that comes from it changes in the
+    The channels of each parameter are shifted by one and scaled. If the part of the output that comes from it changes in the
     same way, it is such a parameter. In 16 bits, a small part would be lost to rounding, so it is first made as large as
     the whole; and each token counts the same, since the first one may be a thousand times as large as all others.
 
@@ -47,11 +47,11 @@ def find_output_axes(module: nn.Module, run: Callable[[], torch.Tensor]) -> dict
     plain = run()
     width = plain.shape[-1]
     draw = torch.Generator().manual_seed(0)
-    order = torch.randperm(width, generator=draw).to(plain.device)
     factors = (2.0 ** torch.randint(-1, 2, (width,), generator=draw)).to(plain)  # exact in any type
 
     def moved(values: torch.Tensor, axis: int) -> torch.Tensor:
-        return (values.movedim(axis, -1)[..., order] * factors.to(values.dtype)).movedim(-1, axis).contiguous()
+        along = [width if one == axis % values.ndim else 1 for one in range(values.ndim)]
+        return values.roll(1, axis) * factors.to(values.dtype).view(along)
 
     whole = plain.float().norm(dim=-1, keepdim=True).clamp(min=1e-12)
 

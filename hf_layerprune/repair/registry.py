@@ -19,6 +19,7 @@ class RepairMethod:
         description (`str`): A noun phrase for cards: "The cut was repaired with ...".
         source (`str`): The publication it comes from.
         needs_layer_before (`bool`): Whether it changes the layer before a dropped block, and so needs one there.
+        changes_mixtures (`bool`): Whether it also changes mixtures of experts.
         judged_by (`str`, *optional*): The repair that `auto` judges its short list with, if this one would take too
             long for every candidate.
     """
@@ -28,6 +29,7 @@ class RepairMethod:
     description: str
     source: str
     needs_layer_before: bool
+    changes_mixtures: bool
     judged_by: str | None = None
 
     def load(self) -> ModuleType:
@@ -40,13 +42,13 @@ _OURS = f"this project, after {_LINEAR}"
 REPAIRS: dict[str, RepairMethod] = {
     repair.name: repair
     for repair in (
-        RepairMethod("linear", "linear", "a linear map folded into the projection before it", _LINEAR, True),
-        RepairMethod("refit", "linear", "a refit of the projection before it", _OURS, True),
+        RepairMethod("linear", "linear", "a linear map folded into the projection before it", _LINEAR, True, True),
+        RepairMethod("refit", "linear", "a refit of the projection before it", _OURS, True, False),
         RepairMethod(
             "borrow", "borrow", "neurons borrowed from the dropped layers and a refit of the projection before it", _OURS, True,
-            "refit",
+            False, "refit",
         ),
-        RepairMethod("magnitude", "magnitude", "a rescaling of the hidden states", "Prune&Comp, arXiv:2507.18212", False),
+        RepairMethod("magnitude", "magnitude", "a rescaling of the hidden states", "Prune&Comp, arXiv:2507.18212", False, True),
     )
 }  # fmt: skip
 

@@ -143,9 +143,18 @@ def zero_masked(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, t
     return one.where(compared, 0), other.where(compared, 0)
 
 
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The root mean square over tokens of the error of each, `[..., width]`, relative to its own size.
+
+    In a norm over all tokens, the first one, whose states may be a thousand times as large, would hide the others.
+    """
+    found, wanted = found.float(), wanted.float()
+    return ((found - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-12)).square().mean().sqrt().item()
+
+
 def agree(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors agree to the precision of the second one's type."""
+    """Whether two tensors `[..., width]` agree to the precision of the second one's type."""
     tolerance = {torch.float64: 1e-6, torch.float32: 1e-4}.get(other.dtype, 2e-2)
     if one.shape != other.shape or (both := zero_masked(one, other)) is None:
         return False
-    return bool((both[0] - both[1]).norm() <= tolerance * both[1].norm())
+    return relative_error(*both) <= tolerance

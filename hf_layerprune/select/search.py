@@ -192,8 +192,10 @@ class Search:
 
     @property
     def _other_repair(self) -> str | None:
-        """What to do if `refit` and the like work for no cut."""
-        return 'use repair="linear", which also changes mixtures of experts' if self.repair != "linear" else None
+        """What to do if the repair works for no cut, but another one may."""
+        if self.repair is None or find_repair(self.repair).changes_mixtures:
+            return None
+        return 'use repair="linear", which also changes mixtures of experts'
 
     def judge(self, sets: Iterable[tuple[tuple[int, ...], str]]) -> list[Candidate]:
         """Evaluate sets with the repair that each would really get, best first; those without one, or KL, are left out.
@@ -328,7 +330,7 @@ class Search:
         """Fit the maps that are missing, all in one pass over the dense model."""
         missing = {block for block in wanted if block not in self._fits}
         if missing:
-            mixtures = self.repair == "linear"  # the others can't change one
+            mixtures = self.repair is not None and find_repair(self.repair).changes_mixtures
             observer = Repairability({len(block) for block in missing}, only=missing, keep=True, mixtures=mixtures)
             run_pass(self.walk, self._map_rows.first(_MAX_MAP_ROWS), [observer])
             self._fits |= {block: observer.fits.get(block) for block in missing}

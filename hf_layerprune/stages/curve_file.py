@@ -123,7 +123,7 @@ def choose_point(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dic
             for the lineage.
 
     Raises:
-        CheckpointError: There is no curve of this base.
+        CheckpointError: The folder has no curve, or one of another base.
         CutError: No point of the curve meets the request.
     """
     check_answerable(request)
@@ -157,7 +157,7 @@ def load_curve(folder: Path, request: PruneRequest | AdviseRequest) -> Curve:
     """The curve of a request's base that `rank --curve` has written.
 
     Raises:
-        CheckpointError: There is no curve of this base.
+        CheckpointError: The folder has no curve, or one of another base.
     """
     if not (folder / FILE).is_file():
         raise CheckpointError(f"{folder} has no {FILE}; make it with hf-layerprune rank BASE {folder} --curve")
