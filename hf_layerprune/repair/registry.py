@@ -19,7 +19,7 @@ class RepairMethod:
         description (`str`): A noun phrase for cards: "The cut was repaired with ...".
         source (`str`): The publication it comes from.
         needs_layer_before (`bool`): Whether it changes the layer before a dropped block, and so needs one there.
-        changes_mixtures (`bool`): Whether it also changes mixtures of experts.
+        changes_mixtures (`bool`, *optional*, defaults to `False`): Whether it also changes mixtures of experts.
         judged_by (`str`, *optional*): The repair that `auto` judges its short list with, if this one would take too
             long for every candidate.
     """
@@ -29,7 +29,7 @@ class RepairMethod:
     description: str
     source: str
     needs_layer_before: bool
-    changes_mixtures: bool
+    changes_mixtures: bool = False
     judged_by: str | None = None
 
     def load(self) -> ModuleType:
