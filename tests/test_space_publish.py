@@ -132,7 +132,15 @@ def test_a_model_that_reads_images_needs_more_packages(folder: Path, tmp_path: P
         (tmp_path / name / "config.json").write_text(json.dumps(config | section))
         space = tmp_path / f"{name}-space"
         build_space(space, model_repo_id="org/pruned", model=tmp_path / name)
-        assert {"torchvision", "timm"} & set((space / "requirements.txt").read_text().splitlines()) == packages
+        adapter = tmp_path / f"{name}-adapter"
+        shutil.copytree(folder / "adapter", adapter)
+        settings = json.loads((adapter / "adapter_config.json").read_text())
+        settings["base_model_name_or_path"] = str(tmp_path / name)
+        (adapter / "adapter_config.json").write_text(json.dumps(settings))
+        of_adapter = tmp_path / f"{name}-adapter-space"
+        build_space(of_adapter, model_repo_id="org/adapter", model=adapter, adapter=True)
+        for one in (space, of_adapter):
+            assert {"torchvision", "timm"} & set((one / "requirements.txt").read_text().splitlines()) == packages
 
 
 def test_an_adapter_of_a_local_base(folder: Path, tmp_path: Path) -> None:

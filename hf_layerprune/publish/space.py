@@ -20,13 +20,14 @@ import sys
 import tempfile
 from contextlib import ExitStack, redirect_stdout, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from huggingface_hub.repocard import metadata_load, metadata_save
 
 from ..errors import CheckpointError, CutError
 from ..families.multimodal import packages_of
 from ..files.folders import new_folder
+from ..files.json_file import read_object
 from ..files.shipped import bundled_folder
 from ..records.declared import CARD
 from ..records.fingerprints import ADAPTER_CONFIG, CONFIG
@@ -35,7 +36,7 @@ from ..records.locked import locked
 from ..records.names import check_repository, hub_base, last_part
 from ..records.quantized import quantization_method, quantization_package
 from ..runtime.config_file import read_config_file
-from ..runtime.loading import is_hub_id, resolve_base
+from ..runtime.loading import is_hub_id, read_checked_config, resolve_base
 from ..versions import __version__
 from .hub.contents import find_model
 from .hub.upload import UploadJob, UploadResult, log_in, push_errors, upload
@@ -46,11 +47,18 @@ logger = logging.getLogger(__name__)
 MESSAGE = "Upload a chat with hf-layerprune"
 
 
-def build_space(folder: Path, *, model_repo_id: str, model: Path | None = None, adapter: bool = False) -> None:
+def build_space(
+    folder: Path,
+    *,
+    model_repo_id: str,
+    model: Path | None = None,
+    adapter: bool = False,
+    token: str | bool | None = None,
+) -> None:
     """Write a complete Space for a model on the Hub: `app.py`, its modules, pinned requirements, and the front matter.
 
     The lineage in the model's folder names the dense model to compare with, if that is on the Hub. The config there
-    decides which packages are required; an adapter requires this one.
+    decides which packages are required; an adapter requires this one, and those of its base, which `token` may read.
 
     Raises:
         CutError: `model_repo_id` is not a Hub id.
@@ -68,7 +76,7 @@ def build_space(folder: Path, *, model_repo_id: str, model: Path | None = None, 
         fields |= {"title": last_part(model_repo_id), "models": [one for one in (model_repo_id, base_repo_id) if one]}
         metadata_save(staging / CARD, fields)
         with (staging / "requirements.txt").open("a", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in _requirements_of(model, adapter))
+            file.writelines(f"{line}\n" for line in _requirements_of(model, adapter, token))
 
 
 def publish_space(request: PushRequest, *, adapter: bool, secret: str | None) -> UploadResult:
@@ -82,7 +90,7 @@ def publish_space(request: PushRequest, *, adapter: bool, secret: str | None) ->
     repo_id, model = str(request.space), find_model(request)
     with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as place:
         folder = Path(place, "space")
-        build_space(folder, model_repo_id=request.repo_id, model=model, adapter=adapter)
+        build_space(folder, model_repo_id=request.repo_id, model=model, adapter=adapter, token=request.token)
         files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
         api = log_in(request.token)
         done = upload(UploadJob(repo_id, files, "space", private=request.private, message=MESSAGE), api)
@@ -173,12 +181,10 @@ def _local_base_of(model: Path) -> str | None:
     return base if base and Path(base, CONFIG).is_file() else None
 
 
-def _requirements_of(model: Path | None, adapter: bool) -> list[str]:
+def _requirements_of(model: Path | None, adapter: bool, token: str | bool | None) -> list[str]:
     """The packages that a Space needs for this model in addition to its usual ones."""
-    if adapter:
-        return [f"hf-layerprune=={__version__}"]
-    config = read_config_file(model / CONFIG) if model else {}
-    packages = packages_of(config)
+    config = _loaded_config(model, adapter, token) if model else {}
+    packages = [*([f"hf-layerprune=={__version__}"] if adapter else []), *packages_of(config)]
     settings = config.get("quantization_config")
     if not isinstance(settings, dict):
         return packages
@@ -188,3 +194,16 @@ def _requirements_of(model: Path | None, adapter: bool) -> list[str]:
             quantization_method(settings),
         )
     return [*packages, package] if package else packages
+
+
+def _loaded_config(model: Path, adapter: bool, token: str | bool | None) -> dict[str, Any]:
+    """The `config.json` of the whole model that a Space loads: this one, or the base of this adapter."""
+    if not adapter:
+        return read_config_file(model / CONFIG)
+    settings = read_object(model / ADAPTER_CONFIG)
+    name, revision = str(settings.get("base_model_name_or_path")), settings.get("revision")
+    try:
+        return read_checked_config(name, revision=revision, token=token)
+    except CheckpointError as error:
+        logger.warning("the Space may need more packages than its requirements.txt lists: %s", error)
+        return {}
