@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, strategies as st
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune import CheckpointError, CutError
+from hf_layerprune.calibration.documents import check_source, read_documents
 from hf_layerprune.calibration.rows import CalibrationSet, check_vocabulary, load_calibration
 from hf_layerprune.calibration.self_text import generate_text
 from hf_layerprune.runtime.windows import max_positions
@@ -263,6 +265,19 @@ def test_a_folder(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "train.jsonl").write_text('null\n{"text": "a"}\n')
     with pytest.raises(CheckpointError, match=r"train\.jsonl, line 1 is null"):
         load_calibration(str(tmp_path), tokenizer, samples=2, length=32)
+
+
+def test_files_and_folders_under_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those whose name is a pattern, or has the mark of a configuration."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, text in (("set/train.parquet", "one"), ("a[1]@b.parquet", "two"), ("a1@b.parquet", "three")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Dataset.from_list([{"text": text, "a:b": f"{text} more"}]).to_parquet(tmp_path / name)
+    for source, text in (
+        ("~/set", "one"), ("~/set:train:a:b", "one more"), ("~/a[1]@b.parquet", "two"), ("~/a[1]@b.parquet:a:b", "two more"),
+    ):  # fmt: skip
+        check_source(source)
+        assert [document.text for document in read_documents(source, 0)] == [text]
 
 
 def test_a_file_larger_than_memory_is_refused_before_it_is_read(tmp_path: Path, tokenizer: Any) -> None:

@@ -212,9 +212,9 @@ def test_conversations_without_an_answer_are_counted(caplog: pytest.LogCaptureFi
 def test_files(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(ALPACA))
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ALPACA))
-    Dataset.from_list(ALPACA).to_parquet(tmp_path / "c.parquet")
+    Dataset.from_list(ALPACA).to_parquet(tmp_path / "c[1].parquet")
     Dataset.from_list(ALPACA).to_csv(tmp_path / "d.csv")
-    for name in ("a.json", "b.jsonl", "c.parquet"):
+    for name in ("a.json", "b.jsonl", "c[1].parquet"):
         assert pick_split(load_rows(str(tmp_path / name)), "train", name).to_list() == ALPACA
     assert load_rows(str(tmp_path / "d.csv"))["train"]["output"] == ["3", "hi"]
 

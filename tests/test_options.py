@@ -84,6 +84,14 @@ def test_a_command_line_gives_what_the_request_has() -> None:
     assert RankRequest("base", criteria=["all", "auto", "kl"]).criteria[-1] == "auto"
 
 
+def test_paths_under_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next command gets them in full: it may be another program's, or the shell would not replace a quoted `~`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    request = EvalRequest("m", tasks_from=Path("~/tasks"), answers="~/answers", history=["~/a", "b"])
+    assert (request.tasks_from, request.answers) == (tmp_path / "tasks", tmp_path / "answers")
+    assert request.history == (tmp_path / "a", Path("b"))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,16 +156,19 @@ def _read_data_set(source: str, seed: int) -> Iterator[Document]:
         raise LayerPruneError(need) from None
     refuse_postscript()
     name, _, rest = source.partition(":")
-    is_file = name.lower().endswith(".parquet")  # whose only split is `train`
-    split, _, column = (f"train:{rest.removeprefix('train:')}" if is_file else rest).partition(":")
-    name, _, config = name.partition("@")
+    name = os.path.expanduser(name)
+    if is_file := name.lower().endswith(".parquet"):  # whose only split is `train`
+        config, split, column = "", "train", rest.removeprefix("train:")
+    else:
+        split, _, column = rest.partition(":")
+        name, _, config = name.partition("@")
     split, column = split or "train", column or "text"
     if split.partition("[")[0] in _EVAL_SPLITS:
         logger.warning("calibration uses the %s split of %s; don't evaluate on it afterwards", split, name)
     streamed: dict[str, Any] = {"split": split, "streaming": True}  # only the rows that are used are downloaded
     with boundary(f"can't read calibration {source}"):
         if is_file:
-            file = str(Path(name).expanduser())
+            file = glob.escape(name) if Path(name).is_file() else name  # or a pattern
             rows = load_dataset("parquet", data_files=file, trust_remote_code=False, **streamed)
         elif files := find_json_files(name, name=config or None):
             splits = read_json_files(files, streaming=True)

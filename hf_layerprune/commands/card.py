@@ -13,7 +13,7 @@ metrics.json of MODEL. Text that you write around the marked sections is kept.""
 def run(request: Request) -> Result:
     from ..publish.card.writing import record_declarations, write_card
 
-    folder = request.model.expanduser()
+    folder = request.model
     record_declarations(request)
     changed = write_card(folder, force=request.force)
     summary = f"wrote {', '.join(changed)} in {folder}" if changed else f"{folder / 'README.md'} is up to date"

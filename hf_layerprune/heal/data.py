@@ -7,6 +7,7 @@ images takes a column `image` or `images` beside all but the last two.
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -80,7 +81,7 @@ def load_rows(name: str, *, config: str | None = None, streaming: bool = False) 
         if files := find_json_files(str(path), name=config):
             return read_json_files(files, streaming=streaming)
         if kind in FILES:
-            rows = {"train": str(path)}
+            rows = {"train": glob.escape(str(path))}
             return load_dataset(kind[1:], data_files=rows, streaming=streaming, trust_remote_code=False)
         source = str(path) if path.is_dir() else name
         return load_dataset(source, name=config, streaming=streaming, trust_remote_code=False)

@@ -32,7 +32,7 @@ class Measurement:
 
     def __init__(self, request: EvalRequest | BenchRequest) -> None:
         if request.output is not None:  # before weights are hashed
-            check_output(request.output.expanduser(), str(request.model), request.base)
+            check_output(request.output, str(request.model), request.base)
         if request.base is not None:
             require_scipy()
         self.model = identify(request.model, request.revision)

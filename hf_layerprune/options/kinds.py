@@ -86,7 +86,7 @@ def _check_text(value: Any) -> str:
 def _check_path(value: Any) -> Path:
     if not isinstance(value, str | os.PathLike):
         raise ValueError("must be a path")
-    return Path(_check_text(os.fspath(value)))
+    return Path(_check_text(os.fspath(value))).expanduser()
 
 
 def _check_flag(value: Any) -> bool:

@@ -73,7 +73,7 @@ def advise(request: AdviseRequest) -> Advice:
         UnsupportedModelError: The architecture is not proven, or can't be healed, or its layers can't be timed.
     """
     if request.output is not None:  # at once: before torch is imported
-        check_file_target(request.output.expanduser(), force=request.force)
+        check_file_target(request.output, force=request.force)
     from ..cut.sizes import Sizes
     from ..heal.student import recorded_cut
 
@@ -100,9 +100,7 @@ def advise(request: AdviseRequest) -> Advice:
         import yaml
 
         remarks = "".join(f"# {line}".rstrip() + "\n" for line in advice.text.splitlines())
-        write_text(
-            request.output.expanduser(), remarks + yaml.safe_dump(advice.settings, sort_keys=False, allow_unicode=True)
-        )
+        write_text(request.output, remarks + yaml.safe_dump(advice.settings, sort_keys=False, allow_unicode=True))
     return advice
 
 
@@ -157,7 +155,7 @@ def _advise_from_frontier(request: AdviseRequest, config: Any) -> Advice:
         )
     families.check_stage(config, "rank")  # for the criterion, and to be timed layer by layer
     n, length = families.layer_count(config), min(_LENGTH, max_positions(config) or _LENGTH)
-    curve = load_curve(request.from_curve.expanduser(), request).points if request.from_curve is not None else None
+    curve = load_curve(request.from_curve, request).points if request.from_curve is not None else None
     walk = open_walk(request, *open_base(request))
     seconds = forward_seconds(walk, length)  # to read a token on this machine
     counts = _candidate_counts(config, curve)

@@ -77,7 +77,7 @@ def make_curve(request: RankRequest) -> Curve:
     if request.output is not None:  # at once: before torch is imported
         source = Path(request.base).expanduser()
         # An earlier curve is continued.
-        check_target(request.output.expanduser(), source, force=True, replaces=_CURVE_FILES)
+        check_target(request.output, source, force=True, replaces=_CURVE_FILES)
     from ..select.budget import check_budget_rows
     from .provenance import has_same_rows
 
@@ -97,7 +97,7 @@ def make_curve(request: RankRequest) -> Curve:
         **{name: getattr(request, name) for name in _IDENTITY_OPTIONS},
         "version": __version__,
     }
-    record = None if request.output is None else _read_earlier(request.output.expanduser(), identity, request.force)
+    record = None if request.output is None else _read_earlier(request.output, identity, request.force)
     if record is None:
         record = {"schema_version": SCHEMA_VERSION, "identity": identity, "points": [], "steps": [], "num_layers": n}
     if len(record["points"]) < up_to:
@@ -109,7 +109,7 @@ def make_curve(request: RankRequest) -> Curve:
     record["chosen"] = chosen_count(request, curve)
     record["knee"] = knee(points)
     if request.output is not None:
-        folder = request.output.expanduser()
+        folder = request.output
         _write(folder, record)
         _draw_curve(curve, folder)
     return curve
@@ -185,7 +185,7 @@ def _extend(
         kl = final_quality(point)["kl"]
         logger.info("%d of %d: without %s, KL is %.3g", point["dropped"], up_to, describe_layers(drop), kl)
         if request.output is not None:
-            _write(request.output.expanduser(), record)
+            _write(request.output, record)
 
 
 def _other_rows_error(request: RankRequest) -> CheckpointError:

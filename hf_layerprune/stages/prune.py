@@ -114,7 +114,7 @@ def prune_to(request: PruneRequest) -> Pruned:
     if request.from_curve is not None and request.drop_layers is None:
         from .curve_file import choose_point
 
-        request, curve = choose_point(request, request.from_curve.expanduser())
+        request, curve = choose_point(request, request.from_curve)
     request = request.with_calibration()
     if is_gguf_name(output):
         return _prune_gguf(request, source, output)

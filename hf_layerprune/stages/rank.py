@@ -136,7 +136,7 @@ def rank(request: RankRequest) -> Ranking:
     """Do as `rank_layers` does, for a request."""
     source = Path(request.base).expanduser()
     if request.output is not None:  # at once: before torch is imported
-        check_target(request.output.expanduser(), source, request.force, replaces=_RANKING_FILES)
+        check_target(request.output, source, request.force, replaces=_RANKING_FILES)
     from ..adapter.prepare import load_calibration_for
     from ..select.cost import count_runs, log_estimate
     from ..select.runner import choose_layers

@@ -19,4 +19,4 @@ def copy_recipes(request: RecipesRequest) -> Path:
     source = bundled_folder("recipes")
     with new_folder(request.output, source=source) as folder:
         shutil.copytree(source, folder, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
-    return request.output.expanduser()
+    return request.output

@@ -64,7 +64,7 @@ def record_declarations(request: CardRequest, published: dict[str, str] | None =
         CheckpointError: The folder has no lineage, the base is not a Hub id, or the name can't be one on the Hub.
     """
     licence = {name: value for name in LICENCE_FIELDS if (value := getattr(request, name))}
-    named, folder = dict(published or {}), request.model.expanduser()
+    named, folder = dict(published or {}), request.model
     if request.name is not None:
         if not is_hub_name(request.name) or "/" in request.name:
             raise CheckpointError(f"{request.name!r} is not a valid model name; use only letters, digits, - _ and .")

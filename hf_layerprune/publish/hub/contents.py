@@ -56,7 +56,7 @@ def find_model(request: PushRequest) -> Path:
     Raises:
         CheckpointError: The folder has no lineage, or no adapter to publish.
     """
-    folder = request.model.expanduser()
+    folder = request.model
     if request.adapter_only:
         places = (folder, folder / "adapter")
         found = [p for p in places if (p / ADAPTER_CONFIG).is_file() and (p / ADAPTER_WEIGHTS).is_file()]
