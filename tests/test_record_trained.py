@@ -228,6 +228,19 @@ def test_the_same_cut_made_again_and_trained_in_its_folder(place: Path, tmp_path
     assert accepts(tmp_path / "output").startswith("YES")
 
 
+def test_a_checkpoint_with_the_names_of_the_model_itself(tmp_path: Path) -> None:
+    """As the recipe writes one; the model is written with those of its source."""
+    tiny_model("mixtral").save_pretrained(tmp_path / "base")
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--drop-layers", "1"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
+    model.lm_head.weight.data *= 2
+    model.save_pretrained(tmp_path / "trained", save_original_format=False)
+    record_trained(tmp_path / "cut", tmp_path / "trained", tmp_path / "out")
+    assert Lineage.load_required(tmp_path / "out").entries[-1]["changed_tensors"] == ["lm_head.weight"]
+    request = VerifyRequest(str(tmp_path / "out"), base=str(tmp_path / "base"), accept_trained=True)
+    assert verify(request).verdict.startswith("YES")
+
+
 def record_adapter(place: Path, folder: Path, config: Any, tokens: int = 259) -> None:
     """Record an adapter that was put on the cut after its vocabulary was resized."""
     model = AutoModelForCausalLM.from_pretrained(place / "cut", dtype="auto")

@@ -160,6 +160,15 @@ def test_small_parts_of_a_mixture_are_found_in_16_bits(dtype, bias, first):
     assert find_output_axes(module, lambda: module(x)) == {"down": 1, "bias": 0}
 
 
+def test_a_part_of_a_mixture_that_is_too_small_to_be_squared():
+    module, x = Mixture("plain"), torch.randn(1, 16, 8)
+    module.bias = torch.nn.Parameter(torch.tensor([1e-30] + [0.0] * 7))
+    with torch.no_grad():
+        module.down[..., 0, :] = 0  # so that the bias alone is in the first channel
+    module.forward = lambda x: Mixture.forward(module, x) + module.bias
+    assert find_output_axes(module, lambda: module(x)) == {"down": 1}
+
+
 def test_normal_equations_agree_with_least_squares():
     torch.manual_seed(0)
     features, truth = torch.randn(400, 8), torch.randn(8, 8)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
+from ..cut.header import read_header
 from ..cut.settings import copy_transformers_version, encode_json
 from ..errors import CheckpointError, LayerPruneError
 from ..files.copy import copy_model_file, write_bytes
@@ -95,7 +96,7 @@ def _merge_trained(
 ) -> tuple[PreTrainedModel, Path | None]:
     """The merged model; writes its adapter too, if there is one. Returns the folder of one that the history describes."""
     if not (trained / ADAPTER_CONFIG).is_file():
-        return load_base(trained, dtype=weights_dtype(student)), None
+        return _load_trained(student, trained), None
     from ..adapter.config import LayerDropConfig
     from ..adapter.reading import load_adapter, save_adapter
 
@@ -115,6 +116,22 @@ def _merge_trained(
         _copy_companions(student.folder, folder, exclude=(CONFIG, GENERATION))
         return adapted.merge_and_unload(), folder if tail else None
     return adapted.merge_and_unload(), None
+
+
+def _load_trained(student: Student, trained: Path) -> PreTrainedModel:
+    """A whole model that was trained, which will be saved under the names that the pruned model has on disk.
+
+    Checkpoints of the recipe have the names of the model itself, which transformers would keep.
+    """
+    model: Any = load_base(trained, dtype=weights_dtype(student))
+    if not _names(trained) <= _names(student.folder):
+        like: Any = load_base(student.folder, device_map="meta")  # no weight is read
+        model._weight_conversions = like._weight_conversions
+    return model
+
+
+def _names(folder: Path) -> set[str]:
+    return {tensor.name for path in folder.glob("*.safetensors") for tensor in read_header(path).tensors}
 
 
 def _use_config_of(student: Student, model: PreTrainedModel, trained: Path) -> None:

@@ -72,7 +72,7 @@ def find_output_axes(module: nn.Module, run: Callable[[], torch.Tensor]) -> dict
             rest = run()
             if torch.equal(rest, plain):
                 return None
-            if not math.isfinite(before := share(plain - rest)):
+            if not 0 < (before := share(plain - rest)) < math.inf:  # too small to be squared, or too large
                 continue
             large = own * 2.0 ** max(0, round(-math.log2(before)))  # exact
             parameter.data = large
