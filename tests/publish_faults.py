@@ -54,6 +54,8 @@ CASES = [
     Case("reading the card that is there: 500", lambda hub: hub.status("/README.md", 500), known=True),
     Case("everything is slow", lambda hub: hub.delay("", 0.05, MANY)),
     # Any other fault: the push reports it, and the next push continues.
+    Case("reading the card that is there: 503 all the time",
+         lambda hub: hub.status("/README.md", 503, MANY), UNREACHABLE, known=True),
     Case("asking who: 500", lambda hub: hub.status("whoami-v2", 500), UNREACHABLE),
     Case("looking for the repository: 503", lambda hub: hub.status("/api/models/org/model", 503), UNREACHABLE),
     Case("making it: 500", lambda hub: hub.status("/repos/create", 500), UNREACHABLE),

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from hf_layerprune.cli import main
@@ -191,7 +191,7 @@ def test_every_licence_of_the_table() -> None:
         is not None
     )
     assert DeclaredLicence.from_base({"license": "Apache 2.0"}) == DeclaredLicence.from_base({"license": "apache-2.0"})
-    assert DeclaredLicence.from_base({"license": "apache-2.0"}).row is TABLE["apache-2.0"]
+    assert DeclaredLicence.from_base({"license": "apache-2.0", "license_name": "its own"}).row is TABLE["apache-2.0"]
     assert DeclaredLicence.from_base({"license_name": "deepseek"}).row is TABLE["deepseek"]
 
 
@@ -370,7 +370,7 @@ def test_weights_that_change_after_the_checks(folder: Path, monkeypatch: pytest.
         endpoint = "https://hub"
 
         def hf_hub_download(self, *args: Any, **where: Any) -> str:
-            raise LocalEntryNotFoundError("no card there")
+            raise EntryNotFoundError("no card there")
 
         def repo_info(self, *args: Any, **where: Any) -> Any:
             return SimpleNamespace(sha="0", private=False)
@@ -389,16 +389,23 @@ def test_weights_that_change_after_the_checks(folder: Path, monkeypatch: pytest.
         push_module.push(PushRequest(folder, "org/small"))
 
 
-def test_what_a_push_removes_from_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outdated results of ours, and nothing else, even if it came while the push was under way."""
+def test_what_a_push_changes_in_the_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Our card, records and outdated results; nothing that came or changed while the push was under way."""
+    late = ("README.md", "assets/accuracy.png", "tokenizer.json")
     kept = {".eval_results/mine.yaml", ".eval_results/late.yaml", "assets/photo.png", "notes.txt"}
     (folder / ".eval_results").mkdir(exist_ok=True)
     (folder / ".eval_results" / "old.yaml").write_text(f"{EVAL_MARK}[]\n")
+    (folder / "assets" / "accuracy.png").unlink()
     for name in kept - {".eval_results/late.yaml"}:
         (folder / name).write_text("[]\n")
 
     def upload(job: UploadJob, api: Any) -> UploadResult:
         (folder / ".eval_results" / "late.yaml").write_text("[]\n")
+        (folder / "README.md").write_text("Mine, written late.\n")
+        (folder / "assets" / "accuracy.png").write_text("drawn late")
+        (folder / "tokenizer.json").write_text("{ }")
         return UploadResult("https://hub", "0" * 40)
 
     monkeypatch.setattr(push_module, "log_in", lambda token: None)
@@ -406,7 +413,11 @@ def test_what_a_push_removes_from_the_folder(folder: Path, monkeypatch: pytest.M
     monkeypatch.setattr(push_module, "upload", upload)
     before = set(snapshot(folder)) | kept
     push_module.push(PushRequest(folder, "org/small"))
-    assert before - set(snapshot(folder)) == {".eval_results/old.yaml"}
+    after = snapshot(folder)
+    assert before - set(after) == {".eval_results/old.yaml"}
+    assert b"org/small" in after["lineage.json"]
+    assert [after[name] for name in late] == [b"Mine, written late.\n", b"drawn late", b"{ }"]
+    assert all(f"{folder / name} was changed while it was being pushed" in caplog.text for name in late)
 
 
 def test_a_name_that_is_not_utf_8(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

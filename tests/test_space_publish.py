@@ -21,6 +21,7 @@ from hf_layerprune.errors import CheckpointError
 from hf_layerprune.publish.space import build_space, secret_from_env
 from tests.chat_models import pruned_model, tiny_chat_model
 from tests.compat import STACKS
+from tests.hub_repo import Repo
 from tests.hub_server import HubServer, client_env
 
 FILES = {
@@ -198,6 +199,17 @@ def test_push_a_model_and_its_space(hub: HubServer, push: Callable[..., Pushed],
     again = push(*words)
     assert "unchanged: the Space" in again.stdout
     assert space.at("main").id == head.id
+
+
+def test_another_space_is_not_replaced(
+    hub: HubServer, push: Callable[..., Pushed], folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "app.py").write_text("print('mine')\n")
+    hub.repos["spaces/org/game"] = Repo(tmp_path)
+    done = push(str(folder / "pruned"), "org/unseen", "--space", "org/game")
+    assert done.returncode == 1
+    assert "org/game exists, and is not a chat of hf-layerprune" in done.stderr
+    assert "org/unseen" not in hub.repos
 
 
 def test_a_private_model_and_the_token_that_its_space_reads_it_with(

@@ -9,16 +9,18 @@ to the model's own folder.
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError
-from ...files.copy import write_bytes, write_text
+from ...files.copy import FileState, write_bytes, write_text
 from ...records.declared import CARD, split_front_matter
 from ...records.fingerprints import hash_files, holds_weights
 from ...records.history import History, read_history
@@ -45,6 +47,8 @@ from .upload import PushError, UploadJob, UploadResult, log_in, push_errors, upl
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+logger = logging.getLogger(__name__)
 
 MESSAGE = "Upload a pruned model with hf-layerprune"
 
@@ -77,7 +81,7 @@ def plan_push(request: PushRequest) -> Plan:
     Raises:
         CheckpointError: There is no model, or its card can't be written.
     """
-    with _staged(request) as (plan, _):
+    with _staged(request) as (plan, _, _):
         return plan
 
 
@@ -90,10 +94,12 @@ def push(request: PushRequest) -> tuple[Plan, UploadResult]:
         UnreachableError: The Hub could not be reached.
         CheckpointError: There is no model, or its card can't be written.
     """
-    with _staged(request) as (plan, source):
+    with _staged(request) as (plan, source, before):
         if plan.refusals:
             raise PushRefusedError(plan.refusals)
         contents, api = plan.contents, log_in(request.token)
+        if request.space:
+            _check_space(request.space, api)
         remote = contents.folder.parents[1] / "on-the-hub"  # also in the temporary folder
         _merge_remote_card(request, contents.folder, _download(CARD, request, api, remote))
 
@@ -115,15 +121,18 @@ def push(request: PushRequest) -> tuple[Plan, UploadResult]:
             sha256=contents.sha256,
         )
         done = upload(job, api)
-        _copy_back(contents, source)
+        _copy_back(contents, source, before)
         return plan, done
 
 
 @contextmanager
-def _staged(request: PushRequest) -> Iterator[tuple[Plan, Path]]:
-    """Prepare and check the files in a staging folder, with the new card and records; also yield the model's own folder."""
+def _staged(request: PushRequest) -> Iterator[tuple[Plan, Path, dict[str, FileState]]]:
+    """Prepare and check the files in a staging folder, with the new card and records; also yield the model's own folder,
+    and the states of its files as they were read.
+    """
     source = find_model(request)
     listed = list_contents(source, request)
+    before = {name: FileState.of_file(source / name) for name in listed.files}
     with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as temporary:
         staging = Path(temporary, "staging", source.resolve().name)
         staging.mkdir(parents=True)
@@ -144,7 +153,7 @@ def _staged(request: PushRequest) -> Iterator[tuple[Plan, Path]]:
         checks = [
             replace(one, text=one.text.replace(str(staging), str(source))) for one in run_checks(contents, request)
         ]
-        yield Plan(contents, checks, read_history(Lineage.load_required(staging))), source
+        yield Plan(contents, checks, read_history(Lineage.load_required(staging))), source, before
 
 
 def _record_requirements(request: PushRequest, staging: Path) -> None:
@@ -168,11 +177,26 @@ def _copy_or_link(path: Path, target: Path) -> None:
         raise CheckpointError(f"{path} became a link while it was read; replace it with the file itself")
 
 
-def _copy_back(contents: Contents, source: Path) -> None:
-    """Copy new files from the staging folder to the model's own folder."""
+def _check_space(repo_id: str, api: HfApi) -> None:
+    """Refuse a Space that is something other than a chat of ours: its files would be replaced."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    with push_errors(repo_id), suppress(RepositoryNotFoundError):
+        names = {*api.list_repo_files(repo_id, repo_type="space")} - {CARD, ".gitattributes"}
+        if names and not names >= {"about.py", "source.py"}:
+            raise PushError(
+                f"{repo_id} exists, and is not a chat of hf-layerprune, which would replace it; choose another name"
+            )
+
+
+def _copy_back(contents: Contents, source: Path, before: Mapping[str, FileState]) -> None:
+    """Copy new files from the staging folder to the model's own folder, but not over what was changed there since."""
     for name in contents.files:
         path, target = contents.folder / name, source / name
         if path.is_symlink() or (target.is_file() and target.read_bytes() == path.read_bytes()):
+            continue
+        if os.path.lexists(target) and FileState.of_file(target) != before.get(name):
+            logger.warning("%s was changed while it was being pushed; it stays, and is not what was published", target)
             continue
         target.parent.mkdir(exist_ok=True)
         write_bytes(target, path.read_bytes(), inside=source)
@@ -214,10 +238,12 @@ def _merge_remote_card(request: PushRequest, staging: Path, path: Path | None) -
 
 def _download(name: str, request: PushRequest, api: HfApi, temporary: Path) -> Path | None:
     """The current version of a file in the repository; `None` if it does not exist."""
-    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub import errors
 
     with push_errors(request.repo_id):
         try:
             return Path(api.hf_hub_download(request.repo_id, name, revision=request.revision, local_dir=temporary))
-        except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+        except errors.LocalEntryNotFoundError:  # the Hub did not say: there may be one, with others' text
+            raise
+        except (errors.EntryNotFoundError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
             return None

@@ -244,8 +244,9 @@ def push_errors(repo_id: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as raised:
-        # The client wraps what fails while it uploads in a RuntimeError.
-        error: Any = raised.__cause__ if isinstance(raised, RuntimeError) and raised.__cause__ else raised
+        # In these, the client wraps what fails while it uploads, and while it downloads.
+        wrapped = isinstance(raised, (RuntimeError, errors.LocalEntryNotFoundError))
+        error: Any = raised.__cause__ if wrapped and raised.__cause__ else raised
         reason, response = cause_of(error), getattr(error, "response", None)
         status = 0 if response is None else response.status_code
         if isinstance(error, transport_error()):
