@@ -25,6 +25,7 @@ from hf_layerprune.records.figures.numbers import MINUS, TIMES
 from hf_layerprune.records.history import Stage, read_history
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.records.metrics import Metrics
+from hf_layerprune.records.requirements import parse_bounds
 from hf_layerprune.stages.requests import PruneRequest
 
 from .publish_records import BASE, EXPECTED, ROLES, example_card, lineage_of, metrics_of
@@ -93,7 +94,56 @@ def test_a_card_without_numbers_says_so() -> None:
     assert "This model has not been measured" in text
     assert "metrics.json" not in text
     assert "model-index" not in text
+    assert "in the tables above" not in text
     assert "every remaining tensor is the base's own, bit for bit" in text
+
+
+@pytest.mark.parametrize(("roles", "said", "unsaid"), [
+    (("cut",), ["plain cut", "bit for bit; nothing was trained"], ["repaired", "quantised"]),
+    (("cut", "repaired"), ["The cut was repaired with", "; nothing was trained"], ["plain cut", "then trained"]),
+    (("cut", "healed"), ["The model was then trained"], ["plain cut", "repaired", "nothing was trained"]),
+    (("cut", "repaired", "healed"), ["repaired with", "and the model was then trained"], ["nothing was trained"]),
+])  # fmt: skip
+def test_the_summary_says_what_was_done(roles: tuple[str, ...], said: list[str], unsaid: list[str]) -> None:
+    summary = Card.from_records(lineage_of(roles)).render().partition("## Use it")[0]
+    assert all(words in summary for words in said)
+    assert not any(words in summary for words in unsaid)
+
+
+@pytest.mark.parametrize(("base", "said", "unsaid", "fields"), [
+    ({"license": None}, ["The licence is unknown"], ["keeps the base's licence", "In short"], {}),
+    ({"license": "other", "license_name": "Mine", "license_link": "https://huggingface.co/l"},
+     ["licence: [Mine](https://huggingface.co/l)", "not listed here; read it"], ["is unknown", "In short"],
+     {"license": "other", "license_name": "Mine", "license_link": "https://huggingface.co/l"}),
+    ({"license": "cc0-1.0"}, ["keeps the base's licence"], ["In short", "not listed", "Built"], {"license": "cc0-1.0"}),
+    ({"license": "llama3.1"}, ["In short", "- Begin the model's name with “Llama”.", "\n**Built with Llama**\n"],
+     ["is unknown", "not listed"], {"license": "llama3.1"}),
+])  # fmt: skip
+def test_the_licence_says_what_to_do(
+    base: dict[str, Any], said: list[str], unsaid: list[str], fields: dict[str, str]
+) -> None:
+    text = Card.from_records(lineage_of(**base)).render()
+    assert all(words in text for words in said)
+    assert not any(words in text for words in unsaid)
+    assert {name: text for name, text in split_front_matter(text)[0].items() if "license" in name} == fields
+
+
+def test_only_a_missed_requirement_is_called_missed() -> None:
+    lineage = lineage_of()
+    metrics = metrics_of(lineage)
+
+    def requirements(*bounds: str) -> str:
+        metrics.bounds = parse_bounds(",".join(bounds) or "none")
+        return Card.from_records(lineage, metrics).render().partition("## Requirements")[2].partition("##")[0]
+
+    assert "| `piqa>=0.6` |" in requirements("piqa>=0.6")
+    assert "misses" not in requirements("piqa>=0.6")
+    assert "misses a requirement" in requirements("piqa>=0.6", "piqa>=0.9")
+    assert "misses 2 requirements" in requirements("piqa>=0.8", "piqa>=0.9")
+    assert "--allow-miss" not in requirements("piqa>=0.9")
+    lineage.published = {"repo_id": "someone/small"}
+    assert "--allow-miss" in requirements("piqa>=0.9")
+    assert requirements() == ""
 
 
 def test_rewritten_answers_are_told_beside_the_data() -> None:
@@ -101,6 +151,8 @@ def test_rewritten_answers_are_told_beside_the_data() -> None:
     data = next(entry["data"] for entry in lineage.entries if entry.get("data"))
     data[0]["answers"] = "rewritten by the dense model"
     assert f"{data[0]['name']}`, answers rewritten by the dense model `" in Card.from_records(lineage).render()
+    data[0]["name"] = "self"
+    assert "`text that the dense model wrote itself`, answers" in Card.from_records(lineage).render()
 
 
 def test_speed_that_was_not_measured_has_no_section() -> None:
@@ -175,6 +227,11 @@ def test_the_adapter_form() -> None:
     assert f'AutoTokenizer.from_pretrained("{BASE}")' in text
     assert (card.metadata["library_name"], card.metadata["base_model_relation"]) == ("peft", "adapter")
     assert "--adapter" in text
+    assert "pip install hf-layerprune\n" in text
+    lineage.base |= {"quantized": "bitsandbytes, nf4", "pipeline_tag": "image-text-to-text"}
+    text = Card.from_records(lineage).render()
+    assert "pip install hf-layerprune 'bitsandbytes>=0.50'\n" in text
+    assert "need torchvision as well" in text
 
 
 def test_a_base_on_somebodys_disk_is_named_by_its_last_part() -> None:
@@ -269,6 +326,8 @@ def test_the_base_is_named_as_it_was_read() -> None:
     assert "The base is `dense`;" in provenance(id="dense", commit=None)
     unpacked = "The base is `model.Q4_1.gguf`, unpacked to bfloat16;"
     assert unpacked in provenance(id="model.Q4_1.gguf", commit=None, hub_id=BASE)
+    assert "-23L --base model.Q4_1.gguf\n" in provenance(id="model.Q4_1.gguf", commit=None, hub_id=BASE)
+    assert "--base" not in provenance()
 
 
 def test_limits_come_from_the_numbers() -> None:
