@@ -478,6 +478,7 @@ def test_adapters(
     assert main(["prune", str(base), str(tmp_path / "whole" / "adapter"), "--drop", "2", "--adapter"]) == 0
     adapter = tmp_path / "whole" / "adapter"
     assert not (adapter / "README.md").exists()  # PEFT's template
+    assert (adapter / "LICENSE").read_text() == "The MIT License\n"
     record_declarations(CardRequest(adapter, base_model="org/base"))
     assert "make the adapter from the base's Hub id" in refusals(adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
