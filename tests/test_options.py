@@ -92,6 +92,18 @@ def test_paths_under_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert request.history == (tmp_path / "a", Path("b"))
 
 
+def test_help_is_in_groups_and_names_options_as_flags() -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser, PruneRequest, exclusive=("drop", "drop_layers"))
+    said = " ".join(parser.format_help().split())
+    groups = "options", "cut and repair", "calibration", "adapter"
+    own, cut, calibration, adapter = (said.index(f" {title}: ") for title in groups)
+    assert own < said.index("--from-curve PATH folder") < cut < said.index("--drop-layers L layers") < calibration
+    assert calibration < said.index("--seed SEED random") < adapter < said.index("--tune-layers T layers")
+    assert "as for the curve with --from-curve" in said
+    assert "from_curve" not in said
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -26,6 +26,8 @@ TARGET_SETTINGS = {
 class AmountOptions:
     """How many layers to drop."""
 
+    help_group = "cut and repair"
+
     drop: float | int | None = option(
         None,
         "Fraction (rounded down to whole layers) or number of layers to drop; by default 0.25, unless layers, a target or a "

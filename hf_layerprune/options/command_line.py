@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
+import re
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
@@ -16,15 +18,29 @@ T = TypeVar("T")
 
 
 def add_options(parser: argparse.ArgumentParser, cls: type, exclusive: Collection[str] = ()) -> None:
-    """Add the options of a dataclass to a parser; of those that are `exclusive`, only one may be given."""
-    group = parser.add_mutually_exclusive_group() if exclusive else parser
-    for name, option in option_fields(cls).items():
-        _add(group if name in exclusive else parser, name, option)
+    """Add the options of a dataclass to a parser, in the groups that its classes name (`help_group`).
+
+    Of those that are `exclusive`, all of one group, only one may be given. Help names other options as Python does
+    (`from_curve`), and becomes `--from-curve` here.
+    """
+    options = option_fields(cls)
+    flags = {name: _flag(name, option) for name, option in options.items() if "_" in name}
+    groups: dict[str | None, Any] = {None: parser}
+    one_of: Any = None
+    for name, option in options.items():
+        declared_in = next(c for c in reversed(cls.__mro__) if name in inspect.get_annotations(c))
+        title = vars(declared_in).get("help_group")
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        if name in exclusive:
+            one_of = one_of or groups[title].add_mutually_exclusive_group()
+        _add(one_of if name in exclusive else groups[title], name, option, flags)
 
 
-def _add(parser: Any, name: str, option: Option) -> None:
+def _add(parser: Any, name: str, option: Option, flags: dict[str, str]) -> None:
     listed = not isinstance(option.choices, str) and bool(option.choices)  # then argparse lists them
     text = (option.help if listed else option.text).replace("%", "%%")
+    text = re.sub(r"(?<![\w-])[a-z0-9]+(_[a-z0-9]+)+", lambda match: flags.get(match[0], match[0]), text)
     text = text if text[1:2].isupper() else text[0].lower() + text[1:]
     kwargs: dict[str, Any] = {"help": text}
     flag = _flag(name, option)

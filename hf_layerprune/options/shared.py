@@ -39,6 +39,8 @@ class ResultOptions(DisplayOptions):
 class CalibrationOptions(Options):
     """The text that criteria and repairs look at."""
 
+    help_group = "calibration"
+
     calibration: str = option(
         "self",
         "Calibration text for criteria and repairs: self (the dense model writes it); a .txt, .jsonl or .parquet file "
@@ -53,6 +55,8 @@ class CalibrationOptions(Options):
 @dataclass(kw_only=True)
 class SelectionOptions(AmountOptions, Options):
     """How many layers are dropped, and which may be."""
+
+    help_group = "cut and repair"
 
     variant: str = option(
         "original",
@@ -76,6 +80,8 @@ class SelectionOptions(AmountOptions, Options):
 @dataclass(kw_only=True)
 class CutOptions(CalibrationOptions, SelectionOptions):
     """Which layers are dropped, and how the model is repaired before training."""
+
+    help_group = "cut and repair"
 
     drop_layers: Sequence[int] | None = option(
         None,
@@ -111,6 +117,8 @@ class CutOptions(CalibrationOptions, SelectionOptions):
 @dataclass(kw_only=True)
 class TuningOptions(Options):
     """What an adapter tunes."""
+
+    help_group = "adapter"
 
     tune_layers: int | str | list[int] = option(
         3,
