@@ -518,6 +518,14 @@ def test_choosing_and_repairing_have_times_of_their_own() -> None:
     assert re.search(r"\*\*repair.*<sub>2 min 05 s</sub>", text)
 
 
+@pytest.mark.parametrize(("borrowed", "shown"), [(0, "with a refit"), (7, "with neurons borrowed")])
+def test_a_repair_that_borrows_no_neurons_is_a_refit(borrowed: int, shown: str) -> None:
+    lineage = lineage_of()
+    repair = lineage.entries[0]["repair"]
+    repair |= {"method": "borrow", "cuts": [{"borrowed_neurons": borrowed}]}
+    assert f"The cut was repaired {shown}" in Card.from_records(lineage).render()
+
+
 @pytest.mark.parametrize("dropped", [[2], [2, 3]])
 def test_the_reason_of_a_choice_does_not_repeat_its_layers(dropped: list[int]) -> None:
     named = describe_layers(dropped)

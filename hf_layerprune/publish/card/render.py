@@ -190,8 +190,13 @@ def _context(card: Card) -> dict[str, Any]:
 
 
 def _used_repairs(history: History) -> list[RepairMethod]:
-    """The repairs that were used; those of other versions, which are not in the registry, are left out."""
-    names = [str(stage.settings.get("method")) for stage in history.stages if stage.name == "repair"]
+    """The repairs that were used, `refit` if nothing was borrowed; those that are not in the registry are left out."""
+    names = []
+    for stage in history.stages:
+        if stage.name == "repair":
+            borrowed = any(cut.get("borrowed_neurons") != 0 for cut in stage.settings.get("cuts") or ())
+            name = str(stage.settings.get("method"))
+            names.append("refit" if name == "borrow" and not borrowed else name)
     return [REPAIRS[name] for name in names if name in REPAIRS]
 
 
