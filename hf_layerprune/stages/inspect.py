@@ -191,7 +191,7 @@ def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
     if anatomy.refusal:
         return "\n".join([*lines, f"It can't be pruned: {anatomy.refusal}"])
     if anatomy.repairs and "repair" not in anatomy.refused_at:
-        lines.append(f"  it can be repaired by {', '.join(anatomy.repairs)}")
+        lines.append(f"  a cut of it can be repaired by {', '.join(anatomy.repairs)}")
     lines += [f"  {refused}" for refused in dict.fromkeys(anatomy.refused_at.values())]
     left = anatomy.left
     if left is None:
@@ -205,7 +205,7 @@ def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
     if anatomy.tied:
         untied = left + anatomy.embeddings
         lines.append(
-            "The output head stays tied by default. With tune_lm_head=True, it becomes a matrix of its own: "
+            "The output head stays tied to the embeddings. An adapter that tunes it (--tune-lm-head) makes it a matrix of its own: "
             f"{untied:,} parameters in all, {format_percent(untied / anatomy.total, 1)} of the base"
             + (", more than the base itself." if untied > anatomy.total else ".")
         )

@@ -135,7 +135,7 @@ def _check_metrics(contents: Contents, request: PushRequest) -> Outcome:
                 "measure again, or publish it with --include"
             ) from error
         raise
-    yield OK, f"{len(metrics.results)} numbers, measured on these weights and earlier stages"
+    yield OK, f"{len(metrics.results)} numbers, all measured on this model, its earlier stages or its base"
 
 
 def _check_requirements(contents: Contents, request: PushRequest) -> Outcome:
