@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -36,6 +37,7 @@ from pathlib import Path
 
 import psutil
 
+sys.path.insert(0, str(Path(__file__).parents[1].resolve()))  # the package may not be installed
 sys.path.insert(0, str(Path(__file__).parent))
 
 from gpu_parts import PARTS, report
@@ -157,9 +159,12 @@ def run_in_subprocess(step: Step, seconds: float) -> dict:
     return found | {"seconds": round(time.monotonic() - begun, 1), "date": datetime.now(UTC).isoformat()[:16]}
 
 
-def kill_tree(process: subprocess.Popen[str]) -> None:
+def kill_tree(process: subprocess.Popen[str] | psutil.Process) -> None:
     """Kill a process and all its children, also those in their own sessions, as torch's launcher starts its workers."""
-    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+    children = []
+    with suppress(psutil.NoSuchProcess):
+        children = psutil.Process(process.pid).children(recursive=True)
+    for one in [*children, process]:
         with suppress(psutil.NoSuchProcess):
             one.kill()
 
@@ -177,4 +182,9 @@ def run_child(name: str, setting: Setting) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        main()
+    finally:  # a step has a session of its own, which Ctrl-C does not reach
+        for child in psutil.Process().children():
+            kill_tree(child)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,13 +17,12 @@ import pytest
 import torch
 
 from benchmarks import gpu
+from hf_layerprune.runtime.parts import cache_of
 
 from .measure_models import write_tasks
 
-from gpu_parts import expected, report  # isort: skip (benchmarks/gpu.py puts its folder on the path)
-from gpu_parts.steps import Setting  # isort: skip
-
-ROOT = Path(__file__).parents[1]
+from gpu_parts import decoding, expected, report  # isort: skip (benchmarks/gpu.py puts its folder on the path)
+from gpu_parts.steps import ROOT, Setting, environment  # isort: skip
 
 
 def run(folder: Path, *words: str, seconds: float = 300) -> subprocess.CompletedProcess[str]:
@@ -69,6 +70,29 @@ def test_the_steps_of_a_part(part: str, tmp_path: Path) -> None:
         assert found.get("peak_bytes", 1) > 0, step.name
 
 
+def test_compiled_decoding_has_one_static_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`generate` compiles nothing without; for a new one in each call, CUDA graphs would be recorded while it is timed."""
+    seen: list[Any] = []
+    plain = decoding.random_model
+
+    def watched(*args: Any) -> Any:
+        model = plain(*args)
+        model.register_forward_hook(lambda model, _, output: seen.append((model, cache_of(output))))
+        return model
+
+    monkeypatch.setattr(decoding, "random_model", watched)
+    decoding.run(True, (1,), Setting(tiny=True, work=tmp_path))
+    found = {(id(model), id(cache)) for model, cache in seen if type(cache).__name__ == "StaticCache"}
+    assert len(found) == len({model for model, _ in found}) == len({cache for _, cache in found}) == 2
+
+
+def test_processes_find_what_this_one_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "carried")
+    assert environment()["PYTHONPATH"].split(os.pathsep) == [str(ROOT), "carried"]
+    monkeypatch.delenv("PYTHONPATH")
+    assert environment()["PYTHONPATH"] == str(ROOT)
+
+
 @pytest.mark.processes
 def test_steps_that_start_processes(tmp_path: Path) -> None:
     setting = Setting(tiny=True, work=tmp_path, data=write_tasks(tmp_path / "data", 4), rounds=1)
@@ -98,6 +122,21 @@ def test_a_step_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest
     assert found["unfinished"] == "not done after 0 s; it goes on later"
     assert time.monotonic() - start < 20
     assert not [child for child in psutil.Process().children(recursive=True) if "c-drive" in child.cmdline()]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_step_ends_with_the_command(sent: signal.Signals, tmp_path: Path) -> None:
+    words = ["--tiny", "--part", "c", "--only", "c-cut", "--results", str(tmp_path), "--work", str(tmp_path)]
+    command = subprocess.Popen(
+        [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *words], stderr=subprocess.DEVNULL
+    )
+    process, end = psutil.Process(command.pid), time.monotonic() + 60
+    while not (steps := process.children()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    command.send_signal(sent)
+    assert command.wait(20)
+    assert not psutil.wait_procs(steps, timeout=2)[1]  # the step itself takes longer
 
 
 def test_workers_in_sessions_of_their_own_are_ended_too() -> None:

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .steps import ROOT, Setting, Step, Unavailable, tokenizer
+from .steps import ROOT, Setting, Step, Unavailable, environment, tokenizer
 
 
 def steps(rounds: int) -> list[Step]:
@@ -99,9 +99,8 @@ def run(name: str, processes: int, setting: Setting) -> dict[str, Any]:
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "--num_processes", str(processes),
         "--main_process_port", "0",
     ]  # fmt: skip
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     command = [*launch, *script, *words]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError((done.stdout + done.stderr)[-3000:])
     losses = [float(value) for value in re.findall(r"'loss': '?([\d.e-]+)", done.stdout + done.stderr)]

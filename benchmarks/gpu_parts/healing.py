@@ -8,7 +8,6 @@ its model is the next round's student. The learning rate falls to zero in each r
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import engines
-from .steps import ROOT, Setting, Step, Unavailable
+from .steps import ROOT, Setting, Step, Unavailable, environment
 
 CUTS = {"quarter": ("--drop_layers", "12-18"), "tenth": ("--drop", "0.1", "--criterion", "auto")}
 ROWS, LENGTH = 19_532, 512
@@ -86,8 +85,7 @@ def heal(cut: str, number: int, setting: Setting) -> dict[str, Any]:
         command = [sys.executable, str(ROOT / "recipes" / "sft_tail.py"), "--model_name_or_path", *student, *words]
         if setting.tiny and number == 1:
             command[command.index(CUTS[cut][0]) : command.index("--repair")] = ["--drop_layers", "3-4"]
-        env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, env=env, stdout=sys.stderr, stderr=subprocess.STDOUT)
+        done = subprocess.run(command, env=environment(), stdout=sys.stderr, stderr=subprocess.STDOUT)
         if done.returncode:
             raise RuntimeError(f"sft_tail.py ended with exit code {done.returncode}")
     entry = json.loads((folder / "model" / "lineage.json").read_text())["entries"][-1]

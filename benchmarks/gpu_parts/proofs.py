@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 from typing import Any
 
-from .steps import ROOT, Setting, Step
+from .steps import ROOT, Setting, Step, environment
 
 
 def steps(rounds: int) -> list[Step]:
@@ -18,7 +17,7 @@ def steps(rounds: int) -> list[Step]:
 def run(setting: Setting) -> dict[str, Any]:
     """Run `pytest -m gpu`. A failure fails the step."""
     words = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", "gpu", "-vv"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = environment()
     if setting.tiny:
         env["HF_LAYERPRUNE_GPU_TESTS_ON"] = "cpu"
         words += ["-k", "prune_with or fp16"]

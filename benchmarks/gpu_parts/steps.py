@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -84,13 +85,19 @@ def machine(setting: Setting) -> dict[str, Any]:
     if setting.device == "cuda":
         card = torch.cuda.get_device_properties(0)
         found = {"card": card.name, "memory_gb": round(card.total_memory / 1e9, 1), "cuda": torch.version.cuda}
-        with suppress(OSError):
+        with suppress(OSError, IndexError):
             words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
             found["driver"] = subprocess.run(words, capture_output=True, text=True).stdout.strip().splitlines()[0]
     for name in LIBRARIES:
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+def environment() -> dict[str, str]:
+    """The variables of a process that imports the repository and whatever this one does, offline."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
 
 
 def random_model(setting: Setting, drop: list[int] | None = None) -> Any:
