@@ -293,6 +293,7 @@ print(json.dumps({"tokens": [state["tokens"] for state in states], "places": sor
 
 
 def test_chat(tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
     base = tiny_chat_model(tmp_path / "base")
     pruned = pruned_model(base, tmp_path / "pruned")
     path = os.pathsep.join([str(ROOT / "spaces" / "chat"), ENVIRONMENT["PYTHONPATH"]])
