@@ -63,6 +63,12 @@ def write_cpu_config(file: Path, folder: Path) -> Path:
 
 def run(name: str, processes: int, setting: Setting) -> dict[str, Any]:
     """Train, then compare the model, its adapter and its history with each other."""
+    deepspeed = name.startswith("deepspeed")
+    if deepspeed and find_spec("deepspeed") is None:
+        raise Unavailable("deepspeed is not installed")
+    if deepspeed and setting.tiny and os.environ.get("DS_ACCELERATOR") != "cpu":
+        raise Unavailable("DeepSpeed runs on a CPU with DS_ACCELERATOR=cpu")
+
     import torch
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
@@ -71,11 +77,6 @@ def run(name: str, processes: int, setting: Setting) -> dict[str, Any]:
 
     if not setting.tiny and torch.cuda.device_count() < processes:
         raise Unavailable(f"there is {torch.cuda.device_count()} card; this step needs {processes}")
-    deepspeed = name.startswith("deepspeed")
-    if deepspeed and find_spec("deepspeed") is None:
-        raise Unavailable("deepspeed is not installed")
-    if deepspeed and setting.tiny and os.environ.get("DS_ACCELERATOR") != "cpu":
-        raise Unavailable("DeepSpeed runs on a CPU with DS_ACCELERATOR=cpu")
     folder = base(setting)
     output = setting.work / f"engine-{name}-{processes}"
     if output.exists():
