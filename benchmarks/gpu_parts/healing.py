@@ -109,6 +109,8 @@ def measure(cut: str, number: int, setting: Setting) -> dict[str, Any]:
         raise Unavailable(f"round {number} is not there yet")
     if setting.data is None:
         raise Unavailable("specify a folder with tasks (.jsonl) and texts (.txt) with --data")
+    if find_spec("lm_eval") is None:
+        raise Unavailable("tasks need lm-evaluation-harness: bring the wheels of hf-layerprune[eval]")
     request = EvalRequest(
         str(folder), base=str(dense(setting)), tasks_from=setting.data, device=setting.device,
         texts=tuple(str(path) for path in sorted(setting.data.glob("*.txt"))),
