@@ -299,7 +299,7 @@ def test_the_commands_fit_together() -> None:
 
 def test_the_command_has_all_that_chose_the_layers() -> None:
     chosen = {
-        "max_kl": 0.2,
+        "max_kl": 0.1234567,
         "criterion": "taylor",
         "variant": "paper",
         "steps": 2,

@@ -216,7 +216,7 @@ def _arguments(settings: dict[str, Any]) -> list[str]:
         value = settings.get(name)
         if value not in (None, option.default):
             arguments.append(f"--{name.replace('_', '-')}")
-            arguments += [] if value is True else [f"{value:g}" if isinstance(value, float) else str(value)]
+            arguments += [] if value is True else [f"{value:.15g}" if isinstance(value, float) else str(value)]
     return arguments
 
 

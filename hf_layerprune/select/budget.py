@@ -59,7 +59,7 @@ def _format_quality(quality: Quality, budget: str) -> str:
 
 
 def _format_budget(choice: SelectionOptions) -> str:
-    return f"{choice.budget}={getattr(choice, str(choice.budget)):g}"
+    return f"{choice.budget}={getattr(choice, str(choice.budget))}"
 
 
 def choose(

@@ -259,7 +259,7 @@ def _choose_count(request: AdviseRequest, config: Any, expected: dict[int, Expec
     if not inside and request.budget:
         least = getattr(expected[1], name)
         raise CutError(
-            f"{request.budget}={limit:g} is less than the {least:.3g} expected after dropping one layer and healing for "
+            f"{request.budget}={limit} is less than the {least:.3g} expected after dropping one layer and healing for "
             f"{request.minutes:g} minutes; allow more loss or more time"
         )
     return max(inside, default=1)
