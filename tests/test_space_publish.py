@@ -228,6 +228,16 @@ def test_a_private_model_and_the_token_that_its_space_reads_it_with(
     assert "hf_only_read" not in done.stdout + done.stderr
     for file in hub.repos["spaces/org/secret-chat"].at("main").files.values():
         assert "hf_" not in file.path.read_text().replace("hf_layerprune", "").replace("huggingface", "")
+    # So is a later Space of a model that is known to be private, until its owner makes it public.
+    later = [*words[:2], "--space", "org/later-chat"]
+    done = push(*later)
+    assert done.returncode == 0, done.stderr
+    assert "spaces/org/later-chat" in hub.private
+    assert "the Space can't read a private model yet" in done.stdout
+    hub.private.remove("spaces/org/later-chat")
+    done = push(*later)
+    assert done.returncode == 0, done.stderr
+    assert "spaces/org/later-chat" not in hub.private
 
 
 @pytest.mark.parametrize(

@@ -51,11 +51,11 @@ def run(request: Request) -> Result:
             f"pushed {pluralize(len(done.added), 'file')}{gone}: {done.pull_request or done.url} ({done.commit[:12]})"
         )
     if request.space:
-        space = publish_space(request, adapter=plan.contents.is_adapter, secret=secret)
+        space, hidden = publish_space(request, adapter=plan.contents.is_adapter, secret=secret)
         data["space"] = asdict(space)
         stored = f", with the token of {request.space_secret} as its secret HF_TOKEN" if secret is not None else ""
         lines.append(f"{'published' if space.added else 'unchanged'}: the Space {space.url}{stored}")
-        if request.private and secret is None:
+        if hidden and secret is None:
             lines.append("the Space can't read a private model yet: give it a secret HF_TOKEN, or use --space-secret")
     revision = done.commit if done.pull_request else request.revision  # otherwise, `main` would be verified
     # A model's repository seldom has the GGUF files made of it.

@@ -79,10 +79,11 @@ def build_space(
             file.writelines(f"{line}\n" for line in _requirements_of(model, adapter, token))
 
 
-def publish_space(request: PushRequest, *, adapter: bool, secret: str | None) -> UploadResult:
-    """Publish a Space for a model that was pushed, in one commit.
+def publish_space(request: PushRequest, *, adapter: bool, secret: str | None) -> tuple[UploadResult, bool]:
+    """Publish a Space for a model that was pushed, in one commit; also return whether the model is private.
 
-    A secret, which is a token that may read the model, is stored as the Space's own secret `HF_TOKEN`.
+    A new Space of a private model is private, too; a public one would let everybody chat with the model. The
+    secret, which is a token that may read the model, is stored as the Space's own secret `HF_TOKEN`.
 
     Raises:
         PushError: The Hub refused.
@@ -93,11 +94,15 @@ def publish_space(request: PushRequest, *, adapter: bool, secret: str | None) ->
         build_space(folder, model_repo_id=request.repo_id, model=model, adapter=adapter, token=request.token)
         files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
         api = log_in(request.token)
-        done = upload(UploadJob(repo_id, files, "space", private=request.private, message=MESSAGE), api)
+        with push_errors(repo_id):
+            hidden = bool(api.model_info(request.repo_id).private)
+            new = not api.repo_exists(repo_id, repo_type="space")
+        private = request.private or (hidden and new)  # an existing one may be public on purpose
+        done = upload(UploadJob(repo_id, files, "space", private=private, message=MESSAGE), api)
     if secret is not None:
         with push_errors(repo_id):
             api.add_space_secret(repo_id, "HF_TOKEN", secret, description="Reads the model; stored by hf-layerprune")
-    return done
+    return done, hidden
 
 
 def serve(request: ChatRequest) -> str:
