@@ -22,7 +22,7 @@ from hf_layerprune.records.history import read_history
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.repair.fit import Repair, fit_repair
 from hf_layerprune.repair.frozen import freeze, unfreeze
-from hf_layerprune.repair.linear import NormalEquations, solve_ridge
+from hf_layerprune.repair.linear import NormalEquations, fit_linear_map, solve_ridge
 from hf_layerprune.repair.mixtures import find_output_axes
 from hf_layerprune.repair.registry import REPAIRS
 from hf_layerprune.repair.writers import find_writers
@@ -182,6 +182,21 @@ def test_normal_equations_agree_with_least_squares():
     torch.testing.assert_close(fit.change, expected, rtol=1e-4, atol=1e-4)
     left = (change[300:].double() - features[300:].double() @ fit.change).square().sum() / change[300:].square().sum()
     assert fit.unexplained == pytest.approx(left.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_one_massive_held_out_token_does_not_choose_the_ridge_for_all_others(kind):
+    torch.manual_seed(0)
+    features, truth = torch.randn(5, 4, 64, 16), torch.randn(16, 8)
+    if kind == "sparse":
+        features[:, :, 1:40] = 0  # the median token has no features
+    change = features @ truth + torch.randn(5, 4, 64, 8)
+    wanted = fit_linear_map(zip(features, change, strict=True), 5)
+    if kind == "dense":
+        features[4, 0, 50] *= 1000  # in the held-out batch, and its change stays
+    fit = fit_linear_map(zip(features, change, strict=True), 5)
+    assert fit.strength == wanted.strength < 0.1
+    assert fit.unexplained < 2 * wanted.unexplained
 
 
 def test_noise_is_not_fitted():

@@ -36,6 +36,7 @@ from .linear import (
     NormalEquations,
     Tensors,
     cholesky_solve,
+    even_out,
     fit_linear_map,
     solve_ridge,
     split_held_out,
@@ -263,7 +264,7 @@ class BorrowFitter(LinearFitter):
                     squares[j] = squares[j].to(f) + f.square().sum(0)
                 yield own, missing
 
-        fitted, held_out = sum_normal_equations(pairs(), len(batches))
+        fitted, held_out = sum_normal_equations(pairs(), len(batches), even_out)
         fit = solve_ridge(fitted, held_out)
         gram = fitted.gram.add_(held_out.gram)  # in place: each of them may be several GB
         ridge = min(fit.strength, STRENGTHS[-1]) * gram.diagonal().mean()

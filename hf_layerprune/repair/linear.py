@@ -19,7 +19,7 @@ Then `A / r` takes the place of `A`, and `W g` that of `W`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,6 +34,7 @@ from .writers import Run, find_writers, swap_parameters
 
 Tensors = dict[str, torch.Tensor]  # by name in the layer
 STRENGTHS = tuple(10.0**k for k in range(-6, 4))
+_LARGE = 10.0  # of the median squared feature
 
 
 class NormalEquations:
@@ -112,11 +113,24 @@ def cholesky_solve(factor: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def fit_linear_map(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], batches: int) -> Fit:
     """Fit a map; see [`sum_normal_equations`] for the arguments, and for what is held out to choose the ridge."""
-    return solve_ridge(*sum_normal_equations(pairs, batches))
+    return solve_ridge(*sum_normal_equations(pairs, batches, even_out))
+
+
+def even_out(feature: torch.Tensor, change: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale down tokens with massive activations, so that a single one does not choose the ridge for all others.
+
+    Some models have a few outside the first position. Their squared features are 100,000 times the median, and a map
+    fitted to rows without one is far off there.
+    """
+    size = feature.float().square().sum(-1, keepdim=True)
+    factor = (_LARGE * size.median() / size).clamp(max=1).sqrt() if size.median() else torch.ones_like(size)
+    return feature.float() * factor, change * factor
 
 
 def sum_normal_equations(
-    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], batches: int
+    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    batches: int,
+    judge: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> tuple[NormalEquations, NormalEquations]:
     """Sum the normal equations, and hold out a fifth of the batches, or of the rows if there is a single batch.
 
@@ -124,6 +138,7 @@ def sum_normal_equations(
         pairs (`Iterable[tuple[torch.Tensor, torch.Tensor]]`): For each batch, the features `[batch, seq, width]` and
             the change `[batch, seq, hidden]`.
         batches (`int`): How many there are.
+        judge (`Callable`, *optional*): What becomes of the held-out features and their change, such as [`even_out`].
 
     Returns:
         `tuple[NormalEquations, NormalEquations]`: Of what is fitted, and of what is held out.
@@ -132,7 +147,7 @@ def sum_normal_equations(
     for held_out, feature, change in split_held_out(pairs, batches):
         if held_out not in sums:
             sums[held_out] = NormalEquations(feature.shape[-1], change.shape[-1], feature.device)
-        sums[held_out].add(feature, change)
+        sums[held_out].add(*(judge(feature, change) if held_out and judge else (feature, change)))
     return sums[False], sums[True]
 
 
