@@ -194,6 +194,11 @@ def branches_and_proposals(hub: HubServer, place: Path, out: dict[str, Any]) -> 
     HfApi().upload_file(repo_id="org/side", path_in_repo="README.md", path_or_fileobj=card, revision="try/1")
     cli("push", shutil.copytree(folder, place / "side"), "org/side", "--revision", "try/1")
     out["of the branch"] = files(hub, "org/side", "try/1")["README.md"] == card
+    cli("push", shutil.copytree(folder, place / "of main"), "org/side")
+    card = files(hub, "org/side")["README.md"] + b"\nOf main.\n"
+    HfApi().upload_file(repo_id="org/side", path_in_repo="README.md", path_or_fileobj=card)
+    cli("push", place / "of main", "org/side", "--revision", "try/2")  # which starts as main
+    out["of a new branch"] = files(hub, "org/side", "try/2")["README.md"] == card
 
     cli("push", place / "older", "org/open")
     before = head(hub, "org/open")

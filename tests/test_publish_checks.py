@@ -394,15 +394,17 @@ def test_what_a_push_changes_in_the_folder(
 ) -> None:
     """Our card, records and outdated results; nothing that came or changed while the push was under way."""
     late = ("README.md", "assets/accuracy.png", "tokenizer.json")
-    kept = {".eval_results/mine.yaml", ".eval_results/late.yaml", "assets/photo.png", "notes.txt"}
+    others = {".eval_results/mine.yaml", "assets/photo.png", "notes.txt"}
+    kept = others | {".eval_results/late.yaml", "assets/curve.png"}
     (folder / ".eval_results").mkdir(exist_ok=True)
     (folder / ".eval_results" / "old.yaml").write_text(f"{EVAL_MARK}[]\n")
     (folder / "assets" / "accuracy.png").unlink()
-    for name in kept - {".eval_results/late.yaml"}:
+    for name in others:
         (folder / name).write_text("[]\n")
 
     def upload(job: UploadJob, api: Any) -> UploadResult:
-        (folder / ".eval_results" / "late.yaml").write_text("[]\n")
+        (folder / ".eval_results" / "late.yaml").write_text(f"{EVAL_MARK}[]\n")
+        (folder / "assets" / "curve.png").write_text("drawn late, for records that came late")
         (folder / "README.md").write_text("Mine, written late.\n")
         (folder / "assets" / "accuracy.png").write_text("drawn late")
         (folder / "tokenizer.json").write_text("{ }")

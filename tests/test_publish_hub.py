@@ -151,6 +151,7 @@ def test_a_branch(found: Found) -> None:
     assert out["side"]
     assert "nothing has changed" in out["branch again"][1]
     assert out["of the branch"]
+    assert out["of a new branch"]
     assert "no such branch or pull request; check --revision" in out["no branch"][1]
 
 

@@ -209,17 +209,25 @@ def test_another_space_is_not_replaced(
     done = push(str(folder / "pruned"), "org/unseen", "--space", "org/game")
     assert done.returncode == 1
     assert "org/game exists, and is not a chat of hf-layerprune" in done.stderr
+    (tmp_path / "app.py").rename(tmp_path / "LICENSE")  # and .gitattributes: made by hand, and empty
+    (tmp_path / ".gitattributes").touch()
+    done = push(str(folder / "pruned"), "org/unseen", "--private", "--space", "org/game")
+    assert done.returncode == 1
+    assert "org/game exists and is public, but --private was given" in done.stderr
     assert "org/unseen" not in hub.repos
+    done = push(str(folder / "pruned"), "org/unseen", "--space", "org/game")
+    assert "org/game is a folder that is only served" in done.stderr  # by the stand-in, which was to write to it
 
 
 def test_a_private_model_and_the_token_that_its_space_reads_it_with(
     hub: HubServer, push: Callable[..., Pushed], folder: Path
 ) -> None:
+    needed = "the model is private or gated, so the Space needs a secret HF_TOKEN to read it"
     words = [str(folder / "pruned"), "org/secret", "--private", "--space", "org/secret-chat"]
     done = push(*words)
     assert done.returncode == 0, done.stderr
     assert {"org/secret", "spaces/org/secret-chat"} <= hub.private
-    assert "the Space can't read a private model yet" in done.stdout
+    assert needed in done.stdout
     assert not hub.repos["spaces/org/secret-chat"].secrets
     done = push(*words, "--space-secret", "READ_TOKEN", READ_TOKEN="hf_only_read")
     assert done.returncode == 0, done.stderr
@@ -233,11 +241,27 @@ def test_a_private_model_and_the_token_that_its_space_reads_it_with(
     done = push(*later)
     assert done.returncode == 0, done.stderr
     assert "spaces/org/later-chat" in hub.private
-    assert "the Space can't read a private model yet" in done.stdout
+    assert needed in done.stdout
     hub.private.remove("spaces/org/later-chat")
     done = push(*later)
     assert done.returncode == 0, done.stderr
     assert "spaces/org/later-chat" not in hub.private
+    hub.private.remove("org/secret")
+    assert needed not in push(*later).stdout
+    hub.gated.add("org/secret")
+    assert needed in push(*later).stdout
+
+
+def test_a_card_that_may_not_be_read_is_not_replaced(
+    hub: HubServer, push: Callable[..., Pushed], folder: Path
+) -> None:
+    assert push(str(folder / "pruned"), "org/pruned").returncode == 0
+    hub.repos["others/gated"] = hub.repos["org/pruned"]
+    hub.gated.add("others/gated")
+    done = push(str(folder / "pruned"), "others/gated", "--create-pr")
+    assert done.returncode == 1
+    assert "Access to model others/gated is restricted" in done.stderr
+    assert not hub.repos["others/gated"].pulls
 
 
 @pytest.mark.parametrize(

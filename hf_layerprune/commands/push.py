@@ -51,12 +51,15 @@ def run(request: Request) -> Result:
             f"pushed {pluralize(len(done.added), 'file')}{gone}: {done.pull_request or done.url} ({done.commit[:12]})"
         )
     if request.space:
-        space, hidden = publish_space(request, adapter=plan.contents.is_adapter, secret=secret)
+        space, locked = publish_space(request, adapter=plan.contents.is_adapter, secret=secret)
         data["space"] = asdict(space)
         stored = f", with the token of {request.space_secret} as its secret HF_TOKEN" if secret is not None else ""
         lines.append(f"{'published' if space.added else 'unchanged'}: the Space {space.url}{stored}")
-        if hidden and secret is None:
-            lines.append("the Space can't read a private model yet: give it a secret HF_TOKEN, or use --space-secret")
+        if locked and secret is None:  # one that the Space has can't be seen
+            lines.append(
+                "the model is private or gated, so the Space needs a secret HF_TOKEN to read it; if it has none yet, add it on "
+                "the Space's page, or use --space-secret"
+            )
     revision = done.commit if done.pull_request else request.revision  # otherwise, `main` would be verified
     # A model's repository seldom has the GGUF files made of it.
     base = plan.history.lineage.base.get("id") if plan.history.from_gguf else None

@@ -62,7 +62,9 @@ class PushRequest(RequireOptions):
     allow_miss: bool = option(False, "Push a model that misses its requirements; its card says so")
     space: str | None = option(None, "Also publish a chat with the model as this Space", _kind("REPO_ID"))
     space_secret: str | None = option(
-        None, "Environment variable with a token that the Space uses to read a private model", _kind("VARIABLE")
+        None,
+        "Environment variable with a token that the Space uses to read a private or gated model",
+        _kind("VARIABLE"),
     )
     dry_run: bool = option(False, "List files, sizes and checks without pushing anything")
     token: str | bool | None = field(default=None, repr=False)

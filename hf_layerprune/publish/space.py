@@ -80,7 +80,7 @@ def build_space(
 
 
 def publish_space(request: PushRequest, *, adapter: bool, secret: str | None) -> tuple[UploadResult, bool]:
-    """Publish a Space for a model that was pushed, in one commit; also return whether the model is private.
+    """Publish a Space for a model that was pushed, in one commit; also return whether the model is private or gated.
 
     A new Space of a private model is private, too; a public one would let everybody chat with the model. The
     secret, which is a token that may read the model, is stored as the Space's own secret `HF_TOKEN`.
@@ -95,14 +95,14 @@ def publish_space(request: PushRequest, *, adapter: bool, secret: str | None) ->
         files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
         api = log_in(request.token)
         with push_errors(repo_id):
-            hidden = bool(api.model_info(request.repo_id).private)
+            info = api.model_info(request.repo_id)
             new = not api.repo_exists(repo_id, repo_type="space")
-        private = request.private or (hidden and new)  # an existing one may be public on purpose
+        private = request.private or bool(info.private and new)  # an existing one may be public on purpose
         done = upload(UploadJob(repo_id, files, "space", private=private, message=MESSAGE), api)
     if secret is not None:
         with push_errors(repo_id):
             api.add_space_secret(repo_id, "HF_TOKEN", secret, description="Reads the model; stored by hf-layerprune")
-    return done, hidden
+    return done, bool(info.private or info.gated)
 
 
 def serve(request: ChatRequest) -> str:

@@ -30,7 +30,6 @@ from ...records.metrics import Metrics
 from ...records.requirements import check_measurable
 from ..card import metadata, regions
 from ..card.writing import (
-    ASSETS,
     EVAL_RESULTS,
     compose_card,
     is_generic,
@@ -43,7 +42,7 @@ from ..card.writing import (
 from ..requests import CardRequest, PushRequest
 from .checks import REFUSAL, Check, run_checks
 from .contents import Contents, find_model, is_managed, list_contents
-from .upload import PushError, UploadJob, UploadResult, log_in, push_errors, upload
+from .upload import PushError, UploadJob, UploadResult, check_privacy, log_in, push_errors, upload
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -99,7 +98,7 @@ def push(request: PushRequest) -> tuple[Plan, UploadResult]:
             raise PushRefusedError(plan.refusals)
         contents, api = plan.contents, log_in(request.token)
         if request.space:
-            _check_space(request.space, api)
+            _check_space(request, request.space, api)
         remote = contents.folder.parents[1] / "on-the-hub"  # also in the temporary folder
         _merge_remote_card(request, contents.folder, _download(CARD, request, api, remote))
 
@@ -177,13 +176,15 @@ def _copy_or_link(path: Path, target: Path) -> None:
         raise CheckpointError(f"{path} became a link while it was read; replace it with the file itself")
 
 
-def _check_space(repo_id: str, api: HfApi) -> None:
-    """Refuse a Space that is something other than a chat of ours: its files would be replaced."""
+def _check_space(request: PushRequest, repo_id: str, api: HfApi) -> None:
+    """Refuse a Space that is something other than a chat of ours, since its files would be replaced, or wrongly public."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     with push_errors(repo_id), suppress(RepositoryNotFoundError):
-        names = {*api.list_repo_files(repo_id, repo_type="space")} - {CARD, ".gitattributes"}
-        if names and not names >= {"about.py", "source.py"}:
+        info = api.space_info(repo_id)
+        check_privacy(repo_id, info, private=request.private)
+        names = {one.rfilename for one in info.siblings or ()} - {CARD, ".gitattributes", ".gitignore"}
+        if not names >= {"about.py", "source.py"} and not all(map(is_licence_file, names)):
             raise PushError(
                 f"{repo_id} exists, and is not a chat of hf-layerprune, which would replace it; choose another name"
             )
@@ -200,11 +201,10 @@ def _copy_back(contents: Contents, source: Path, before: Mapping[str, FileState]
             continue
         target.parent.mkdir(exist_ok=True)
         write_bytes(target, path.read_bytes(), inside=source)
-    for part in (ASSETS, EVAL_RESULTS):
-        for path in (source / part).glob("*") if (source / part).is_dir() else ():
-            name = f"{part}/{path.name}"
-            if is_managed(name) and name not in contents.files and (part == ASSETS or is_our_result(path)):
-                path.unlink()
+    for name in before.keys() - contents.files.keys():  # outdated, and removed from the staging folder
+        path = source / name
+        if os.path.lexists(path) and FileState.of_file(path) == before[name]:
+            path.unlink()
 
 
 def _merge_remote_card(request: PushRequest, staging: Path, path: Path | None) -> None:
@@ -237,13 +237,17 @@ def _merge_remote_card(request: PushRequest, staging: Path, path: Path | None) -
 
 
 def _download(name: str, request: PushRequest, api: HfApi, temporary: Path) -> Path | None:
-    """The current version of a file in the repository; `None` if it does not exist."""
+    """The current version of a file in the repository, or what a new branch starts with; `None` if it does not exist."""
     from huggingface_hub import errors
 
     with push_errors(request.repo_id):
-        try:
-            return Path(api.hf_hub_download(request.repo_id, name, revision=request.revision, local_dir=temporary))
-        except errors.LocalEntryNotFoundError:  # the Hub did not say: there may be one, with others' text
-            raise
-        except (errors.EntryNotFoundError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
-            return None
+        for revision in dict.fromkeys((request.revision, None)):
+            try:
+                return Path(api.hf_hub_download(request.repo_id, name, revision=revision, local_dir=temporary))
+            except errors.RevisionNotFoundError:
+                continue
+            except (errors.LocalEntryNotFoundError, errors.GatedRepoError):
+                raise  # there may be one, with others' text
+            except (errors.EntryNotFoundError, errors.RepositoryNotFoundError):
+                break
+    return None

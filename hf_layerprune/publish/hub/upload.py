@@ -183,17 +183,26 @@ def _check_card(path: Path, kind: str, api: HfApi) -> None:
     hf_raise_for_status(answer)
 
 
+def check_privacy(repo_id: str, info: Any, *, private: bool) -> None:
+    """Refuse a public repository where a private one is asked for.
+
+    Raises:
+        PushError: It is public.
+    """
+    if private and not info.private:
+        raise PushError(
+            f"{repo_id} exists and is public, but --private was given; make it private on its page first, or choose "
+            "another name"
+        )
+
+
 def _ensure_repository(job: UploadJob, api: HfApi) -> None:
     """Find the repository, or create it."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         info = api.repo_info(job.repo_id, repo_type=job.kind)
-        if job.private and not info.private:
-            raise PushError(
-                f"{job.repo_id} exists and is public, but --private was given; make it private on its page first, or "
-                "choose another name"
-            )
+        check_privacy(job.repo_id, info, private=job.private)
         return
     except RepositoryNotFoundError:
         if job.create_pr:
