@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hf_layerprune import CheckpointError, CutError
 from hf_layerprune.calibration.documents import check_source, read_documents
 from hf_layerprune.calibration.rows import CalibrationSet, check_vocabulary, load_calibration
 from hf_layerprune.calibration.self_text import generate_text
+from hf_layerprune.heal.data import load_rows
 from hf_layerprune.runtime.windows import max_positions
 
 from .measure_models import byte_tokenizer, write_model
@@ -273,11 +275,19 @@ def test_files_and_folders_under_home(tmp_path: Path, monkeypatch: pytest.Monkey
     for name, text in (("set/train.parquet", "one"), ("a[1]@b.parquet", "two"), ("a1@b.parquet", "three")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Dataset.from_list([{"text": text, "a:b": f"{text} more"}]).to_parquet(tmp_path / name)
+    for name in ("set@1", "set[1]", "set1"):
+        shutil.copytree(tmp_path / "set", tmp_path / name)
     for source, text in (
         ("~/set", "one"), ("~/set:train:a:b", "one more"), ("~/a[1]@b.parquet", "two"), ("~/a[1]@b.parquet:a:b", "two more"),
+        ("~/set@1", "one"), ("~/set@default", "one"), ("~/s*/train.parquet", "one"),
     ):  # fmt: skip
         check_source(source)
-        assert [document.text for document in read_documents(source, 0)] == [text]
+        assert {document.text for document in read_documents(source, 0)} == {text}
+    for read in (lambda source: list(read_documents(source, 0)), load_rows):
+        with pytest.raises(CheckpointError, match="rename the folder"):
+            read("~/set[1]")  # in place of which `datasets` would read set1
+    with pytest.raises(CheckpointError, match="~nobody-here/x does not exist"):
+        check_source("~nobody-here/x")
 
 
 def test_a_file_larger_than_memory_is_refused_before_it_is_read(tmp_path: Path, tokenizer: Any) -> None:

@@ -90,6 +90,8 @@ def test_paths_under_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     request = EvalRequest("m", tasks_from=Path("~/tasks"), answers="~/answers", history=["~/a", "b"])
     assert (request.tasks_from, request.answers) == (tmp_path / "tasks", tmp_path / "answers")
     assert request.history == (tmp_path / "a", Path("b"))
+    with pytest.raises(CutError, match=r"^answers='~nobody-here/x' starts with ~ and the name of a user who does not"):
+        EvalRequest("m", answers=Path("~nobody-here/x"))
 
 
 def test_help_is_in_groups_and_names_options_as_flags() -> None:

@@ -51,8 +51,10 @@ def check_source(source: str) -> None:
         CheckpointError: The file does not exist.
     """
     name = source.partition(":")[0]
-    path = Path(name).expanduser()
-    named = path.suffix.lower() in (".txt", *SUFFIXES) or (name.startswith((".", "/", "~")) and not path.is_dir())
+    path = Path(os.path.expanduser(name))
+    named = path.suffix.lower() in (".txt", *SUFFIXES) or (
+        name.startswith((".", "/", "~")) and not Path(_split_config(name)[0]).is_dir() and not glob.glob(str(path))
+    )
     if named and not path.is_file():
         raise CheckpointError(
             f"calibration file {path} does not exist; specify a .txt or .jsonl file, a data set on the Hub, or self"
@@ -68,7 +70,7 @@ def read_documents(source: str, seed: int) -> Iterator[Document]:
     """
     check_source(source)
     name, _, column = source.partition(":")
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     kind = path.suffix.lower()
     if path.is_file() and kind != ".parquet":
         if column and kind not in SUFFIXES:
@@ -156,12 +158,11 @@ def _read_data_set(source: str, seed: int) -> Iterator[Document]:
         raise LayerPruneError(need) from None
     refuse_postscript()
     name, _, rest = source.partition(":")
-    name = os.path.expanduser(name)
+    name, config = _split_config(name)
     if is_file := name.lower().endswith(".parquet"):  # whose only split is `train`
-        config, split, column = "", "train", rest.removeprefix("train:")
+        split, column = "train", rest.removeprefix("train:")
     else:
         split, _, column = rest.partition(":")
-        name, _, config = name.partition("@")
     split, column = split or "train", column or "text"
     if split.partition("[")[0] in _EVAL_SPLITS:
         logger.warning("calibration uses the %s split of %s; don't evaluate on it afterwards", split, name)
@@ -179,3 +180,12 @@ def _read_data_set(source: str, seed: int) -> Iterator[Document]:
             rows = load_dataset(name, config or None, trust_remote_code=False, **streamed)
         for row in rows.shuffle(seed, buffer_size=_BUFFER):
             yield _to_document(row, column, name, name if is_file else f"{name}:{split}")
+
+
+def _split_config(name: str) -> tuple[str, str]:
+    """A data set and its configuration, such as `id@config`; the name of an existing folder or of a file may have an @."""
+    name = os.path.expanduser(name)
+    if os.path.isdir(name) or name.lower().endswith(".parquet"):
+        return name, ""
+    name, _, config = name.partition("@")
+    return name, config

@@ -6,8 +6,10 @@ pyarrow's JSON reader, which `datasets` uses, ends the process with a segmentati
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +37,7 @@ def find_json_files(path: str, **where: Any) -> dict[str, list[Path]] | None:
         `dict[str, list[Path]]` or `None`: The files of each split; `None` if this is not a data set of local JSON files.
 
     Raises:
-        CheckpointError: A file is packed, or only a field of it is the data set.
+        CheckpointError: A file is packed, or only a field of it is the data set; or the folder's path is a pattern.
     """
     from datasets import load_dataset_builder
     from datasets.packaged_modules.json.json import Json
@@ -44,6 +46,10 @@ def find_json_files(path: str, **where: Any) -> dict[str, list[Path]] | None:
         return {"train": [Path(path)]}
     if path != "json" and not Path(path).is_dir():
         return None
+    if path != "json" and glob.has_magic(
+        os.path.realpath(path)
+    ):  # as which `datasets` would read it, and find the files of other folders
+        raise CheckpointError(f"the path {os.path.realpath(path)} has one of *?[ in it; rename the folder")
     builder = load_dataset_builder(path, **where)
     names: Mapping[str, Sequence[str]] = builder.config.data_files or {}
     files = {str(split): [Path(name) for name in of_split] for split, of_split in names.items()}

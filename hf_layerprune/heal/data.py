@@ -58,7 +58,7 @@ def load_rows(name: str, *, config: str | None = None, streaming: bool = False) 
     """
     from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
 
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     kind = path.suffix.lower()
     with _read_errors(f"data set {name}"):
         if kind in FILES and not path.is_file():

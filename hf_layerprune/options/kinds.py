@@ -86,7 +86,11 @@ def _check_text(value: Any) -> str:
 def _check_path(value: Any) -> Path:
     if not isinstance(value, str | os.PathLike):
         raise ValueError("must be a path")
-    return Path(_check_text(os.fspath(value))).expanduser()
+    path = Path(_check_text(os.fspath(value)))
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError("starts with ~ and the name of a user who does not exist; write it in full") from None
 
 
 def _check_flag(value: Any) -> bool:
@@ -160,6 +164,7 @@ def check_value(name: str, value: Any, kind: Kind) -> Any:
 
 def quoted(value: Any) -> str:
     """A value as an error quotes it, always short."""
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
     try:
         text = repr(value[:50] if isinstance(value, str | list | tuple) else value)
     except ValueError:  # an integer of thousands of digits
