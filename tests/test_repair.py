@@ -22,7 +22,7 @@ from hf_layerprune.records.history import read_history
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.repair.fit import Repair, fit_repair
 from hf_layerprune.repair.frozen import freeze, unfreeze
-from hf_layerprune.repair.linear import NormalEquations, fit_linear_map, solve_ridge
+from hf_layerprune.repair.linear import NormalEquations, fit_linear_map, solve_ridge, token_weights
 from hf_layerprune.repair.mixtures import find_output_axes
 from hf_layerprune.repair.registry import REPAIRS
 from hf_layerprune.repair.writers import find_writers
@@ -191,10 +191,14 @@ def test_one_massive_held_out_token_does_not_choose_the_ridge_for_all_others(kin
     if kind == "sparse":
         features[:, :, 1:40] = 0  # the median token has no features
     change = features @ truth + torch.randn(5, 4, 64, 8)
-    wanted = fit_linear_map(zip(features, change, strict=True), 5)
+
+    def rows():
+        return zip(features, change, map(token_weights, features), strict=True)
+
+    wanted = fit_linear_map(rows(), 5)
     if kind == "dense":
         features[4, 0, 50] *= 1000  # in the held-out batch, and its change stays
-    fit = fit_linear_map(zip(features, change, strict=True), 5)
+    fit = fit_linear_map(rows(), 5)
     assert fit.strength == wanted.strength < 0.1
     assert fit.unexplained < 2 * wanted.unexplained
 
@@ -381,6 +385,14 @@ def test_the_lineage_says_what_a_repair_did(base, tmp_path):
     assert entry["repair"]["seconds"] > 0
     assert entry["settings"]["repair"] == "linear"
     assert len(entry["calibration"]["fingerprint"]) == 64
+
+
+def test_a_repair_that_hardly_helps_is_warned_of(base, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(NormalEquations, "unexplained", lambda *args: 0.95)
+    words = ["--drop-layers", "3-4", "--repair", "linear", "--calibration-samples", "12", "--calibration-length", "32"]
+    assert main(["prune", str(base), str(tmp_path / "out"), *words]) == 0
+    said = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert any("leaves 95 % of what layers 3-4 did unexplained; use more" in line for line in said), said
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from ..calibration.rows import SELF, load_calibration
 from ..errors import CheckpointError, CutError
 from ..families.fields import cut_without
 from ..families.layout import find_decoder_layers
+from ..layer_ranges import describe_layers
+from ..options import format_percent
 from ..repair.fit import check_repair, fit_repair
 from ..runtime.loading import load_processor, load_tokenizer
 from ..runtime.precision import is_packed
@@ -40,6 +42,9 @@ logger = logging.getLogger(__name__)
 # Attributes of a base that say what was done to it: a `LayerCut`, and what was computed before the cut (`Prepared`).
 CUT = "_layer_drop_cut"
 PREPARED = "_layer_drop_prepared"
+
+_HARDLY = 0.9  # the share left unexplained by a repair that is worth a warning
+_MORE_TEXT = "; use more calibration rows, or text that is closer to what the model is for"
 
 
 @dataclass
@@ -140,14 +145,22 @@ def prepare(
             repair = fit_repair(walk, config.drop_layers, calibration, config.repair)
             timing = {"seconds": round(time.perf_counter() - start, 3)}
         repair.leave_out_unchanged(list(walk.layers))
-        if not repair.tensors and repair.cuts:
-            logger.warning(
-                "repair=%r changes nothing: no fit explains any of what the dropped layers did on the rows held out; "
-                "use more calibration rows, or text that is closer to what the model is for",
-                repair.method,
-            )
+        _log_repair(repair)
         record["repair"] = {"method": repair.method, "cuts": repair.cuts} | timing
     return Prepared(list(config.drop_layers), repair, record)
+
+
+def _log_repair(repair: Repair) -> None:
+    """Say how well a repair fits; warn if it makes hardly a difference."""
+    if not repair.tensors and repair.cuts:
+        logger.warning("repair=%r changes nothing%s", repair.method, _MORE_TEXT)
+        return
+    for cut in repair.cuts:
+        if (share := cut.get("unexplained_share")) is not None:
+            level, advice = (logging.WARNING, _MORE_TEXT) if share > _HARDLY else (logging.INFO, "")
+            layers = describe_layers(range(cut["layers"][0], cut["layers"][1] + 1))
+            words = "on held-out rows, the repair leaves %s of what %s did unexplained%s"
+            logger.log(level, words, format_percent(share), layers, advice)
 
 
 def load_calibration_for(options: CalibrationOptions, walk: LayerWalk, revision: str | None = None) -> CalibrationSet:

@@ -30,17 +30,16 @@ from ..errors import CutError
 from ..runtime.parts import agree
 from ..runtime.walk import Batch, LayerWalk
 from .linear import (
-    STRENGTHS,
-    Fit,
     LinearFitter,
     NormalEquations,
     Tensors,
     cholesky_solve,
-    even_out,
+    first_held_out,
     fit_linear_map,
     solve_ridge,
     split_held_out,
     sum_normal_equations,
+    token_weights,
 )
 from .writers import Run, Writer, hook_input, swap_parameters
 
@@ -163,11 +162,11 @@ class BorrowFitter(LinearFitter):
         seen: list[torch.Tensor] = []
         with hook_input(layer.get_submodule(self.readers.names[0]), lambda x: seen.append(x.clone())):
             yield
-        pairs = (
-            (one.view(*batch.hidden.shape[:-1], -1), other.view(*batch.hidden.shape[:-1], -1))
+        rows = (
+            (x := one.view(*batch.hidden.shape[:-1], -1), other.view(*batch.hidden.shape[:-1], -1), token_weights(x))
             for one, other, batch in zip(self.mlp_inputs, seen[1:], batches, strict=True)  # the first is the probe's
         )
-        self.maps[i] = fit_linear_map(pairs, len(batches)).change
+        self.maps[i] = fit_linear_map(rows, len(batches)).change
 
     def after_block(self, first: int, end: int, batches: list[Batch]) -> None:
         """Fit the projection; then choose neurons, fit it to their activations, and keep the better of the two."""
@@ -201,9 +200,10 @@ class BorrowFitter(LinearFitter):
         readers, neurons = self.readers, self.readers.neurons
         own = readers.rows_of(layer)
         candidates = [_map_rows(readers.rows_of(self.walk.layers[j]), change, own) for j, change in self.maps.items()]
-        gains, refit = self._neuron_gains(layer, first, batches, candidates)
-        if refit.strength == float("inf"):
+        found = self._neuron_gains(layer, first, batches, candidates)
+        if found is None:
             return None
+        gains, strength = found
         best = gains.topk(neurons).indices
         chosen = {
             name: torch.cat([rows[name] for rows in candidates], 1)[:, best.to(own[name].device)] for name in own
@@ -212,13 +212,13 @@ class BorrowFitter(LinearFitter):
         pool = ((torch.cat([own_activations, *others], -1), missing) for own_activations, missing, others in runs)
         state = batches[0].hidden
         fitted = NormalEquations(2 * neurons, state.shape[-1], state.device)
-        for held_out, feature, change in split_held_out(pool, len(batches)):
+        for held_out, (feature, change) in split_held_out(pool, len(batches)):
             if not held_out:
                 fitted.add(feature, change)
         weight = self.writer.weight.to(fitted.gram)
         weight = torch.cat([weight, torch.zeros_like(weight)])
         kept = torch.zeros(2 * neurons, dtype=torch.bool)
-        kept[select_features(fitted, weight, refit.strength, neurons).cpu()] = True
+        kept[select_features(fitted, weight, strength, neurons).cpu()] = True
         removed, added = (~kept[:neurons]).nonzero()[:, 0], kept[neurons:].nonzero()[:, 0]
         rows = {name: value.clone() for name, value in own.items()}
         for name, value in rows.items():
@@ -249,35 +249,38 @@ class BorrowFitter(LinearFitter):
 
     def _neuron_gains(
         self, layer: nn.Module, first: int, batches: list[Batch], candidates: list[Rows]
-    ) -> tuple[torch.Tensor, Fit]:
-        """How much of what `refit` leaves each candidate explains alone, and the fit of `refit`."""
+    ) -> tuple[torch.Tensor, float] | None:
+        """How much of what `refit` leaves each candidate explains alone, and the ridge; `None` if a fit explains nothing."""
         with_own: list[torch.Tensor] = [torch.zeros(())] * len(candidates)
         with_missing, squares = list(with_own), list(with_own)
 
-        def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            for own, missing, others in self._collect_activations(layer, first, batches, candidates):
-                x, z = own.flatten(0, -2), missing.flatten(0, -2)
-                for j, other in enumerate(others):
-                    f = other.flatten(0, -2)
+        def rows() -> Iterator[tuple[torch.Tensor, ...]]:
+            collected = self._collect_activations(layer, first, batches, candidates)
+            for number, (own, missing, others) in enumerate(collected):
+                end = first_held_out(number, len(batches), len(own))
+                x, z = own[:end].flatten(0, -2), missing[:end].flatten(0, -2)
+                for j, other in enumerate(others if end else ()):
+                    f = other[:end].flatten(0, -2)
                     with_own[j] = with_own[j].to(f) + f.T @ x
                     with_missing[j] = with_missing[j].to(f) + f.T @ z
                     squares[j] = squares[j].to(f) + f.square().sum(0)
-                yield own, missing
+                yield own, missing, token_weights(own)
 
-        fitted, held_out = sum_normal_equations(pairs(), len(batches), even_out)
+        fitted, held_out = sum_normal_equations(rows(), len(batches))
         fit = solve_ridge(fitted, held_out)
-        gram = fitted.gram.add_(held_out.gram)  # in place: each of them may be several GB
-        ridge = min(fit.strength, STRENGTHS[-1]) * gram.diagonal().mean()
-        gram.diagonal().add_(ridge)
+        if fit.strength == float("inf"):
+            return None
+        gram = fitted.gram
+        ridge = fit.strength * gram.diagonal().mean()
+        gram.diagonal().add_(ridge)  # in place: it may be several GB
         factor = torch.linalg.cholesky(gram)
-        change = cholesky_solve(factor, fitted.moment + held_out.moment)
         gains = []
         for cross, moment, square in zip(with_own, with_missing, squares, strict=True):
             cross = cross.to(gram)
             explained = torch.linalg.solve_triangular(factor, cross.T, upper=False).square().sum(0)
             free = (square.to(gram) + ridge - explained).clamp(min=1e-6 * square.to(gram).mean() + 1e-30)
-            gains.append((moment.to(gram) - cross @ change).square().sum(1) / free)
-        return torch.cat(gains), fit
+            gains.append((moment.to(gram) - cross @ fit.change).square().sum(1) / free)
+        return torch.cat(gains), fit.strength
 
 
 def _map_rows(rows: Rows, change: torch.Tensor, like: Rows) -> Rows:

@@ -19,7 +19,7 @@ Then `A / r` takes the place of `A`, and `W g` that of `W`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -111,58 +111,61 @@ def cholesky_solve(factor: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve_triangular(factor.mT, halfway, upper=True)
 
 
-def fit_linear_map(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], batches: int) -> Fit:
+def fit_linear_map(rows: Iterable[tuple[torch.Tensor, ...]], batches: int) -> Fit:
     """Fit a map; see [`sum_normal_equations`] for the arguments, and for what is held out to choose the ridge."""
-    return solve_ridge(*sum_normal_equations(pairs, batches, even_out))
+    return solve_ridge(*sum_normal_equations(rows, batches))
 
 
-def even_out(feature: torch.Tensor, change: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale down tokens with massive activations, so that a single one does not choose the ridge for all others.
+def token_weights(features: torch.Tensor) -> torch.Tensor:
+    """The weight of each token, `[batch, seq, 1]`, where a map is judged: at most that of ten median squared features.
 
-    Some models have a few outside the first position. Their squared features are 100,000 times the median, and a map
-    fitted to rows without one is far off there.
+    Some models have a few tokens with massive activations outside the first position. Their squared features are
+    100,000 times the median, and a map fitted to rows without one is far off there: a single one that is held out
+    would choose the ridge for all others.
     """
-    size = feature.float().square().sum(-1, keepdim=True)
-    factor = (_LARGE * size.median() / size).clamp(max=1).sqrt() if size.median() else torch.ones_like(size)
-    return feature.float() * factor, change * factor
+    size = features.float().square().sum(-1, keepdim=True)
+    return (_LARGE * size.median() / size).clamp(max=1) if size.median() else torch.ones_like(size)
 
 
 def sum_normal_equations(
-    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    batches: int,
-    judge: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
+    rows: Iterable[tuple[torch.Tensor, ...]], batches: int
 ) -> tuple[NormalEquations, NormalEquations]:
     """Sum the normal equations, and hold out a fifth of the batches, or of the rows if there is a single batch.
 
     Args:
-        pairs (`Iterable[tuple[torch.Tensor, torch.Tensor]]`): For each batch, the features `[batch, seq, width]` and
-            the change `[batch, seq, hidden]`.
+        rows (`Iterable[tuple[torch.Tensor, ...]]`): For each batch, the features `[batch, seq, width]`, the change
+            `[batch, seq, hidden]`, and the weights of the tokens `[batch, seq, 1]` where they are held out.
         batches (`int`): How many there are.
-        judge (`Callable`, *optional*): What becomes of the held-out features and their change, such as [`even_out`].
 
     Returns:
         `tuple[NormalEquations, NormalEquations]`: Of what is fitted, and of what is held out.
     """
     sums: dict[bool, NormalEquations] = {}
-    for held_out, feature, change in split_held_out(pairs, batches):
+    for held_out, (features, change, weights) in split_held_out(rows, batches):
         if held_out not in sums:
-            sums[held_out] = NormalEquations(feature.shape[-1], change.shape[-1], feature.device)
-        sums[held_out].add(*(judge(feature, change) if held_out and judge else (feature, change)))
+            sums[held_out] = NormalEquations(features.shape[-1], change.shape[-1], features.device)
+        factor = weights.sqrt() if held_out else 1.0
+        sums[held_out].add(features * factor, change * factor)
     return sums[False], sums[True]
 
 
 def split_held_out(
-    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], batches: int
-) -> Iterator[tuple[bool, torch.Tensor, torch.Tensor]]:
-    """The batches of [`sum_normal_equations`], or the two parts of a single one, each with whether it is held out."""
+    rows: Iterable[tuple[torch.Tensor, ...]], batches: int
+) -> Iterator[tuple[bool, tuple[torch.Tensor, ...]]]:
+    """The parts of the batches of [`sum_normal_equations`], each with whether it is held out."""
+    for number, parts in enumerate(rows):
+        first = first_held_out(number, batches, len(parts[0]))
+        for held_out, part in ((False, slice(first)), (True, slice(first, None))):
+            if batches == 1 or len(parts[0][part]):
+                yield held_out, tuple(one[part] for one in parts)
+
+
+def first_held_out(number: int, batches: int, rows: int) -> int:
+    """The first row of a batch that is held out, as are those after it; `rows` if none is."""
+    if batches == 1:
+        return rows - max(1, rows // HELD_OUT)
     every = max(2, min(HELD_OUT, batches))
-    for number, (feature, change) in enumerate(pairs):
-        if batches > 1:
-            yield number % every == every - 1, feature, change
-            continue
-        rows = max(1, len(feature) // HELD_OUT)
-        yield False, feature[:-rows], change[:-rows]
-        yield True, feature[-rows:], change[-rows:]
+    return 0 if number % every == every - 1 else rows
 
 
 class LinearFitter(Fitter):
@@ -172,6 +175,9 @@ class LinearFitter(Fitter):
     """
 
     fit: Fit  # of the last block
+    weights: list[
+        torch.Tensor
+    ]  # of the tokens of each batch, from what the module in front of the block reads or writes
 
     def __init__(self, walk: LayerWalk, cuts: list[tuple[int, int]], method: str) -> None:
         super().__init__(walk, cuts)
@@ -196,7 +202,7 @@ class LinearFitter(Fitter):
                 f'repair="{self.method}" has no weight to change: no output projection of layer {i} writes into '
                 f"the hidden states directly or through an RMS norm (it is quantised, say); {families.UNREPAIRABLE}"
             )
-        self.writer = writers[0]
+        self.writer, self.weights = writers[0], []
         # The layer runs again after the block, so that nothing as wide as an MLP has to be kept for all rows.
         if self.student is None:
             self.student = [batch.hidden for batch in batches]
@@ -205,13 +211,16 @@ class LinearFitter(Fitter):
         """Fit the block, change the weights, and continue with the states of the repaired layer."""
         writer, layer, student = self.writer, self.walk.layers[first - 1], self.student or []
 
-        def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            for batch, entering in zip(batches, student, strict=True):
+        def rows() -> Iterator[tuple[torch.Tensor, ...]]:
+            for number, (batch, entering) in enumerate(zip(batches, student, strict=True)):
                 state = run(entering, batch).float()
-                yield seen.pop().view(*state.shape[:-1], -1), batch.hidden.float() - state
+                features = seen.pop().view(*state.shape[:-1], -1).float()
+                if number == len(self.weights):
+                    self.weights.append(token_weights(features))
+                yield features, batch.hidden.float() - state, self.weights[number]
 
         with self.walk.layer(first - 1) as run, writer.record_features(self.method == "linear") as seen:
-            fit = fit_linear_map(pairs(), len(batches))
+            fit = fit_linear_map(rows(), len(batches))
         if self.method == "linear":
             new = writer.fold_matrix(torch.eye(len(fit.change)).to(fit.change) + fit.change)
         else:
@@ -243,14 +252,14 @@ class LinearFitter(Fitter):
         new = new | {f"{norm.name}.weight": norm.weight_for(norm.scale)}
         layer = self.walk.layers[first - 1]
 
-        def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            for batch, entering in zip(batches, self.student or [], strict=True):
+        def rows() -> Iterator[tuple[torch.Tensor, ...]]:
+            for batch, entering, weights in zip(batches, self.student or [], self.weights, strict=True):
                 state = run(entering, batch).float()
                 written = seen.pop().view_as(state)
-                yield written[..., None], (batch.hidden.float() - state + written)[..., None]
+                yield written[..., None], (batch.hidden.float() - state + written)[..., None], weights[..., None]
 
         with self.walk.layer(first - 1) as run, swap_parameters(layer, new), self.writer.record_features(True) as seen:
-            fitted, held_out = sum_normal_equations(pairs(), len(batches))
+            fitted, held_out = sum_normal_equations(rows(), len(batches))
         factor = fitted.moment / fitted.gram
         left = held_out.unexplained(factor) * held_out.total.item() / (fit.total or 1.0)
         if not left < 1:

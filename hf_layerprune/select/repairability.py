@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..repair.linear import Fit, fit_linear_map
+from ..repair.linear import Fit, fit_linear_map, token_weights
 from ..repair.writers import Run, Writer, find_writers, hook_output
 from ..runtime.walk import Batch
 from .passes import Observer
@@ -107,11 +107,11 @@ class Repairability(Observer):
         batches: Sequence[Batch],
     ) -> None:
         writer, features, states = start
-        pairs = (
-            (feature.view_as(state).float() * writer.gain, batch.hidden.float() - state.float())
+        rows = (
+            (x := feature.view_as(state).float() * writer.gain, batch.hidden.float() - state.float(), token_weights(x))
             for feature, state, batch in zip(features, states, batches, strict=True)
         )
-        fit = fit_linear_map(pairs, len(batches))
+        fit = fit_linear_map(rows, len(batches))
         self.shares[block] = fit.unexplained
         if self.keep:
             self.fits[block] = BlockFit(before, writer, replace(fit, change=fit.change.float()))
