@@ -32,7 +32,8 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --upgrade \
 		--target $(VENV)/deepspeed $(DEEPSPEED) || echo 'no DeepSpeed here: the tests of it are skipped'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --upgrade \
-		--target $(VENV)/vision 'timm>=1.0.20' "torchvision==0.$$($(BIN)/python -c '$(TORCHVISION)').*"
+		--target $(VENV)/vision 'timm>=1.0.20' "torchvision==0.$$($(BIN)/python -c '$(TORCHVISION)').*" \
+		|| echo 'no torchvision for this torch: the tests of it and of timm are skipped'
 	touch $@
 
 # One worker a core; every worker, and what it starts, runs torch on one thread (tests/conftest.py).
