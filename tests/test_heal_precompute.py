@@ -324,8 +324,9 @@ def test_both_models_are_whole_after_a_failure(llama: Bench, monkeypatch: pytest
 
 
 @pytest.fixture
-def cache(llama: Bench, tmp_path: Path) -> Path:
-    llama.trainer(cache="on", cache_dir=str(tmp_path / "cache"), keep_cache=True, loss="kd").train()
+def cache(llama: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    llama.trainer(cache="on", cache_dir="~/cache", keep_cache=True, loss="kd").train()
     return tmp_path / "cache"
 
 

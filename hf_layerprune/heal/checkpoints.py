@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def checkpoint_to_resume(named: str | bool | None, folder: str) -> str | None:
     word = str(named).lower()  # from a command line
     if word in ("none", "false", ""):
         return None
-    path = last_checkpoint(folder) if word == "true" else str(named)
+    path = last_checkpoint(folder) if word == "true" else os.path.expanduser(str(named))
     if path is None:
         logger.info("no checkpoint in %s yet: training starts from the beginning", folder)
     elif not (Path(path) / TRAINER_STATE_NAME).is_file():

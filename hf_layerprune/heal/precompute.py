@@ -169,7 +169,7 @@ class _Precomputation:
         settings = (precision, str(self.model.dtype), attention, self.collator.padding_free, library)
         known = hash_tensors([], source, *map(hash_rows, self.datasets), token_bytes, settings)
         # With `push_to_hub`, transformers uploads the output folder at each save, but nothing that begins with `_`.
-        folder = Path(self.args.cache_dir or Path(str(self.args.output_dir)) / "_cache")
+        folder = Path(self.args.cache_dir or Path(str(self.args.output_dir)) / "_cache").expanduser()
         return StateCache(folder / f"{name}-{known[:16]}", self.lengths, token_bytes, keep=self.args.keep_cache)
 
     def _run_student(self, cache: StateCache, prefix: Prefix) -> None:

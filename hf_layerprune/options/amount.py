@@ -45,8 +45,7 @@ class AmountOptions:
     )
     target_memory: int | str | None = option(
         None,
-        "Drop just enough layers for the weights and the key-value cache (see context and batch) to fit into this many "
-        "bytes, such as 8GB",
+        "Drop just enough layers for the weights and the key-value cache to fit into this many bytes, such as 8GB",
         BYTES,
     )
     target_speedup: float | None = option(

@@ -30,7 +30,9 @@ class CardRequest(Options):
         "Name of the model until it is on the Hub; by default the base's name and the number of layers left, such as "
         "BASE-23L",
     )
-    base_model: str | None = option(None, "Hub id of the base, if MODEL was pruned from a local copy", _kind("ID"))
+    base_model: str | None = option(
+        None, "Id of the base on the Hub, if MODEL was pruned from a local copy", _kind("ID")
+    )
     license: str | None = option(
         None, "Licence of the base, such as apache-2.0, if the base declares none", _kind("ID")
     )
