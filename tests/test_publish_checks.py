@@ -422,6 +422,20 @@ def test_what_a_push_changes_in_the_folder(
     assert all(f"{folder / name} was changed while it was being pushed" in caplog.text for name in late)
 
 
+def test_a_push_from_a_folder_that_is_read_only(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def write_bytes(path: Path, *args: Any, **more: Any) -> None:
+        raise CheckpointError(f"could not write {path}: Read-only file system; free some space, or write elsewhere")
+
+    monkeypatch.setattr(push_module, "log_in", lambda token: None)
+    monkeypatch.setattr(push_module, "_download", lambda *args: None)
+    monkeypatch.setattr(push_module, "upload", lambda job, api: UploadResult("https://hub", "0" * 40))
+    monkeypatch.setattr(push_module, "write_bytes", write_bytes)
+    assert push_module.push(PushRequest(folder, "org/small"))[1].url == "https://hub"
+    assert f"the model is on the Hub, but its new card and records are not in {folder}: could not write" in caplog.text
+
+
 def test_a_name_that_is_not_utf_8(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open(os.fsencode(folder) + b"/caf\xe9.json", "wb"):
         pass

@@ -120,7 +120,10 @@ def push(request: PushRequest) -> tuple[Plan, UploadResult]:
             sha256=contents.sha256,
         )
         done = upload(job, api)
-        _copy_back(contents, source, before)
+        try:
+            _copy_back(contents, source, before)
+        except (CheckpointError, OSError) as error:  # the folder may be read-only
+            logger.warning("the model is on the Hub, but its new card and records are not in %s: %s", source, error)
         return plan, done
 
 
