@@ -274,6 +274,27 @@ def test_a_folder_and_a_mixture_of_folders(tmp_path: Path) -> None:
         assert [row["messages"][1]["calls"] for row in mixed["train"]] == [{"test": 1}, {"test": 2}] * 2
 
 
+def test_paths_in_a_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come from YAML, where no shell replaces `~`; and `datasets` takes them for patterns."""
+    from trl import DatasetMixtureConfig
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in ("a1", "a[1]"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "b.jsonl").write_text(json.dumps({"text": folder}) + "\n")
+        Dataset.from_list([{"text": folder}]).to_parquet(tmp_path / folder / "c.parquet")
+    for kind, name in (("json", "b.jsonl"), ("parquet", "c.parquet")):
+        for files in (f"~/a1/{name}", [f"~/a1/{name}"], {"train": f"~/a1/{name}"}):
+            part = {"path": kind, "data_files": files}
+            assert load_mixture(DatasetMixtureConfig(datasets=[part]))["train"].to_list() == [{"text": "a1"}]
+        part = {"path": kind, "data_dir": "~/a[1]"}
+        with pytest.raises(CheckpointError, match=r"a\[1\] has one of"):
+            load_mixture(DatasetMixtureConfig(datasets=[part]))
+    part = {"path": "json", "data_files": "~/b[1].jsonl"}
+    with pytest.raises(CheckpointError, match="no file matches"):
+        load_mixture(DatasetMixtureConfig(datasets=[part]))
+
+
 def test_what_a_mixture_holds_out_is_drawn_by_the_seed(tmp_path: Path) -> None:
     from trl import DatasetMixtureConfig
 

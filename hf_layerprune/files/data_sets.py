@@ -37,24 +37,27 @@ def find_json_files(path: str, **where: Any) -> dict[str, list[Path]] | None:
         `dict[str, list[Path]]` or `None`: The files of each split; `None` if this is not a data set of local JSON files.
 
     Raises:
-        CheckpointError: A file is packed, or only a field of it is the data set; or the folder's path is a pattern.
+        CheckpointError: A file is packed, or only a field of it is the data set; no file matches; or a folder's path
+            is a pattern.
     """
     from datasets import load_dataset_builder
     from datasets.packaged_modules.json.json import Json
 
     if Path(path).suffix.lower() in SUFFIXES and Path(path).is_file():
         return {"train": [Path(path)]}
+    for folder in filter(None, (path, where.get("data_dir"))):
+        real = os.path.realpath(os.path.expanduser(folder))
+        if os.path.isdir(real) and glob.has_magic(real):  # `datasets` would read the folders that match
+            raise CheckpointError(f"the path {real} has one of *?[ in it; rename the folder")
     if path != "json" and not Path(path).is_dir():
         return None
-    if path != "json" and glob.has_magic(
-        os.path.realpath(path)
-    ):  # as which `datasets` would read it, and find the files of other folders
-        raise CheckpointError(f"the path {os.path.realpath(path)} has one of *?[ in it; rename the folder")
     builder = load_dataset_builder(path, **where)
     names: Mapping[str, Sequence[str]] = builder.config.data_files or {}
     files = {str(split): [Path(name) for name in of_split] for split, of_split in names.items()}
     if not isinstance(builder, Json) or not all(path.is_file() for paths in files.values() for path in paths):
         return None
+    if not all(files.values()):
+        raise CheckpointError(f"no file matches {where.get('data_files')}; *, ? and [ in it are those of a pattern")
     for path_of_rows in (path for paths in files.values() for path in paths):
         if path_of_rows.suffix.lower() not in SUFFIXES:
             raise CheckpointError(f"{path_of_rows} is not a .json or .jsonl file; unpack or rename it")

@@ -117,7 +117,11 @@ def load_mixture(mixture: DatasetMixtureConfig, seed: int = 42) -> DatasetDict:
 
 def _json_to_arrow(part: DatasetConfig) -> DatasetConfig:
     """A part of a mixture; if it is of local JSON files, with the same rows in Arrow's format."""
+    from datasets.utils.py_utils import map_nested
+
     part = replace(part, path=os.path.expanduser(part.path))
+    if part.data_files:
+        part = replace(part, data_files=map_nested(os.path.expanduser, part.data_files))
     files = find_json_files(part.path, name=part.name, data_dir=part.data_dir, data_files=part.data_files)
     if files is None:
         return part
