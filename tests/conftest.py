@@ -17,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tests run in one process per core, so neither they nor their subprocesses need more threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -27,6 +28,8 @@ from . import gguf_makers, tiny_models
 
 torch.set_num_threads(1)
 gguf_makers.read_once()
+# Where a stream of Parquet rows ends, datasets waits for 5 seconds, lest the interpreter end before PyArrow's threads.
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 # A shell's background jobs ignore Ctrl-C and hand that on to what they start, which some tests stop with it.
