@@ -144,8 +144,9 @@ def sum_normal_equations(
     for held_out, (features, change, weights) in split_held_out(rows, batches):
         if held_out not in sums:
             sums[held_out] = NormalEquations(features.shape[-1], change.shape[-1], features.device)
-        factor = weights.sqrt() if held_out else 1.0
-        sums[held_out].add(features * factor, change * factor)
+        if held_out:
+            features, change = features * weights.sqrt(), change * weights.sqrt()
+        sums[held_out].add(features, change)
     return sums[False], sums[True]
 
 
@@ -175,9 +176,7 @@ class LinearFitter(Fitter):
     """
 
     fit: Fit  # of the last block
-    weights: list[
-        torch.Tensor
-    ]  # of the tokens of each batch, from what the module in front of the block reads or writes
+    weights: list[torch.Tensor]  # of the tokens of each batch; from the first features of the block, for all its fits
 
     def __init__(self, walk: LayerWalk, cuts: list[tuple[int, int]], method: str) -> None:
         super().__init__(walk, cuts)
