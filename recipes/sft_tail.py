@@ -351,8 +351,7 @@ def finish(
     elif hub is not None:
         from hf_layerprune.publish.hub.push import push
 
-        _, done = push(hub)
-        logger.info("pushed to %s", done.url)
+        logger.info("pushed to %s", push(hub).model.url)
     return missed
 
 

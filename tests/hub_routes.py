@@ -134,7 +134,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json(answer)
 
     def tree(self, repo: str, revision: str, folder: str) -> None:
-        files = self.server.hub.at(repo, self.token, revision).files
+        found, commit = self.server.hub.repo(repo, self.token), self.server.hub.at(repo, self.token, revision)
+        files = commit.files
         top = folder.strip("/") + "/" if folder.strip("/") else ""
         inside = {name: file for name, file in files.items() if name.startswith(top)}
         if not inside and top:
@@ -148,6 +149,11 @@ class Handler(BaseHTTPRequestHandler):
             entries[name] = {"type": "file", "oid": file.blob_id, "size": file.size, "path": name}
             if file.sha256:
                 entries[name]["lfs"] = {"oid": file.sha256, "size": file.size, "pointerSize": file.pointer_size}
+            if self.flag("expand"):
+                last = commit
+                while (earlier := found.at(last.parent or "")) and earlier.files.get(name) == file:
+                    last = earlier
+                entries[name]["lastCommit"] = {"id": last.id, "title": last.title, "date": EPOCH}
         if not self.flag("recursive"):
             entries = {path: entry for path, entry in entries.items() if "/" not in path.removeprefix(top)}
         self.send_json(list(entries.values()))

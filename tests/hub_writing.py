@@ -35,6 +35,10 @@ class WritingHandler(Handler):
         )
         self.send_json({"url": f"{self.server.hub.endpoint}/{repo}", "name": repo, "private": bool(private)})
 
+    def auth_check(self, repo: str) -> None:
+        self.server.hub.writable(repo, self.token)
+        self.send_json({})
+
     def validate_yaml(self) -> None:
         asked = self.read_json()
         errors, warnings = check_card(asked["content"], asked.get("repoType") or "model")
@@ -169,6 +173,7 @@ def check_card(content: str, kind: str) -> tuple[list[str], list[str]]:
 
 WRITING_ROUTES: list[Route] = [
     ("GET", re.compile("/api/whoami-v2"), WritingHandler.whoami),
+    ("GET", re.compile(f"{API}/auth-check/write"), WritingHandler.auth_check),
     ("POST", re.compile("/api/repos/create"), WritingHandler.create_repo),
     ("POST", re.compile("/api/validate-yaml"), WritingHandler.validate_yaml),
     ("POST", re.compile(f"{API}/secrets"), WritingHandler.add_secret),

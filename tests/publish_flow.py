@@ -207,7 +207,7 @@ def branches_and_proposals(hub: HubServer, place: Path, out: dict[str, Any]) -> 
     # A user without write permission opens a pull request.
     api = HfApi(token=READER)
     job = upload.UploadJob("org/open", {"config.json": folder / "config.json"}, create_pr=True, message="Mine")
-    out["reader"] = upload.upload(job, api).pull_request
+    out["reader"] = upload.prepare_upload(job, api)().pull_request
     out["proposed"] = cli("push", folder, "org/open", "--create-pr")
     out["proposed again"] = cli("push", folder, "org/open", "--create-pr")
     out["another proposed"] = cli("push", place / "side", "org/open", "--create-pr")

@@ -19,7 +19,7 @@ from hf_layerprune.files.hub import Repo
 from hf_layerprune.publish.card.writing import EVAL_MARK, record_declarations, write_card
 from hf_layerprune.publish.hub import leaks, push as push_module
 from hf_layerprune.publish.hub.push import plan_push
-from hf_layerprune.publish.hub.upload import PushError, UploadJob, UploadResult
+from hf_layerprune.publish.hub.upload import PushError, UploadResult
 from hf_layerprune.publish.requests import CardRequest, PushRequest, VerifyRequest
 from hf_layerprune.publish.verify.places import Base
 from hf_layerprune.records.licences import TABLE, DeclaredLicence
@@ -402,7 +402,7 @@ def test_what_a_push_changes_in_the_folder(
     for name in others:
         (folder / name).write_text("[]\n")
 
-    def upload(job: UploadJob, api: Any) -> UploadResult:
+    def commit() -> UploadResult:
         (folder / ".eval_results" / "late.yaml").write_text(f"{EVAL_MARK}[]\n")
         (folder / "assets" / "curve.png").write_text("drawn late, for records that came late")
         (folder / "README.md").write_text("Mine, written late.\n")
@@ -412,7 +412,8 @@ def test_what_a_push_changes_in_the_folder(
 
     monkeypatch.setattr(push_module, "log_in", lambda token: None)
     monkeypatch.setattr(push_module, "_download", lambda *args: None)
-    monkeypatch.setattr(push_module, "upload", upload)
+    monkeypatch.setattr(push_module, "ensure_repository", lambda job, api: None)
+    monkeypatch.setattr(push_module, "prepare_upload", lambda job, api: commit)
     before = set(snapshot(folder)) | kept
     push_module.push(PushRequest(folder, "org/small"))
     after = snapshot(folder)
@@ -430,9 +431,10 @@ def test_a_push_from_a_folder_that_is_read_only(
 
     monkeypatch.setattr(push_module, "log_in", lambda token: None)
     monkeypatch.setattr(push_module, "_download", lambda *args: None)
-    monkeypatch.setattr(push_module, "upload", lambda job, api: UploadResult("https://hub", "0" * 40))
+    monkeypatch.setattr(push_module, "ensure_repository", lambda job, api: None)
+    monkeypatch.setattr(push_module, "prepare_upload", lambda job, api: lambda: UploadResult("https://hub", "0" * 40))
     monkeypatch.setattr(push_module, "write_bytes", write_bytes)
-    assert push_module.push(PushRequest(folder, "org/small"))[1].url == "https://hub"
+    assert push_module.push(PushRequest(folder, "org/small")).model.url == "https://hub"
     assert f"the model is on the Hub, but its new card and records are not in {folder}: could not write" in caplog.text
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import requires
@@ -18,7 +19,8 @@ from packaging.requirements import Requirement
 from hf_layerprune import CutError, __version__
 from hf_layerprune.cli import main
 from hf_layerprune.errors import CheckpointError
-from hf_layerprune.publish.space import build_space, secret_from_env
+from hf_layerprune.publish.hub.space import secret_from_env
+from hf_layerprune.publish.space import build_space
 from tests.chat_models import pruned_model, tiny_chat_model
 from tests.compat import STACKS
 from tests.hub_repo import Repo
@@ -217,6 +219,77 @@ def test_another_space_is_not_replaced(
     assert "org/unseen" not in hub.repos
     done = push(str(folder / "pruned"), "org/unseen", "--space", "org/game")
     assert "org/game is a folder that is only served" in done.stderr  # by the stand-in, which was to write to it
+
+
+@pytest.mark.parametrize(
+    ("model", "space", "made"),
+    [("org/first", "theirs/new", ["org/first"]), ("org/first", "theirs/chat", []), ("theirs/model", "org/new", [])],
+)
+def test_what_may_not_be_written_is_refused_before_anything_is_sent(
+    hub: HubServer, push: Callable[..., Pushed], folder: Path, model: str, space: str, made: list[str]
+) -> None:
+    before = dict(hub.repos)
+    hub.writers["hf_all"] = None
+    assert push(str(folder / "pruned"), "theirs/model", "--space", "theirs/chat", HF_TOKEN="hf_all").returncode == 0
+    heads = {name: hub.repos[name].at("main").id for name in ("theirs/model", "spaces/theirs/chat")}
+    present = set(hub.repos)
+    try:
+        done = push(str(folder / "pruned"), model, "--space", space, HF_TOKEN="hf_write")
+        assert done.returncode == 1
+        refused = f"the Space {space}" if space.startswith("theirs") else model
+        assert f"this token may not write to {refused} (" in done.stderr
+        assert ("--create-pr" in done.stderr) == (model == "theirs/model")
+        assert sorted(hub.repos.keys() - present) == made  # of which nobody knows yet
+        assert all(hub.repos[name].at("main").parent is None for name in made)
+        assert heads == {name: hub.repos[name].at("main").id for name in heads}
+    finally:
+        hub.repos.clear()
+        hub.repos.update(before)
+
+
+def test_a_model_whose_space_fails_after_it(hub: HubServer, push: Callable[..., Pushed], folder: Path) -> None:
+    hub.status("/commit/main", 412, method="POST", prefix="/api/spaces/")
+    words = [str(folder / "pruned"), "org/half", "--space", "org/half-chat"]
+    done = push(*words)
+    assert done.returncode == 1
+    assert (
+        f"the model is on the Hub ({hub.endpoint}/org/half), but its Space is not: somebody else changed"
+        in done.stderr
+    )
+    assert "org/half-chat" in (folder / "pruned" / "README.md").read_text()
+    done = push(*words)
+    assert "nothing has changed" in done.stdout
+    assert "published: the Space" in done.stdout
+
+
+def test_changes_of_a_spaces_owner_are_not_replaced(hub: HubServer, push: Callable[..., Pushed], folder: Path) -> None:
+    def change(name: str, text: str) -> None:
+        content = b64encode(text.encode()).decode()
+        changes = {"key": "file", "value": {"path": name, "content": content}}
+        space.commit("main", [{"value": {"summary": f"Update {name}"}}, changes])
+
+    def text(name: str) -> str:
+        return space.at("main").files[name].path.read_text()
+
+    words = [str(folder / "pruned"), "org/owned", "--space", "org/owned-chat"]
+    assert push(*words).returncode == 0
+    space, app = hub.repos["spaces/org/owned-chat"], (Path("spaces") / "chat" / "app.py").read_text()
+    change("style.css", "body { color: red }")
+    change("notes.txt", "Mine.")
+    change("app.py", "# mine\n")
+    done = push(str(folder / "pruned"), "org/unseen", *words[2:])
+    assert done.returncode == 1
+    assert "app.py, style.css of the Space org/owned-chat would be replaced" in done.stderr
+    assert "org/unseen" not in hub.repos
+    assert text("app.py") == "# mine\n"
+    change("app.py", app)
+    done = push(*words, "--overwrite-space")
+    assert done.returncode == 0, done.stderr
+    assert text("style.css") != "body { color: red }"
+    assert text("notes.txt") == "Mine."
+    done = push(str(folder / "pruned"), "org/owned-too", *words[2:])  # what is ours changes: the model's name
+    assert done.returncode == 0, done.stderr
+    assert "org/owned-too" in text("README.md")
 
 
 def test_a_private_model_and_the_token_that_its_space_reads_it_with(

@@ -20,9 +20,7 @@ def run(request: Request) -> Result:
     from dataclasses import asdict
 
     from ..publish.hub.push import PushRefusedError, plan_push, push
-    from ..publish.space import publish_space, secret_from_env
 
-    secret = secret_from_env(request.space_secret)
     if request.dry_run:
         plan = plan_push(request)
         data: dict[str, Any] = {"files": plan.contents.files, "left_out": plan.contents.left_out}
@@ -37,10 +35,11 @@ def run(request: Request) -> Result:
         )
         return Result(summary, _lines(*_report(plan)), data, follow_up, exit_code=1 if plan.refusals else 0)
     try:
-        plan, done = push(request)
+        pushed = push(request)
     except PushRefusedError as error:
         return Result(data={"refusals": [asdict(check) for check in error.refusals]},
                       errors=tuple(check.text for check in error.refusals), exit_code=1)  # fmt: skip
+    plan, done, space = pushed.plan, pushed.model, pushed.space
     data = asdict(done) | {"warnings": [asdict(check) for check in plan.checks if check.level == "warning"]}
     lines = [f"{check.name}: {check.text}" for check in plan.checks if check.level == "warning"]
     if not done.added and not done.removed:
@@ -50,12 +49,11 @@ def run(request: Request) -> Result:
         summary = (
             f"pushed {pluralize(len(done.added), 'file')}{gone}: {done.pull_request or done.url} ({done.commit[:12]})"
         )
-    if request.space:
-        space, locked = publish_space(request, adapter=plan.contents.is_adapter, secret=secret)
+    if space:
         data["space"] = asdict(space)
-        stored = f", with the token of {request.space_secret} as its secret HF_TOKEN" if secret is not None else ""
+        stored = f", with the token of {request.space_secret} as its secret HF_TOKEN" if request.space_secret else ""
         lines.append(f"{'published' if space.added else 'unchanged'}: the Space {space.url}{stored}")
-        if locked and secret is None:  # one that the Space has can't be seen
+        if pushed.space_needs_secret:  # one that the Space has can't be seen
             lines.append(
                 "the model is private or gated, so the Space needs a secret HF_TOKEN to read it; if it has none yet, add it on "
                 "the Space's page, or use --space-secret"

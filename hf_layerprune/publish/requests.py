@@ -63,6 +63,7 @@ class PushRequest(RequireOptions):
     overwrite_card: bool = option(False, "Overwrite changes that were made to the card on the Hub")
     allow_miss: bool = option(False, "Push a model that misses its requirements; its card says so")
     space: str | None = option(None, "Also publish a chat with the model as this Space", _kind("REPO_ID"))
+    overwrite_space: bool = option(False, "Overwrite changes that were made to the files of the Space on the Hub")
     space_secret: str | None = option(
         None,
         "Environment variable with a token that the Space uses to read a private or gated model",

@@ -1,4 +1,4 @@
-"""A Space for trying a model: written for a model on the Hub, and published there or served on this machine.
+"""A Space for trying a model: written for a model on the Hub, or served on this machine.
 
     build_space(Path("space"), model_repo_id="me/pruned", model=Path("pruned"))
 
@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 from huggingface_hub.repocard import metadata_load, metadata_save
 
-from ..errors import CheckpointError, CutError
+from ..errors import CheckpointError
 from ..families.multimodal import packages_of
 from ..files.folders import new_folder
 from ..files.json_file import read_object
@@ -38,13 +38,9 @@ from ..records.quantized import quantization_method, quantization_package
 from ..runtime.config_file import read_config_file
 from ..runtime.loading import is_hub_id, read_checked_config, resolve_base
 from ..versions import __version__
-from .hub.contents import find_model
-from .hub.upload import UploadJob, UploadResult, log_in, push_errors, upload
-from .requests import ChatRequest, PushRequest
+from .requests import ChatRequest
 
 logger = logging.getLogger(__name__)
-
-MESSAGE = "Upload a chat with hf-layerprune"
 
 
 def build_space(
@@ -77,32 +73,6 @@ def build_space(
         metadata_save(staging / CARD, fields)
         with (staging / "requirements.txt").open("a", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in _requirements_of(model, adapter, token))
-
-
-def publish_space(request: PushRequest, *, adapter: bool, secret: str | None) -> tuple[UploadResult, bool]:
-    """Publish a Space for a model that was pushed, in one commit; also return whether the model is private or gated.
-
-    A new Space of a private model is private, too; a public one would let everybody chat with the model. The
-    secret, which is a token that may read the model, is stored as the Space's own secret `HF_TOKEN`.
-
-    Raises:
-        PushError: The Hub refused.
-    """
-    repo_id, model = str(request.space), find_model(request)
-    with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as place:
-        folder = Path(place, "space")
-        build_space(folder, model_repo_id=request.repo_id, model=model, adapter=adapter, token=request.token)
-        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-        api = log_in(request.token)
-        with push_errors(repo_id):
-            info = api.model_info(request.repo_id)
-            new = not api.repo_exists(repo_id, repo_type="space")
-        private = request.private or bool(info.private and new)  # an existing one may be public on purpose
-        done = upload(UploadJob(repo_id, files, "space", private=private, message=MESSAGE), api)
-    if secret is not None:
-        with push_errors(repo_id):
-            api.add_space_secret(repo_id, "HF_TOKEN", secret, description="Reads the model; stored by hf-layerprune")
-    return done, bool(info.private or info.gated)
 
 
 def serve(request: ChatRequest) -> str:
@@ -162,21 +132,6 @@ def _existing_model(model: str) -> str:
     if not Path(model, ADAPTER_CONFIG).expanduser().is_file():
         resolve_base(model)
     return str(Path(model).expanduser()) if not is_hub_id(model) else model
-
-
-def secret_from_env(variable: str | None) -> str | None:
-    """Read a token from an environment variable, so that it is not in the shell history; `None` without a name.
-
-    Raises:
-        CutError: The variable is not set.
-    """
-    if variable is None:
-        return None
-    if not (token := os.environ.get(variable)):  # the name is not repeated: it may be the token itself
-        raise CutError(
-            "--space-secret names an environment variable that is not set; specify the one that holds the token"
-        )
-    return token
 
 
 def _local_base_of(model: Path) -> str | None:

@@ -42,7 +42,8 @@ from ..card.writing import (
 from ..requests import CardRequest, PushRequest
 from .checks import REFUSAL, Check, run_checks
 from .contents import Contents, find_model, is_managed, list_contents
-from .upload import PushError, UploadJob, UploadResult, check_privacy, log_in, push_errors, upload
+from .space import plan_space, prepare_space, secret_from_env
+from .upload import PushError, UploadJob, UploadResult, ensure_repository, log_in, prepare_upload, push_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -66,6 +67,23 @@ class Plan:
         return [check for check in self.checks if check.level == REFUSAL]
 
 
+@dataclass(frozen=True)
+class Pushed:
+    """What a push did.
+
+    Args:
+        plan (`Plan`): What was pushed, and the checks.
+        model (`UploadResult`): The upload of the model.
+        space (`UploadResult`, *optional*): The upload of its Space, if one was asked for.
+        space_needs_secret (`bool`): Whether the Space needs a secret to read the model, and none was given.
+    """
+
+    plan: Plan
+    model: UploadResult
+    space: UploadResult | None = None
+    space_needs_secret: bool = False
+
+
 class PushRefusedError(PushError):
     """Checks failed before the push; `refusals` are their outcomes."""
 
@@ -79,27 +97,32 @@ def plan_push(request: PushRequest) -> Plan:
 
     Raises:
         CheckpointError: There is no model, or its card can't be written.
+        CutError: There is no token for the Space where `space_secret` says.
     """
+    secret_from_env(request.space_secret)
     with _staged(request) as (plan, _, _):
         return plan
 
 
-def push(request: PushRequest) -> tuple[Plan, UploadResult]:
-    """Push a model; return the checks, and what was uploaded.
+def push(request: PushRequest) -> Pushed:
+    """Push a model, and its Space. Both are sent before either is committed; a push that fails before may leave new
+    repositories empty, and the next one fills them.
 
     Raises:
         PushRefusedError: A check failed. Nothing was uploaded.
         PushError: The Hub refused the push. Nothing that a reader of the repository can see was changed.
         UnreachableError: The Hub could not be reached.
         CheckpointError: There is no model, or its card can't be written.
+        CutError: There is no token for the Space where `space_secret` says.
     """
+    secret = secret_from_env(request.space_secret)
     with _staged(request) as (plan, source, before):
         if plan.refusals:
             raise PushRefusedError(plan.refusals)
         contents, api = plan.contents, log_in(request.token)
-        if request.space:
-            _check_space(request, request.space, api)
-        remote = contents.folder.parents[1] / "on-the-hub"  # also in the temporary folder
+        temporary = contents.folder.parents[1]
+        space = plan_space(request, contents, temporary / "space", api) if request.space else None
+        remote = temporary / "on-the-hub"
         _merge_remote_card(request, contents.folder, _download(CARD, request, api, remote))
 
         def removable(name: str) -> bool:
@@ -119,12 +142,20 @@ def push(request: PushRequest) -> tuple[Plan, UploadResult]:
             removable=removable,
             sha256=contents.sha256,
         )
-        done = upload(job, api)
+        ensure_repository(job, api)
+        # The Space is small. What can be refused of it should not be after the hours that weights may take.
+        commit_space, closed = prepare_space(request, space, api, secret) if space else (None, False)
+        done = prepare_upload(job, api)()
         try:
             _copy_back(contents, source, before)
         except (CheckpointError, OSError) as error:  # the folder may be read-only
             logger.warning("the model is on the Hub, but its new card and records are not in %s: %s", source, error)
-        return plan, done
+        if commit_space is None:
+            return Pushed(plan, done)
+        try:
+            return Pushed(plan, done, commit_space(), closed and secret is None)
+        except CheckpointError as error:
+            raise type(error)(f"the model is on the Hub ({done.url}), but its Space is not: {error}") from error
 
 
 @contextmanager
@@ -177,20 +208,6 @@ def _copy_or_link(path: Path, target: Path) -> None:
     shutil.copyfile(path, target, follow_symlinks=False)
     if target.is_symlink():
         raise CheckpointError(f"{path} became a link while it was read; replace it with the file itself")
-
-
-def _check_space(request: PushRequest, repo_id: str, api: HfApi) -> None:
-    """Refuse a Space that is something other than a chat of ours, since its files would be replaced, or wrongly public."""
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    with push_errors(repo_id), suppress(RepositoryNotFoundError):
-        info = api.space_info(repo_id)
-        check_privacy(repo_id, info, private=request.private)
-        names = {one.rfilename for one in info.siblings or ()} - {CARD, ".gitattributes", ".gitignore"}
-        if not names >= {"about.py", "source.py"} and not all(map(is_licence_file, names)):
-            raise PushError(
-                f"{repo_id} exists, and is not a chat of hf-layerprune, which would replace it; choose another name"
-            )
 
 
 def _copy_back(contents: Contents, source: Path, before: Mapping[str, FileState]) -> None:

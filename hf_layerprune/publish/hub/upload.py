@@ -1,6 +1,8 @@
 """Uploads files to a repository on the Hub in a single commit, or none if nothing has changed.
 
-    upload(UploadJob("org/name", {"config.json": Path("pruned/config.json"), ...}), log_in())
+    job, api = UploadJob("org/name", {"config.json": Path("pruned/config.json"), ...}), log_in()
+    ensure_repository(job, api)
+    result = prepare_upload(job, api)()
 
 Large files are first sent to storage, where nobody sees them; then one commit refers to all of them. Until then, the
 branch is unchanged. Files that the Hub already has are not sent again: repeating an upload makes no commit, and an
@@ -30,8 +32,7 @@ _RETRY_HINT = "run the same command again: files that have arrived are not sent 
 # What the Hub's refusals mean, by their status.
 _STATUS_MESSAGES = {
     401: "the token for {repo} is not valid, or has expired; log in again with `hf auth login`",
-    403: "this token may not write to {repo} ({reason}); use one that may, push to another repository, or open a pull request "
-    "with --create-pr",
+    403: "this token may not write to {repo} ({reason}); use one that may, or push to another repository{proposal}",
     412: "somebody else changed {repo} in the meantime; run the command again",
 }
 
@@ -69,7 +70,7 @@ class UploadJob:
 
     def differences(self, remote: dict[str, Any]) -> tuple[list[str], list[str]]:
         """The files to add or replace, and those to remove, given the entries of the repository by path."""
-        added = [name for name, path in self.files.items() if not _is_unchanged(path, remote.get(name))]
+        added = [name for name, path in self.files.items() if not is_unchanged(path, remote.get(name))]
         return added, [name for name in remote if name not in self.files and self.removable(name)]
 
 
@@ -120,32 +121,30 @@ def log_in(token: str | bool | None = None) -> HfApi:
     return api
 
 
-def upload(job: UploadJob, api: HfApi) -> UploadResult:
-    """Upload files in one commit, with the client from `log_in`.
+def prepare_upload(job: UploadJob, api: HfApi) -> Callable[[], UploadResult]:
+    """Send what a commit will refer to, to a repository from `ensure_repository`; returns the function that commits.
 
-    Raises:
+    Both raise:
         PushError: The Hub refused. What a reader sees is unchanged.
         UnreachableError: The Hub did not answer. A reader sees the old state or the whole new one.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    with push_errors(job.repo_id):
-        _ensure_repository(job, api)
+    with push_errors(job.repo_id, job.kind):
         url = f"{api.endpoint}/{'' if job.kind == 'model' else 'spaces/'}{job.repo_id}"
         url += f"/tree/{job.revision}" if job.revision else ""
         if job.revision and not job.revision.startswith("refs/pr/"):
             api.create_branch(job.repo_id, branch=job.revision, repo_type=job.kind, exist_ok=True)
         for proposal in _own_pull_requests(job, api):  # the same pull request is not opened twice
-            head, remote = _list_files(job, api, f"refs/pr/{proposal.num}")
+            head, remote = list_files(job, api, f"refs/pr/{proposal.num}")
             if job.differences(remote) == ([], []):
-                return UploadResult(url, head, pull_request=proposal.url)
-        head, remote = _list_files(job, api, job.revision)
+                found = UploadResult(url, head, pull_request=proposal.url)
+                return lambda: found
+        head, remote = list_files(job, api, job.revision)
         added, removed = job.differences(remote)
         if not added and not removed:
-            return UploadResult(url, head)
+            return lambda: UploadResult(url, head)
         sent = [CommitOperationAdd(name, str(job.files[name])) for name in added]
-        if CARD in added:  # the commit has it checked too, but large files are sent before that
-            _check_card(job.files[CARD], job.kind, api)
         api.preupload_lfs_files(
             job.repo_id, sent, repo_type=job.kind, revision=job.revision, create_pr=job.create_pr, free_memory=False
         )
@@ -153,16 +152,21 @@ def upload(job: UploadJob, api: HfApi) -> UploadResult:
             checked = job.sha256.get(one.path_in_repo)
             if checked is not None and checked != one.upload_info.sha256.hex():
                 raise PushError(f"{one.path_in_repo} was changed while it was being pushed; run the command again")
-        commit = api.create_commit(
-            job.repo_id,
-            [*sent, *(CommitOperationDelete(name) for name in removed)],
-            commit_message=job.message,
-            repo_type=job.kind,
-            revision=job.revision,
-            create_pr=job.create_pr,
-            parent_commit=head,
-        )
-        return UploadResult(url, commit.oid, tuple(added), tuple(removed), commit.pr_url)
+
+    def commit() -> UploadResult:
+        with push_errors(job.repo_id, job.kind):
+            made = api.create_commit(
+                job.repo_id,
+                [*sent, *(CommitOperationDelete(name) for name in removed)],
+                commit_message=job.message,
+                repo_type=job.kind,
+                revision=job.revision,
+                create_pr=job.create_pr,
+                parent_commit=head,
+            )
+        return UploadResult(url, made.oid, tuple(added), tuple(removed), made.pr_url)
+
+    return commit
 
 
 def _check_card(path: Path, kind: str, api: HfApi) -> None:
@@ -196,20 +200,28 @@ def check_privacy(repo_id: str, info: Any, *, private: bool) -> None:
         )
 
 
-def _ensure_repository(job: UploadJob, api: HfApi) -> None:
-    """Find the repository, or create it."""
+def ensure_repository(job: UploadJob, api: HfApi) -> None:
+    """Find the repository, or create it, with the client from `log_in`.
+
+    Raises:
+        PushError: The Hub refused it, or the card that it is for; or it is public although a private one is asked for.
+        UnreachableError: The Hub did not answer.
+    """
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    try:
-        info = api.repo_info(job.repo_id, repo_type=job.kind)
-        check_privacy(job.repo_id, info, private=job.private)
-        return
-    except RepositoryNotFoundError:
-        if job.create_pr:
-            text = f"there is no {job.kind} {job.repo_id} to open a pull request for; omit --create-pr"
-            raise PushError(text) from None
-    sdk, private = "gradio" if job.kind == "space" else None, job.private or None
-    api.create_repo(job.repo_id, repo_type=job.kind, private=private, space_sdk=sdk, exist_ok=True)
+    with push_errors(job.repo_id, job.kind):
+        if CARD in job.files:  # the commit has it checked too, but large files are sent before that
+            _check_card(job.files[CARD], job.kind, api)
+        try:
+            info = api.repo_info(job.repo_id, repo_type=job.kind)
+            check_privacy(job.repo_id, info, private=job.private)
+            return
+        except RepositoryNotFoundError:
+            if job.create_pr:
+                text = f"there is no {job.kind} {job.repo_id} to open a pull request for; omit --create-pr"
+                raise PushError(text) from None
+        sdk, private = "gradio" if job.kind == "space" else None, job.private or None
+        api.create_repo(job.repo_id, repo_type=job.kind, private=private, space_sdk=sdk, exist_ok=True)
 
 
 def _own_pull_requests(job: UploadJob, api: HfApi) -> Iterator[Any]:
@@ -221,14 +233,17 @@ def _own_pull_requests(job: UploadJob, api: HfApi) -> Iterator[Any]:
         yield from (one for one in opened if one.title == job.message)
 
 
-def _list_files(job: UploadJob, api: HfApi, revision: str | None) -> tuple[str, dict[str, Any]]:
-    """The latest commit of a branch, and its files."""
+def list_files(
+    job: UploadJob, api: HfApi, revision: str | None = None, *, expand: bool = False
+) -> tuple[str, dict[str, Any]]:
+    """The latest commit of a branch, and its files; with `expand`, each with the last commit that changed it."""
     head = str(api.repo_info(job.repo_id, repo_type=job.kind, revision=revision).sha)
-    entries = api.list_repo_tree(job.repo_id, recursive=True, repo_type=job.kind, revision=head)
+    entries = api.list_repo_tree(job.repo_id, recursive=True, expand=expand, repo_type=job.kind, revision=head)
     return head, {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
 
 
-def _is_unchanged(path: Path, entry: Any) -> bool:
+def is_unchanged(path: Path, entry: Any) -> bool:
+    """Whether a file is the same as one in a repository; `None` for one that is not there."""
     from huggingface_hub.utils.sha import git_hash
 
     if entry is None or entry.size != path.stat().st_size:
@@ -239,7 +254,7 @@ def _is_unchanged(path: Path, entry: Any) -> bool:
 
 
 @contextmanager
-def push_errors(repo_id: str) -> Iterator[None]:
+def push_errors(repo_id: str, kind: str = "model") -> Iterator[None]:
     """Turn exceptions of the client into one line that says what, where, and the way out.
 
     Raises:
@@ -248,6 +263,7 @@ def push_errors(repo_id: str) -> Iterator[None]:
     """
     from huggingface_hub import errors
 
+    repo = repo_id if kind == "model" else f"the {kind.capitalize()} {repo_id}"
     try:
         yield
     except CheckpointError:
@@ -259,12 +275,13 @@ def push_errors(repo_id: str) -> Iterator[None]:
         reason, response = cause_of(error), getattr(error, "response", None)
         status = 0 if response is None else response.status_code
         if isinstance(error, transport_error()):
-            raise UnreachableError(f"can't reach the Hub for {repo_id} ({reason}); {_RETRY_HINT}") from raised
+            raise UnreachableError(f"can't reach the Hub for {repo} ({reason}); {_RETRY_HINT}") from raised
         if status in _TEMPORARY_STATUSES:
             pause = error.response.headers.get("Retry-After")
             later = f"wait {pause} s, and then " if pause else ""
-            raise UnreachableError(f"the Hub answers {status} for {repo_id}; {later}{_RETRY_HINT}") from raised
+            raise UnreachableError(f"the Hub answers {status} for {repo}; {later}{_RETRY_HINT}") from raised
         if isinstance(error, errors.RevisionNotFoundError):
-            raise PushError(f"{repo_id} has no such branch or pull request; check --revision") from raised
+            raise PushError(f"{repo} has no such branch or pull request; check --revision") from raised
         text = _STATUS_MESSAGES.get(status, "{repo} was not pushed: {reason}")
-        raise PushError(text.format(repo=repo_id, reason=reason)) from raised
+        proposal = ", or open a pull request with --create-pr" if kind == "model" else ""
+        raise PushError(text.format(repo=repo, reason=reason, proposal=proposal)) from raised
