@@ -3,7 +3,7 @@
 python -m tests.compat                    the fast tests, the matrix and the floors' own test files in all stacks but torch's
 python -m tests.compat torch-2.8          torch's floor, which pip downloads with its dependencies
 python -m tests.compat floor newest       some stacks
-python -m tests.compat --smoke            a few test files at the floor and at the newest
+python -m tests.compat --smoke            a few test files at the floor
 
 Each stack is an overlay: its packages, without their dependencies, in a folder under `.compat/` that precedes the
 environment on the path. With transformers 5.4, tests skip the model types that it lacks or that are broken in it. The
@@ -18,7 +18,6 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
@@ -233,7 +232,7 @@ def main() -> int:
     """Build the overlays, run the tests and the matrix in them, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stacks", nargs="*", help=f"of {', '.join(STACKS)}; all by default")
-    parser.add_argument("--smoke", action="store_true", help="a few test files at the floor and at the newest")
+    parser.add_argument("--smoke", action="store_true", help="a few test files at the floor")
     parser.add_argument("--only", choices=("tests", "matrix"), help="one of the two")
     parser.add_argument("--types", nargs="*", default=[], help="only these rows of the matrix; the others stay")
     parser.add_argument("--prove", type=Path, help=argparse.SUPPRESS)
@@ -241,20 +240,15 @@ def main() -> int:
     if args.prove:
         prove_all(args.prove, args.types)
         return 0
-    names = args.stacks or (
-        ["floor", "newest"] if args.smoke else [n for n, s in STACKS.items() if not s.only_by_name]
-    )
+    names = args.stacks or (["floor"] if args.smoke else [n for n, s in STACKS.items() if not s.only_by_name])
     if unknown := [name for name in names if name not in STACKS]:
         parser.error(f"no stack {unknown[0]}; there are {', '.join(STACKS)}")
     OVERLAYS.mkdir(exist_ok=True)
     results, failed = {}, False
-    if args.smoke:  # these are short, so all stacks run at once
-        with ThreadPoolExecutor(len(names)) as pool:
-            results = dict(zip(names, pool.map(lambda name: test(name, SMOKE), names), strict=True))
     for name in names:
         stack = STACKS[name]
         if args.only != "matrix":
-            results[name] = results.get(name) or test(name, stack.tests)
+            results[name] = test(name, SMOKE if args.smoke else stack.tests)
             failed |= bool(results[name]["failed"]) or not results[name]["passed"]
             print(f"{name}: {json.dumps(results[name])}", flush=True)
         if stack.matrix and not args.smoke and args.only != "tests":
