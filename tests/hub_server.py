@@ -78,6 +78,7 @@ class HubServer:
     ) -> None:
         self.repos: dict[str, Repo] = {repo_id: Repo(Path(folder)) for repo_id, folder in (repos or {}).items()}
         self.private, self.gated = set(private), set(gated)
+        self.closed: set[str] = set()  # namespaces in which a repository is private unless its maker says otherwise
         self.tokens, self.writers = dict(tokens or {}), dict(writers or {})
         self.endpoint = self.cdn_endpoint = ""
         self._secret = secrets.token_bytes(16)

@@ -29,7 +29,8 @@ class WritingHandler(Handler):
             raise Refusal(400, f"Invalid repository type or name: {kind} {asked.get('name')}")
         if kind == "space" and asked.get("sdk") not in ("gradio", "docker", "static"):
             raise Refusal(400, f"Invalid Space SDK: {asked.get('sdk')}")
-        private = asked.get("private") or asked.get("visibility") == "private"
+        default = "private" if asked.get("organization") in self.server.hub.closed else "public"
+        private = asked.get("private") or asked.get("visibility", default) == "private"
         repo = self.server.hub.create(
             self.token, kind, asked.get("organization"), asked["name"], private, asked.get("sdk")
         )
@@ -133,17 +134,21 @@ class WritingHandler(Handler):
     def discussions(self, repo: str) -> None:
         found = self.server.hub.repo(repo, self.token)
         kind, name = ("model", repo) if repo.count("/") < 2 else (repo.split("s/")[0], repo.split("/", 1)[1])
+        titles, merged = getattr(found, "titles", []), getattr(found, "merged", set())
+        status = {number: "merged" if number in merged else "open" for number in range(1, len(titles) + 1)}
+        asked = parse_qs(self.query).get("status", ["all"])[0]
         listed = [
             {
                 "num": number,
                 "title": title,
                 "author": {"name": self.server.hub.user},
                 "createdAt": EPOCH,
-                "status": "open",
+                "status": status[number],
                 "repo": {"name": name, "type": kind},
                 "isPullRequest": True,
             }
-            for number, title in enumerate(getattr(found, "titles", []), 1)
+            for number, title in enumerate(titles, 1)
+            if asked in ("all", status[number])
         ]
         self.send_json({"discussions": listed, "count": len(listed), "start": 0})
 

@@ -33,6 +33,7 @@ class WrittenRepo(Repo):
         self.secrets: dict[str, str] = {}  # of a Space
         self._pulls: dict[str, str] = {}
         self.titles: list[str] = []  # of the pull requests
+        self.merged: set[int] = set()
         folder.mkdir(parents=True)
         # A new repository on the Hub has one commit, with this file.
         rules = [f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in sorted(LFS_SUFFIXES)]
@@ -109,6 +110,7 @@ class WrittenRepo(Repo):
         """Merge a pull request."""
         with self._lock:
             self._branches["main"] = self._pulls[f"refs/pr/{number}"]
+            self.merged.add(number)
 
     def create_branch(self, name: str, start: str) -> None:
         """Add a branch."""

@@ -216,6 +216,8 @@ def branches_and_proposals(hub: HubServer, place: Path, out: dict[str, Any]) -> 
     hub.repos["org/open"].merge(2)
     out["merged"] = files(hub, "org/open") == snapshot(folder)
     out["nothing to do"] = cli("push", folder, "org/open")
+    out["what is proposed"] = cli("push", place / "side", "org/open")
+    out["of a closed one"] = cli("push", folder, "org/open", "--create-pr")
     out["of nothing"] = cli("push", folder, "org/absent", "--create-pr")
     out["no branch"] = cli("push", folder, "org/open", "--revision", "refs/pr/9")
 
@@ -257,12 +259,17 @@ def two_authors(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
     edit("poems.", "long poems.")
     out["both"] = cli("push", folder, "org/shared")
     edit("long poems.", "poems.")
+    edit("text: Hi", "text: Hello")
+    out["field"] = cli("push", folder, "org/shared")
+    edit("text: Hello", "text: Hi")
     edit("## Limits\n", "## Limits\n\n- None.\n")
     before = head(hub, "org/shared")
     out["inside"] = cli("push", folder, "org/shared")
     out["safe"] = head(hub, "org/shared") == before
     out["overwritten"] = cli("push", folder, "org/shared", "--overwrite-card")
     out["after"] = files(hub, "org/shared")["README.md"].decode()
+    api.upload_file(repo_id="org/shared", path_in_repo="README.md", path_or_fileobj=b"\xff\n")
+    out["not text"] = cli("push", folder, "org/shared")
 
 
 @scenario

@@ -165,6 +165,8 @@ def test_a_pull_request(found: Found) -> None:
     assert out["pulls"] == ["refs/pr/1", "refs/pr/2", "refs/pr/3"]
     assert out["merged"]
     assert "nothing has changed" in out["nothing to do"][1]
+    assert "pushed " in out["what is proposed"][1]
+    assert "/org/open/discussions/4" in out["of a closed one"][1]
     assert "there is no model org/absent to open a pull request for" in out["of nothing"][1]
 
 
@@ -191,6 +193,9 @@ def test_what_people_write_on_the_page_stays(found: Found) -> None:
     assert out["of both"].endswith("Measured at home.\n")
     assert out["both"][0] == 1
     assert "combine them in the folder" in out["both"][1]
+    assert out["field"][0] == 1
+    assert "differ in widget; combine them in the folder" in out["field"][1]
+    assert out["not text"][1].startswith("hf-layerprune: README.md of org/shared is not UTF-8")
 
 
 def test_what_people_write_inside_is_not_lost(found: Found) -> None:

@@ -53,9 +53,11 @@ def hub(folder: Path) -> Iterator[HubServer]:
 WORKER = """
 import contextlib, io, json, os, sys
 from hf_layerprune.cli import main
+usual = dict(os.environ)
 for line in sys.stdin:
     order = json.loads(line)
-    os.environ.update(order["env"])
+    os.environ.clear()
+    os.environ.update(usual | order["env"])
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(["push", *order["words"]])
@@ -141,17 +143,22 @@ def test_a_model_that_reads_images_needs_more_packages(folder: Path, tmp_path: P
         settings["base_model_name_or_path"] = str(tmp_path / name)
         (adapter / "adapter_config.json").write_text(json.dumps(settings))
         of_adapter = tmp_path / f"{name}-adapter-space"
-        build_space(of_adapter, model_repo_id="org/adapter", model=adapter, adapter=True)
+        build_space(of_adapter, model_repo_id="org/adapter", model=adapter)
         for one in (space, of_adapter):
             assert {"torchvision", "timm"} & set((one / "requirements.txt").read_text().splitlines()) == packages
 
 
-def test_an_adapter_of_a_local_base(folder: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_a_local_base(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It needs this package. Its base is not named, since a Space can't read a folder of this machine."""
-    space = tmp_path / "space"
-    build_space(space, model_repo_id="org/adapter", model=folder / "adapter", adapter=True)
-    assert str(requirements(space)["hf-layerprune"].specifier) == f"=={__version__}"
-    assert front_matter(space)["models"] == ["org/adapter"]
+    space, moved = tmp_path / "space", Path(shutil.copytree(folder / "adapter", tmp_path / "adapter"))
+    for model in (folder / "adapter", moved):
+        build_space(space, model_repo_id="org/adapter", model=model)
+        assert str(requirements(space)["hf-layerprune"].specifier) == f"=={__version__}"
+        assert front_matter(space)["models"] == ["org/adapter"]
+        assert ("may need more packages than" in caplog.text) == (model == moved)
+        shutil.rmtree(space)
+        settings = (moved / "adapter_config.json").read_text()
+        (moved / "adapter_config.json").write_text(settings.replace(str(folder / "base"), str(tmp_path / "gone")))
 
 
 def test_packed_weights_need_what_unpacks_them(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -170,11 +177,11 @@ def test_packed_weights_need_what_unpacks_them(folder: Path, tmp_path: Path, cap
 
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CutError, match="'pruned' is not a Hub id"):
-        build_space(tmp_path / "space", model_repo_id="pruned")
+        build_space(tmp_path / "space", model_repo_id="pruned", model=tmp_path)
     (tmp_path / "space").mkdir()
     (tmp_path / "space" / "mine").write_text("x")
     with pytest.raises(CheckpointError, match="is not empty"):
-        build_space(tmp_path / "space", model_repo_id="org/pruned")
+        build_space(tmp_path / "space", model_repo_id="org/pruned", model=tmp_path)
     assert [path.name for path in (tmp_path / "space").iterdir()] == ["mine"]
     monkeypatch.delenv("NOT_SET", raising=False)
     for name in ("NOT_SET", "hf_" + "aB3" * 12):  # a token in place of a name is not repeated
@@ -212,7 +219,8 @@ def test_another_space_is_not_replaced(
     assert done.returncode == 1
     assert "org/game exists, and is not a chat of hf-layerprune" in done.stderr
     (tmp_path / "app.py").rename(tmp_path / "LICENSE")  # and .gitattributes: made by hand, and empty
-    (tmp_path / ".gitattributes").touch()
+    for name in (".gitattributes", ".gitignore", "README.md"):
+        (tmp_path / name).touch()
     done = push(str(folder / "pruned"), "org/unseen", "--private", "--space", "org/game")
     assert done.returncode == 1
     assert "org/game exists and is public, but --private was given" in done.stderr
@@ -234,7 +242,7 @@ def test_what_may_not_be_written_is_refused_before_anything_is_sent(
     heads = {name: hub.repos[name].at("main").id for name in ("theirs/model", "spaces/theirs/chat")}
     present = set(hub.repos)
     try:
-        done = push(str(folder / "pruned"), model, "--space", space, HF_TOKEN="hf_write")
+        done = push(str(folder / "pruned"), model, "--space", space)
         assert done.returncode == 1
         refused = f"the Space {space}" if space.startswith("theirs") else model
         assert f"this token may not write to {refused} (" in done.stderr
@@ -253,7 +261,7 @@ def test_a_model_whose_space_fails_after_it(hub: HubServer, push: Callable[..., 
     done = push(*words)
     assert done.returncode == 1
     assert (
-        f"the model is on the Hub ({hub.endpoint}/org/half), but its Space is not: somebody else changed"
+        f"the model is on the Hub ({hub.endpoint}/org/half), but its Space was not published: somebody else changed"
         in done.stderr
     )
     assert "org/half-chat" in (folder / "pruned" / "README.md").read_text()
@@ -323,6 +331,11 @@ def test_a_private_model_and_the_token_that_its_space_reads_it_with(
     assert needed not in push(*later).stdout
     hub.gated.add("org/secret")
     assert needed in push(*later).stdout
+    # Whether new ones are public is up to the settings of their owner.
+    hub.writers["hf_team"], hub.closed = ["team"], {"team"}
+    done = push(words[0], "team/model", "--space", "team/chat", HF_TOKEN="hf_team")
+    assert done.returncode == 0, done.stderr
+    assert {"team/model", "spaces/team/chat"} <= hub.private
 
 
 def test_a_card_that_may_not_be_read_is_not_replaced(

@@ -47,8 +47,7 @@ def build_space(
     folder: Path,
     *,
     model_repo_id: str,
-    model: Path | None = None,
-    adapter: bool = False,
+    model: Path,
     token: str | bool | None = None,
 ) -> None:
     """Write a complete Space for a model on the Hub: `app.py`, its modules, pinned requirements, and the front matter.
@@ -61,7 +60,7 @@ def build_space(
         CheckpointError: The folder can't be written.
     """
     check_repository(model_repo_id)
-    lineage = Lineage.load(model) if model else None
+    lineage = Lineage.load(model)
     base_repo_id = hub_base(lineage.base) if lineage else None
     source = bundled_folder("spaces/chat")
     with new_folder(folder, source=source) as staging:
@@ -72,7 +71,7 @@ def build_space(
         fields |= {"title": last_part(model_repo_id), "models": [one for one in (model_repo_id, base_repo_id) if one]}
         metadata_save(staging / CARD, fields)
         with (staging / "requirements.txt").open("a", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in _requirements_of(model, adapter, token))
+            file.writelines(f"{line}\n" for line in _requirements_of(model, token))
 
 
 def serve(request: ChatRequest) -> str:
@@ -141,10 +140,10 @@ def _local_base_of(model: Path) -> str | None:
     return base if base and Path(base, CONFIG).is_file() else None
 
 
-def _requirements_of(model: Path | None, adapter: bool, token: str | bool | None) -> list[str]:
+def _requirements_of(model: Path, token: str | bool | None) -> list[str]:
     """The packages that a Space needs for this model in addition to its usual ones."""
-    config = _loaded_config(model, adapter, token) if model else {}
-    packages = [*([f"hf-layerprune=={__version__}"] if adapter else []), *packages_of(config)]
+    config, whole = _loaded_config(model, token), (model / CONFIG).is_file()
+    packages = [*([] if whole else [f"hf-layerprune=={__version__}"]), *packages_of(config)]
     settings = config.get("quantization_config")
     if not isinstance(settings, dict):
         return packages
@@ -156,9 +155,9 @@ def _requirements_of(model: Path | None, adapter: bool, token: str | bool | None
     return [*packages, package] if package else packages
 
 
-def _loaded_config(model: Path, adapter: bool, token: str | bool | None) -> dict[str, Any]:
+def _loaded_config(model: Path, token: str | bool | None) -> dict[str, Any]:
     """The `config.json` of the whole model that a Space loads: this one, or the base of this adapter."""
-    if not adapter:
+    if (model / CONFIG).is_file():
         return read_config_file(model / CONFIG)
     settings = read_object(model / ADAPTER_CONFIG)
     name, revision = str(settings.get("base_model_name_or_path")), settings.get("revision")

@@ -155,7 +155,9 @@ def push(request: PushRequest) -> Pushed:
         try:
             return Pushed(plan, done, commit_space(), closed and secret is None)
         except CheckpointError as error:
-            raise type(error)(f"the model is on the Hub ({done.url}), but its Space is not: {error}") from error
+            raise type(error)(
+                f"the model is on the Hub ({done.url}), but its Space was not published: {error}"
+            ) from error
 
 
 @contextmanager
@@ -241,10 +243,14 @@ def _merge_remote_card(request: PushRequest, staging: Path, path: Path | None) -
         theirs, mine = (regions.foreign_texts(regions.parse(body, where)) for body in (remote_body, local_body))
         # The text added on the Hub, unless the folder's card already has all of it.
         body = local_body if mine else remote_body
-        if mine and not all(any(one in own for own in mine) for one in theirs):
+        lacking = mine and not all(any(one in own for own in mine) for one in theirs)
+        added = remote_fields.keys() & (local_fields.keys() - card.metadata.keys())
+        differing = sorted(name for name in added if remote_fields[name] != local_fields[name])
+        if lacking or differing:
+            what = f"differ in {', '.join(differing)}" if differing else "each have text that the other lacks"
             raise CheckpointError(
-                f"{where} and the one in {request.model} each have text that the other lacks; combine them in the folder, "
-                "or overwrite the one on the Hub with --overwrite-card"
+                f"{where} and the one in {request.model} {what}; combine them in the folder, or overwrite the one on the "
+                "Hub with --overwrite-card"
             )
         compose_card(card, remote, where=where)  # raises if our own sections were changed on the Hub
         old = metadata.to_yaml(metadata.merge_metadata(local_fields, remote_fields)) + "\n" + body

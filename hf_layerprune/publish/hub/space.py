@@ -43,9 +43,7 @@ def plan_space(request: PushRequest, contents: Contents, place: Path, api: HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
     repo_id = str(request.space)
-    build_space(
-        place, model_repo_id=request.repo_id, model=contents.folder, adapter=contents.is_adapter, token=request.token
-    )
+    build_space(place, model_repo_id=request.repo_id, model=contents.folder, token=request.token)
     files = {path.relative_to(place).as_posix(): path for path in sorted(place.rglob("*")) if path.is_file()}
     job = UploadJob(repo_id, files, "space", private=request.private, message=MESSAGE)
     with push_errors(repo_id, job.kind), suppress(RepositoryNotFoundError):

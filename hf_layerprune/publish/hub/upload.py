@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 # The Hub's temporary failures.
 _TEMPORARY_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 _RETRY_HINT = "run the same command again: files that have arrived are not sent again"
+_FOREIGN = "an answer for {repo} is not the Hub's ({reason}); look for a log-in page or a proxy in between"
 # What the Hub's refusals mean, by their status.
 _STATUS_MESSAGES = {
     401: "the token for {repo} is not valid, or has expired; log in again with `hf auth login`",
@@ -112,8 +114,8 @@ def log_in(token: str | bool | None = None) -> HfApi:
         raise PushError("there is no token; log in with `hf auth login`, or set HF_TOKEN")
     api = HfApi(token=token)
     with push_errors("your account"):
-        user = api.whoami()
-    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        role = api.whoami().get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
         raise PushError(
             "this token may only read; create one that may write at https://huggingface.co/settings/tokens, and log in "
             "with it"
@@ -176,13 +178,7 @@ def _check_card(path: Path, kind: str, api: HfApi) -> None:
     payload = {"repoType": kind, "content": path.read_text(encoding="utf-8")}
     answer = get_session().post(f"{api.endpoint}/api/validate-yaml", json=payload)
     if answer.status_code == 400:
-        try:
-            reason = "; ".join(error["message"] for error in answer.json()["errors"]) or "it gives no reason"
-        except (ValueError, TypeError, LookupError):
-            text = (
-                f"the answer to a check of {CARD} is not the Hub's ({answer.text[:200]}); look for a proxy in between"
-            )
-            raise PushError(text) from None
+        reason = "; ".join(error["message"] for error in answer.json()["errors"]) or "it gives no reason"
         raise PushError(f"the Hub does not accept the metadata of {CARD} ({reason}); correct it in that file")
     hf_raise_for_status(answer)
 
@@ -261,7 +257,7 @@ def push_errors(repo_id: str, kind: str = "model") -> Iterator[None]:
         PushError: The Hub refused.
         UnreachableError: The Hub could not be reached.
     """
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     repo = repo_id if kind == "model" else f"the {kind.capitalize()} {repo_id}"
     try:
@@ -272,16 +268,19 @@ def push_errors(repo_id: str, kind: str = "model") -> Iterator[None]:
         # In these, the client wraps what fails while it uploads, and while it downloads.
         wrapped = isinstance(raised, (RuntimeError, errors.LocalEntryNotFoundError))
         error: Any = raised.__cause__ if wrapped and raised.__cause__ else raised
-        reason, response = cause_of(error), getattr(error, "response", None)
+        response: Any = getattr(error, "response", None)
+        reason = error.doc[:200] if isinstance(error, JSONDecodeError) else cause_of(error)
         status = 0 if response is None else response.status_code
         if isinstance(error, transport_error()):
             raise UnreachableError(f"can't reach the Hub for {repo} ({reason}); {_RETRY_HINT}") from raised
-        if status in _TEMPORARY_STATUSES:
-            pause = error.response.headers.get("Retry-After")
-            later = f"wait {pause} s, and then " if pause else ""
-            raise UnreachableError(f"the Hub answers {status} for {repo}; {later}{_RETRY_HINT}") from raised
+        stored = status and not str(response.url).startswith(constants.ENDPOINT)  # outside the Hub
+        if status in _TEMPORARY_STATUSES or (stored and status == 403):  # there, the right to upload runs out
+            pause, where = response.headers.get("Retry-After", ""), response.url.host if stored else "the Hub"
+            later = f"wait {pause} s, and then " if pause.isdecimal() else ""
+            raise UnreachableError(f"{where} answers {status} for {repo}; {later}{_RETRY_HINT}") from raised
         if isinstance(error, errors.RevisionNotFoundError):
             raise PushError(f"{repo} has no such branch or pull request; check --revision") from raised
-        text = _STATUS_MESSAGES.get(status, "{repo} was not pushed: {reason}")
+        foreign = isinstance(error, (JSONDecodeError, LookupError, TypeError, AttributeError))
+        text = _STATUS_MESSAGES.get(status, _FOREIGN if foreign else "nothing was pushed to {repo}: {reason}")
         proposal = ", or open a pull request with --create-pr" if kind == "model" else ""
         raise PushError(text.format(repo=repo, reason=reason, proposal=proposal)) from raised
