@@ -217,7 +217,7 @@ def branches_and_proposals(hub: HubServer, place: Path, out: dict[str, Any]) -> 
     out["merged"] = files(hub, "org/open") == snapshot(folder)
     out["nothing to do"] = cli("push", folder, "org/open")
     out["what is proposed"] = cli("push", place / "side", "org/open")
-    out["of a closed one"] = cli("push", folder, "org/open", "--create-pr")
+    out["of a closed one"] = cli("push", folder, "org/open", "--create-pr", "--overwrite-card")
     out["of nothing"] = cli("push", folder, "org/absent", "--create-pr")
     out["no branch"] = cli("push", folder, "org/open", "--revision", "refs/pr/9")
 
@@ -268,7 +268,7 @@ def two_authors(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
     out["safe"] = head(hub, "org/shared") == before
     out["overwritten"] = cli("push", folder, "org/shared", "--overwrite-card")
     out["after"] = files(hub, "org/shared")["README.md"].decode()
-    api.upload_file(repo_id="org/shared", path_in_repo="README.md", path_or_fileobj=b"\xff\n")
+    api.upload_file(repo_id="org/shared", path_in_repo="README.md", path_or_fileobj=b"# A\0\n")
     out["not text"] = cli("push", folder, "org/shared")
 
 
