@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from hf_layerprune.cli import main
+from hf_layerprune.publish.requests import ChatRequest
+from hf_layerprune.publish.space import serve
 
 
 @pytest.mark.parametrize(
@@ -48,6 +51,32 @@ def test_without_gradio_the_extra_is_named(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("gradio", "mcp") else find(name))
     assert main(["chat", str(tmp_path)]) == 1
     assert 'the chat needs gradio and mcp: pip install "hf-layerprune[space]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("asked", "environment", "where"), [
+    ({}, {}, ("127.0.0.1", "7860")),
+    ({}, {"GRADIO_SERVER_NAME": "localhost", "GRADIO_SERVER_PORT": "7961"}, ("localhost", "7961")),
+    ({"host": "127.0.0.1", "port": 7962}, {"GRADIO_SERVER_NAME": "localhost", "GRADIO_SERVER_PORT": "7"},
+     ("127.0.0.1", "7962")),
+])  # fmt: skip
+def test_what_is_served_where(
+    base: Path, cut_once: Path, monkeypatch: pytest.MonkeyPatch, asked: dict, environment: dict, where: tuple[str, str]
+) -> None:
+    built: list = []
+    app = SimpleNamespace(build=lambda *models: built.append(models), CannotLoad=ValueError)
+    app.launch = lambda *_, **__: (None, "http://here", "http://everywhere" if asked else None)
+    monkeypatch.setitem(sys.modules, "app", app)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT"):
+        monkeypatch.setenv(name, environment.get(name, ""))
+        if name not in environment:
+            monkeypatch.delenv(name)
+    assert serve(ChatRequest(str(cut_once), **asked)) == ("http://everywhere" if asked else "http://here")
+    assert (os.environ["GRADIO_SERVER_NAME"], os.environ["GRADIO_SERVER_PORT"]) == where
+    serve(ChatRequest(str(cut_once), base="org/name", **asked))
+    serve(ChatRequest("org/pruned", **asked))
+    # Without another, the folder that the model was pruned from.
+    assert built == [(str(cut_once), str(base)), (str(cut_once), "org/name"), ("org/pruned", None)]
 
 
 @pytest.mark.processes
