@@ -57,7 +57,8 @@ CASES = [
     Case("reading the card that is there: 503 all the time",
          lambda hub: hub.status("/README.md", 503, MANY), UNREACHABLE, known=True),
     Case("asking who: 500", lambda hub: hub.status("whoami-v2", 500), UNREACHABLE),
-    Case("asking who: a log-in page", lambda hub: hub.status("whoami-v2", 200, body="<html>Log in"), "not the Hub's .<html>Log"),
+    Case("asking who: a log-in page", lambda hub: hub.status("whoami-v2", 200, body="<html>Log in"), r"not the Hub's.*\(<html>Log"),
+    Case("asking who: nothing", lambda hub: hub.status("whoami-v2", 200, body=""), r"not as expected \(Expecting value"),
     Case("looking for the repository: 503", lambda hub: hub.status("/api/models/org/model", 503), UNREACHABLE),
     Case("making it: 500", lambda hub: hub.status("/repos/create", 500), UNREACHABLE),
     Case("making it: the answer is lost", lambda hub: hub.lose("/repos/create"), UNREACHABLE),
@@ -79,7 +80,7 @@ CASES = [
     Case("checking the card: 400 without a reason", lambda hub: hub.status("/validate-yaml", 400, body={"errors": []}),
          r"metadata of README.md \(it gives no reason\)"),
     Case("checking the card: 400 of a proxy", lambda hub: hub.status("/validate-yaml", 400, body="<html>Blocked</html>"),
-         "not the Hub's .*Blocked.*a proxy"),
+         "not the Hub's.*Blocked.*a proxy"),
     # Permissions.
     Case("the token is not known", lambda hub: hub.writers.clear(), "not valid, or has expired"),
     Case("the token runs out after the first answer", lambda hub: hub.expire(TOKEN, 1), "not valid"),

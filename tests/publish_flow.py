@@ -261,7 +261,9 @@ def two_authors(hub: HubServer, place: Path, out: dict[str, Any]) -> None:
     edit("long poems.", "poems.")
     edit("text: Hi", "text: Hello")
     out["field"] = cli("push", folder, "org/shared")
-    edit("text: Hello", "text: Hi")
+    card = folder / "README.md"
+    card.write_text(card.read_text().replace("- text: Hi\n", "- text: Hi\n- text: Hello\n"))
+    out["field combined"] = cli("push", folder, "org/shared")
     edit("## Limits\n", "## Limits\n\n- None.\n")
     before = head(hub, "org/shared")
     out["inside"] = cli("push", folder, "org/shared")

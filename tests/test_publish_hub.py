@@ -195,6 +195,8 @@ def test_what_people_write_on_the_page_stays(found: Found) -> None:
     assert "combine them in the folder" in out["both"][1]
     assert out["field"][0] == 1
     assert "differ in widget; combine them in the folder" in out["field"][1]
+    assert out["field combined"][0] == 0
+    assert split_front_matter(out["after"])[0]["widget"] == [{"text": "Hi"}, {"text": "Hello"}]
     assert out["not text"][1].startswith("hf-layerprune: README.md of org/shared is not UTF-8")
 
 

@@ -223,7 +223,7 @@ def test_another_space_is_not_replaced(
         (tmp_path / name).touch()
     done = push(str(folder / "pruned"), "org/unseen", "--private", "--space", "org/game")
     assert done.returncode == 1
-    assert "org/game exists and is public, but --private was given" in done.stderr
+    assert "the Space org/game exists and is public, but --private was given" in done.stderr
     assert "org/unseen" not in hub.repos
     done = push(str(folder / "pruned"), "org/unseen", "--space", "org/game")
     assert "org/game is a folder that is only served" in done.stderr  # by the stand-in, which was to write to it
@@ -287,7 +287,7 @@ def test_changes_of_a_spaces_owner_are_not_replaced(hub: HubServer, push: Callab
     change("app.py", "# mine\n")
     done = push(str(folder / "pruned"), "org/unseen", *words[2:])
     assert done.returncode == 1
-    assert "app.py, style.css of the Space org/owned-chat would be replaced" in done.stderr
+    assert "org/owned-chat has changes that hf-layerprune did not make, in app.py, style.css; omit" in done.stderr
     assert "org/unseen" not in hub.repos
     assert text("app.py") == "# mine\n"
     change("app.py", app)
@@ -355,6 +355,8 @@ def test_a_card_that_may_not_be_read_is_not_replaced(
     [
         (["--space", "chat"], "'chat' is not a Hub id"),
         (["--space", "org/chat", "--create-pr"], "omit --revision and --create-pr"),
+        (["--overwrite-space"], "need --space"),
+        (["--space-secret", "NOT_SET"], "need --space"),
         (["--space", "org/chat", "--space-secret", "NOT_SET"], "names an environment variable that is not set"),
     ],
 )

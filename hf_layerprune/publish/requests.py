@@ -78,6 +78,8 @@ class PushRequest(RequireOptions):
             raise CutError("--space shows the model's main branch; omit --revision and --create-pr, or --space")
         if self.space:
             check_repository(self.space)
+        elif self.space_secret or self.overwrite_space:
+            raise CutError("--space-secret and --overwrite-space need --space")
 
 
 @documented

@@ -110,7 +110,8 @@ def push(request: PushRequest) -> Pushed:
 
     Raises:
         PushRefusedError: A check failed. Nothing was uploaded.
-        PushError: The Hub refused the push. Nothing that a reader of the repository can see was changed.
+        PushError: The Hub refused the push. Nothing that a reader of the repository can see was changed, unless the
+            message says that only the Space was not published.
         UnreachableError: The Hub could not be reached.
         CheckpointError: There is no model, or its card can't be written.
         CutError: There is no token for the Space where `space_secret` says.
@@ -245,7 +246,7 @@ def _merge_remote_card(request: PushRequest, staging: Path, path: Path | None) -
         body = local_body if mine else remote_body
         lacking = mine and not all(any(one in own for own in mine) for one in theirs)
         added = remote_fields.keys() & (local_fields.keys() - card.metadata.keys())
-        differing = sorted(name for name in added if remote_fields[name] != local_fields[name])
+        differing = sorted(name for name in added if not _includes(local_fields[name], remote_fields[name]))
         if lacking or differing:
             what = f"differ in {', '.join(differing)}" if differing else "each have text that the other lacks"
             raise CheckpointError(
@@ -260,6 +261,12 @@ def _merge_remote_card(request: PushRequest, staging: Path, path: Path | None) -
         raise PushError(text) from error
     if text != local:
         write_text(staging / CARD, text)
+
+
+def _includes(mine: object, theirs: object) -> bool:
+    """Whether a field of a card has all values of another card's; one value stands for a list of it."""
+    values = mine if isinstance(mine, list) else [mine]
+    return all(one in values for one in (theirs if isinstance(theirs, list) else [theirs]))
 
 
 def _download(name: str, request: PushRequest, api: HfApi, temporary: Path) -> Path | None:

@@ -47,7 +47,7 @@ def plan_space(request: PushRequest, contents: Contents, place: Path, api: HfApi
     files = {path.relative_to(place).as_posix(): path for path in sorted(place.rglob("*")) if path.is_file()}
     job = UploadJob(repo_id, files, "space", private=request.private, message=MESSAGE)
     with push_errors(repo_id, job.kind), suppress(RepositoryNotFoundError):
-        check_privacy(repo_id, api.space_info(repo_id), private=request.private)
+        check_privacy(f"the Space {repo_id}", api.space_info(repo_id), private=request.private)
         _, remote = list_files(job, api, expand=True)
         names = remote.keys() - {CARD, ".gitattributes", ".gitignore"}
         if names >= {"about.py", "source.py"}:
@@ -55,12 +55,12 @@ def plan_space(request: PushRequest, contents: Contents, place: Path, api: HfApi
             changed = [one.path for one in theirs if one.path in files and not is_unchanged(files[one.path], one)]
             if changed and not request.overwrite_space:
                 raise PushError(
-                    f"{', '.join(changed)} of the Space {repo_id} would be replaced, but somebody else changed it there; "
-                    "omit --space to leave the Space as it is, or replace it with --overwrite-space"
+                    f"the Space {repo_id} has changes that hf-layerprune did not make, in {', '.join(changed)}; omit --space "
+                    "to leave the Space as it is, or overwrite them with --overwrite-space"
                 )
         elif not all(map(is_licence_file, names)):
             raise PushError(
-                f"{repo_id} exists, and is not a chat of hf-layerprune, which would replace it; choose another name"
+                f"the Space {repo_id} exists, and is not a chat of hf-layerprune, which would replace it; choose another name"
             )
         api.auth_check(repo_id, repo_type=job.kind, write=True)
     with push_errors(request.repo_id), suppress(RepositoryNotFoundError):

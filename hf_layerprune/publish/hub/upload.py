@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 # The Hub's temporary failures.
 _TEMPORARY_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 _RETRY_HINT = "run the same command again: files that have arrived are not sent again"
-_FOREIGN = "an answer for {repo} is not the Hub's ({reason}); look for a log-in page or a proxy in between"
+_FOREIGN = (
+    "an answer for {repo} is not the Hub's, or not as expected ({reason}); look for a log-in page or a proxy in between, or "
+    "update huggingface_hub"
+)
 # What the Hub's refusals mean, by their status.
 _STATUS_MESSAGES = {
     401: "the token for {repo} is not valid, or has expired; log in again with `hf auth login`",
@@ -269,7 +272,7 @@ def push_errors(repo_id: str, kind: str = "model") -> Iterator[None]:
         wrapped = isinstance(raised, (RuntimeError, errors.LocalEntryNotFoundError))
         error: Any = raised.__cause__ if wrapped and raised.__cause__ else raised
         response: Any = getattr(error, "response", None)
-        reason = error.doc[:200] if isinstance(error, JSONDecodeError) else cause_of(error)
+        reason = (error.doc[:200] if isinstance(error, JSONDecodeError) else "") or cause_of(error)
         status = 0 if response is None else response.status_code
         if isinstance(error, transport_error()):
             raise UnreachableError(f"can't reach the Hub for {repo} ({reason}); {_RETRY_HINT}") from raised
