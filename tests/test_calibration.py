@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ntpath
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import given, strategies as st
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune import CheckpointError, CutError
-from hf_layerprune.calibration.documents import check_source, read_documents
+from hf_layerprune.calibration.documents import check_source, read_documents, split_source
 from hf_layerprune.calibration.rows import CalibrationSet, check_vocabulary, load_calibration
 from hf_layerprune.calibration.self_text import generate_text
 from hf_layerprune.heal.data import load_rows
@@ -288,6 +289,17 @@ def test_files_and_folders_under_home(tmp_path: Path, monkeypatch: pytest.Monkey
             read("~/set[1]")  # in place of which `datasets` would read set1
     with pytest.raises(CheckpointError, match="~nobody-here/x does not exist"):
         check_source("~nobody-here/x")
+
+
+def test_a_colon_after_a_drive_is_part_of_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.path.splitdrive", ntpath.splitdrive)
+    for source, name, part in (
+        (r"C:\data\x.jsonl", r"C:\data\x.jsonl", ""), ("C:/x.jsonl:a:b", "C:/x.jsonl", "a:b"),
+        (r"\\server\share\x.txt", r"\\server\share\x.txt", ""), ("org/rows@en:train:text", "org/rows@en", "train:text"),
+    ):  # fmt: skip
+        assert split_source(source) == (name, part)
+    with pytest.raises(CheckpointError, match=r"calibration file C:/none\.jsonl does not exist"):
+        check_source("C:/none.jsonl")
 
 
 def test_a_file_larger_than_memory_is_refused_before_it_is_read(tmp_path: Path, tokenizer: Any) -> None:

@@ -217,6 +217,10 @@ def test_files(tmp_path: Path) -> None:
     for name in ("a.json", "b.jsonl", "c[1].parquet"):
         assert pick_split(load_rows(str(tmp_path / name)), "train", name).to_list() == ALPACA
     assert load_rows(str(tmp_path / "d.csv"))["train"]["output"] == ["3", "hi"]
+    (tmp_path / "e.txt").write_bytes("\ufeffone\r\n\r\n \ntwo".encode())
+    for streaming in (False, True):
+        lines = load_rows(str(tmp_path / "e.txt"), streaming=streaming)["train"]
+        assert list(lines) == [{"text": "one"}, {"text": "two"}]
 
 
 def test_files_that_can_not_be_read(tmp_path: Path) -> None:

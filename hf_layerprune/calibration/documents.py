@@ -44,13 +44,20 @@ class Document:
     folder: Path = Path()
 
 
+def split_source(source: str) -> tuple[str, str]:
+    """The file or data set that a source names, and what follows its colon; Windows has another one after a drive."""
+    drive, path = os.path.splitdrive(source)
+    name, _, part = path.partition(":")
+    return drive + name, part
+
+
 def check_source(source: str) -> None:
     """Refuse a file that does not exist; called before a model is loaded.
 
     Raises:
         CheckpointError: The file does not exist.
     """
-    name = source.partition(":")[0]
+    name, _ = split_source(source)
     path = Path(os.path.expanduser(name))
     named = path.suffix.lower() in (".txt", *SUFFIXES) or (
         name.startswith((".", "/", "~")) and not Path(_split_config(name)[0]).is_dir() and not glob.glob(str(path))
@@ -69,7 +76,7 @@ def read_documents(source: str, seed: int) -> Iterator[Document]:
         LayerPruneError: A data set needs a package that is missing.
     """
     check_source(source)
-    name, _, column = source.partition(":")
+    name, column = split_source(source)
     path = Path(os.path.expanduser(name))
     kind = path.suffix.lower()
     if path.is_file() and kind != ".parquet":
@@ -157,7 +164,7 @@ def _read_data_set(source: str, seed: int) -> Iterator[Document]:
         need = 'data sets on the Hub need the package datasets; pip install "hf-layerprune[eval]"'
         raise LayerPruneError(need) from None
     refuse_postscript()
-    name, _, rest = source.partition(":")
+    name, rest = split_source(source)
     name, config = _split_config(name)
     if is_file := name.lower().endswith(".parquet"):  # whose only split is `train`
         split, column = "train", rest.removeprefix("train:")

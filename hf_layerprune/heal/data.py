@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FILES = (*SUFFIXES, ".parquet", ".csv")
+FILES = (*SUFFIXES, ".parquet", ".csv", ".txt")
 # Columns of an instruction, of its context, and of its answer.
 _INSTRUCTIONS = (("instruction", "input", "output"), ("instruction", "context", "response"))
 TEXT = "text"
@@ -49,8 +49,9 @@ _SHAPES = (
 def load_rows(name: str, *, config: str | None = None, streaming: bool = False) -> DatasetDict:
     """Read the splits of a data set.
 
-    `name` is a Hub id; a folder, such as one that `save_to_disk` wrote; or a `.json`, `.jsonl`, `.parquet` or `.csv`
-    file, which becomes the split `train`. With `streaming`, rows are only read when they are needed.
+    `name` is a Hub id; a folder, such as one that `save_to_disk` wrote; or a `.json`, `.jsonl`, `.parquet`, `.csv` or
+    `.txt` file, which becomes the split `train`. Each line of a `.txt` file is a row, unless it is blank. With
+    `streaming`, rows are only read when they are needed.
 
     Raises:
         CheckpointError: There is no such data set, or it can't be read.
@@ -82,6 +83,10 @@ def load_rows(name: str, *, config: str | None = None, streaming: bool = False) 
             return read_json_files(files, streaming=streaming)
         if kind in FILES:
             rows = {"train": glob.escape(str(path))}
+            if kind == ".txt":
+                logger.info("each line of %s is a row; texts of several lines need a .jsonl file", path)
+                lines = load_dataset("text", data_files=rows, encoding="utf-8-sig", streaming=streaming)
+                return lines.filter(str.strip, input_columns=[TEXT])
             return load_dataset(kind[1:], data_files=rows, streaming=streaming, trust_remote_code=False)
         source = str(path) if path.is_dir() else name
         return load_dataset(source, name=config, streaming=streaming, trust_remote_code=False)

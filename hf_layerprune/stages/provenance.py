@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..calibration.documents import split_source
 from ..cut.gguf import gguf_text_metadata
 from ..errors import CheckpointError
 from ..files.hub import Repo
@@ -96,7 +97,7 @@ def has_same_rows(recorded: dict[str, Any], request: PruneRequest | RankRequest)
 
     Only files of text are read again: a data set on the Hub is known by its name, and text by the model by its seed.
     """
-    file = Path(request.calibration.partition(":")[0]).expanduser()
+    file = Path(split_source(request.calibration)[0]).expanduser()
     if "fingerprint" not in recorded or recorded.get("images") or not file.is_file():
         return True
     from ..calibration.rows import load_calibration  # imports torch
