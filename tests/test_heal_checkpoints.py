@@ -272,6 +272,27 @@ def test_a_checkpoint_that_was_being_written_is_passed_over(tmp_path: Path, capl
             (tmp_path / f"checkpoint-{name}" / "trainer_state.json").write_text(state)
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
     assert [record.message.partition(" ")[0][-3:] for record in caplog.records] == ["-16", "-12"]
+    with pytest.raises(CheckpointError, match=r"checkpoint-16/trainer_state.json is damaged; specify an earlier checkpoint"):
+        checkpoint_to_resume(str(tmp_path / "checkpoint-16"), "")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth"])
+@pytest.mark.parametrize("end", [0.5, 0.0], ids=["half", "empty"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, end: float) -> None:
+    """As after a power failure: transformers would fail on it, the random numbers' state with no more than EOFError."""
+    for step in (2, 4):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text("{}")
+        for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({"a": torch.ones(100)}, folder / file)
+        save_file({"a": torch.ones(100)}, folder / "model.safetensors")
+    assert last_checkpoint(tmp_path) == str(folder)
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: int(end * len(whole))])
+    assert checkpoint_to_resume(True, str(tmp_path)) == str(tmp_path / "checkpoint-2")
+    with pytest.raises(CheckpointError, match=f"checkpoint-4/{name} is damaged; specify an earlier checkpoint, or start in"):
+        checkpoint_to_resume(str(folder), "")
 
 
 def test_checkpoint_is_an_adapter_of_the_base(llama: Bench, tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ import os
 import re
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 from transformers import TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
+from ..cut.header import read_header
 from ..errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -20,15 +22,28 @@ _STATE = "hf_layerprune"  # in a checkpoint's trainer_state.json, beside the sta
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest complete checkpoint in the output folder of a run; one whose writing was interrupted is skipped."""
+    """The newest whole checkpoint in the output folder of a run; those that were not written to the end are skipped."""
     named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(folder).glob("checkpoint-*"))
     for _, path in sorted(((int(match[1]), path) for match, path in named if match), reverse=True):
-        try:  # transformers writes this file last
-            json.loads((path / TRAINER_STATE_NAME).read_text())
-        except (OSError, ValueError):
-            logger.warning("%s is incomplete and is skipped", path)
-        else:
+        # transformers writes this file last
+        if (path / TRAINER_STATE_NAME).is_file() and find_damaged_file(path) is None:
             return str(path)
+        logger.warning("%s is incomplete and is skipped", path)
+    return None
+
+
+def find_damaged_file(checkpoint: Path) -> Path | None:
+    """A file that was cut off, as by a full disk or a power failure, if there is one. Only ends and headers are read."""
+    for path in sorted(checkpoint.iterdir()):
+        try:
+            if path.suffix == ".safetensors":
+                read_header(path)
+            elif path.name == TRAINER_STATE_NAME:
+                json.loads(path.read_text())
+            elif path.suffix in (".pt", ".pth") and not is_zipfile(path):  # as torch writes it
+                return path
+        except (OSError, ValueError, CheckpointError):
+            return path
     return None
 
 
@@ -40,7 +55,7 @@ def checkpoint_to_resume(named: str | bool | None, folder: str) -> str | None:
         folder (`str`): The output folder of the run.
 
     Raises:
-        CheckpointError: It is not a checkpoint, or has no state of the optimizer.
+        CheckpointError: It is not a checkpoint, is damaged, or has no state of the optimizer.
     """
     word = str(named).lower()  # from a command line
     if word in ("none", "false", ""):
@@ -52,6 +67,8 @@ def checkpoint_to_resume(named: str | bool | None, folder: str) -> str | None:
         raise CheckpointError(
             f"{path} is not a checkpoint; specify a folder checkpoint-N, or use --resume_from_checkpoint true for the last one"
         )
+    elif (damaged := find_damaged_file(Path(path))) is not None:
+        raise CheckpointError(f"{damaged} is damaged; specify an earlier checkpoint, or start in another --output_dir")
     elif not any((Path(path) / name).is_file() for name in (SCHEDULER_NAME, "latest")):  # DeepSpeed's own, too
         raise CheckpointError(
             f"{path} has no state of the optimizer and the schedule, as with --save_only_model, so training can't go on "
