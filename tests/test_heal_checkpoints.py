@@ -272,7 +272,9 @@ def test_a_checkpoint_that_was_being_written_is_passed_over(tmp_path: Path, capl
             (tmp_path / f"checkpoint-{name}" / "trainer_state.json").write_text(state)
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
     assert [record.message.partition(" ")[0][-3:] for record in caplog.records] == ["-16", "-12"]
-    with pytest.raises(CheckpointError, match=r"checkpoint-16/trainer_state.json is damaged; specify an earlier checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-16/trainer_state.json is damaged; specify an earlier checkpoint"
+    ):
         checkpoint_to_resume(str(tmp_path / "checkpoint-16"), "")
 
 
@@ -291,7 +293,9 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, end: flo
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(whole[: int(end * len(whole))])
     assert checkpoint_to_resume(True, str(tmp_path)) == str(tmp_path / "checkpoint-2")
-    with pytest.raises(CheckpointError, match=f"checkpoint-4/{name} is damaged; specify an earlier checkpoint, or start in"):
+    with pytest.raises(
+        CheckpointError, match=f"checkpoint-4/{name} is damaged; specify an earlier checkpoint, or start in"
+    ):
         checkpoint_to_resume(str(folder), "")
 
 

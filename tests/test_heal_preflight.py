@@ -191,7 +191,10 @@ USAGE = [
 ]  # fmt: skip
 FAILURES = [
     ({"model_name_or_path": "FOLDER/quantised"}, "the weights are quantised (fp8), and can't be repaired or healed"),
-    ({"dataset_name": "FOLDER/named.yaml"}, "FOLDER/named.yaml is not a .json, .jsonl, .ndjson, .parquet, .csv, .txt file"),
+    (
+        {"dataset_name": "FOLDER/named.yaml"},
+        "FOLDER/named.yaml is not a .json, .jsonl, .ndjson, .parquet, .csv, .txt file",
+    ),
     ({"dataset_name": "/nowhere.jsonl"}, "data file /nowhere.jsonl does not exist"),
     ({"loss": "kd", "teacher": "/nowhere"}, "/nowhere"),
     ({"loss": "kd", "teacher": "FOLDER/pruned"}, "has 6 layers, but this model is cut from one with 8"),

@@ -137,10 +137,11 @@ def _load_base_for(
 
 
 def prepare_from_base(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepared:
-    """Choose the layers and fit the repair on a config's base, of which only a layer at a time is in memory.
+    """Choose the layers and fit the repair on a config's base, of which only a layer at a time has to be in memory.
 
-    A GGUF file is unpacked as a whole, to the `dtype` in `kwargs`, and a float16 base computes in it, since float16 may
-    overflow where the pruned model will not. The config's `drop_layers` is filled in.
+    Experts that are stored one by one are joined, and a GGUF file is unpacked, as a whole, the latter to the `dtype` in
+    `kwargs`. A float16 base computes in it, since float16 may overflow where the pruned model will not. The config's
+    `drop_layers` is filled in.
 
     Raises:
         CutError: The base is cut already, or the repair is impossible.
