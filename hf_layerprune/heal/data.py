@@ -85,7 +85,9 @@ def load_rows(name: str, *, config: str | None = None, streaming: bool = False) 
             rows = {"train": glob.escape(str(path))}
             if kind == ".txt":
                 logger.info("each line of %s is a row; texts of several lines need a .jsonl file", path)
-                lines = load_dataset("text", data_files=rows, encoding="utf-8-sig", streaming=streaming)
+                lines = load_dataset(
+                    "text", data_files=rows, encoding="utf-8-sig", streaming=streaming, trust_remote_code=False
+                )
                 return lines.filter(str.strip, input_columns=[TEXT])
             return load_dataset(kind[1:], data_files=rows, streaming=streaming, trust_remote_code=False)
         source = str(path) if path.is_dir() else name
