@@ -139,9 +139,9 @@ def _load_base_for(
 def prepare_from_base(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepared:
     """Choose the layers and fit the repair on a config's base, of which only a layer at a time has to be in memory.
 
-    Experts that are stored one by one are joined, and a GGUF file is unpacked, as a whole, the latter to the `dtype` in
-    `kwargs`. A float16 base computes in it, since float16 may overflow where the pruned model will not. The config's
-    `drop_layers` is filled in.
+    Two kinds of bases are in memory as a whole: mixtures whose files store each expert separately, and GGUF files, which
+    are unpacked to the `dtype` in `kwargs`. A float16 base also computes in that type, since float16 may overflow where
+    the pruned model will not. The config's `drop_layers` is filled in.
 
     Raises:
         CutError: The base is cut already, or the repair is impossible.

@@ -22,7 +22,7 @@ _STATE = "hf_layerprune"  # in a checkpoint's trainer_state.json, beside the sta
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest whole checkpoint in the output folder of a run; those that were not written to the end are skipped."""
+    """The newest complete checkpoint in the output folder of a run; those that were not written to the end are skipped."""
     named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(folder).glob("checkpoint-*"))
     for _, path in sorted(((int(match[1]), path) for match, path in named if match), reverse=True):
         # transformers writes this file last

@@ -17,8 +17,8 @@ layers' arguments. The first such row is tried as well.
 
 Weights that are mapped from a file, as `from_pretrained` leaves them on a CPU, are read when a layer runs, and the system
 drops them again when memory runs short. With `device`, a layer's weights are on that device only while it runs. So a
-model may be larger than memory, and each weight is read once per pass. Not a mixture whose files hold its experts one by
-one: transformers joins them in memory when it loads the model.
+model may be larger than memory, and each weight is read once per pass. The exception is a mixture whose files store each
+expert separately: transformers joins the experts in memory when it loads the model.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def plan_push(request: PushRequest) -> Plan:
 
     Raises:
         CheckpointError: There is no model, or its card can't be written.
-        CutError: There is no token for the Space where `space_secret` says.
+        CutError: The environment variable that `space_secret` names is not set.
     """
     secret_from_env(request.space_secret)
     with _staged(request) as (plan, _, _):
@@ -114,7 +114,7 @@ def push(request: PushRequest) -> Pushed:
             message says that only the Space was not published.
         UnreachableError: The Hub could not be reached.
         CheckpointError: There is no model, or its card can't be written.
-        CutError: There is no token for the Space where `space_secret` says.
+        CutError: The environment variable that `space_secret` names is not set.
     """
     secret = secret_from_env(request.space_secret)
     with _staged(request) as (plan, source, before):

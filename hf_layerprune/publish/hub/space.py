@@ -80,8 +80,9 @@ def prepare_space(
     Raises:
         PushError: The Hub refused.
     """
-    with push_errors(job.repo_id, job.kind):
+    with push_errors(request.repo_id):
         info = api.model_info(request.repo_id)
+    with push_errors(job.repo_id, job.kind):
         new = not api.repo_exists(job.repo_id, repo_type="space")
     job = replace(job, private=job.private or bool(info.private and new))  # an existing one may be public on purpose
     ensure_repository(job, api)
