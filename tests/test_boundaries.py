@@ -288,7 +288,16 @@ def test_an_unexpected_error_is_one_line(
 
 
 @pytest.mark.parametrize("words", [[], ["--debug"]])
-@pytest.mark.parametrize("secret", ["hf_" + "a1" * 17, "https://me:secret@mirror/m", "https:/:secret@mirror/m"])
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "hf_" + "a1" * 17,
+        "https://me:secret@mirror/m",
+        "https:/:secret@mirror/m",
+        "https://storage/file?X-Amz-Expires=9&X-Amz-Signature=" + "a1" * 32,
+        "https://cdn/file?Expires=9&Policy=a1a1&Signature=b~2&Key-Pair-Id=K",
+    ],
+)
 def test_secrets_are_masked(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str], secret: str
 ) -> None:

@@ -328,7 +328,7 @@ def test_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(llama: Bench
     trainer.add_callback(Break())
     with pytest.raises(
         LayerPruneError,
-        match=r"the loss is nan at step 4, in the batch of rows \d+(, \d+){3}; .*checkpoint-2 is the last good",
+        match=r"the loss is nan at step 4, in the batch of rows \d+(, \d+){3}; .*the last checkpoint is .*checkpoint-2;",
     ):
         trainer.train()
     weights = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
@@ -348,6 +348,6 @@ def test_weights_that_are_no_numbers_are_not_saved(llama: Bench, tmp_path: Path)
     with pytest.raises(LayerPruneError, match="not finite after step 4"):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
-    with pytest.raises(LayerPruneError, match="checkpoint-2 is the last good"):
+    with pytest.raises(LayerPruneError, match="the last checkpoint is .*checkpoint-2;"):
         trainer.save_model(str(tmp_path / "trained"))
     assert not (tmp_path / "trained").exists()

@@ -176,7 +176,7 @@ class SavingTrainer(SFTTrainer):
 
     def _recovery_hint(self) -> str:
         last = last_checkpoint(str(self.args.output_dir))
-        kept = f"{last} is the last good checkpoint" if last else "no checkpoint was saved before"
+        kept = f"the last checkpoint is {last}" if last else "no checkpoint was saved before"
         return f"{kept}; try a learning rate below {self.args.learning_rate:g}, or check the data"
 
 
