@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from hf_layerprune import UnsupportedModelError
 from hf_layerprune.runtime.walk import LayerWalk
@@ -90,10 +91,16 @@ def test_layers_that_hand_on_more_are_refused(model_type: str) -> None:
 RANK = """
 import json, sys, threading, time, torch
 from hf_layerprune.calibration.rows import CalibrationSet
-from hf_layerprune.runtime.loading import load_base
+from hf_layerprune.runtime import mapping
 from hf_layerprune.runtime.walk import LayerWalk
 from hf_layerprune.select.runner import score_layers
 torch.set_num_threads(1)
+
+def load():
+    free, mapping.free_bytes = mapping.free_bytes, lambda device: 0  # as if the model did not fit
+    model = mapping.load_mapped(sys.argv[1], dtype="auto")
+    mapping.free_bytes = free
+    return model
 
 def own_memory():  # mapped pages of a file are not in it: the system takes them back when it needs to
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
@@ -104,12 +111,12 @@ def watch():
 
 ids = torch.randint(3, 250, (2, 16), generator=torch.Generator().manual_seed(0))
 names, found = ["block_influence", "perplexity", "magnitude_l1", "taylor"], {}
-load_base(sys.argv[1], dtype="auto")
+load()
 for mode in ("mapped", "copied"):
     before, peaks, done = own_memory(), [], threading.Event()
     watcher = threading.Thread(target=watch)
     watcher.start()
-    model = load_base(sys.argv[1], dtype="auto")
+    model = load()
     if mode == "copied":
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
@@ -123,19 +130,26 @@ print(json.dumps(found))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_a_model_larger_than_what_it_takes(tmp_path: Path) -> None:
-    """Ranking a model layer by layer takes a few layers' memory, and the pages of its file that there is room for."""
-    config = LlamaConfig(
+@pytest.mark.parametrize("experts", [{}, {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192}])
+def test_a_model_larger_than_what_it_takes(tmp_path: Path, experts: dict[str, int]) -> None:
+    """Ranking a model layer by layer takes a few layers' memory, and the pages of its file that there is room for.
+
+    That holds also for a mixture whose files have each expert separately, which transformers joins.
+    """
+    config_class = Qwen3MoeConfig if experts else LlamaConfig
+    config = config_class(
         hidden_size=384, intermediate_size=1536, num_hidden_layers=24, num_attention_heads=8, num_key_value_heads=8,
-        vocab_size=259, tie_word_embeddings=True,
+        vocab_size=259, tie_word_embeddings=True, **experts,
     )  # fmt: skip
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "big")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "big")
     gc.collect()
     size = sum(path.stat().st_size for path in (tmp_path / "big").glob("*.safetensors"))
     assert size > 200e6
     command = [sys.executable, "-c", RANK, str(tmp_path / "big")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    env = os.environ | {"HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    assert not list((tmp_path / "home").iterdir()), "the files of converted layers are gone"
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["mapped"][1] == pytest.approx(found["copied"][1], rel=1e-4)
     assert found["mapped"][0] < 0.35 * size

@@ -16,6 +16,7 @@ from ..cut.memory import LayerCut, check_plain_model
 from ..errors import CheckpointError, LayerPruneError, boundary
 from ..families.layout import find_decoder_layers
 from ..runtime.loading import LOCATION_ARGUMENTS, as_path, is_hub_id, load_base, load_config, resolve_base
+from ..runtime.mapping import load_mapped
 from ..runtime.precision import to_fast_precision
 from ..select.targets import Target
 from .config import LayerDropConfig
@@ -139,9 +140,8 @@ def _load_base_for(
 def prepare_from_base(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepared:
     """Choose the layers and fit the repair on a config's base, of which only a layer at a time has to be in memory.
 
-    Two kinds of bases are in memory as a whole: mixtures whose files store each expert separately, and GGUF files, which
-    are unpacked to the `dtype` in `kwargs`. A float16 base also computes in that type, since float16 may overflow where
-    the pruned model will not. The config's `drop_layers` is filled in.
+    A GGUF file is in memory as a whole, unpacked to the `dtype` in `kwargs`. A float16 base also computes in that type,
+    since float16 may overflow where the pruned model will not. The config's `drop_layers` is filled in.
 
     Raises:
         CutError: The base is cut already, or the repair is impossible.
@@ -151,7 +151,7 @@ def prepare_from_base(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepar
     base = config.base_model_name_or_path or ""
     others = {name: value for name, value in kwargs.items() if name not in ("device_map", "dtype")}
     packed = resolve_base(base)[1] is not None
-    model = load_base(base, dtype=kwargs.get("dtype", "auto") if packed else "auto", **others)
+    model = load_mapped(base, dtype=kwargs.get("dtype", "auto") if packed else "auto", **others)
     families.check_supported(model.config)
     device = torch.accelerator.current_accelerator(check_available=True)
     target = None

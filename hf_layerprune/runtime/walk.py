@@ -15,10 +15,9 @@ Rows may have images or audio: the model's own forward then puts the features of
 whatever it does with them (positions, masks, features that are added before later layers) is recorded with the
 layers' arguments. The first such row is tried as well.
 
-Weights that are mapped from a file, as `from_pretrained` leaves them on a CPU, are read when a layer runs, and the system
-drops them again when memory runs short. With `device`, a layer's weights are on that device only while it runs. So a
-model may be larger than memory, and each weight is read once per pass. The exception is a mixture whose files store each
-expert separately: transformers joins the experts in memory when it loads the model.
+Weights that are mapped from a file, as `load_mapped` leaves them, are read when a layer runs, and the system drops them
+again when memory runs short. With `device`, a layer's weights are on that device only while it runs. So a model may be
+larger than memory, and each weight is read once per pass.
 """
 
 from __future__ import annotations

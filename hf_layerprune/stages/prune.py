@@ -25,7 +25,8 @@ from ..options import AMOUNTS, TARGET_SETTINGS, copy_fields, format_bytes, refus
 from ..records.fingerprints import uncached_weights_hash
 from ..records.lineage import Lineage, stage_entry
 from ..records.names import is_gguf_name, strip_local_path
-from ..runtime.loading import UNPACKED_DTYPE, is_hub_id, load_base, load_config, load_tokenizer, resolve_base
+from ..runtime.loading import UNPACKED_DTYPE, is_hub_id, load_config, load_tokenizer, resolve_base
+from ..runtime.mapping import load_mapped
 from ..select import find_criterion, needs_model, select_layers
 from ..select.targets import Target
 from .provenance import has_same_rows, is_same_base, write_lineage
@@ -294,7 +295,7 @@ def _write_model(request: PruneRequest, dropped: list[int], folder: Path, prepar
     from ..repair.frozen import repaired_tensors
     from ..runtime.model_class import stored_tensors
 
-    model = load_base(request.base, revision=request.revision, dtype=_load_dtype(request))
+    model = load_mapped(request.base, revision=request.revision, dtype=_load_dtype(request))
     if getattr(model, "is_quantized", False):
         raise CutError(
             f"the weights of {request.base} are quantised and stay so when they are loaded, so --dtype can't convert them; "
@@ -323,7 +324,7 @@ def _write_files(request: PruneRequest, plan: CheckpointPlan, folder: Path, prep
     expected, values = None, {}
     if request.check:  # a cut in memory has been checked already
         try:
-            expected = bypassed_logits(load_base(request.base, revision=request.revision), plan.cut.drop)
+            expected = bypassed_logits(load_mapped(request.base, revision=request.revision), plan.cut.drop)
         except CannotCheckError as error:
             raise CutError(f"--check can't compare the logits: {error}; leave it out") from error
     else:
@@ -333,7 +334,7 @@ def _write_files(request: PruneRequest, plan: CheckpointPlan, folder: Path, prep
         match_layers(plan.tensors, plan.config, values, request.output)
     execute_plan(plan, folder, link=request.link, name=Path(request.output).name)
     if expected is not None:  # before any repair
-        check_logits(load_base(folder), expected)
+        check_logits(load_mapped(folder), expected)
     if prepared is not None and prepared.repair is not None:
         prepared.record["repair"]["input_weights"] = uncached_weights_hash(folder)
         prepared.record["repair"]["changed_tensors"] = patch_layers(folder, plan.config, values, request.output)

@@ -21,7 +21,8 @@ from ..files.folders import check_target, new_folder
 from ..layer_ranges import describe_layers, format_layers
 from ..options import AMOUNTS, CutOptions, copy_fields
 from ..records.lineage import package_versions, peak_rss
-from ..runtime.loading import load_base, load_config
+from ..runtime.loading import load_config
+from ..runtime.mapping import load_mapped
 from ..select import CRITERIA, drop_count, find_criterion
 from ..select.sets import check_lengths, free_layers
 from ..select.targets import Target
@@ -288,7 +289,7 @@ def open_base(request: WalkRequest) -> tuple[Any, torch.device]:
     from ..runtime.devices import pick_device
 
     device = torch.device(pick_device(request.device))
-    return load_base(request.base, revision=request.revision, dtype=request.dtype), device
+    return load_mapped(request.base, revision=request.revision, dtype=request.dtype), device
 
 
 def dtype_of_cut(request: WalkRequest, repair: str | None) -> str:

@@ -28,6 +28,7 @@ from ...records.history import History, Stage
 from ...records.quantized import is_repeatable_method, quantization_method
 from ...runtime.config_file import read_config_file
 from ...runtime.loading import load_base, load_config
+from ...runtime.mapping import load_mapped
 from .places import Base
 
 if TYPE_CHECKING:
@@ -221,7 +222,7 @@ def _convert_cut(history: History, base: Base, folder: Path) -> Expected:
     ]
     if len(conversions) > 1:
         raise CheckpointError("the weights were converted more than once, which can't be verified")
-    model = load_base(base.source, revision=base.commit, dtype=_dtype(history.dtype))
+    model = load_mapped(base.source, revision=base.commit, dtype=_dtype(history.dtype))
     drop_layers(model, history.dropped)
     model.save_pretrained(folder)
     with suppress(CheckpointError):  # a base may have no tokenizer

@@ -1,0 +1,86 @@
+"""Models whose layers are mapped from files are those that from_pretrained loads."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_layerprune.cli import main
+from hf_layerprune.errors import CheckpointError
+from hf_layerprune.runtime import mapping
+from hf_layerprune.runtime.loading import load_base
+from hf_layerprune.runtime.mapping import load_mapped
+
+from .limits import largest_file
+from .measure_models import byte_tokenizer
+from .tiny_models import tiny_input, tiny_model
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="models are mapped on Linux only")
+TYPES = ("llama", "qwen3_moe", "mixtral", "deepseek_v3", "ernie4_5_moe", "gpt2", "falcon_h1", "qwen3_vl_moe")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where converted layers are written, on a machine that has no memory to spare."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(mapping, "free_bytes", lambda device: 0)
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize("model_type", TYPES)
+def test_the_same_model(model_type: str, dtype: str, tmp_path: Path, home: Path) -> None:
+    tiny_model(model_type).save_pretrained(tmp_path / "base")
+    mapped, plain = (load(tmp_path / "base", dtype=dtype) for load in (load_mapped, load_base))
+    assert not list(home.iterdir())
+    ours, theirs = mapped.state_dict(), plain.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(mapped(tiny_input()).logits, plain(tiny_input()).logits)
+    assert vars(mapped).keys() == vars(plain).keys()
+    assert not [name for name, module in mapped.named_modules() if "forward" in vars(module)], "hooks are gone"
+
+
+def test_a_mixture_is_ranked_and_repaired_as_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, home: Path
+) -> None:
+    tiny_model("qwen3_moe").save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "text.txt").write_text(
+        "rivers-run-to-the-sea,bees-make-honey" * 40
+    )  # bytes below the vocabulary's end
+    words = [
+        "--criterion", "block_influence", "--drop", "1", "--calibration", str(tmp_path / "text.txt"),
+        "--calibration-length", "32", "--calibration-samples", "8", "--repair", "linear", "--check",
+    ]  # fmt: skip
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "mapped"), *words]) == 0
+    assert "more than half of the free memory: its layers stay on disk" in caplog.text
+    caplog.clear()
+    assert not list(home.iterdir())
+    monkeypatch.undo()
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "loaded"), *words]) == 0
+    assert "stay on disk" not in caplog.text
+    mapped, loaded = (load_base(tmp_path / name).state_dict() for name in ("mapped", "loaded"))
+    for name, tensor in loaded.items():
+        torch.testing.assert_close(mapped[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_full_disk(tmp_path: Path, home: Path) -> None:
+    tiny_model("qwen3_moe").save_pretrained(tmp_path / "base")
+    with largest_file(1 << 10), pytest.raises(CheckpointError, match="can't load .*File too large"):
+        load_mapped(tmp_path / "base")
+    assert not list(home.iterdir())
+
+
+def test_a_home_that_cannot_be_written(tmp_path: Path, home: Path) -> None:
+    tiny_model("qwen3_moe").save_pretrained(tmp_path / "base")
+    home.write_text("a file")
+    with pytest.raises(
+        CheckpointError, match="can't keep the layers of .*set HF_HOME to a folder that can be written"
+    ):
+        load_mapped(tmp_path / "base")
