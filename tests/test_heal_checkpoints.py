@@ -348,6 +348,6 @@ def test_weights_that_are_no_numbers_are_not_saved(llama: Bench, tmp_path: Path)
     with pytest.raises(LayerPruneError, match="not finite after step 4"):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
-    with pytest.raises(LayerPruneError, match="the last checkpoint is .*checkpoint-2;"):
+    with pytest.raises(LayerPruneError, match=r"the last checkpoint is .*checkpoint-2;"):
         trainer.save_model(str(tmp_path / "trained"))
     assert not (tmp_path / "trained").exists()

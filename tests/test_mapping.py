@@ -72,7 +72,7 @@ def test_a_mixture_is_ranked_and_repaired_as_in_memory(
 
 def test_a_full_disk(tmp_path: Path, home: Path) -> None:
     tiny_model("qwen3_moe").save_pretrained(tmp_path / "base")
-    with largest_file(1 << 10), pytest.raises(CheckpointError, match="can't load .*File too large"):
+    with largest_file(1 << 10), pytest.raises(CheckpointError, match=r"can't load .*File too large"):
         load_mapped(tmp_path / "base")
     assert not list(home.iterdir())
 
@@ -81,6 +81,6 @@ def test_a_home_that_cannot_be_written(tmp_path: Path, home: Path) -> None:
     tiny_model("qwen3_moe").save_pretrained(tmp_path / "base")
     home.write_text("a file")
     with pytest.raises(
-        CheckpointError, match="can't keep the layers of .*set HF_HOME to a folder that can be written"
+        CheckpointError, match=r"can't keep the layers of .*set HF_HOME to a folder that can be written"
     ):
         load_mapped(tmp_path / "base")
