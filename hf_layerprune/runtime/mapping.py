@@ -86,12 +86,13 @@ def _map_layers(model: PreTrainedModel) -> None:
     """Replace accelerate's hooks, which read a layer whenever it runs, by weights mapped from the same files."""
     from accelerate.hooks import remove_hook_from_module
 
-    hooked = [module for module in model.modules() if hasattr(module, "_hf_hook")]
-    for module in hooked:
-        weights_map = getattr(module._hf_hook, "weights_map", None)
+    hooked: list[tuple[nn.Module, Any]] = [
+        (module, module._hf_hook) for module in model.modules() if hasattr(module, "_hf_hook")
+    ]
+    for module, hook in hooked:
         for name, weight in list(module.named_parameters(recurse=False)):
             if weight.is_meta:
-                module.register_parameter(name, nn.Parameter(weights_map[name], weight.requires_grad))
+                module.register_parameter(name, nn.Parameter(hook.weights_map[name], weight.requires_grad))
         remove_hook_from_module(module)
         del module.forward  # which is its class's again
     del model.hf_device_map
