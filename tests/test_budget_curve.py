@@ -434,7 +434,7 @@ def test_which_point_a_request_means(base: Path, tmp_path: Path) -> None:
     del points[0]["repaired"]
     identity = {"base": base_identity(PruneRequest(str(base), "cut"))}
     record = {
-        "schema_version": 1, "points": points, "steps": [], "num_layers": 8, "identity": identity, "repair": "refit",
+        "schema_version": 1, "points": points, "steps": [], "num_layers": 8, "identity": identity, "calibration": {}, "repair": "refit",
         "decode": {"layers": [1.0] * 8, "rest": 1.0, "device": "cpu"}, "dense": {"parameters": 100, "bytes": 1000},
     }  # fmt: skip
     (tmp_path / "curve.json").write_text(json.dumps(record))
@@ -446,6 +446,12 @@ def test_which_point_a_request_means(base: Path, tmp_path: Path) -> None:
         ask("cut.gguf", drop=2)
     with pytest.raises(CutError, match="max_kl needs a standard error, and the curve has none"):
         ask(max_kl=1.0)
+    for point in points:
+        point |= {name: measured | {"kl_stderr": 0.0} for name, measured in point.items() if measured == QUALITY}
+    (tmp_path / "curve.json").write_text(json.dumps(record))
+    assert ask(max_kl=1.0).drop_layers == ask(max_kl=1.0, repair="refit").drop_layers == [5, 6, 7]
+    with pytest.raises(CutError, match="with the refit repair, so it can't say which cut meets max_kl after the linear"):
+        ask(max_kl=1.0, repair="linear")  # which may lose more
     other = Path(shutil.copytree(base, tmp_path / "other"))
     (other / "config.json").write_text((other / "config.json").read_text() + " ")
     with pytest.raises(CheckpointError, match="holds the curve of a base other than"):
@@ -458,14 +464,14 @@ def test_which_point_a_request_means(base: Path, tmp_path: Path) -> None:
         (["points"], "x"), (["points"], []), (["points"], [POINT, POINT]), (["points", 0, "bytes"], True), (["points", 0, "bytes"], -1), (["points", 0, "bytes"], 10**19), (["points", 0, "layers"], 3), (["points", 0, "layers"], "9"), (["points", 0, "layers"], "6-7"), (["points", 0], {name: POINT[name] for name in POINT if name != "cut"}), (["points", 0, "cut", "top1_agreement"], 2),
         (["points", 0, "cut", "kl"], "<b>"), (["points", 0, "cut"], []), (["points", 0, "cut", "top1_agreement_stderr"], "x"),
         (["points", 0, "cut", "perplexity_ratio"], 0), (["points", 0, "bytes"], None), (["points", 0, "speedup"], 1e400),
-        (["steps"], [7, 7]), (["steps"], [99]), (["decode", "layers"], [1]), (["identity"], []), (["repair"], "glue"),
+        (["steps"], [7, 7]), (["steps"], [99]), (["decode", "layers"], [1]), (["identity"], []), (["calibration"], 5), (["repair"], "glue"),
         (["points", 0], POINT | {"dropped": 2, "layers": "6-7"}), (["num_layers"], "8"), (["dense", "bytes"], "1"), (["schema_version"], 2), (["decode", "batch"], 1),
     ],
 )  # fmt: skip
 def test_a_damaged_curve_is_refused(path: list[Any], value: Any, tmp_path: Path) -> None:
     record: dict[str, Any] = {
         "schema_version": 1, "points": [copy.deepcopy(POINT)], "steps": [7], "num_layers": 8,
-        "decode": {"layers": [1.0] * 8, "rest": 1.0, "device": "cpu"}, "dense": {"parameters": 1, "bytes": 2}, "identity": {"base": "x"}, "repair": None,
+        "decode": {"layers": [1.0] * 8, "rest": 1.0, "device": "cpu"}, "dense": {"parameters": 1, "bytes": 2}, "identity": {"base": "x"}, "calibration": {}, "repair": None,
     }  # fmt: skip
     file = tmp_path / "curve.json"
     file.write_text(json.dumps(record))
@@ -490,6 +496,21 @@ def test_a_model_that_can_not_be_repaired_has_a_curve(tmp_path: Path) -> None:
     assert len(str(curve).splitlines()) == 6
 
 
+def test_a_curve_of_few_layers(tmp_path: Path) -> None:
+    """Of three, the default of a quarter is none, which is no reason to refuse the others."""
+    options = {"calibration": "self", "calibration_samples": 8, "calibration_length": 8, "context": 16}
+    model = tiny_model("llama")
+    drop_layers(model, range(3, 8))
+    model.save_pretrained(tmp_path / "three")
+    curve = quality_curve(str(tmp_path / "three"), **options)
+    assert (len(curve.points), curve.chosen) == (1, None)
+    drop_layers(model, [1, 2])
+    model.save_pretrained(tmp_path / "one")
+    with pytest.raises(CutError, match="at least one must stay"):
+        quality_curve(str(tmp_path / "one"), **options)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")  # of a picture without a height
 def test_a_curve_of_ruined_cuts_is_read_again(model: Any, tmp_path: Path) -> None:
     """The perplexity of its plain cuts is more than 10^20 times the dense model's, which the records do not take."""
     ruined = copy.deepcopy(model)

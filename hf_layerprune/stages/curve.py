@@ -89,7 +89,7 @@ def make_curve(request: RankRequest) -> Curve:
     families.check_stage(config, "rank")
     n = families.layer_count(config)
     protected = families.protected_layers(config)
-    free = free_layers(n, 1, *find_criterion("auto").protected_ends(request), protected)
+    free = free_layers(n, drop_count(1, n), *find_criterion("auto").protected_ends(request), protected)
     up_to = _last_count(request, n, min(len(free), n - 1))
     identity = {
         "base": base_identity(request),
@@ -102,11 +102,12 @@ def make_curve(request: RankRequest) -> Curve:
         record = {"schema_version": SCHEMA_VERSION, "identity": identity, "points": [], "steps": [], "num_layers": n}
     if len(record["points"]) < up_to:
         _extend(request, config, record, free, up_to)
-    elif not has_same_rows(record.get("calibration", {}), request):
+    elif not has_same_rows(record["calibration"], request):
         raise _other_rows_error(request)
     points = record["points"][:up_to]
     curve = Curve(points, record)
-    record["chosen"] = chosen_count(request, curve)
+    too_few = request.drop == DEFAULT_DROP and DEFAULT_DROP * n < 1  # for the default, which nobody asked for
+    record["chosen"] = None if too_few else chosen_count(request, curve)
     record["knee"] = knee(points)
     if request.output is not None:
         folder = request.output

@@ -105,7 +105,7 @@ def read_curve(path: Path) -> dict[str, Any]:
             and len(decode["layers"]) == n
             and decode.keys() == {"layers", "rest", "device"}
             and len({range(n).index(step) for step in steps}) == len(steps)
-            and isinstance(record["identity"], dict)
+            and all(isinstance(record[name], dict) for name in ("identity", "calibration"))
             and record["repair"] in (None, *REPAIRS)
         )
     except (KeyError, TypeError, ValueError):
@@ -138,7 +138,13 @@ def choose_point(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dic
             f"no point of {folder}, which drops up to {pluralize(len(curve.points), 'layer')}, {asked}; {way_out}"
         )
     point = curve.points[count - 1]
-    repair = request.repair or (record["repair"] if "repaired" in point else None)
+    measured = record["repair"] if "repaired" in point else None
+    if request.budget and request.repair not in (None, measured):
+        raise CutError(
+            f"{folder} was measured with {f'the {measured} repair' if measured else 'no repair'}, so it can't say which cut meets "
+            f"{request.budget} after the {request.repair} repair; leave repair out, or make a curve with it"
+        )
+    repair = request.repair or measured
     if repair and request.repair is None and is_gguf_name(request.output):
         raise CutError(
             f"{folder} was measured with the {repair} repair, which a GGUF file that stays one can't have; write a folder, or "

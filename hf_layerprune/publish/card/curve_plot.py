@@ -51,7 +51,7 @@ def draw_curve(
     }
     series = {name: line for name, line in series.items() if len(line) > 1}
     best = series.get("repaired") or series["cut"]
-    top = 1.25 * max(kl + error for _, kl, error in best)
+    top = 1.25 * max(1e-6, *(kl + error for _, kl, error in best))  # dropping layers that do nothing costs nothing
     heights = {count: kl for count, kl, _ in best}
     with new_figure(path, height=3.9, digest=digest) as (_, axes):
         axes.axhline(0, color=ROLE_COLOURS["dense"], lw=1.2, ls=(0, (4, 3)), zorder=1)
