@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from .commands import COMMANDS, Result
 from .errors import explain, one_line, sanitize, wants_traceback
-from .options import DisplayOptions, ResultOptions, add_options, options_from_args
+from .options import DisplayOptions, ResultOptions, add_options, option_flags, options_from_args, spell_options
 from .screen import configure_output
 from .versions import __version__
 
@@ -89,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if display.debug or wants_traceback():
             print(sanitize(traceback.format_exc()), file=sys.stderr)
-        return _fail(*explain(error, "--debug"))
+        flags = option_flags(command.Request)
+        return _fail(*explain(error, "--debug", lambda message: spell_options(message, flags)))
 
 
 def _show(result: Result, display: DisplayOptions) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 # Control characters, characters that reorder or hide text (such as U+202E), and unpaired surrogates.
@@ -102,15 +102,21 @@ def cause_of(error: BaseException) -> str:
     return text if len(text) <= _MAX_MESSAGE else text[: _MAX_MESSAGE - 3] + "..."
 
 
-def explain(error: BaseException, debug: str = f"{DEBUG}=1") -> tuple[str, int]:
+def explain(
+    error: BaseException, debug: str = f"{DEBUG}=1", spell: Callable[[str], str] = lambda message: message
+) -> tuple[str, int]:
     """The message and the exit code for an exception that ended a command.
 
     The code is 2 for wrong usage, 130 for an interrupt, and otherwise 1. `debug` is what makes the command show a traceback.
+    `spell` names the options in a message as the command does.
     """
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; nothing was left half-written", 130
     if isinstance(error, LayerPruneError | OSError):
-        return one_line(str(error)), 2 if isinstance(error, CutError) else 1
+        text = str(error)
+        # Others quote files and libraries, in which the name of an option means something else.
+        text = spell(text) if isinstance(error, CutError | UnsupportedModelError) else text
+        return one_line(text), 2 if isinstance(error, CutError) else 1
     if isinstance(error, ImportError) and "pip install" in str(error):  # as transformers asks for what a model needs
         return cause_of(error), 1
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # `Path.expanduser`

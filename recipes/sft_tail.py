@@ -47,7 +47,7 @@ import shlex
 import shutil
 import sys
 import traceback
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -64,7 +64,7 @@ except ImportError:
 from hf_layerprune.errors import CutError, LayerPruneError, boundary, explain, sanitize, wants_traceback
 from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.options import FinishOptions, RowOptions
-from hf_layerprune.options import DTYPES, CutOptions, argument_dataclass, copy_fields, refuse_unused
+from hf_layerprune.options import DTYPES, CutOptions, argument_dataclass, copy_fields, refuse_unused, spell_options
 from hf_layerprune.records.requirements import RequireOptions
 from hf_layerprune.runtime.model_class import without_zero3
 from hf_layerprune.stages.requests import PruneRequest
@@ -366,10 +366,22 @@ class Parser(TrlParser):
         super().error(sanitize(message))
 
 
+ARGUMENTS: Any = (
+    ScriptArguments, HealConfig, ModelArguments, DatasetMixtureConfig, CutArguments, RowOptions, MeasureArguments
+)  # fmt: skip
+
+
 def make_parser() -> TrlParser:
-    own = (ModelArguments, DatasetMixtureConfig, CutArguments, RowOptions, MeasureArguments)
-    types: Any = (ScriptArguments, HealConfig, *own)
-    return Parser(types, allow_abbrev=False)
+    return Parser(ARGUMENTS, allow_abbrev=False)
+
+
+def name_options(message: str) -> str:
+    """Name the options in a message as this command line does; some of those of `eval` have other names here."""
+    flags = {field.name: f"--{field.name}" for arguments in ARGUMENTS for field in fields(arguments)}
+    flags |= {"tasks": "--eval_tasks", "tasks_from": "--eval_from", "texts": "--eval_texts", "limit": "--eval_limit"}
+    for name, flag in list(flags.items()):
+        flags |= {f"{name}={value}": f"{flag} {str(value).lower()}" for value in (True, False)}
+    return spell_options(message, flags)
 
 
 def run() -> int:
@@ -381,7 +393,7 @@ def run() -> int:
     except (Exception, KeyboardInterrupt) as error:
         if wants_traceback():
             print(sanitize(traceback.format_exc()), file=sys.stderr)
-        message, code = explain(error)
+        message, code = explain(error, spell=name_options)
         missed = [message]
     for line in missed:
         print(f"error: {line}", file=sys.stderr)

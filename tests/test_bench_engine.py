@@ -216,9 +216,12 @@ def test_a_missing_engine_is_one_line_with_its_installation(engine, files, tmp_p
         (["--engine", "llama.cpp"], "llama.cpp runs GGUF files, and"),
         (["--engine", "llama.cpp", "--gguf", "{base}"], "has 6 layers and"),
         (["--engine", "llama.cpp", "--gguf", "{cut}", "--batch-sizes", "4"], "use --batch-sizes 1"),
-        (["--engine", "llama.cpp", "--gguf", "{cut}", "--dtype", "float16"], "dtype has no effect in llama.cpp"),
-        (["--engine", "llama.cpp", "--gguf", "{cut}", "--device", "cuda:1"], "not on 'cuda:1' alone"),
-        (["--engine", "vllm", "--device", "mps"], "vLLM runs on cpu here, and not on the device 'mps'"),
+        (
+            ["--engine", "llama.cpp", "--gguf", "{cut}", "--dtype", "float16"],
+            "--dtype float16 has no effect in llama.cpp",
+        ),
+        (["--engine", "llama.cpp", "--gguf", "{cut}", "--device", "cuda:1"], "leave --device cuda:1 out"),
+        (["--engine", "vllm", "--device", "mps"], "vLLM runs on cpu here; leave --device mps out"),
     ],
 )
 def test_what_can_not_be_timed_is_refused(words, says, llama_bench, files, capsys):

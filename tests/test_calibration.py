@@ -14,7 +14,7 @@ from datasets import Dataset
 from hypothesis import given, strategies as st
 from transformers import AutoModelForCausalLM
 
-from hf_layerprune import CheckpointError, CutError
+from hf_layerprune import CheckpointError, CutError, LayerPruneError
 from hf_layerprune.calibration.documents import check_source, read_documents, split_source
 from hf_layerprune.calibration.rows import CalibrationSet, check_vocabulary, load_calibration
 from hf_layerprune.calibration.self_text import generate_text
@@ -146,7 +146,7 @@ def test_fingerprint_is_of_tokens_and_shape() -> None:
 )
 def test_bad_files(name: str, content: bytes, message: str, tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / name.partition(":")[0]).write_bytes(content)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(LayerPruneError, match=message):
         load_calibration(str(tmp_path / name), tokenizer, samples=5, length=64)
 
 

@@ -172,7 +172,7 @@ def test_nothing_to_train_in_front(middle: Bench, tmp_path: Path) -> None:
     ],
 )
 def test_settings_that_rule_it_out(middle: Bench, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(CutError, match=f"features needs {message}.*or use features=0"):
+    with pytest.raises(CutError, match=f"features=... needs {message}.*or use features=0"):
         middle.trainer(**FEATURES | settings)
 
 

@@ -24,7 +24,7 @@ from trl import ModelConfig
 
 from hf_layerprune import drop_layers
 from hf_layerprune.cut.dry_run import dry_run_cut_of_config
-from hf_layerprune.errors import CheckpointError, CutError, LayerPruneError, explain
+from hf_layerprune.errors import CutError, LayerPruneError, explain
 from hf_layerprune.families import cut_config, make_cut
 from hf_layerprune.heal import preflight
 from hf_layerprune.heal.config import HealConfig
@@ -99,45 +99,45 @@ def words(folder: Path, output: Path, **settings: Any) -> list[str]:
 PRUNED = {"model_name_or_path": "FOLDER/pruned"}
 TALKS = {"model_name_or_path": "FOLDER/talker", "dataset_name": "FOLDER/talks.jsonl"}
 USAGE = [
-    ({"method": "head"}, "method='head' is unknown"),
+    ({"method": "head"}, "--method head is unknown"),
     ({"method": "last9"}, "trains the last 9 layers, but only 6 remain"),
     ({"method": "last8", "max_kl": 0.1}, "trains the last 8 layers, but only 7 remain"),
     ({"method": "last2", "features": 0.5, "drop_layers": "3,4"}, "none of them is trained; use --method behind2"),
     ({"method": "lora", "features": 0.5, "drop_layers": "0,1"}, "none of them is trained; use --method behind2"),
-    ({"dataset_name": "self", "self_length": 5000}, "self_length=5000 is more than the 128 positions of the model"),
+    ({"dataset_name": "self", "self_length": 5000}, "--self_length 5000 is more than the 128 positions of the model"),
     ({"dataset_name": None}, "specify the training data with --dataset_name"),
     ({"dataset_name": "FOLDER/odd.jsonl"}, "has the columns question, but training needs prompt"),
     ({"dataset_test_split": "test", "eval_strategy": "steps"}, "has no split 'test'; it has train"),
-    ({"config": "FOLDER/mixture.yaml"}, "dataset_name has no effect with `datasets`"),
-    ({"model_revision": "v1"}, "model_revision has no effect on FOLDER/base, which is a local path"),
-    (PRUNED | {"model_revision": "v1"}, "model_revision has no effect on FOLDER/pruned, which is a local path"),
-    ({"loss": "kd", "teacher_revision": "v1"}, "teacher_revision has no effect on FOLDER/base, which is a local path"),
-    ({"test_split_size": 4}, "test_split_size has no effect without `datasets`"),
-    ({"config": "FOLDER/advice.yaml", "drop": 0.3}, "drop has no effect with drop_layers, which say which layers go"),
-    (PRUNED | {"drop": 0.5}, "drop has no effect on FOLDER/pruned, which is pruned already"),
-    (PRUNED | {"target_params": "1K"}, "target_params has no effect on"),
-    (PRUNED | {"max_kl": 0.1}, "max_kl has no effect on"),
-    (PRUNED | {"criterion": "kl", "repair": "linear"}, "repair and criterion have no effect on"),
+    ({"config": "FOLDER/mixture.yaml"}, "has no effect with `datasets`"),
+    ({"model_revision": "v1"}, "--model_revision v1 has no effect on FOLDER/base, which is a local path"),
+    (PRUNED | {"model_revision": "v1"}, "--model_revision v1 has no effect on FOLDER/pruned, which is a local path"),
+    ({"loss": "kd", "teacher_revision": "v1"}, "--teacher_revision v1 has no effect on FOLDER/base, which is a local path"),
+    ({"test_split_size": 4}, "--test_split_size 4.0 has no effect without `datasets`"),
+    ({"config": "FOLDER/advice.yaml", "drop": 0.3}, "--drop 0.3 has no effect with --drop_layers, which say which layers go"),
+    (PRUNED | {"drop": 0.5}, "--drop 0.5 has no effect on FOLDER/pruned, which is pruned already"),
+    (PRUNED | {"target_params": "1K"}, "--target_params 1K has no effect on"),
+    (PRUNED | {"max_kl": 0.1}, "--max_kl 0.1 has no effect on"),
+    (PRUNED | {"criterion": "kl", "repair": "linear"}, "--repair linear and --criterion kl have no effect on"),
     (PRUNED | {"features": 0.5, "teacher": "FOLDER/base"}, "none of them is trained; use --method behind2"),
     (PRUNED | {"dataset_name": "self", "self_length": 64}, "distilling and writing rows need the dense model; specify it with --teacher"),
     (PRUNED | {"rewrite_answers": "true"}, "distilling and writing rows need the dense model"),
     ({"model_name_or_path": None}, "specify the model with --model_name_or_path"),
     (
         {"dataset_name": "self", "dataset_config": "en", "dataset_streaming": "true"},
-        "dataset_config and dataset_streaming have no effect with --dataset_name self",
+        "--dataset_config en and --dataset_streaming true have no effect with --dataset_name self",
     ),
     (
         {"config": "FOLDER/streamed.yaml", "dataset_name": None, "loss": "kd", "max_steps": 1},
-        "loss=kd needs all rows at once",
+        "--loss kd needs all rows at once",
     ),
-    ({"dataset_name": "self", "rewrite_answers": "true"}, "rewrite_answers has no effect with --dataset_name self"),
-    ({"rewrite_temperature": 1}, "rewrite_temperature has no effect without --rewrite_answers"),
-    ({"kd_temperature": 2, "kd_tokens": "completion"}, "kd_temperature and kd_tokens have no effect with loss=ce"),
-    ({"loss": "kd", "kd_share": 0.9, "kd_alone": 0.5}, "kd_share and kd_alone have no effect with loss=kd"),
-    ({"load_in_4bit": "true", "method": "lora"}, "load_in_4bit has no effect in this recipe"),
-    ({"use_peft": "true"}, "use_peft has no effect"),
-    ({"use_dora": "true", "lora_r": 4}, "lora_r and use_dora have no effect with --method last2"),
-    ({"dataset_streaming": "true", "loss": "kd", "max_steps": 1}, "loss=kd needs all rows at once"),
+    ({"dataset_name": "self", "rewrite_answers": "true"}, "--rewrite_answers true has no effect with --dataset_name self"),
+    ({"rewrite_temperature": 1}, "--rewrite_temperature 1.0 has no effect without --rewrite_answers"),
+    ({"kd_temperature": 2, "kd_tokens": "completion"}, "--kd_temperature 2.0 and --kd_tokens completion have no effect with --loss ce"),
+    ({"loss": "kd", "kd_share": 0.9, "kd_alone": 0.5}, "--kd_share 0.9 and --kd_alone 0.5 have no effect with --loss kd"),
+    ({"load_in_4bit": "true", "method": "lora"}, "--load_in_4bit true has no effect in this recipe"),
+    ({"use_peft": "true"}, "--use_peft true has no effect"),
+    ({"use_dora": "true", "lora_r": 4}, "--lora_r 4 and --use_dora true have no effect with --method last2"),
+    ({"dataset_streaming": "true", "loss": "kd", "max_steps": 1}, "--loss kd needs all rows at once"),
     ({"dataset_streaming": "true", "rewrite_answers": "true", "max_steps": 1}, "--rewrite_answers needs all rows"),
     ({"dataset_streaming": "true"}, "max_steps has to be specified"),
     (PRUNED | {"loss": "kd"}, "distilling and writing rows need the dense model; specify it with --teacher"),
@@ -153,17 +153,17 @@ USAGE = [
     ({"num_train_epochs": -1}, "--num_train_epochs must be above 0"),
     ({"learning_rate": 0}, "--learning_rate must be above 0"),
     ({"gradient_accumulation_steps": -1}, "--gradient_accumulation_steps must be above 0"),
-    ({"eval_on_start": "true", "do_eval": "true"}, "do_eval and eval_on_start have no effect without --eval_strategy"),
-    ({"ignore_bias_buffers": "true"}, "ignore_bias_buffers has no effect on the models"),
-    ({"dataset_name": "self", "completion_only_loss": "true"}, "completion_only_loss has no effect with --dataset_name self"),
-    ({"push_to_hub": "true", "hub_strategy": "checkpoint"}, "hub_strategy has no effect in this recipe"),
-    ({"cache": "off", "keep_cache": "true"}, "keep_cache has no effect with cache=off"),
+    ({"eval_on_start": "true", "do_eval": "true"}, "--do_eval true and --eval_on_start true have no effect without --eval_strategy"),
+    ({"ignore_bias_buffers": "true"}, "--ignore_bias_buffers true has no effect on the models"),
+    ({"dataset_name": "self", "completion_only_loss": "true"}, "--completion_only_loss true has no effect with --dataset_name self"),
+    ({"push_to_hub": "true", "hub_strategy": "checkpoint"}, "--hub_strategy checkpoint has no effect in this recipe"),
+    ({"cache": "off", "keep_cache": "true"}, "--keep_cache true has no effect with --cache off"),
     ({"report_to": "neptune"}, "can't train: "),
     ({"method": "lora", "lora_target_modules": "nope"}, "Target modules {'nope'} not found in the base model"),
     ({"attn_implementation": "nope"}, "`attn_implementation=\"nope\"` is not supported"),
     ({"use_liger_kernel": "true"}, "liger-kernel >= 0.3.0 is not available"),
-    ({"dataset_name": "FOLDER/long.jsonl"}, "a row has 200 tokens, and the model 128 positions; use max_length=128"),
-    ({"loss": "kd", "loss_type": "dft"}, "loss=kd can't be combined with loss_type"),
+    ({"dataset_name": "FOLDER/long.jsonl"}, "a row has 200 tokens, and the model 128 positions; use --max_length 128"),
+    ({"loss": "kd", "loss_type": "dft"}, "--loss kd can't be combined with --loss_type"),
     ({"adam_beta1": 2}, "Invalid beta parameter at index 0: 2.0"),
     ({"dataset_name": "self", "self_length": 64, "pad_token": "nope"}, "The specified `pad_token` ('nope') is not found"),
     ({"packing": "true", "config": "FOLDER/endless.yaml"}, "When packing is enabled, `max_length` can't be `None`"),
@@ -174,16 +174,16 @@ USAGE = [
     ({"activation_offloading": "true"}, "--activation_offloading frees memory of a GPU"),
     ({"optim": "schedule_free_adamw"}, "can't train: You need to install `schedulefree`"),
     ({"optim": "grokadamw"}, "can't train: Please install grokadamw"),
-    ({"model_init_kwargs": '{"dtype": "float32"}'}, "model_init_kwargs has no effect in this recipe"),
+    ({"model_init_kwargs": '{"dtype": "float32"}'}, "--model_init_kwargs {'dtype': 'float32'} has no effect in this recipe"),
     ({"dataset_config": "en"}, "--dataset_config has no effect on FOLDER/rows.jsonl, which has no configurations"),
     ({"dataset_train_split": "train[:1]"}, "it has train; a part of a split is named under `datasets`"),
     ({"config": "FOLDER/named.yaml", "dataset_name": None}, "each entry of `datasets` is a mapping with a path"),
     ({"dataset_name": "FOLDER/text.jsonl", "completion_only_loss": "true"}, "text.jsonl has only text; leave it out"),
     ({"dataset_name": "FOLDER/text.jsonl", "assistant_only_loss": "true"}, "You set `assistant_only_loss=True`, but the dataset is not conversational"),
     (TALKS | {"dataset_name": "FOLDER/talk.jsonl", "assistant_only_loss": "true"}, "can't train: The "),
-    ({"features": 0.5, "method": "behind2", "drop_layers": "3,4", "label_smoothing_factor": 0.1}, "features=0.5 can't be combined with"),
-    ({"eval_limit": 3}, "eval_limit has no effect without --eval_tasks or --eval_from"),
-    ({"eval_texts": "FOLDER/rows.txt", "eval_limit": 3}, "limit has no effect without tasks"),
+    ({"features": 0.5, "method": "behind2", "drop_layers": "3,4", "label_smoothing_factor": 0.1}, "--features 0.5 can't be combined with"),
+    ({"eval_limit": 3}, "--eval_limit 3 has no effect without --eval_tasks or --eval_from"),
+    ({"eval_texts": "FOLDER/rows.txt", "eval_limit": 3}, "--eval_limit 3 has no effect without tasks"),
     (TALKS, "the chat template can't take row 1 of FOLDER/talks.jsonl: "),
     ({"eval_tasks": "piqaa"}, "piqaa"),
     ({"eval_texts": "/nowhere.txt"}, "/nowhere.txt"),
@@ -395,7 +395,7 @@ def test_the_base_teaches_a_model_that_was_cut_twice(folder: Path) -> None:
     for drop in ([3, 4], [1]):
         drop_layers(twice, drop)
     check_teacher_config(dense, twice.config, "base", features=False)
-    with pytest.raises(CheckpointError, match=r"which had 6 layers, and the teacher base has 8; .*or use features=0"):
+    with pytest.raises(CutError, match=r"which had 6 layers, and the teacher base has 8; .*or use features=0"):
         check_teacher_config(dense, twice.config, "base", features=True)
 
 

@@ -549,7 +549,7 @@ def test_a_miss_of_what_is_required(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"fp16": "true"}, "fp16 needs a GPU, and training would run on the CPU; use --fp16 false"),
+        ({"fp16": "true"}, "fp16=True needs a GPU, and training would run on the CPU; use fp16=False"),
         ({"drop_layers": "3-12"}, r"drop_layers has 8, but the model's layers are 0\.\.7"),
         ({"model_name_or_path": "/nowhere"}, "/nowhere does not exist"),
         ({"require": "kl<=1"}, "--require needs numbers; say what to measure: --eval_tasks"),
@@ -620,7 +620,7 @@ def test_settings_for_other_rows_may_stay_in_a_settings_file(
     evaluation = {"eval_steps": 5, "eval_packing": "false", "dataset_test_split": "other"}
     run(recipe, words(base, tmp_path / "run", max_steps=1, self_rows=3, template="alpaca", **hub, **evaluation))
     assert "without --push_to_hub, nothing is pushed to me/small" in caplog.text
-    assert "self_rows and self_length have no effect without --dataset_name self" in caplog.text
+    assert "--self_rows and --self_length have no effect without --dataset_name self" in caplog.text
     assert "rows.jsonl, whose rows are no instructions" in caplog.text
 
 

@@ -295,10 +295,10 @@ def test_ruined_models_are_recorded(
         (
             ["--tasks", "none", "--limit", "3", "--batch-size", "2"],
             2,
-            "limit and batch_size have no effect without tasks",
+            "--limit 3 and --batch-size 2 have no effect without tasks",
         ),
-        (["--text", "none", "--length", "32"], 2, "length has no effect without texts"),
-        (["--length", "513"], 2, "length=513 is more than the 512 positions"),
+        (["--text", "none", "--length", "32"], 2, "--length 32 has no effect without texts"),
+        (["--length", "513"], 2, "--length 513 is more than the 512 positions"),
         (["--device", "gpu"], 2, "'gpu' is not a device"),
         (["--device", "cuda:7"], 2, "'cuda:7' is not a device"),
         (["--output", "nowhere/metrics.json"], 1, "nowhere does not exist"),

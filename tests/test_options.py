@@ -109,10 +109,10 @@ def test_help_is_in_groups_and_names_options_as_flags() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RankRequest("base", curve_up_to=3), "curve_up_to has no effect without curve"),
-        (lambda: RankRequest("base", curve=True, lengths=[1, 2]), "lengths has no effect on a curve"),
-        (lambda: EvalRequest("model", base_revision="v1"), "needs --base"),
-        (lambda: BenchRequest("model", base_revision="v1"), "needs --base"),
+        (lambda: RankRequest("base", curve_up_to=3), "curve_up_to=3 has no effect without curve=True"),
+        (lambda: RankRequest("base", curve=True, lengths=[1, 2]), r"lengths=\[1, 2\] has no effect on a curve"),
+        (lambda: EvalRequest("model", base_revision="v1"), "needs base="),
+        (lambda: BenchRequest("model", base_revision="v1"), "needs base="),
     ],
 )
 def test_what_would_be_ignored_is_refused(make: Callable[[], Any], message: str) -> None:
@@ -144,35 +144,51 @@ NO_EFFECT: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (
         PruneRequest,
         {"drop_layers": [3], "criterion": "kl", "steps": 4, "contiguous": True},
-        "criterion, contiguous and steps have",
+        "criterion='kl', contiguous=True and steps=4 have",
     ),
-    (PruneRequest, {"drop_layers": [3], "from_curve": Path("curve")}, "from_curve has no effect with drop_layers"),
-    (PruneRequest, {"drop_layers": [3], "target_size": "1GB", "target_dtype": "float16"}, "target_size has no effect"),
-    (PruneRequest, {"drop": 2, "criterion": "auto", "steps": 4}, "steps has no effect with criterion auto"),
-    (PruneRequest, {"drop": 2, "steps": 4}, "steps has no effect with criterion reverse_order"),
-    (PruneRequest, {"drop": 2, "criterion": "kl", "variant": "paper"}, "variant has no effect"),
-    (PruneRequest, {"drop": 2, "calibration": "a.txt"}, "calibration has no effect with criterion reverse_order"),
-    (PruneRequest, {"drop_layers": [3], "calibration_samples": 8}, "calibration_samples has no effect"),
+    (
+        PruneRequest,
+        {"drop_layers": [3], "from_curve": Path("curve")},
+        "from_curve='curve' has no effect with drop_layers",
+    ),
+    (
+        PruneRequest,
+        {"drop_layers": [3], "target_size": "1GB", "target_dtype": "float16"},
+        "target_size=1000000000 has no effect",
+    ),
+    (PruneRequest, {"drop": 2, "criterion": "auto", "steps": 4}, "steps=4 has no effect with criterion auto"),
+    (PruneRequest, {"drop": 2, "steps": 4}, "steps=4 has no effect with criterion reverse_order"),
+    (PruneRequest, {"drop": 2, "criterion": "kl", "variant": "paper"}, "variant='paper' has no effect"),
+    (
+        PruneRequest,
+        {"drop": 2, "calibration": "a.txt"},
+        "calibration='a.txt' has no effect with criterion reverse_order",
+    ),
+    (PruneRequest, {"drop_layers": [3], "calibration_samples": 8}, "calibration_samples=8 has no effect"),
     (
         PruneRequest,
         {"drop": 2, "from_curve": Path("curve"), "criterion": "kl"},
-        "criterion has no effect with from_curve",
+        "criterion='kl' has no effect with from_curve",
     ),
     (
         PruneRequest,
         {"target_params": "1B", "context": 512},
-        "context has no effect without target_memory or target_sp",
+        "context=512 has no effect without target_memory or target_sp",
     ),
-    (PruneRequest, {"drop": 2, "target_dtype": "float16"}, "target_dtype has no effect without target_size or"),
-    (AdviseRequest, {"drop": 2, "batch": 4}, "batch has no effect"),
+    (
+        PruneRequest,
+        {"drop": 2, "target_dtype": "float16"},
+        "target_dtype='float16' has no effect without target_size or",
+    ),
+    (AdviseRequest, {"drop": 2, "batch": 4}, "batch=4 has no effect"),
     (
         RankRequest,
         {"criteria": ["magnitude_l1"], "calibration": "a.txt"},
-        "calibration has no effect with criterion magn",
+        "calibration='a.txt' has no effect with criterion magn",
     ),
-    (RankRequest, {"context": 512}, "context has no effect"),
-    (RankRequest, {"curve": True, "criteria": ["kl"]}, "criterion has no effect on a curve"),
-    (RankRequest, {"curve": True, "variant": "paper"}, "variant has no effect on a curve"),
+    (RankRequest, {"context": 512}, "context=512 has no effect"),
+    (RankRequest, {"curve": True, "criteria": ["kl"]}, r"criteria=\['kl'\] has no effect on a curve"),
+    (RankRequest, {"curve": True, "variant": "paper"}, "variant='paper' has no effect on a curve"),
 ]
 
 
@@ -213,10 +229,12 @@ def test_an_option_with_an_effect_is_not(cls: Callable[..., Any], options: dict[
 def test_only_a_model_on_the_hub_has_revisions(cls: Any, tmp_path: Path) -> None:
     output = ["output"] if cls is PruneRequest else []
     assert cls("org/model", *output, revision="v1").revision == "v1"
-    with pytest.raises(CutError, match=f"revision has no effect on {tmp_path}, which is a local path; leave it out"):
+    with pytest.raises(
+        CutError, match=f"revision='v1' has no effect on {tmp_path}, which is a local path; leave it out"
+    ):
         cls(str(tmp_path), *output, revision="v1")
     if cls in (EvalRequest, BenchRequest):
-        with pytest.raises(CutError, match="base_revision has no effect on"):
+        with pytest.raises(CutError, match="base_revision='v1' has no effect on"):
             cls("org/model", base=str(tmp_path), base_revision="v1")
 
 

@@ -205,5 +205,5 @@ def test_fp16_with_a_gradient_scaler(loss: str, tmp_path: Path, monkeypatch: pyt
 
 
 def test_fp16_without_a_gpu(tmp_path: Path) -> None:
-    with pytest.raises(CutError, match="fp16 needs a GPU, and training would run on the CPU"):
+    with pytest.raises(CutError, match="fp16=True needs a GPU, and training would run on the CPU"):
         HealConfig(str(tmp_path), fp16=True, use_cpu=True)

@@ -54,7 +54,7 @@ def test_rows_that_are_too_long_are_refused_before_a_weight_is_read(
 ) -> None:
     (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
     assert main(["rank", str(tmp_path), "--criterion", "kl", "--calibration-length", "99999"]) == 2
-    assert "calibration_length=99999 is more than the" in capsys.readouterr().err
+    assert "--calibration-length 99999 is more than the" in capsys.readouterr().err
 
 
 def test_lengths_that_leave_no_layer_are_refused_before_a_weight_is_read(
@@ -180,7 +180,7 @@ def test_a_criterion_that_may_not_drop_enough_is_left_out(
     assert {*record["criteria"]} == {*record["protect"]} == {"reverse_order"}
     assert "magnitude" not in capsys.readouterr().out
     assert main(["rank", str(base), "--criterion", "magnitude_l1", "--target-params", "51k"]) == 2
-    assert "target_params=51k can't be met" in capsys.readouterr().err
+    assert "--target-params 51k can't be met" in capsys.readouterr().err
     words = ["--protect-last", "1", "--drop", "7", *FEW]
     assert main(["rank", str(base), "--criterion", "repairability,kl", *words]) == 0
     assert "repairability is left out: no block of 7 layers may be dropped" in caplog.text
@@ -315,11 +315,17 @@ def test_without_output_or_text(base: Path, capsys: pytest.CaptureFixture[str], 
         (["--lengths", "0", "--criterion", "kl", *FEW], "blocks of 0 layers"),
         (
             ["--lengths", "2", "--criterion", "taylor,random", *FEW],
-            "lengths has no effect with criterion taylor and random",
+            "--lengths 2 has no effect with criterion taylor and random",
         ),
-        (["--criterion", "magnitude_l1", *FEW], "calibration_samples and calibration_length have no effect"),
-        (["--criterion", "kl", "--variant", "paper", *FEW], "variant has no effect with criterion kl, of which there"),
-        (["--criterion", "kl", "--repair", "linear", *FEW], "repair has no effect on scores, unlike on a curve"),
+        (["--criterion", "magnitude_l1", *FEW], "--calibration-samples 8 and --calibration-length 16 have no effect"),
+        (
+            ["--criterion", "kl", "--variant", "paper", *FEW],
+            "--variant paper has no effect with criterion kl, of which there",
+        ),
+        (
+            ["--criterion", "kl", "--repair", "linear", *FEW],
+            "--repair linear has no effect on scores, unlike on a curve",
+        ),
         (["--device", "tpu9", "--criterion", "kl", *FEW], "'tpu9' is not a device of this machine"),
     ],
 )

@@ -354,7 +354,10 @@ def test_a_card_that_may_not_be_read_is_not_replaced(
     ("words", "message"),
     [
         (["--space", "chat"], "'chat' is not a Hub id"),
-        (["--space", "org/chat", "--create-pr"], "omit --revision and --create-pr"),
+        (
+            ["--space", "org/chat", "--create-pr"],
+            "--space shows the model's main branch; omit --revision and --create-pr",
+        ),
         (["--overwrite-space"], "need --space"),
         (["--space-secret", "NOT_SET"], "need --space"),
         (["--space", "org/chat", "--space-secret", "NOT_SET"], "names an environment variable that is not set"),

@@ -200,8 +200,8 @@ def test_files_that_turn_out_too_large_are_refused(
         words = ["prune", str(base), str(tmp_path / "cut"), "--target-dtype", dtype, "--target-size", str(limit)]
         assert main(words) == 2
         error = capsys.readouterr().err
-        assert "more than target_size allows" in error
-        assert error.endswith("use drop=2 or more instead\n")
+        assert "more than --target-size allows" in error
+        assert error.endswith("use --drop 2 or more instead\n")
         assert not (tmp_path / "cut").exists()
 
 
@@ -297,16 +297,16 @@ def test_a_model_that_is_too_large_for_a_device_is_timed_where_it_is(
     [
         (
             ["--target-size", "1KB"],
-            "target_size=1kB can't be met: dropping 7 layers leaves 65.11 kB, which is 64.11 kB too much; raise the target to ",
+            "--target-size 1kB can't be met: dropping 7 layers leaves 65.11 kB, which is 64.11 kB too much; raise the target to ",
         ),
         (
             ["--target-params", "1M"],
-            "target_params=1M is met by the model as it is (70.18 k), so there is nothing to drop",
+            "--target-params 1M is met by the model as it is (70.18 k), so there is nothing to drop",
         ),
-        (["--target-memory", "200KB", "--context", "999"], "context=999 is more than the 128 positions"),
+        (["--target-memory", "200KB", "--context", "999"], "--context 999 is more than the 128 positions"),
         (
             ["--target-params", "20K", "--criterion", "magnitude_l1"],
-            "target_params=20k can't be met: dropping all 2 of the layers that may go leaves",
+            "--target-params 20k can't be met: dropping all 2 of the layers that may go leaves",
         ),
     ],
 )
@@ -344,7 +344,7 @@ def test_a_gguf_file_that_stays_one(tmp_path: Path, capsys: pytest.CaptureFixtur
     base = smollm2()
     words = ["prune", str(base), str(tmp_path / "small.gguf")]
     assert main([*words, "--target-params", "100M"]) == 2
-    assert "use target_size" in capsys.readouterr().err
+    assert "use --target-size or --drop N" in capsys.readouterr().err
     assert main([*words, "--target-size", "75MB"]) == 0
     assert (tmp_path / "small.gguf").stat().st_size <= 75_000_000
 

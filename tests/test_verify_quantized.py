@@ -389,11 +389,11 @@ def test_a_cut_of_a_quantised_base(place, tmp_path, capsys):
             1,
             "quantised (bitsandbytes, nf4), and can't be repaired or healed; use the unquantised model\n",
         ),
-        ("--repair=refit --adapter", 2, "the layers, and those of this model are quantised; leave out --repair"),
+        ("--repair=refit --adapter", 2, "the layers, and those of this model are quantised; leave it out"),
         (
             "--dtype=float32",
             2,
-            "are quantised and stay so when they are loaded, so --dtype can't convert them; leave it out",
+            "are quantised and stay so when they are loaded, so --dtype float32 can't convert them; leave it out",
         ),
     ):
         assert main(["prune", str(base), str(cut), "--drop-layers", "2", *options.split()]) == code

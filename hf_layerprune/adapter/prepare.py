@@ -106,7 +106,7 @@ def prepare(
         resolve_drop(config, model.config, cut, target)
     if cut is not None or is_already_cut(config, model.config):
         way_out = (
-            f"specify its layers with drop_layers={list(cut.cut.drop)}" if choosing and cut else "use repair=None"
+            f"specify its layers with drop_layers={list(cut.cut.drop)}" if choosing and cut else "leave the repair out"
         )
         raise CutError(
             f"choosing layers and fitting a repair need the dense model, and this one is cut already; {way_out}, or load "
@@ -116,8 +116,8 @@ def prepare(
         check_repair(model.config, config.drop_layers or [], config.calibration_samples, config.repair)
         if all(one.dim() < 2 or is_packed(one) for one in find_decoder_layers(model).layers.parameters()):
             raise CutError(
-                "a repair changes weights of the layers, and those of this model are quantised; leave out --repair "
-                "(repair=None), or repair the unquantised model, then quantise it"
+                f"repair={config.repair!r} changes weights of the layers, and those of this model are quantised; leave it out, "
+                "or repair the unquantised model, then quantise it"
             )
     if choosing:
         check_budget_rows(config, config.calibration_samples)

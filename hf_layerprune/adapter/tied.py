@@ -45,8 +45,8 @@ def warn_about_untying(added: int, saved: int | None) -> None:
     if saved is not None and added >= saved:
         more = f", more than the {saved:,} that the dropped layers save: the pruned model is larger than its base"
     logger.warning(
-        "lm_head is tied to the embeddings; tuning it unties it, which adds %s parameters%s. Use tune_lm_head=False to "
-        "keep it tied.",
+        "lm_head is tied to the embeddings; tuning it unties it, which adds %s parameters%s. Use tune_lm_head=False "
+        "(--no-tune-lm-head) to keep it tied.",
         f"{added:,}",
         more,
     )

@@ -40,8 +40,8 @@ def image_rows(
     Each row is token ids `[1, seq]`, and the model's other inputs. `source` is where they come from, for messages.
 
     Raises:
-        CheckpointError: An image can't be read, the processor refuses a row, or there are too few rows.
-        CutError: The model or the processor is missing, or the model reads text alone.
+        CheckpointError: An image can't be read, or the processor refuses a row.
+        CutError: There are too few rows, the model or the processor is missing, or the model reads text alone.
     """
     if model is None or load_processor is None:
         raise CutError(f"calibration={source!r} has images, which need the model and its processor")
@@ -70,7 +70,7 @@ def image_rows(
             break
     if len(rows) < samples:
         fit = f", and {left_out} whose images take up to {longest} tokens" if left_out else ""
-        raise CheckpointError(
+        raise CutError(
             f"calibration {source} has {pluralize(len(rows), 'row')} within calibration_length={length}{fit}, not {samples}; "
             "use a smaller calibration_samples, a larger calibration_length, or more rows"
         )

@@ -165,8 +165,8 @@ def load_calibration(
         `CalibrationSet`: The rows.
 
     Raises:
-        CheckpointError: The text can't be read, is empty, or too short.
-        CutError: The rows are longer than the model's context, or the model or tokenizer it needs is missing.
+        CheckpointError: The text can't be read, or is empty.
+        CutError: The text is too short, the rows are longer than the model's context, or the model or tokenizer it needs is missing.
     """
     if model is not None:
         check_context(model.config, length, "calibration_length")
@@ -209,7 +209,7 @@ def _sample_windows(
     windows = split_into_windows(ids, length, special_prefix(tokenizer))
     rows = len(windows)
     if rows < samples:
-        raise CheckpointError(
+        raise CutError(
             f"calibration {source} is too short: {len(ids):,} tokens make {pluralize(rows, 'row')} of {length}, not {samples}; use "
             "a smaller calibration_samples or calibration_length, or more text"
         )

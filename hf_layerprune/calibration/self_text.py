@@ -75,7 +75,7 @@ def generate_text(
     except (AttributeError, NotImplementedError, TypeError) as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} can't write its own calibration text ({str(error)[:120]}); specify a text "
-            "or a data set with calibration="
+            'or a data set (calibration="rows.jsonl")'
         ) from error
 
 
@@ -96,9 +96,7 @@ class _Sampler(LogitsProcessor):
 def _prompt_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     """The start of an empty user turn, or the beginning-of-text token."""
     if tokenizer is not None and has_chat_template(tokenizer):
-        with boundary(
-            "the tokenizer's chat template can't be rendered", "specify a text or a data set with --calibration"
-        ):
+        with boundary("the tokenizer's chat template can't be rendered", "specify a text or a data set instead"):
             chat = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
         before, mark, _ = str(chat).partition(_MARK)
         if mark and before:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..options import option_flags, spell_options
 from ..stages.requests import InspectRequest as Request
 from . import Result, suggest
 
@@ -20,5 +21,5 @@ def run(request: Request) -> Result:
         if anatomy.refusal is None and "rank" not in anatomy.refused_at
         else ()
     )
-    text = report(request.model, anatomy, request.drop)
+    text = spell_options(report(request.model, anatomy, request.drop), option_flags(Request))
     return Result(text=text, data=asdict(anatomy) | {"parameters": anatomy.total}, follow_up=follow_up)

@@ -174,7 +174,7 @@ class Sizes:
         if self._dtype != "auto" and getattr(self.config, "quantization_config", None) is not None:
             raise CutError(
                 f"the base is quantised (it has {tensor.dtype} tensors), so its size as {self._dtype} can't be computed; leave "
-                "the data type at auto (target_dtype, dtype)"
+                'the data type at auto (target_dtype="auto", dtype="auto")'
             )
         return tensor.size * elements // max(1, tensor.elements)
 
@@ -223,7 +223,7 @@ class Sizes:
         except Exception as error:
             raise CutError(
                 f"the key-value cache of a {families.text_config(self.config).model_type} model is not known without "
-                f"running it ({cause_of(error)[:120]}); use target_size or drop instead of target_memory"
+                f"running it ({cause_of(error)[:120]}); use target_size or drop=N instead of target_memory"
             ) from error
 
 

@@ -66,7 +66,7 @@ def cut_without(drop_layers: Sequence[int], num_layers: int) -> Cut:
             raise CutError(f"drop_layers has {i} more than once; list each layer once")
         dropped.add(i)
     if not dropped:
-        raise CutError("drop_layers is empty: nothing would be dropped; list at least one layer, or set drop")
+        raise CutError("drop_layers is empty: nothing would be dropped; list at least one layer, or use drop=N")
     if len(dropped) == num_layers:
         raise CutError(f"drop_layers names all {num_layers} layers; at least one must stay")
     return Cut(tuple(i for i in range(num_layers) if i not in dropped), num_layers)

@@ -22,7 +22,7 @@ class Stage(NamedTuple):
 
 # What to do about a model, or a layer, that can't be repaired.
 UNREPAIRABLE = (
-    "leave out --repair (repair=None); to recover quality, train the layers next to the cut (--method cut2 in the recipe, or "
+    "leave the repair out; to recover quality, train the layers next to the cut (--method cut2 in the recipe, or "
     'tune_layers="cut")'
 )
 
@@ -30,7 +30,7 @@ STAGES: dict[str, Stage] = {
     "rank": Stage(
         "ranked on text",
         "use a criterion that needs no text (reverse_order, random, magnitude_l1, magnitude_l2), or list the layers "
-        "yourself (drop_layers)",
+        "yourself (`prune --drop-layers`, or `drop_layers` in a config)",
     ),
     "repair": Stage("repaired", UNREPAIRABLE),
     "heal": Stage("healed", "train the pruned model with transformers' Trainer, which uses the model's own loss"),

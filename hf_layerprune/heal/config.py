@@ -54,7 +54,7 @@ class HealConfig(HealOptions, SFTConfig):  # type: ignore[misc]
         self.use_cpu = on_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.fp16 and on_cpu:  # accelerate would train in float32, and the history would say float16
             raise CutError(
-                "fp16 needs a GPU, and training would run on the CPU; use --fp16 false, and --bf16 true or false"
+                "fp16=True needs a GPU, and training would run on the CPU; use fp16=False, and bf16=True or bf16=False"
             )
         if self.bf16 is None and not self.fp16 and on_cpu and is_slow_in_16_bits():
             self.bf16 = False

@@ -49,8 +49,8 @@ def trained_boundaries(cut: Cut, first: int) -> dict[int, int]:
     boundaries = {front: dense for front, dense in cut_boundaries(cut).items() if first < front}
     if not boundaries:
         raise CutError(
-            "features trains the layers before the cut, and none of them is trained; use --method behind2 or cut2 "
-            '(tune_layers="cut"), or features=0'
+            "features=... trains the layers before the cut, and none of them is trained; use --method behind2 or cut2 in the "
+            'recipe (tune_layers="cut" in Python), or features=0'
         )
     return boundaries
 
@@ -76,10 +76,10 @@ def allow_unused_parameters(args: HealConfig) -> None:
     recompute: Any = args.gradient_checkpointing_kwargs or {}
     if args.gradient_checkpointing and recompute.get("use_reentrant"):
         raise CutError(
-            "features needs use_reentrant=False in gradient_checkpointing_kwargs; set it, or use features=0"
+            "features=... needs use_reentrant=False in gradient_checkpointing_kwargs; set it, or use features=0"
         )
     if args.ddp_find_unused_parameters is False:
-        raise CutError("features needs ddp_find_unused_parameters; leave it out, or use features=0")
+        raise CutError("features=... needs ddp_find_unused_parameters=True; leave that out, or use features=0")
     if args.world_size > 1:
         args.ddp_find_unused_parameters = True
 
@@ -95,7 +95,7 @@ class FeaturePhase:
         cut = recorded_cut(model.config)
         if cut is None:
             raise CutError(
-                "features reproduces what dropped layers did, and this model was not pruned; use features=0"
+                "features=... reproduces what dropped layers did, and this model was not pruned; use features=0"
             )
         boundaries = trained_boundaries(cut, first_trained_layer(model))
         self._depths = tuple(boundaries)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import LayerPruneError
+from ..errors import CutError
 from ..runtime.head import Head
 from ..runtime.parts import TrialError, agree, evaluation_mode, trial
 from ..runtime.prefix import Prefix, first_trained_layer
@@ -44,12 +44,12 @@ def precompute(trainer: HealTrainer, teacher: PreTrainedModel | None = None) -> 
     """Compute the states that training does not change, and unload the frozen layers from the trainer's model.
 
     Raises:
-        LayerPruneError: `cache="on"` is not possible, or there is no teacher.
+        CutError: `cache="on"` is not possible, or there is no teacher.
         CheckpointError: The cache can't be written, or its disk is too small.
     """
     if trainer._is_vision_dataset:
         if trainer.args.cache == "on":
-            raise LayerPruneError("cache=on needs rows of text, and these have images; use cache=auto or off")
+            raise CutError("cache=on needs rows of text, and these have images; use cache=auto or off")
         logger.warning(
             "the rows have images: TRL's own loss is used, all layers run in every step, and nothing is cached"
         )
@@ -77,14 +77,16 @@ class _Precomputation:
         args, caches, features = self.args, dict[str, StateCache](), 0
         prefix = self._find_prefix() if args.cache != "off" else None
         if prefix is None and args.cache == "on":
-            raise LayerPruneError(f"the frozen layers can't be precomputed: {self.obstacle}; use cache=auto or off")
+            raise CutError(
+                f"cache=on is impossible, since the frozen layers can't be precomputed: {self.obstacle}; use cache=auto or off"
+            )
         if prefix is None and args.cache == "auto":
             logger.warning("all layers run in every step: %s", self.obstacle)
         if prefix is None and not args.distils:
             return Precomputed()
         if not self.datasets:
-            raise LayerPruneError(
-                f"{args.teacher_setting} does not work with streamed data; use loss=ce without features, or do not stream"
+            raise CutError(
+                f"{args.teacher_setting} does not work with streamed data; use loss=ce and features=0, or do not stream"
             )
         if prefix is not None:
             source = hash_tensors(prefix.parameters(), prefix.depth, self.model.config.to_json_string())
@@ -93,7 +95,7 @@ class _Precomputation:
         if args.distils:
             dense = model if model is not None else args.teacher
             if dense is None:
-                raise LayerPruneError(f"{args.teacher_setting} needs the dense model; specify it with --teacher")
+                raise CutError(f"{args.teacher_setting} needs the dense model; specify it with teacher=...")
             depths = self.trainer.feature_phase.teacher_depths if self.trainer.feature_phase else ()
             teacher = Teacher(dense, self.model, prefix, args.teacher_revision, depths)
             features = len(depths) * teacher.layer_width
@@ -189,7 +191,7 @@ class _Precomputation:
             with self._inference():
                 first = teacher.shared_depth
                 if self.collator.padding_free and not self._rows_are_isolated(run, teacher.model, first):
-                    raise LayerPruneError(
+                    raise CutError(
                         f"{self.args.teacher_setting} needs rows that are kept apart, and in this model, those that share a sequence "
                         "see each other; pass packing_strategy=wrapped, or leave out packing and padding_free"
                     )

@@ -124,7 +124,7 @@ def check_data(
     else:
         defaults = RowOptions()  # a settings file that has these may be used with other data
         if (row_args.self_rows, row_args.self_length) != (defaults.self_rows, defaults.self_length):
-            logger.info("self_rows and self_length have no effect without --dataset_name self")
+            logger.info("--self_rows and --self_length have no effect without --dataset_name self")
     refuse_unused(script_args, ["ignore_bias_buffers"], "on the models that this recipe trains")
     if not row_args.rewrite_answers:
         refuse_unused(row_args, ["rewrite_max_tokens", "rewrite_temperature"], "without --rewrite_answers true")
@@ -193,7 +193,7 @@ def check_method(args: HealConfig, model_args: ModelConfig, cut_args: CutOptions
     if args.distils and is_deepspeed_zero3_enabled():
         raise CutError(
             f"{args.teacher_setting} needs the dense and the pruned model whole, and DeepSpeed ZeRO-3 splits them; train with "
-            "ZeRO-2 (recipes/accelerate/deepspeed_zero2.yaml), or use loss=ce without features"
+            "ZeRO-2 (recipes/accelerate/deepspeed_zero2.yaml), or use loss=ce and features=0"
         )
     method = None if args.method == "auto" else parse_method(args.method)
     others = [field.name for field in fields(model_args) if field.name not in (*_MODEL_OPTIONS, *_LORA_OPTIONS)]

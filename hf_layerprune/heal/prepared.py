@@ -28,7 +28,7 @@ def keep_labelled_rows(rows: Any, args: HealConfig, given: Any, what: str = "tra
     returned as they are. `what` says in messages what they are for.
 
     Raises:
-        LayerPruneError: There are none.
+        CutError: There are none.
     """
     if isinstance(rows, dict):
         return {name: keep_labelled_rows(part, args, given[name], what) for name, part in rows.items()}
@@ -40,9 +40,9 @@ def keep_labelled_rows(rows: Any, args: HealConfig, given: Any, what: str = "tra
         rows = rows.filter(lambda row: any(map(all, zip(*(row[name][:limit] for name in masks), strict=True))))
     column = "labels" if "labels" in rows.column_names else "input_ids"
     if not any(token != -100 for tokens in rows[column] for token in tokens[1:]):  # nothing predicts the first
-        raise LayerPruneError(
+        raise CutError(
             f"none of the {count} {what} rows has a labelled token within max_length={limit}, after its first token: they "
-            "are empty, or their prompts are longer; raise --max_length, or check the rows"
+            "are empty, or their prompts are longer; raise max_length, or check the rows"
         )
     packed = args.packing if what == "training" or args.eval_packing is None else args.eval_packing
     if limit is not None and not packed:

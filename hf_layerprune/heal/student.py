@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import families
-from ..errors import CheckpointError
+from ..errors import CheckpointError, CutError
 from ..families import Cut
 from ..families.fields import cut_without
 from ..families.layout import ties_head
@@ -131,7 +131,8 @@ def check_teacher_config(dense: PreTrainedConfig, config: PreTrainedConfig, name
     The other config is of that model or of its base. With `features`, hidden states are taught, too.
 
     Raises:
-        CheckpointError: It has fewer layers, another vocabulary or, for hidden states, another number of layers or width.
+        CheckpointError: It has fewer layers, another vocabulary or, for hidden states, another width.
+        CutError: It has more layers than hidden states can be taught for.
     """
     cut = recorded_cut(config)
     layers = families.layer_count(config) if cut is None else cut.num_layers
@@ -145,9 +146,9 @@ def check_teacher_config(dense: PreTrainedConfig, config: PreTrainedConfig, name
             sizes[what] = found, wanted
     for what, (found, wanted) in sizes.items():
         if found != wanted and what == "layers" and own > layers:
-            raise CheckpointError(
-                f"features reproduces hidden states of the model that the last cut began with, which had {layers} layers, and "
-                f"the teacher {name} has {own}; specify that model with --teacher, or use features=0"
+            raise CutError(
+                f"features=... reproduces hidden states of the model that the last cut began with, which had {layers} layers, and "
+                f"the teacher {name} has {own}; specify that model with teacher=..., or use features=0"
             )
         if found != wanted:
             raise CheckpointError(

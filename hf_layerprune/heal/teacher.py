@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import LayerPruneError
+from ..errors import CutError
 from ..runtime.head import Head, OutputHead
 from ..runtime.loading import load_base
 from ..runtime.memory import free_memory
@@ -111,7 +111,7 @@ class Teacher:
             last = self._output.states(**inputs, use_cache=False)
         shape = (*last.shape[:-1], self.layer_width)
         if any(states.shape != shape for states in found.values()):
-            raise LayerPruneError("this model's layers pass on more than one hidden state a token; use features=0")
+            raise CutError("this model's layers pass on more than one hidden state a token; use features=0")
         return torch.cat([*(found[depth] for depth in self._features), last], -1).to(self.model.dtype)
 
     def release(self, device: torch.device, student: Head) -> Head:

@@ -102,7 +102,7 @@ class HealTrainer(SavingTrainer):
         if args.features:
             fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
             if fsdp is not None and getattr(fsdp, "fsdp_version", 1) == 1:
-                raise LayerPruneError("features needs FSDP2; set fsdp_version: 2, or use features=0")
+                raise CutError("features=... needs FSDP2; set fsdp_version: 2, or use features=0")
             self.feature_phase = FeaturePhase(self.plain_model)
         # TRL casts adapters of a quantised model to bfloat16. DeepSpeed holds its own float32 copy.
         in_16_bits = args.bf16 or args.fp16 or getattr(self.plain_model, "is_quantized", False)
@@ -159,7 +159,7 @@ class HealTrainer(SavingTrainer):
         if self.leaves_loss_to_trl and self.args.distils:
             raise CutError(
                 f"{self.args.teacher_setting} can't be combined with loss_type, label smoothing, a router loss, images, prompt "
-                "tuning, or a model split over devices; use loss=ce without features, or do without these"
+                "tuning, or a model split over devices; use loss=ce and features=0, or do without these"
             )
 
     @property

@@ -58,7 +58,7 @@ class _Bench(Measurement):
             if (most := max_positions(subject.config())) is not None and longest > most:
                 raise CutError(
                     f"{subject.name} has a context of {most} tokens, but prompts with new tokens are {longest} long; "
-                    "use shorter --prompt-lengths or fewer --new-tokens"
+                    "use shorter prompt_lengths or fewer new_tokens"
                 )
 
     def run(self) -> None:

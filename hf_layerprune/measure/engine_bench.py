@@ -46,7 +46,7 @@ class EngineBench(Measurement):
             workloads = [work for work in workloads if work.batch <= most]
             if not workloads:
                 raise CutError(
-                    f"{self.engine.name} is timed with up to {most} prompts at once; use --batch-sizes {most}"
+                    f"{self.engine.name} is timed with up to {most} prompts at once; use batch_sizes=[{most}]"
                 )
         start = perf_counter()
         timed = self._time(workloads)

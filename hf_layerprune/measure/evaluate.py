@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CutError, LayerPruneError, boundary
 from ..options import refuse_unused
+from ..options.kinds import quoted
 from ..records.metrics import Metrics
 from ..records.requirements import check_measurable
 from ..runtime.windows import resolve_length
@@ -108,7 +109,7 @@ class _Evaluation(Measurement):
     def __init__(self, request: EvalRequest) -> None:
         super().__init__(request)
         if request.answers is not None and request.answers.exists() and not request.answers.is_dir():
-            raise CutError(f"{request.answers} is a file; specify a folder for --answers")
+            raise CutError(f"answers={quoted(request.answers)} is a file; specify a folder")
         self.vocabulary = self.model.vocabulary()
         self.tokenizers = {subject.weights: subject.tokenizer() for subject in self.subjects}
         self.texts = [(text, *self._split_text(text)) for text in _resolve_texts(request)]
@@ -116,7 +117,7 @@ class _Evaluation(Measurement):
         self.settings = {"batch_size": request.batch_size, "chat_template": False}
         self.settings |= {"limit": request.limit} if request.limit is not None else {}
         if not self.tasks and not self.texts:
-            raise CutError("there is nothing to measure; specify tasks or texts")
+            raise CutError("there is nothing to measure; specify tasks=... or texts=...")
         _refuse_unused(request, self.tasks, self.texts)
         check_media_tasks(self.tasks, self.subjects[::-1], request.num_fewshot)
         if request.require is not None:

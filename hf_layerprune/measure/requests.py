@@ -55,7 +55,7 @@ class MeasureOptions(Options):
     def check_combination(self) -> None:
         """Refuse the revision of a base that is not specified."""
         if self.base_revision is not None and getattr(self, "base", None) is None:
-            raise CutError("--base-revision needs --base; add it, or leave the revision out")
+            raise CutError("base_revision needs base=...; add it, or leave the revision out")
 
 
 @documented
@@ -157,10 +157,10 @@ class BenchRequest(MeasureOptions):
         if not self.gguf:
             return
         if self.engine != "llama.cpp":
-            raise CutError("--gguf names what llama.cpp runs; add --engine llama.cpp")
+            raise CutError('gguf=... names what llama.cpp runs; add engine="llama.cpp"')
         if len(self.gguf) != 1 + (self.base is not None):
             wanted = "two files, of MODEL and of BASE" if self.base is not None else "one file, of MODEL"
-            raise CutError(f"--gguf needs {wanted}, and got {len(self.gguf)}")
+            raise CutError(f"gguf=... needs {wanted}, and got {len(self.gguf)}")
 
     @property
     def workloads(self) -> list[Workload]:

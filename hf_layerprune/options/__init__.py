@@ -13,7 +13,7 @@ A dataclass whose fields are options is all that a config, a request and a comma
 """
 
 from .amount import AMOUNTS, BUDGETS, DEFAULT_DROP, TARGET_SETTINGS, AmountOptions, drop_exactly
-from .command_line import add_options, argument_dataclass, options_from_args, to_arguments
+from .command_line import add_options, argument_dataclass, option_flags, options_from_args, to_arguments
 from .declare import (
     check_choice,
     check_options,
@@ -47,12 +47,13 @@ from .shared import (
     SelectionOptions,
     TuningOptions,
 )
+from .spelling import spell_options
 
 __all__ = [
     "AMOUNTS", "ANY_MODEL_HELP", "BUDGETS", "DEFAULT_DROP", "DROP", "DTYPES", "LAYERS", "MODEL", "MODEL_HELP",
     "PATH", "TARGET_SETTINGS", "AmountOptions", "CalibrationOptions", "CutOptions", "DisplayOptions", "Kind",
     "Options", "ResultOptions", "SelectionOptions", "TuningOptions", "add_options", "argument_dataclass",
     "check_choice", "check_options", "check_value", "copy_fields", "documented", "drop_exactly", "format_bytes",
-    "format_count", "format_percent", "integer", "join_words", "option", "option_fields", "options_from_args",
-    "pluralize", "refuse_unused", "set_choices", "to_arguments", "tuple_of"
+    "format_count", "format_percent", "integer", "join_words", "option", "option_fields", "option_flags",
+    "options_from_args", "pluralize", "refuse_unused", "set_choices", "spell_options", "to_arguments", "tuple_of"
 ]  # fmt: skip

@@ -90,7 +90,7 @@ class AmountOptions:
         Raises:
             CutError: More than one is given.
         """
-        amounts = [name for name in AMOUNTS if getattr(self, name) is not None]
+        amounts = [f"{name}={value}" for name in AMOUNTS if (value := getattr(self, name)) is not None]
         if len(amounts) > 1:
             raise CutError(f"{join_words(amounts)} each say how many layers to drop; use only one of them")
         if not amounts and getattr(self, "drop_layers", None) is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
-import re
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
@@ -13,6 +12,7 @@ from ..errors import CutError
 from ..layer_ranges import format_layers
 from .declare import Option, option_fields
 from .kinds import FLAG, LAYERS, TEXT, quoted
+from .spelling import spell_options
 
 T = TypeVar("T")
 
@@ -23,8 +23,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type, exclusive: Collectio
     Of those that are `exclusive`, all of one group, only one may be given. Help names other options as Python does
     (`from_curve`), and becomes `--from-curve` here.
     """
-    options = option_fields(cls)
-    flags = {name: _flag(name, option) for name, option in options.items() if "_" in name}
+    options, flags = option_fields(cls), option_flags(cls)
     groups: dict[str | None, Any] = {None: parser}
     one_of: Any = None
     for name, option in options.items():
@@ -40,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type, exclusive: Collectio
 def _add(parser: Any, name: str, option: Option, flags: dict[str, str]) -> None:
     listed = not isinstance(option.choices, str) and bool(option.choices)  # then argparse lists them
     text = (option.help if listed else option.text).replace("%", "%%")
-    text = re.sub(r"(?<![\w-])[a-z0-9]+(_[a-z0-9]+)+", lambda match: flags.get(match[0], match[0]), text)
+    text = spell_options(text, flags)
     text = text if text[1:2].isupper() else text[0].lower() + text[1:]
     kwargs: dict[str, Any] = {"help": text}
     flag = _flag(name, option)
@@ -60,7 +59,7 @@ def _add(parser: Any, name: str, option: Option, flags: dict[str, str]) -> None:
         kwargs["choices"] = option.choices
     elif option.kind is not TEXT:
         kwargs["type"] = value_parser(option)
-    if option.positional or option.default is dataclasses.MISSING:
+    if _is_positional(option):
         if option.default is not dataclasses.MISSING:
             kwargs |= {"nargs": "?", "default": option.default}
         parser.add_argument(name, metavar=name.upper(), **kwargs)
@@ -72,6 +71,22 @@ def _add(parser: Any, name: str, option: Option, flags: dict[str, str]) -> None:
 
 def _flag(name: str, option: Option) -> str:
     return f"--{option.flag or name.replace('_', '-')}"
+
+
+def _is_positional(option: Option) -> bool:
+    return option.positional or option.default is dataclasses.MISSING
+
+
+def option_flags(cls: type) -> dict[str, str]:
+    """How the options of a dataclass are written on the command line, for [`spell_options`]."""
+    flags = {}
+    for name, option in option_fields(cls).items():
+        flags[name] = flag = name.upper() if _is_positional(option) else _flag(name, option)
+        if option.kind is FLAG:
+            flags[f"{name}=True"] = flag
+            if option.default is not False:
+                flags[f"{name}=False"] = flag.replace("--", "--no-", 1)
+    return flags
 
 
 def value_parser(option: Option) -> Callable[[str], Any]:
@@ -101,7 +116,7 @@ def to_arguments(values: Any, *without: str) -> list[str]:
     arguments: list[str] = []
     for name, option in option_fields(values).items():
         value, flag = getattr(values, name), _flag(name, option)
-        if name in without or option.positional or option.default is dataclasses.MISSING or value == option.default:
+        if name in without or _is_positional(option) or value == option.default:
             continue
         if option.kind is FLAG:
             arguments.append(flag if value else flag.replace("--", "--no-", 1))

@@ -137,7 +137,8 @@ def refuse_unused(values: Any, names: Iterable[str], why: str) -> None:
         default = factory() if factory is not dataclasses.MISSING else fields[name].default
         default = options[name].check(name, default) if name in options else default
         if getattr(values, name) not in (None, default):
-            changed.append(options[name].flag or name if name in options else name)
+            value = getattr(values, name)
+            changed.append(f"{name}={quoted(value) if len(str(value)) <= 50 else '...'}")
     if changed:
         has, it = ("have", "them") if len(changed) > 1 else ("has", "it")
         raise CutError(f"{join_words(changed)} {has} no effect {why}; leave {it} out")

@@ -6,6 +6,7 @@ import operator
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ def check_value(name: str, value: Any, kind: Kind) -> Any:
 
 def quoted(value: Any) -> str:
     """A value as an error quotes it, always short."""
-    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value.value if isinstance(value, Enum) else value
     try:
         text = repr(value[:50] if isinstance(value, str | list | tuple) else value)
     except ValueError:  # an integer of thousands of digits

@@ -105,7 +105,8 @@ class CutOptions(CalibrationOptions, SelectionOptions):
         self.criterion = self.criterion or self.default_criterion
         if self.drop_layers is None and self.contiguous and self.steps > 1:
             raise CutError(
-                "steps and contiguous exclude each other, since a block is chosen in one step; leave one of them out"
+                f"steps={self.steps} and contiguous=True exclude each other, since a block is chosen in one step; leave one of "
+                "them out"
             )
 
     @property

@@ -43,7 +43,7 @@ class CardRequest(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.license_name or self.license_link) and not self.license:
-            raise CutError("--license-name and --license-link need --license (other, unless it is a well-known one)")
+            raise CutError("license_name and license_link need license=... (other, unless it is a well-known one)")
 
 
 @documented
@@ -75,11 +75,11 @@ class PushRequest(RequireOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.space and (self.revision or self.create_pr):
-            raise CutError("--space shows the model's main branch; omit --revision and --create-pr, or --space")
+            raise CutError("space=... shows the model's main branch; omit revision=... and create_pr, or the Space")
         if self.space:
             check_repository(self.space)
         elif self.space_secret or self.overwrite_space:
-            raise CutError("--space-secret and --overwrite-space need --space")
+            raise CutError("space_secret and overwrite_space need space=...")
 
 
 @documented

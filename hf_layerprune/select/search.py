@@ -213,7 +213,7 @@ class Search:
         if not fitted:
             raise CutError(
                 f"repair={self.repair!r} works for none of the candidates on the short list; "
-                f"{self._other_repair or 'leave it out (repair=None)'}"
+                f"{self._other_repair or 'leave it out'}"
             )
         trials = {drop: Trial(drop, repair_changes(repair) if repair else {}) for drop, _, repair in fitted}
         outcomes = self._evaluate(self.judge_rows, trials)
@@ -272,7 +272,7 @@ class Search:
             rows = math.ceil(len(self.fit_rows) / (1 - HELD_OUT) * _TOKENS_PER_DIMENSION * width / tokens)
             logger.warning(
                 "sets of layers are compared by maps of width %d that are fitted to %d tokens, which is few; "
-                "calibration_samples=%d would choose more reliably", width, tokens, rows,
+                "about %d calibration rows would choose more reliably", width, tokens, rows,
             )  # fmt: skip
 
     def _next_layer(self) -> int:
@@ -294,7 +294,7 @@ class Search:
                 NOT_COMPARABLE
                 if self._any_lost
                 else f"repair={self.repair!r} works for none of the layers that are left; "
-                f"{self._other_repair or 'leave it out (repair=None)'}"
+                f"{self._other_repair or 'leave it out'}"
             )
         best = min(tried, key=lambda drop: tried[drop].kl)
         (step,) = set(best) - dropped

@@ -151,7 +151,8 @@ def _advise_from_frontier(request: AdviseRequest, config: Any) -> Advice:
 
     if request.target == "target_speedup":
         raise CutError(
-            "target_speedup is not available here; find the number of layers with hf-layerprune rank --curve, and pass it as drop"
+            "target_speedup is not available here; find the number of layers with hf-layerprune rank --curve, and pass it as "
+            "drop=N"
         )
     families.check_stage(config, "rank")  # for the criterion, and to be timed layer by layer
     n, length = families.layer_count(config), min(_LENGTH, max_positions(config) or _LENGTH)

@@ -137,7 +137,7 @@ def _last_count(request: RankRequest, num_layers: int, most: int) -> int:
     if request.drop not in (None, DEFAULT_DROP) and (count := drop_count(request.drop, num_layers)) > up_to:
         raise CutError(
             f"drop={request.drop} is not on the curve, which ends at {pluralize(up_to, 'layer')}; use curve_up_to={count}, or "
-            "leave drop out"
+            "drop fewer"
         )
     return up_to
 

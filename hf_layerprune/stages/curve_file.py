@@ -148,7 +148,7 @@ def choose_point(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dic
     if repair and request.repair is None and is_gguf_name(request.output):
         raise CutError(
             f"{folder} was measured with the {repair} repair, which a GGUF file that stays one can't have; write a folder, or "
-            f"drop the same layers without repair: drop_layers={point['layers']}"
+            f"drop the same layers without repair: drop_layers={parse_layers(point['layers'])}"
         )
     sizes = ("bytes", "parameters", "speedup")
     points = [{name: value for name, value in one.items() if name not in sizes} for one in curve.points]

@@ -123,7 +123,7 @@ def prune_to(request: PruneRequest) -> Pruned:
     copies = not request.adapter and request.dtype == "auto" and resolve_base(request.base)[1] is None
     if request.link and (request.repair or not copies):
         raise CutError(
-            "--link shares weight files with the base, but this cut changes or writes them; leave --link out"
+            "link=True shares weight files with the base, but this cut changes or writes them; leave it out"
         )
     hub = None
     if is_hub_id(request.base):
@@ -248,7 +248,7 @@ def _gguf_target(request: PruneRequest, base: Path, num_layers: int) -> Target |
         return None
     limit: Any = request.target_size  # as a number, since it is checked
     if limit is None:
-        raise CutError(f"{request.target} is not known for a GGUF file that stays one; use target_size or drop")
+        raise CutError(f"{request.target} is not known for a GGUF file that stays one; use target_size or drop=N")
 
     header = read_header(base)  # once: a large vocabulary takes a second
 
@@ -298,8 +298,8 @@ def _write_model(request: PruneRequest, dropped: list[int], folder: Path, prepar
     model = load_mapped(request.base, revision=request.revision, dtype=_load_dtype(request))
     if getattr(model, "is_quantized", False):
         raise CutError(
-            f"the weights of {request.base} are quantised and stay so when they are loaded, so --dtype can't convert them; "
-            "leave it out"
+            f"the weights of {request.base} are quantised and stay so when they are loaded, so dtype={request.dtype!r} can't convert "
+            "them; leave it out"
         )
     cut = drop_layers(model, dropped).cut
     if prepared is not None and prepared.repair is not None:
@@ -326,7 +326,7 @@ def _write_files(request: PruneRequest, plan: CheckpointPlan, folder: Path, prep
         try:
             expected = bypassed_logits(load_mapped(request.base, revision=request.revision), plan.cut.drop)
         except CannotCheckError as error:
-            raise CutError(f"--check can't compare the logits: {error}; leave it out") from error
+            raise CutError(f"check=True can't compare the logits: {error}; leave it out") from error
     else:
         warn_if_unproven(plan.config)
     if prepared is not None and prepared.repair is not None:

@@ -236,7 +236,7 @@ def _usable_criteria(request: RankRequest, config: PreTrainedConfig) -> list[Cri
             check_source(request.calibration)
     if request.budget is not None and any(criterion.name != "auto" for criterion in criteria):
         raise CutError(
-            f"{request.budget} is for --curve or --criterion auto; specify one of them, or a drop or target"
+            f"{request.budget} is for curve=True or criteria=auto; specify one of them, or drop=N, or a target"
         )
     return criteria
 

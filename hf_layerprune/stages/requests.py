@@ -109,7 +109,7 @@ class PruneRequest(TuningOptions, CutOptions):
         if not criterion.has_variant:
             refuse_unused(self, ("variant",), f"with criterion {criterion.name}, of which there is one definition")
         if not self.adapter:
-            refuse_unused(self, ("tune_layers", "tune_lm_head"), "without adapter")
+            refuse_unused(self, ("tune_layers", "tune_lm_head"), "without adapter=True")
         super().refuse_unused()
         by_text = self.drop_layers is None and (self.budget or self.from_curve or criterion.needs == "text")
         if not (by_text or self.repair):
@@ -184,7 +184,7 @@ class RankRequest(WalkOptions, CalibrationOptions, SelectionOptions):
             unused = ("criteria", "variant", "target_dtype", "lengths")
             refuse_unused(self, unused, "on a curve, whose cuts are searched for")
         else:
-            refuse_unused(self, ("curve_up_to",), "without curve")
+            refuse_unused(self, ("curve_up_to",), "without curve=True")
             self.refuse_unused()
             criteria = [find_criterion(name) for name in self.criteria]
             why = f"with criterion {join_words(self.criteria)}"
@@ -249,8 +249,8 @@ class AdviseRequest(WalkOptions, AmountOptions):
         self.refuse_unused()
         if self.min_top1_agreement is not None:
             raise CutError(
-                "min_top1_agreement: the top-1 agreement after healing was not measured; use max_kl or "
-                "max_perplexity_ratio instead"
+                "min_top1_agreement is not available here, since it was not measured after healing; use max_kl or "
+                "max_perplexity_ratio"
             )
 
 

@@ -48,7 +48,7 @@ class LlamaCpp:
         refuse_unused(request, ("dtype",), "in llama.cpp, which runs a GGUF file in the types that it has")
         if ":" in request.device:
             raise CutError(
-                f"llama.cpp runs on the CPU or on all GPUs, and not on {request.device!r} alone; leave the device out, or "
+                f"llama.cpp runs on the CPU or on all GPUs, and not on one alone; leave device={request.device!r} out, or "
                 "hide GPUs with CUDA_VISIBLE_DEVICES"
             )
 

@@ -52,8 +52,7 @@ class Vllm:
         own = "cuda" if torch.cuda.is_available() else "cpu"
         if request.device not in ("auto", own):
             raise CutError(
-                f"vLLM runs on {own} here, and not on the device {request.device!r}; leave the device out, or hide GPUs with "
-                "CUDA_VISIBLE_DEVICES"
+                f"vLLM runs on {own} here; leave device={request.device!r} out, or hide GPUs with CUDA_VISIBLE_DEVICES"
             )
 
     def time(
