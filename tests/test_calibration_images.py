@@ -67,9 +67,9 @@ def test_long_rows_end_behind_their_image(base: Path, model: Any, tmp_path: Path
     path = write_rows(tmp_path)
     found = loaded(base, model, str(path), samples=8, length=IMAGE_TOKENS + 3)
     assert all(ids.shape[1] == media["attention_mask"].shape[1] == IMAGE_TOKENS + 3 for ids, media in found.batches(1))
-    with pytest.raises(CheckpointError, match=r"has 0 rows .* 8 whose images take up to 16 tokens, not 8; use"):
+    with pytest.raises(CutError, match=r"has 0 rows .* 8 whose images take up to 16 tokens, not 8; use"):
         loaded(base, model, str(path), samples=8, length=10)
-    with pytest.raises(CheckpointError, match=r"has 8 rows within .* not 9; use"):
+    with pytest.raises(CutError, match=r"has 8 rows within .* not 9; use"):
         loaded(base, model, str(path), samples=9)
 
 

@@ -55,7 +55,7 @@ def test_a_file_whose_suffix_is_in_capitals_is_written_read_and_hashed(tmp_path,
     assert main(["prune", str(sources[0]), str(tmp_path / "cut.GGUF"), "--drop-layers", "2"]) == 0
     assert is_gguf(tmp_path / "cut.GGUF")
     assert main(["inspect", str(tmp_path / "cut.GGUF")]) == 0
-    assert "No cut is shown: drop=0.25 of 3 layers is less than one layer" in capsys.readouterr().out
+    assert "No cut is shown: --drop 0.25 of 3 layers is less than one layer" in capsys.readouterr().out
     assert len({weights_hash(fingerprint(source)) for source in sources}) == 2
     assert identify(sources[0]).bytes_on_disk == sources[0].stat().st_size
     tiny_model("llama").save_pretrained(tmp_path / "folder.GGUF")  # a folder is none
@@ -96,7 +96,7 @@ def test_a_curve_of_a_file_is_of_what_prune_makes_of_it(tmp_path, capsys):
     assert point["bytes"] == (tmp_path / "cut" / "model.safetensors").stat().st_size
     capsys.readouterr()
     assert main(["prune", str(source), str(tmp_path / "cut.gguf"), *from_curve]) == 2
-    assert f"without repair: drop_layers={point['layers']}" in capsys.readouterr().err
+    assert f"without repair: --drop-layers {point['layers']}" in capsys.readouterr().err
     assert main(["prune", str(source), str(tmp_path / "cut.gguf"), "--drop-layers", point["layers"]]) == 0
 
 

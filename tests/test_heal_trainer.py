@@ -319,7 +319,7 @@ def test_teacher_of_another_depth(llama: Bench) -> None:
 def test_no_teacher(llama: Bench) -> None:
     trainer = llama.trainer(loss="kd")
     trainer._teacher_model = None
-    with pytest.raises(LayerPruneError, match="needs the dense model; specify it with --teacher"):
+    with pytest.raises(LayerPruneError, match="needs the dense model; specify it with teacher="):
         trainer.train()
 
 

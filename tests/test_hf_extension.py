@@ -34,4 +34,4 @@ def test_hf_layerprune(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").is_file()
     done = hf("prune", str(base), str(tmp_path / "out2"), "--drop", "0")
     assert done.returncode == 2
-    assert "drop=0 must be" in done.stderr
+    assert "--drop 0 must be" in done.stderr

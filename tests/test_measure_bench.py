@@ -259,9 +259,9 @@ def test_the_load_time_has_no_imports(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--prompt-lengths", "0"], 2, "prompt_lengths=(0,) must be a whole number from 1"),
+        (["--prompt-lengths", "0"], 2, "--prompt-lengths 0 must be a whole number from 1"),
         (["--batch-sizes", "1,x"], 2, "'1,x' must be a whole number from 1"),
-        (["--load-repeats", "-1"], 2, "load_repeats=-1 must be a whole number from 0"),
+        (["--load-repeats", "-1"], 2, "--load-repeats -1 must be a whole number from 0"),
         (["--prompt-lengths", "510"], 2, "base has a context of 512 tokens, but prompts with new tokens"),
         (["--base", "SAME"], 1, "have the same weights"),
     ],

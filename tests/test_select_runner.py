@@ -267,7 +267,7 @@ def test_auto_needs_rows_and_layers(model: Any, text: CalibrationSet) -> None:
     [
         ({"criterion": "BLOCK-influence"}, "did you mean block_influence"),
         ({"criterion": "kl", "steps": 0}, "steps=0"),
-        ({"criterion": "kl", "steps": 2, "contiguous": True}, "steps and contiguous"),
+        ({"criterion": "kl", "steps": 2, "contiguous": True}, "steps=2 and contiguous=True exclude"),
         ({"criterion": "kl", "drop": 8}, "at least one must stay"),
         ({"criterion": "kl", "variant": "mine"}, "variant 'mine' is unknown"),
     ],
@@ -444,7 +444,7 @@ def test_states_beyond_the_dtype_are_named(text: CalibrationSet) -> None:
 def test_what_a_norm_follows_has_no_repairability(text: CalibrationSet) -> None:
     with pytest.raises(UnsupportedModelError, match="repairability has no scores"):
         choose_layers(tiny_model("gemma2"), text, CutOptions(drop=3, criterion="repairability"))
-    with pytest.raises(UnsupportedModelError, match=r"'bert' can't be repaired: .*leave out --repair"):
+    with pytest.raises(UnsupportedModelError, match=r"'bert' can't be repaired: .*leave the repair out"):
         choose_layers(tiny_model("bert"), text, CutOptions(drop=3, repair="linear", criterion="auto"))
 
 

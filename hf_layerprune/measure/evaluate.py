@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CutError, LayerPruneError, boundary
 from ..options import refuse_unused
-from ..options.kinds import quoted
 from ..records.metrics import Metrics
 from ..records.requirements import check_measurable
 from ..runtime.windows import resolve_length
@@ -109,7 +108,7 @@ class _Evaluation(Measurement):
     def __init__(self, request: EvalRequest) -> None:
         super().__init__(request)
         if request.answers is not None and request.answers.exists() and not request.answers.is_dir():
-            raise CutError(f"answers={quoted(request.answers)} is a file; specify a folder")
+            raise CutError(f"answers={request.answers} is a file; specify a folder")
         self.vocabulary = self.model.vocabulary()
         self.tokenizers = {subject.weights: subject.tokenizer() for subject in self.subjects}
         self.texts = [(text, *self._split_text(text)) for text in _resolve_texts(request)]
