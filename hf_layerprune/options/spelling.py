@@ -34,12 +34,12 @@ def spell_options(message: str, flags: Mapping[str, str]) -> str:
             return flags[name]
         if match[0] in flags or value in ("None", "False"):
             return flags.get(match[0], match[0])
-        return f"{flags[name]} {_type(value)}"
+        return f"{flags[name]} {_as_typed(value)}"
 
     return _WORD.sub(spell, message)
 
 
-def _type(value: str) -> str:
+def _as_typed(value: str) -> str:
     """A Python value as one types it."""
     if value[0] in "[(":
         words = [word.strip("\"'") for word in re.split(r", ?", value[1:-1]) if word]
