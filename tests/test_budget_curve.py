@@ -450,7 +450,9 @@ def test_which_point_a_request_means(base: Path, tmp_path: Path) -> None:
         point |= {name: measured | {"kl_stderr": 0.0} for name, measured in point.items() if measured == QUALITY}
     (tmp_path / "curve.json").write_text(json.dumps(record))
     assert ask(max_kl=1.0).drop_layers == ask(max_kl=1.0, repair="refit").drop_layers == [5, 6, 7]
-    with pytest.raises(CutError, match="with the refit repair, so it can't say which cut meets max_kl after the linear"):
+    with pytest.raises(
+        CutError, match="with the refit repair, so it can't say which cut meets max_kl after the linear"
+    ):
         ask(max_kl=1.0, repair="linear")  # which may lose more
     other = Path(shutil.copytree(base, tmp_path / "other"))
     (other / "config.json").write_text((other / "config.json").read_text() + " ")

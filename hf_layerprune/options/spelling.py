@@ -43,8 +43,8 @@ def _as_typed(value: str) -> str:
     """A Python value as one types it."""
     if value[0] in "[(":
         words = [word.strip("\"'") for word in re.split(r", ?", value[1:-1]) if word]
-        return (
-            format_layers(map(int, words)) if value[0] == "[" and all(map(str.isdecimal, words)) else ",".join(words)
-        )
+        if value[0] == "[" and all(map(str.isdecimal, words)):
+            return format_layers([int(word) for word in words])
+        return ",".join(words)
     plain = value.strip("\"'")
     return plain if _SAFE.fullmatch(plain) else value
