@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import BitsAndBytesConfig
 
 from hf_layerprune.cli import main
 from hf_layerprune.errors import CheckpointError
@@ -68,6 +70,13 @@ def test_a_mixture_is_ranked_and_repaired_as_in_memory(
     mapped, loaded = (load_base(tmp_path / name).state_dict() for name in ("mapped", "loaded"))
     for name, tensor in loaded.items():
         torch.testing.assert_close(mapped[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_quantised_model_is_loaded_as_it_is(tmp_path: Path, home: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    packed: Any = load_mapped(tmp_path / "base", quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    assert packed.is_quantized
+    assert not home.exists()
 
 
 def test_a_full_disk(tmp_path: Path, home: Path) -> None:

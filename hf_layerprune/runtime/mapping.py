@@ -20,7 +20,7 @@ from torch import nn
 from ..errors import boundary
 from ..families.layout import find_decoder_layers
 from ..options import format_bytes
-from .loading import load_base, load_config, resolve_base
+from .loading import LOCATION_ARGUMENTS, load_base, load_config, resolve_base
 from .memory import free_bytes
 from .model_class import model_without_weights
 
@@ -49,10 +49,10 @@ def load_mapped(base: str | Path, **kwargs: Any) -> PreTrainedModel:
     # On Windows a mapped file can't be deleted; on a Mac a mapped weight can't be moved to the GPU.
     if sys.platform != "linux" or resolve_base(base)[1] is not None:
         return load_base(base, **kwargs)
-    dtype = kwargs.get("dtype", "auto")
-    config = load_config(base, **{name: value for name, value in kwargs.items() if name != "dtype"})
-    if hasattr(config, "quantization_config"):
+    config = load_config(base, **{name: kwargs[name] for name in LOCATION_ARGUMENTS if name in kwargs})
+    if hasattr(config, "quantization_config") or kwargs.get("quantization_config") is not None:
         return load_base(base, **kwargs)
+    dtype = kwargs.get("dtype", "auto")
     empty = model_without_weights(config, **({} if dtype == "auto" else {"dtype": dtype}))
     size = empty.get_memory_footprint(return_buffers=False)
     if size <= free_bytes(torch.device("cpu")) // 2:
