@@ -382,7 +382,8 @@ def test_what_a_curve_says_is_what_prune_makes(
     out = capsys.readouterr().out
     curve = json.loads((tmp_path / "curve" / "curve.json").read_text())
     chosen = curve["points"][curve["chosen"] - 1]
-    assert f"{chosen['layers']}  <- chosen" in out
+    assert out.count(f"{chosen['layers']}  <- chosen") == 1
+    assert "perplexity and top-1 after the refit repair; " in out
     kls = [(point["repaired"]["kl"], point["repaired"]["kl_stderr"]) for point in curve["points"]]
     assert curve["chosen"] == max(i + 1 for i, (kl, error) in enumerate(kls) if kl + error <= 0.3)
     assert f"--from-curve {tmp_path / 'curve'} --drop {curve['chosen']}\n" in out
@@ -446,8 +447,9 @@ def test_which_point_a_request_means(base: Path, tmp_path: Path) -> None:
         ask("cut.gguf", drop=2)
     with pytest.raises(CutError, match="max_kl needs a standard error, and the curve has none"):
         ask(max_kl=1.0)
-    for point in points:
-        point |= {name: measured | {"kl_stderr": 0.0} for name, measured in point.items() if measured == QUALITY}
+    for point in points:  # of the last, only the repaired cut is inside
+        kls = {"cut": float(point["dropped"]), "repaired": 0.5} if "repaired" in point else {"cut": 0.1}
+        point |= {name: QUALITY | {"kl": kl, "kl_stderr": 0.0} for name, kl in kls.items()}
     (tmp_path / "curve.json").write_text(json.dumps(record))
     assert ask(max_kl=1.0).drop_layers == ask(max_kl=1.0, repair="refit").drop_layers == [5, 6, 7]
     with pytest.raises(
@@ -465,9 +467,9 @@ def test_which_point_a_request_means(base: Path, tmp_path: Path) -> None:
     [
         (["points"], "x"), (["points"], []), (["points"], [POINT, POINT]), (["points", 0, "bytes"], True), (["points", 0, "bytes"], -1), (["points", 0, "bytes"], 10**19), (["points", 0, "layers"], 3), (["points", 0, "layers"], "9"), (["points", 0, "layers"], "6-7"), (["points", 0], {name: POINT[name] for name in POINT if name != "cut"}), (["points", 0, "cut", "top1_agreement"], 2),
         (["points", 0, "cut", "kl"], "<b>"), (["points", 0, "cut"], []), (["points", 0, "cut", "top1_agreement_stderr"], "x"),
-        (["points", 0, "cut", "perplexity_ratio"], 0), (["points", 0, "bytes"], None), (["points", 0, "speedup"], 1e400),
+        (["points", 0, "cut", "perplexity_ratio"], 0), (["points", 0, "bytes"], None), (["points", 0, "speedup"], "x"), (["points", 0, "cut", "kl"], 1e7), (["points"], [5]),
         (["steps"], [7, 7]), (["steps"], [99]), (["decode", "layers"], [1]), (["identity"], []), (["calibration"], 5), (["repair"], "glue"),
-        (["points", 0], POINT | {"dropped": 2, "layers": "6-7"}), (["num_layers"], "8"), (["dense", "bytes"], "1"), (["schema_version"], 2), (["decode", "batch"], 1),
+        (["points", 0], POINT | {"dropped": 2, "layers": "6-7"}), (["num_layers"], "8"), (["dense", "bytes"], "1"), (["dense", "parameters"], "1"), (["decode", "layers", 0], "x"), (["decode", "rest"], None), (["schema_version"], 2), (["decode", "batch"], 1),
     ],
 )  # fmt: skip
 def test_a_damaged_curve_is_refused(path: list[Any], value: Any, tmp_path: Path) -> None:
@@ -496,6 +498,7 @@ def test_a_model_that_can_not_be_repaired_has_a_curve(tmp_path: Path) -> None:
     assert curve.record["repair"] is None
     assert all("repaired" not in point for point in curve.points)
     assert len(str(curve).splitlines()) == 6
+    assert "after the" not in str(curve)
 
 
 def test_a_curve_of_few_layers(tmp_path: Path) -> None:

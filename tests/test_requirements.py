@@ -123,13 +123,19 @@ def test_what_a_bound_is_held_against(text: str, met: bool, said: str) -> None:
         ("kl<=1", "not measured; run hf-layerprune eval MODEL --base BASE --text TEXT"),
         ("arc_easy_ratio>=0.9", "not measured; run hf-layerprune eval MODEL --base BASE --tasks arc_easy"),
         ("bytes_on_disk<=5", "not measured; run hf-layerprune bench MODEL"),
+        ("three:acc>=0.5", "not measured; run hf-layerprune eval MODEL --tasks three"),
+        ("three:kl<=1", "not measured; run hf-layerprune eval MODEL --base BASE --text three"),
     ],
 )
 def test_what_would_not_be_measured_is_refused_before(text: str, message: str) -> None:
     with pytest.raises(CutError, match=message):
         check_measurable(parse_bounds(text), numbers(), tasks=["arc_easy"], texts=["three"], base=False)
     check_measurable(
-        parse_bounds("arc_easy>=0.5,nll<=3,three<=9"), numbers(), tasks=["arc_easy"], texts=["three"], base=False
+        parse_bounds("arc_easy>=0.5,nll<=3,three<=9,three:nll<=3,arc_easy:perplexity<=9,arc_easy:bleu>=1"),
+        numbers(),
+        tasks=["arc_easy"],
+        texts=["three"],
+        base=False,
     )
     check_measurable(
         parse_bounds("kl<=1,arc_easy_ratio>=0.9"), numbers(), tasks=["arc_easy"], texts=["three"], base=True

@@ -17,7 +17,7 @@ def curve_points(history: History) -> list[dict[str, Any]]:
     for stage in history.stages:
         points = stage.entry.get("selection", {}).get("curve", [])
         if len(points) > 1 and all(is_point(point, history.num_base_layers) for point in points):
-            return sorted(points, key=lambda point: point["dropped"])
+            return points
     return []
 
 

@@ -184,11 +184,13 @@ def check_measurable(
     Raises:
         CutError: A name is unknown, or neither this run nor an earlier one measures it.
     """
-    measured = {*(_OF_TASKS if tasks else ()), *(_OF_TEXTS if texts else ()), *(_FROM_BASE if texts and base else ())}
+    of_text = {*_OF_TEXTS, *(_FROM_BASE if base else ())}
+    measured = {*(_OF_TASKS if tasks else ()), *(of_text if texts else ())}
     for outcome in check_bounds(bounds, metrics):
         bound = outcome.bound
         task, _, metric = bound.plain.rpartition(":")
-        here = bound.plain in (*tasks, *texts) or (metric in measured and task in ("", *tasks, *texts))
+        here = bound.plain in (*tasks, *texts, *measured) or (task in texts and metric in of_text)
+        here = here or task in tasks  # which may have metrics of their own
         if outcome.measured or (here and (base or not bound.is_ratio)):
             continue
         if not here and not task and metric not in METRICS:
