@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,38 @@ def test_a_mixture_is_ranked_and_repaired_as_in_memory(
     mapped, loaded = (load_base(tmp_path / name).state_dict() for name in ("mapped", "loaded"))
     for name, tensor in loaded.items():
         torch.testing.assert_close(mapped[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mixture_is_measured_as_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, home: Path
+) -> None:
+    tiny_model("qwen3_moe").save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "text.txt").write_text("rivers-run-to-the-sea,bees-make-honey" * 40)
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--drop-layers", "3"]) == 0
+
+    def measure(output: str) -> dict[str, float]:
+        words = [
+            "--base",
+            str(tmp_path / "base"),
+            "--text",
+            str(tmp_path / "text.txt"),
+            "--windows",
+            "2",
+            "--length",
+            "64",
+        ]
+        assert main(["eval", str(tmp_path / "cut"), *words, "--output", str(tmp_path / output)]) == 0
+        found = json.loads((tmp_path / output).read_text())["results"]
+        return {f"{one['metric']} {one['weights']}": one["value"] for one in found}
+
+    mapped = measure("mapped.json")
+    assert caplog.text.count("its layers stay on disk") == 2, "the model and its base"
+    assert not list(home.iterdir())
+    caplog.clear()
+    monkeypatch.undo()
+    assert mapped == pytest.approx(measure("loaded.json"), rel=1e-4)
+    assert "stay on disk" not in caplog.text
 
 
 def test_a_quantised_model_is_loaded_as_it_is(tmp_path: Path, home: Path) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
 from ..runtime import loading
+from ..runtime.mapping import load_mapped
 from .pruning import load_merged
 from .reading import find_adapter
 
@@ -14,11 +15,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_model(source: str | Path, **kwargs: Any) -> PreTrainedModel:
+def load_model(source: str | Path, *, mapped: bool = False, **kwargs: Any) -> PreTrainedModel:
     """Load what a user may call a model as a plain model in evaluation mode, with adapters merged.
 
     Args:
         source (`str` or `Path`): A Hub id, a folder, or a GGUF file; a model, or an adapter of any PEFT method.
+        mapped (`bool`, *optional*, defaults to `False`): Whether the layers may stay on disk, see `load_mapped`. Adapters
+            are loaded into memory all the same.
         kwargs: For `from_pretrained`, see `load_base`. `revision` and `subfolder` are those of `source` itself.
 
     Raises:
@@ -26,8 +29,9 @@ def load_model(source: str | Path, **kwargs: Any) -> PreTrainedModel:
             asks for.
     """
     adapter = find_adapter(source, **kwargs)
-    model = loading.load_base(source, **kwargs) if adapter is None else load_merged(str(source), adapter, kwargs)
-    return model.eval()
+    if adapter is not None:
+        return load_merged(str(source), adapter, kwargs).eval()
+    return (load_mapped if mapped else loading.load_base)(source, **kwargs).eval()
 
 
 def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:

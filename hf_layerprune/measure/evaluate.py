@@ -104,6 +104,7 @@ class _Evaluation(Measurement):
     """One run over all tasks and texts."""
 
     request: EvalRequest
+    may_stay_on_disk = True
 
     def __init__(self, request: EvalRequest) -> None:
         super().__init__(request)

@@ -30,6 +30,10 @@ class Measurement:
         LayerPruneError: Model and base are the same, or the numbers can't be written.
     """
 
+    may_stay_on_disk = (
+        False  # whether layers may be read from disk whenever they run: not where time or memory is measured
+    )
+
     def __init__(self, request: EvalRequest | BenchRequest) -> None:
         if request.output is not None:  # before weights are hashed
             check_output(request.output, str(request.model), request.base)
@@ -49,7 +53,7 @@ class Measurement:
 
     def load(self, subject: Subject) -> PreTrainedModel:
         """Load the model or its base, and record that it is measured."""
-        model = subject.load(self.request.dtype, self.device)
+        model = subject.load(self.request.dtype, self.device, mapped=self.may_stay_on_disk)
         # `num_parameters` also counts packed weights.
         self.add_model(subject, layer_count(model.config), model.num_parameters(), describe_placement(model))
         return model

@@ -75,11 +75,12 @@ class Subject:
         """The hashes of its weights and of those in its history."""
         return {self.weights} | (self.lineage.known_weights() if self.lineage else set())
 
-    def load(self, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+    def load(self, dtype: str = "auto", device: str = "auto", *, mapped: bool = False) -> PreTrainedModel:
         """Load the model in evaluation mode, with adapters merged.
 
         With `dtype="auto"`, it has the checkpoint's own type, or bfloat16 if it or its base is a GGUF file. The device
-        `"auto"` is a GPU if there is one, and `"all"` spreads the model over all GPUs.
+        `"auto"` is a GPU if there is one, and `"all"` spreads the model over all GPUs. With `mapped`, the layers may stay on disk
+        if it is the CPU, see `load_mapped`.
         """
         import torch
 
@@ -89,7 +90,7 @@ class Subject:
         device = pick_device(device, spread=True)
         if device != "cpu":
             kwargs["device_map"] = "auto" if device == "all" else {"": device}
-        model = load_model(self.source, **kwargs)
+        model = load_model(self.source, mapped=mapped and device == "cpu", **kwargs)
         if dtype == "auto":
             warn_if_slow(model)
         return model
