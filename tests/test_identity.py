@@ -100,6 +100,17 @@ def test_an_adapter_without_a_base_is_named(place: Path, tmp_path: Path) -> None
         identify(adapter)
 
 
+def test_adapters_that_are_each_others_base(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("one", "other")
+    for name, base in zip(names, reversed(names), strict=True):
+        shutil.copytree(place / "adapter", tmp_path / name)
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = str(tmp_path / base)
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+    assert main(["eval", str(tmp_path / "one"), "--text", "self"]) == 1
+    assert "is an adapter, not a model" in capsys.readouterr().err
+
+
 def test_answers_are_those_to_the_same_prompts(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     model = write_model(tmp_path / "model")

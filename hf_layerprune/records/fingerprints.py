@@ -267,10 +267,12 @@ def compute_identity(path: Path) -> Identity:
     Raises:
         CheckpointError: An entry is a broken link, or `adapter_config.json` can't be read.
     """
-    if path.is_file():
-        return identity_from_hashes({path.name: sha256_of(path)})
-    hashes = hash_files(model_files(path))
+    hashes = _hash_model(path)
     return identity_from_hashes(hashes, base_of_adapter(path) if ADAPTER_CONFIG in hashes else None)
+
+
+def _hash_model(path: Path) -> dict[str, str]:
+    return hash_files({path.name: path} if path.is_file() else model_files(path))
 
 
 def base_of_adapter(folder: Path) -> str | None:
@@ -287,7 +289,7 @@ def base_of_adapter(folder: Path) -> str | None:
         return None
     local = Path(name).expanduser()
     if local.exists():
-        return compute_identity(local).digest if local.resolve() != folder.resolve() else None
+        return identity_from_hashes(_hash_model(local)).digest  # not of its own base: an adapter is nobody's base
     if not isinstance(revision, str) or not _COMMIT.fullmatch(revision):
         cached = try_to_load_from_cache(name, CONFIG, revision=revision) if is_hub_name(name) else None
         revision = Path(cached).parent.name if isinstance(cached, str) else revision
