@@ -15,7 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-from hf_layerprune import CheckpointError, CutError, LayerDropConfig, families, prune_with, quality_curve
+from hf_layerprune import (
+    CheckpointError,
+    CutError,
+    LayerDropConfig,
+    LayerPruneError,
+    UnsupportedModelError,
+    families,
+    prune_with,
+    quality_curve,
+)
 from hf_layerprune.calibration.rows import CalibrationSet
 from hf_layerprune.cli import main
 from hf_layerprune.cut.memory import drop_layers
@@ -34,7 +43,7 @@ from hf_layerprune.stages.curve_file import base_identity, choose_point, read_cu
 from hf_layerprune.stages.requests import PruneRequest, RankRequest
 
 from .measure_models import LAYERS
-from .tiny_models import VOCAB, tiny_model
+from .tiny_models import VOCAB, tiny_config, tiny_model
 
 FEW: dict[str, Any] = {"calibration_samples": 12, "calibration_length": 16, "context": 16}
 WORDS = ["--calibration-samples", "12", "--calibration-length", "16"]
@@ -354,15 +363,30 @@ def test_a_curve_goes_on_where_it_stopped(
         ({"target_memory": "8GB"}, "has no figures for memory"),
         ({"max_kl": 0.3, "calibration_samples": 5}, "max_kl=0.3 needs a standard error"),
         ({"drop": 4, "curve_up_to": 2}, "drop=4 is not on the curve, which ends at 2 layers; use curve_up_to=4"),
-        ({"curve_up_to": 40}, r"curve_up_to=40, but only \d of \d layers can be dropped"),
+        ({"curve_up_to": 40}, "curve_up_to=40, but only 7 of 8 layers can be dropped"),
+        ({"curve_up_to": 7, "protect_first": 1, "protect_last": 2}, "only 5 of 8 layers can be dropped"),
+        ({"calibration": "missing.txt"}, "missing.txt"),
+        ({"calibration_length": 10_000}, "calibration_length=10000 is more than"),
     ],
 )
 def test_what_a_curve_can_not_answer_is_refused_before_it_is_made(
     base: Path, monkeypatch: pytest.MonkeyPatch, amount: dict[str, Any], message: str
 ) -> None:
     monkeypatch.setattr(stage, "_extend", lambda *_: pytest.fail("the curve was begun"))
-    with pytest.raises(CutError, match=message):
+    with pytest.raises(LayerPruneError, match=message):
         quality_curve(str(base), **FEW | amount)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"), [("gemma3n_text", "can't be ranked"), ("diffllama", "attention.s lambda")]
+)
+def test_a_type_without_a_curve(
+    model_type: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "_extend", lambda *_: pytest.fail("the curve was begun"))
+    tiny_config(model_type).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=message):
+        quality_curve(str(tmp_path), **FEW)
 
 
 def test_too_few_rows_for_a_budget_are_refused_before_the_text_is_written(

@@ -18,7 +18,7 @@ from hf_layerprune.records.requirements import Bound, RequireOptions, check_boun
 
 from .measure_models import find, write_model, write_tasks
 
-OWN, DENSE = "a" * 64, "b" * 64
+OWN, DENSE, EARLIER = "a" * 64, "b" * 64, "d" * 64
 NAMES = st.sampled_from([*METRICS, "piqa", "words:perplexity", "piqa:acc", "perplexity_ratio", "mmlu_ratio"])
 SIGNS = st.sampled_from(["<=", ">=", "<", ">"])
 LIMITS = st.floats(1e-9, 1) | st.integers(0, 1).map(float)
@@ -27,19 +27,22 @@ LIMITS = st.floats(1e-9, 1) | st.integers(0, 1).map(float)
 def numbers() -> Metrics:
     """Numbers as `eval` and `bench` leave them."""
     metrics = Metrics(OWN)
-    for weights, role in ((OWN, "cut"), (DENSE, "dense")):
+    for weights, role in ((OWN, "healed"), (EARLIER, "cut"), (DENSE, "dense")):
         metrics.models[weights] = {"role": role, "name": role, "layers": 4, "parameters": 8}
     common: dict[str, Any] = {"date": "2026-11-26", "versions": {}, "settings": {}}
     for weights, scale in ((OWN, 1.0), (DENSE, 0.5)):
         for task, metric, value in (
-            ("one", "perplexity", 20.0), ("two", "perplexity", 30.0), ("piqa", "acc", 0.6), ("piqa", "acc_norm", 0.7),
+            ("one", "perplexity", 20.0), ("two", "perplexity", 30.0), ("piqa", "acc_norm", 0.7), ("piqa", "acc", 0.6),
         ):  # fmt: skip
             kind = "text" if metric == "perplexity" else "accuracy"
             record = {"weights": weights, "kind": kind, "task": task, "metric": metric, "value": value * scale}
             metrics.add(results=[common | record])
             if weights == OWN:
                 both = {"weights": OWN, "base": DENSE, "kind": kind, "task": task, "metric": metric, "settings": {}}
-                metrics.add(comparisons=[both | {"difference": value / 2, "share": 2.0, "date": "2026-11-26"}])
+                difference = {"difference": value / 2, "date": "2026-11-26"}
+                metrics.add(comparisons=[both | difference | {"share": 2.0}])
+                for other in ({"weights": EARLIER}, {"base": EARLIER}, {"task": "three"}, {"settings": {"limit": 5}}):
+                    metrics.add(comparisons=[both | difference | {"share": 9.0} | other])
     for batch in (1, 4):
         speed = {"weights": OWN, "kind": "speed", "metric": "decode_tokens_per_second", "value": 10.0 * batch}
         metrics.add(results=[common | speed | {"settings": {"batch": batch, "prompt_tokens": 8, "new_tokens": 2}}])
@@ -64,8 +67,9 @@ def test_any_text_is_bounds_or_refused_in_one_line(text: str) -> None:
     assert len(refusal) < 600
 
 
-def test_a_capital_e() -> None:
+def test_how_limits_are_written() -> None:
     assert parse_bounds("kl<=1E-3") == parse_bounds("kl<=0.001")
+    assert parse_bounds("likelihood>=-2.5")[0].limit == -2.5
 
 
 @pytest.mark.parametrize(
@@ -81,6 +85,8 @@ def test_a_capital_e() -> None:
         ("kl<=1e999", "must be bounds"),
         ("top1_agreement>=80", "a share from 0 to 1; write 0.8 for 80 %"),
         ("piqa:acc>=60", "piqa:acc is a share"),
+        ("acc>=-1", "acc is a share"),
+        ([3], "must be bounds"),
         (3, "must be bounds"),
     ],
 )
@@ -131,7 +137,7 @@ def test_what_would_not_be_measured_is_refused_before(text: str, message: str) -
     with pytest.raises(CutError, match=message):
         check_measurable(parse_bounds(text), numbers(), tasks=["arc_easy"], texts=["three"], base=False)
     check_measurable(
-        parse_bounds("arc_easy>=0.5,nll<=3,three<=9,three:nll<=3,arc_easy:perplexity<=9,arc_easy:bleu>=1"),
+        parse_bounds("arc_easy>=0.5,nll<=3,three<=9,three:nll<=3,arc_easy:perplexity<=9,arc_easy:bleu>=1,piqa>=0.5"),
         numbers(),
         tasks=["arc_easy"],
         texts=["three"],

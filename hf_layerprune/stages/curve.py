@@ -78,6 +78,7 @@ def make_curve(request: RankRequest) -> Curve:
         source = Path(request.base).expanduser()
         # An earlier curve is continued.
         check_target(request.output, source, force=True, replaces=_CURVE_FILES)
+    from ..runtime.windows import check_context
     from ..select.budget import check_budget_rows
     from .provenance import has_same_rows
 
@@ -87,6 +88,7 @@ def make_curve(request: RankRequest) -> Curve:
     config = load_config(request.base, revision=request.revision)
     families.check_supported(config)
     families.check_stage(config, "rank")
+    check_context(config, request.calibration_length, "calibration_length")
     n = families.layer_count(config)
     protected = families.protected_layers(config)
     free = free_layers(n, drop_count(1, n), *find_criterion("auto").protected_ends(request), protected)
