@@ -409,6 +409,7 @@ def test_what_a_curve_says_is_what_prune_makes(
     assert out.count(f"{chosen['layers']}  <- chosen") == 1
     assert "perplexity and top-1 after the refit repair; " in out
     kls = [(point["repaired"]["kl"], point["repaired"]["kl_stderr"]) for point in curve["points"]]
+    assert curve["knee"] == stage.knee(curve["points"])
     assert curve["chosen"] == max(i + 1 for i, (kl, error) in enumerate(kls) if kl + error <= 0.3)
     assert f"--from-curve {tmp_path / 'curve'} --drop {curve['chosen']}\n" in out
     prune = ["prune", str(base), str(tmp_path / "cut"), "--from-curve", str(tmp_path / "curve"), "--max-kl", "0.3"]
@@ -463,7 +464,7 @@ def test_which_point_a_request_means(base: Path, tmp_path: Path) -> None:
         "decode": {"layers": [1.0] * 8, "rest": 1.0, "device": "cpu"}, "dense": {"parameters": 100, "bytes": 1000},
     }  # fmt: skip
     (tmp_path / "curve.json").write_text(json.dumps(record))
-    for asked in ({"target_params": 80}, {"target_size": 900}, {"target_speedup": 1.15}, {"drop": 2}):
+    for asked in ({"target_params": 80}, {"target_size": 900}, {"target_speedup": 1.2}, {"drop": 2}):
         found = ask(**asked)
         assert (found.drop_layers, found.repair) == ([6, 7], "refit"), asked
     assert (ask(drop=1).repair, ask(drop=2, repair="linear").repair) == (None, "linear")
@@ -475,7 +476,7 @@ def test_which_point_a_request_means(base: Path, tmp_path: Path) -> None:
         kls = {"cut": float(point["dropped"]), "repaired": 0.5} if "repaired" in point else {"cut": 0.1}
         point |= {name: QUALITY | {"kl": kl, "kl_stderr": 0.0} for name, kl in kls.items()}
     (tmp_path / "curve.json").write_text(json.dumps(record))
-    assert ask(max_kl=1.0).drop_layers == ask(max_kl=1.0, repair="refit").drop_layers == [5, 6, 7]
+    assert ask(max_kl=0.5).drop_layers == ask(max_kl=1.0, repair="refit").drop_layers == [5, 6, 7]
     with pytest.raises(
         CutError, match="with the refit repair, so it can't say which cut meets max_kl after the linear"
     ):
@@ -582,6 +583,7 @@ def test_the_knee() -> None:
         return [{"cut": {"kl": kl}} for kl in kls]
 
     assert stage.knee(curve(0.01, 0.02, 0.04, 0.5, 1.0)) == 3
+    assert stage.knee(curve(0.01, 0.02, 1.0)) == 2
     assert stage.knee(curve(0.2, 0.4, 0.6, 0.8)) is None, "a straight line has none"
     assert stage.knee(curve(0.1, 1.0)) is None  # too few points to tell
     assert stage.knee(curve(0.0, 0.0, 0.0)) is None

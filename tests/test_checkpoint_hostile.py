@@ -213,6 +213,7 @@ INDICES = {
     "in a folder": (pointed(Q1, "sub/x.safetensors"), "not a plain .safetensors file"),
     "by backslash": (pointed(Q1, "..\\x.safetensors"), "not a plain .safetensors file"),
     "with a nul": (pointed(Q1, "x\0.safetensors"), "not a plain .safetensors file"),
+    "hidden": (pointed(Q1, ".x.safetensors"), "not a plain .safetensors file"),  # no hash covers it
     "very long": (pointed(Q1, "x" * 5000 + ".safetensors"), "not a plain .safetensors file"),
     "pickled": (pointed(Q1, "pytorch_model.bin"), "not a plain .safetensors file"),
     "missing shard": (pointed(Q1, "model-00009-of-00009.safetensors"), "does not exist"),

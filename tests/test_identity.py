@@ -19,7 +19,7 @@ from hf_layerprune.errors import CheckpointError
 from hf_layerprune.measure.evaluate import EvalRequest, evaluate
 from hf_layerprune.measure.store import Store
 from hf_layerprune.measure.subject import identify
-from hf_layerprune.records.fingerprints import compute_identity, is_part
+from hf_layerprune.records.fingerprints import compute_identity, fingerprint, is_part, uncached_weights_hash
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.records.locked import locked
 from hf_layerprune.records.metrics import Metrics
@@ -98,6 +98,14 @@ def test_an_adapter_without_a_base_is_named(place: Path, tmp_path: Path) -> None
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
     with pytest.raises(CheckpointError, match=r"adapter is an adapter that does not name its base; merge it first"):
         identify(adapter)
+
+
+def test_hidden_files_are_no_part_of_a_model(cut: Path) -> None:
+    """macOS puts them beside each file on a disk of another system."""
+    before = fingerprint(cut), uncached_weights_hash(cut), compute_identity(cut)
+    for name in ("config.json", "model.safetensors"):
+        (cut / f"._{name}").write_bytes(b"\0\5\26\7")
+    assert (fingerprint(cut), uncached_weights_hash(cut), compute_identity(cut)) == before
 
 
 def test_adapters_that_are_each_others_base(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,8 @@ def shard_names(index: dict[str, Any], where: str) -> list[str]:
             raise CheckpointError(f"{where}: weight_map[{tensor[:100]!r}] is {str(name)[:100]!r}, not a file name")
         names.add(name)
     for name in names:
-        if "/" in name or "\\" in name or "\0" in name or not name.endswith(".safetensors") or len(name) > 200:
+        is_plain = name.endswith(".safetensors") and not name.startswith(".") and len(name) <= 200
+        if not is_plain or any(character in name for character in "/\\\0"):
             raise CheckpointError(
                 f"{where} names {name[:100]!r}, which is not a plain .safetensors file beside it; do not trust this folder"
             )

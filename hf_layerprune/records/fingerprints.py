@@ -97,11 +97,16 @@ def fingerprint(path: Path) -> dict[str, dict[str, Any]]:
 
 def holds_weights(name: str) -> bool:
     """Whether a file holds weights, judged by its name, in either case: some repositories have `MODEL.GGUF`."""
-    return name.lower().endswith(WEIGHTS)
+    return name.lower().endswith(WEIGHTS) and not _is_hidden(name)
 
 
 def is_hashed(name: str) -> bool:
-    return name.endswith(".json") or holds_weights(name)
+    return (name.endswith(".json") and not _is_hidden(name)) or holds_weights(name)
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a file is of git, the Hub client, or macOS, which puts `._NAME` beside files on other systems' disks."""
+    return name.startswith(".") or "/." in name
 
 
 def weights_hash(files: Mapping[str, Mapping[str, Any]]) -> str:
@@ -135,7 +140,7 @@ def is_inert(name: str) -> bool:
     folder, _, base = name.rpartition("/")
     if folder == TEMPLATES:
         return False
-    if name.startswith(".") or "/." in name:  # of git or of the Hub client; never loaded
+    if _is_hidden(name):
         return True
     if folder:
         return folder == "assets" and base.endswith(_INERT)
