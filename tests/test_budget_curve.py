@@ -335,15 +335,18 @@ def test_a_curve_goes_on_where_it_stopped(
     monkeypatch.setattr(stage, "_write", break_off)
     with pytest.raises(KeyboardInterrupt):
         quality_curve(str(base), tmp_path / "curve", **options)
-    assert len(json.loads((tmp_path / "curve" / "curve.json").read_text())["points"]) == 2
+    begun = json.loads((tmp_path / "curve" / "curve.json").read_text())
+    assert len(begun["points"]) == 2
     resumed = quality_curve(str(base), tmp_path / "curve", **options)
     assert written == [1, 2, 3, 4, 4]
     assert without_times(resumed.points) == without_times(whole.points)
+    assert resumed.record["decode"] == begun["decode"]  # speed-ups of other times could not be compared
     assert {path.name for path in (tmp_path / "curve").iterdir()} == {"curve.json", "curve.png", "curve.svg"}
     text = Path(notes).read_text()
     Path(notes).write_text(text[::-1])
-    with pytest.raises(CheckpointError, match="on other calibration rows"):
-        quality_curve(str(base), tmp_path / "curve", **options)
+    for more in ({}, {"curve_up_to": 5}):
+        with pytest.raises(CheckpointError, match="on other calibration rows"):
+            quality_curve(str(base), tmp_path / "curve", **options | more)
     Path(notes).write_text(text)
     for other in ({"repair": "refit"}, {"seed": 7}, {"calibration_samples": 16}):
         with pytest.raises(CheckpointError, match=f"with another {next(iter(other))};"):
@@ -420,8 +423,8 @@ def test_what_a_curve_says_is_what_prune_makes(
     assert entry["calibration"] == curve["calibration"]  # the curve's text, unless options say otherwise
     assert entry["settings"]["drop_layers"] == parse_layers(chosen["layers"])
     assert entry["settings"]["repair"] == "refit"
-    size = sum(path.stat().st_size for path in (tmp_path / "cut").glob("*.safetensors"))
-    assert size == chosen["bytes"]
+    for folder, size in ((tmp_path / "cut", chosen["bytes"]), (base, curve["dense"]["bytes"])):
+        assert size == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert "## How deep to cut" in Card.from_records(lineage).body()
     # The next command if nothing was chosen and there is no knee: for the deepest cut, or the shallowest for a budget.
     options = [*words[1:4], *words[6:], *WORDS, "--context", "16"]
@@ -534,6 +537,7 @@ def test_a_curve_of_few_layers(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "three")
     curve = quality_curve(str(tmp_path / "three"), **options)
     assert (len(curve.points), curve.chosen) == (1, None)
+    assert quality_curve(str(tmp_path / "three"), curve_up_to=2, drop=2, **options).chosen == 2
     drop_layers(model, [1, 2])
     model.save_pretrained(tmp_path / "one")
     with pytest.raises(CutError, match="at least one must stay"):
