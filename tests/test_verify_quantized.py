@@ -108,6 +108,12 @@ def edit(folder: Path, name: str, change: Any = None, **notes: str) -> None:
             "compressed-tensors, pack-quantized",
         ),
         ({"quant_method": "torchao", "quant_type": {"default": None}}, "torchao"),
+        ({"quant_method": "torchao", "quant_type": {"default": "int4"}}, "torchao, int4"),
+        (
+            {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnly"}}},
+            "torchao, Int8WeightOnly",
+        ),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True, "bits": 4}, "bitsandbytes, int8"),
         ({"quant_method": "awq", "bits": "four"}, "awq"),
         ({"quant_method": ["gptq"]}, "unknown"),
         ({"quant_method": ""}, "unknown"),

@@ -33,7 +33,8 @@ def describe_quantization(settings: Any) -> str:
     fields = settings if isinstance(settings, dict) else {}
     kind: Any = fields.get("quant_type") or fields.get("format")
     if isinstance(kind, dict):  # of torchao
-        kind = (kind.get("default") or {}).get("_type")
+        default = kind.get("default")
+        kind = default.get("_type") if isinstance(default, dict) else default
     if fields.get("load_in_4bit"):
         kind = fields.get("bnb_4bit_quant_type")
     elif fields.get("load_in_8bit"):
