@@ -355,6 +355,10 @@ def test_a_curve_goes_on_where_it_stopped(
         len(quality_curve(str(base), tmp_path / "curve", curve_up_to=1, force=True, **options | {"seed": 7}).points)
         == 1
     )
+    with monkeypatch.context() as later:
+        later.setattr(stage, "__version__", "99")
+        with pytest.raises(CheckpointError, match="with another version;"):
+            quality_curve(str(base), tmp_path / "curve", **options | {"seed": 7})
     (tmp_path / "curve" / "notes").write_text("mine")
     with pytest.raises(CheckpointError, match="holds files that may be yours: notes"):
         quality_curve(str(base), tmp_path / "curve", force=True, **options)
@@ -552,10 +556,11 @@ def test_a_curve_of_ruined_cuts_is_read_again(model: Any, tmp_path: Path) -> Non
         ruined.model.norm.weight.mul_(60)
     ruined.save_pretrained(tmp_path / "base")
     options = {"calibration": "self", "calibration_samples": 12, "calibration_length": 16, "context": 16}
-    first, again = (quality_curve(str(tmp_path / "base"), tmp_path / "curve", curve_up_to=2, **options) for _ in "ab")
+    folder = tmp_path / "curves" / "ruined"
+    first, again = (quality_curve(str(tmp_path / "base"), folder, curve_up_to=2, **options) for _ in "ab")
     assert first.points == again.points
     assert first.points[1]["cut"]["perplexity_ratio"] > 1e6
-    words = ["--from-curve", str(tmp_path / "curve"), "--drop", "2"]
+    words = ["--from-curve", str(folder), "--drop", "2"]
     assert main(["prune", str(tmp_path / "base"), str(tmp_path / "cut"), *words]) == 0
 
 

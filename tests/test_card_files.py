@@ -230,8 +230,9 @@ def test_a_base_chats_if_it_has_a_default_template(template: Any, chats: bool, t
             {"license": "other", "license_link": "./LICENSE"},
         ),
         ("license_link: https://x.org/l\nlicense: ' '", {"license_link": "https://x.org/l"}),
-        ("language: [en, 7, '<b>', no]", {"language": ["en", "no"]}),
+        ("language: [en, 7, 0, '<b>', no]", {"language": ["en", "no"]}),
         ("language: [7]", {}),
+        ('license: mit\nlicense_name: "\\ud800"', {}),  # no file could hold it
         ("language: no", {"language": ["no"]}),
     ],
 )

@@ -100,6 +100,15 @@ def test_an_adapter_without_a_base_is_named(place: Path, tmp_path: Path) -> None
         identify(adapter)
 
 
+def test_numbers_of_models_that_are_not_in_the_history(cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = Metrics.load(cut)
+    metrics.models["e" * 64] = next(iter(metrics.models.values())) | {"name": "a stranger"}
+    metrics.write(cut)
+    assert main(["card", str(cut)]) == 1
+    err = capsys.readouterr().err
+    assert "holds numbers of a stranger (eeeeeeeeeeee), which are not in the history of this model" in err
+
+
 def test_hidden_files_are_no_part_of_a_model(cut: Path) -> None:
     """macOS puts them beside each file on a disk of another system."""
     before = fingerprint(cut), uncached_weights_hash(cut), compute_identity(cut)

@@ -165,10 +165,13 @@ def test_a_file_whose_requirements_or_numbers_mean_nothing(tmp_path: Path) -> No
     (tmp_path / "metrics.json").write_text(json.dumps(data))
     with pytest.raises(LayerPruneError, match="has invalid requirements: must be bounds"):
         Metrics.load(tmp_path)
-    data["requirements"], data["results"][0]["weights"] = [], "c" * 64
-    (tmp_path / "metrics.json").write_text(json.dumps(data))
-    with pytest.raises(LayerPruneError, match="a number of cccccccccccc, which `models` does not list"):
-        Metrics.load(tmp_path)
+    data["requirements"] = []
+    for record, name in ((data["results"][0], "weights"), (data["comparisons"][0], "base")):
+        known, record[name] = record[name], "c" * 64
+        (tmp_path / "metrics.json").write_text(json.dumps(data))
+        with pytest.raises(LayerPruneError, match="a number of cccccccccccc, which `models` does not list"):
+            Metrics.load(tmp_path)
+        record[name] = known
 
 
 def test_shares_are_the_metrics_of_that_unit() -> None:
@@ -224,19 +227,21 @@ def piqa(weights: str, **fields: Any) -> dict[str, Any]:
 AGAIN = [{"dataset": "f" * 64}, {"dtype": "bfloat16"}, {"device": "cuda: H100"}, {"shots": 5}, {"task_version": "2"}]
 
 
+@pytest.mark.parametrize("whose", ["the model's", "the base's"])
 @pytest.mark.parametrize("other", AGAIN, ids=str)
-def test_what_was_measured_otherwise_is_not_compared(other: dict[str, Any]) -> None:
+def test_what_was_measured_otherwise_is_not_compared(other: dict[str, Any], whose: str) -> None:
     """Neither by a difference from before, nor by standing in one row."""
     metrics = numbers()
     metrics.add(results=[piqa(OWN), piqa(DENSE)])
     pair = piqa(OWN) | {"base": DENSE, "difference": 0.1, "share": 1.2}
     metrics.add(comparisons=[{name: pair[name] for name in pair if name not in ("value", "versions", *CONDITIONS)}])
     assert check_bounds(parse_bounds("piqa:acc_ratio>=1"), metrics)[0].met
-    metrics.add(results=[piqa(OWN, **other)])
+    stays, again = (DENSE, OWN) if whose == "the model's" else (OWN, DENSE)
+    metrics.add(results=[piqa(again, **other)])
     assert not check_bounds(parse_bounds("piqa:acc_ratio>=1"), metrics)[0].measured
     rows = [row for row in build_results(metrics).rows if row.key[1:] == ("piqa", "acc")]
-    assert [set(row.cells) for row in rows] == [{DENSE}, {OWN}]
-    assert not rows[1].cells[OWN].change
+    assert [set(row.cells) for row in rows] == [{stays}, {again}]
+    assert not any(cell.change for row in rows for cell in row.cells.values())
     assert str(next(iter(other.values())))[:8] in rows[1].task
 
 
