@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -147,36 +148,37 @@ def test_answers_are_those_to_the_same_prompts(tmp_path: Path) -> None:
     assert measure() == 2
 
 
-def _add(folder: Path, number: int) -> None:
-    own = compute_identity(folder).weights
+def _add(folder: Path, number: int, together: Any) -> None:
+    own, names = compute_identity(folder).weights, [f"{number}.{again}" for again in range(5)]
 
-    def change(metrics: Metrics | None) -> Metrics:
+    def add_number(name: str, metrics: Metrics | None) -> Metrics:
         assert metrics is not None
-        result: dict[str, Any] = {"weights": own, "kind": "accuracy", "task": f"task{number}", "metric": "acc",
+        result: dict[str, Any] = {"weights": own, "kind": "accuracy", "task": f"task{name}", "metric": "acc",
                                   "value": 0.5, "date": "2026-11-25", "versions": {}}  # fmt: skip
         metrics.add(results=[result])
         return metrics
 
-    for _ in range(5):
-        Metrics.update(folder / "metrics.json", change)
-
-        def name(lineage: Lineage) -> None:
-            lineage.base[f"note{number}"] = number
-
-        Lineage.update(folder, name)
+    together.wait(120)
+    for name in names:
+        Lineage.update(folder, lambda lineage, name=name: lineage.base.update({f"note{name}": 1}))
+    together.wait(120)
+    for name in names:
+        Metrics.update(folder / "metrics.json", partial(add_number, name))
 
 
 def test_processes_that_write_at_once_lose_nothing(cut: Path) -> None:
     context = get_context("fork")
-    workers = [context.Process(target=_add, args=(cut, number)) for number in range(6)]
+    together = context.Barrier(6)
+    workers = [context.Process(target=_add, args=(cut, number, together)) for number in range(6)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(120)
     assert [worker.exitcode for worker in workers] == [0] * 6
     tasks = {one["task"] for one in Metrics.load(cut).results}
-    assert {f"task{number}" for number in range(6)} <= tasks
-    assert all(Lineage.load(cut).base[f"note{number}"] == number for number in range(6))
+    names = {f"{number}.{again}" for number in range(6) for again in range(5)}
+    assert {f"task{name}" for name in names} <= tasks
+    assert {f"note{name}" for name in names} <= Lineage.load(cut).base.keys()
     assert not list(cut.glob(".*.lock"))
 
 
