@@ -23,6 +23,7 @@ from hf_layerprune.publish.hub.upload import PushError, UploadResult
 from hf_layerprune.publish.requests import CardRequest, PushRequest, VerifyRequest
 from hf_layerprune.publish.verify.places import Base
 from hf_layerprune.records.licences import TABLE, DeclaredLicence
+from hf_layerprune.records.names import base_name, hub_base, is_local
 
 from .folders import snapshot
 from .publish_records import measure_by_hand
@@ -522,10 +523,27 @@ def test_adapters(
 
 
 @pytest.mark.parametrize(
-    "repo_id", ["small", "a/b/c", "org/..", "org/x.", "org/x-", "org/x.git", "org/a b", "-/x", ""]
+    "repo_id",
+    ["small", "a/b/c", "org/..", "org/x.", "org/x-", "org/x--y", "org/x..y", "org/x.git", "org/a b", "-/x", ""],
 )
 def test_names_that_are_none(folder: Path, repo_id: str) -> None:
     assert "is not a Hub id" in refusals(folder, repo_id)
+
+
+@pytest.mark.parametrize(
+    ("base", "named", "on_hub", "local"),
+    [
+        ({"id": "org/base"}, "org/base", None, False),
+        ({"id": "small", "commit": "c"}, "small", "small", False),
+        ({"id": "/home/me/base", "hub_id": "org/base"}, "base", "org/base", True),
+        ({"id": "/home/me/base", "hub_id": "no id"}, "base", None, True),
+        ({"id": "./base", "hub_id": 7}, "base", None, True),
+        ({"id": "C:\\models\\base"}, "base", None, True),
+        ({}, "the base", None, False),
+    ],
+)
+def test_what_a_base_is_called(base: dict[str, Any], named: str, on_hub: str | None, local: bool) -> None:
+    assert (base_name(base), hub_base(base), is_local(base)) == (named, on_hub, local)
 
 
 def test_folders_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
