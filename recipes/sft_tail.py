@@ -64,7 +64,15 @@ except ImportError:
 from hf_layerprune.errors import CutError, LayerPruneError, boundary, explain, sanitize, wants_traceback
 from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.options import FinishOptions, RowOptions
-from hf_layerprune.options import DTYPES, CutOptions, argument_dataclass, copy_fields, refuse_unused, spell_options
+from hf_layerprune.options import (
+    DTYPES,
+    CutOptions,
+    argument_dataclass,
+    copy_fields,
+    option_fields,
+    refuse_unused,
+    spell_options,
+)
 from hf_layerprune.records.requirements import RequireOptions
 from hf_layerprune.runtime.model_class import without_zero3
 from hf_layerprune.stages.requests import PruneRequest
@@ -361,6 +369,13 @@ def _split_names(words: str | None) -> tuple[str, ...] | None:
 
 class Parser(TrlParser):
     """Takes options by their full names, and repeats no token that was given where something else belongs."""
+
+    def set_defaults_with_config(self, **settings: Any) -> list[str]:
+        """Read numbers in a settings file as on the command line, where `drop_layers` 3 is a layer."""
+        numbers = {
+            name: str(settings[name]) for name in option_fields(CutOptions) if type(settings.get(name)) in (int, float)
+        }
+        return super().set_defaults_with_config(**settings | numbers)
 
     def error(self, message: str) -> NoReturn:
         super().error(sanitize(message))

@@ -115,7 +115,7 @@ USAGE = [
     ({"test_split_size": 4}, "--test_split_size 4.0 has no effect without `datasets`"),
     ({"config": "FOLDER/advice.yaml", "drop": 0.3}, "--drop 0.3 has no effect with --drop_layers, which say which layers go"),
     (PRUNED | {"drop": 0.5}, "--drop 0.5 has no effect on FOLDER/pruned, which is pruned already"),
-    (PRUNED | {"target_params": "1K"}, "--target_params 1K has no effect on"),
+    (PRUNED | {"target_params": "1K"}, "--target_params 1000 has no effect on"),
     (PRUNED | {"max_kl": 0.1}, "--max_kl 0.1 has no effect on"),
     (PRUNED | {"criterion": "kl", "repair": "linear"}, "--repair linear and --criterion kl have no effect on"),
     (PRUNED | {"features": 0.5, "teacher": "FOLDER/base"}, "none of them is trained; use --method behind2"),
@@ -211,6 +211,41 @@ FAILURES = [
     ({"eval_from": "/nowhere"}, "/nowhere"),
     ({"push_to_hub": "true", "hub_model_id": "me/small"}, "HF_HUB_OFFLINE is set, so nothing can be pushed"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("3", [3]), ("3-4,6", [3, 4, 6]), ("[3, 4]", [3, 4]), ("0x4", [4]), ("'3'", [3]), ("null", None)],
+)
+def test_layers_in_a_settings_file(recipe: ModuleType, tmp_path: Path, written: str, read: list[int] | None) -> None:
+    (tmp_path / "settings.yaml").write_text(f"drop_layers: {written}\noutput_dir: {tmp_path}/out\nuse_cpu: true\n")
+    *_, cut, _, _ = recipe.make_parser().parse_args_and_config(["--config", str(tmp_path / "settings.yaml")])
+    assert cut.drop_layers == read
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("drop_layers: true", "--drop_layers true must be a list of layer indices"),
+        ("drop_layers: [a]", "--drop_layers a must be a list of layer indices"),
+        ("drop: 0", "--drop 0 must be a fraction between 0 and 1, or a whole number of layers"),
+        ("contiguous: [1]", "--contiguous 1 must be True or False"),
+        ("criterion: {a: 1}", "criterion {'a': 1} is unknown"),
+    ],
+)
+def test_settings_of_the_wrong_kind(
+    recipe: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    setting: str,
+    message: str,
+) -> None:
+    (tmp_path / "settings.yaml").write_text(f"{setting}\noutput_dir: {tmp_path}/out\nuse_cpu: true\n")
+    monkeypatch.setattr("sys.argv", ["sft_tail.py", "--config", str(tmp_path / "settings.yaml")])
+    assert recipe.run() == 2
+    assert message in capsys.readouterr().err
+
 
 OF_NEWER_TRL = ("The specified `pad_token` ('nope') is not found", "can't train: The ")
 

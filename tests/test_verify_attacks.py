@@ -341,6 +341,7 @@ ADAPTER: dict[str, Callable[[Path], object]] = {
     "a repair": edit_json("adapter_config.json", repair="linear"),
     "a file to read": edit_json("adapter_config.json", repair="linear", calibration="/etc/hostname"),
     "another task": edit_json("adapter_config.json", task_type="SEQ_CLS"),
+    "a task that does not exist": edit_json("adapter_config.json", task_type="odd"),
     "other targets": edit_json("adapter_config.json", target_modules=".*", exclude_modules=["lm_head"]),
     "as a new adapter": edit_json("adapter_config.json", inference_mode=False),
     "a field of nobody's": edit_json("adapter_config.json", runtime_config={"x": 1}),

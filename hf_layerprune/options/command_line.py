@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from ..errors import CutError
 from ..layer_ranges import format_layers
-from .declare import Option, option_fields
+from .declare import Option, help_of, option_fields
 from .kinds import FLAG, LAYERS, TEXT, quoted
 from .spelling import spell_options
 
@@ -142,7 +142,7 @@ def argument_dataclass(name: str, cls: type[T], skip: Collection[str] = ()) -> t
     fields = []
     for option_name, option in option_fields(cls).items():
         skipped = option_name in skip
-        field = dataclasses.field(default=option.default, init=not skipped, metadata={"help": f"{option.text}."})
+        field = dataclasses.field(default=option.default, init=not skipped, metadata={"help": help_of(option)})
         kind = bool if option.kind is FLAG else str if option.kind is TEXT else value_parser(option)
         fields.append((option_name, kind, field))
     return dataclasses.make_dataclass(name, fields, bases=(cls,), kw_only=True)

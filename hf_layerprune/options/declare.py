@@ -74,9 +74,14 @@ class _Help(str):
 def option(default: Any, help: str, kind: Kind | None = None, **more: Any) -> Any:
     """Declare a field of a dataclass as an option; see [`Option`]. PEFT and transformers read its `help`."""
     declaration = Option(default, help, kind or (FLAG if isinstance(default, bool) else TEXT), **more)
+    return dataclasses.field(default=default, metadata={"help": help_of(declaration)})
+
+
+def help_of(declaration: Option) -> str:
+    """The help of a dataclass field that is this option."""
     text = _Help(f"{declaration.text}.")
     text.option = declaration
-    return dataclasses.field(default=default, metadata={"help": text})
+    return text
 
 
 def set_choices(table: str, names: Collection[str]) -> None:

@@ -57,9 +57,12 @@ def adapter_differences(
         wanted |= {"calibration_samples": source.get("samples"), "calibration_length": source.get("length")}
         wanted |= {"calibration": last_part(str(source.get("source"))), "seed": source.get("seed")}
         config = config | {"calibration": last_part(str(config.get("calibration")))}
+    known = {one.name for one in fields(LayerDropConfig)} - {"peft_type"}
     try:
-        known = {one.name for one in fields(LayerDropConfig)} - {"peft_type"}
         adapter = LayerDropConfig(**{name: value for name, value in config.items() if name in known})
+    except (TypeError, ValueError) as error:  # PEFT's own, too
+        return [f"can't be loaded: {error}"]
+    try:
         if repair.get("changed_tensors") is not None:
             with boundary("no model can be built from the base's config"):
                 wanted["repaired_modules"] = layer_modules(_cut_config(expected), repair["changed_tensors"])
