@@ -32,6 +32,7 @@ _TRUNCATED = re.compile(r"inline_container\S* \. unexpected pos|PytorchStreamWri
 # The package of a file of installed code; this one may be installed, too.
 _PACKAGE = re.compile(r"[\\/]site-packages[\\/](?!hf_layerprune)(\w+)")
 DEBUG = "HF_LAYERPRUNE_DEBUG"
+_FORCE = "force=True"
 
 
 class LayerPruneError(ValueError):
@@ -55,6 +56,10 @@ class CutError(LayerPruneError):
 
 class CheckpointError(LayerPruneError):
     """A file, a folder or a repository is missing, damaged, or not of the expected kind."""
+
+
+class ExistingOutputError(CheckpointError):
+    """The output exists already. The message may advise `force=True`, which a command shows as its own option."""
 
 
 @contextmanager
@@ -91,6 +96,8 @@ def cause_of(error: BaseException) -> str:
         if isinstance(one, UnicodeEncodeError) and one.object.startswith("Bearer "):  # the header of a request
             return "the Hub token has characters that no token has; copy it again, and set HF_TOKEN or run `hf auth login`"
     text = one_line(str(error))
+    if text.startswith("We couldn't connect to"):  # transformers', which takes a mistyped folder for a Hub id, too
+        return "it is not in the cache, and the Hub can't be reached; go online, or specify a folder"
     if _TRUNCATED.search(text):
         return "a checkpoint could not be written whole; free some space on its disk, or write elsewhere"
     if not text and isinstance(error, AssertionError) and (frames := traceback.extract_tb(error.__traceback__)):
@@ -116,6 +123,8 @@ def explain(
         text = str(error)
         # Others quote files and libraries, in which the name of an option means something else.
         text = spell(text) if isinstance(error, CutError | UnsupportedModelError) else text
+        if isinstance(error, ExistingOutputError):  # whose path may be the name of an option
+            text = text.replace(_FORCE, spell(_FORCE))
         return one_line(text), 2 if isinstance(error, CutError) else 1
     if isinstance(error, ImportError) and "pip install" in str(error):  # as transformers asks for what a model needs
         return cause_of(error), 1

@@ -61,7 +61,7 @@ try:
 except ImportError:
     sys.exit('error: this recipe needs TRL: pip install "hf-layerprune[train]"')
 
-from hf_layerprune.errors import CutError, LayerPruneError, boundary, explain, sanitize, wants_traceback
+from hf_layerprune.errors import CutError, LayerPruneError, boundary, explain, one_line, sanitize, wants_traceback
 from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.options import FinishOptions, RowOptions
 from hf_layerprune.options import (
@@ -368,7 +368,7 @@ def _split_names(words: str | None) -> tuple[str, ...] | None:
 
 
 class Parser(TrlParser):
-    """Takes options by their full names, and repeats no token that was given where something else belongs."""
+    """Reports an error in one line, and repeats no token that was given where something else belongs."""
 
     def set_defaults_with_config(self, **settings: Any) -> list[str]:
         """Read numbers in a settings file as on the command line, where `drop_layers` 3 is a layer."""
@@ -378,7 +378,7 @@ class Parser(TrlParser):
         return super().set_defaults_with_config(**settings | numbers)
 
     def error(self, message: str) -> NoReturn:
-        super().error(sanitize(message))
+        self.exit(2, f"error: {one_line(sanitize(message))} (--help lists the options)\n")
 
 
 ARGUMENTS: Any = (

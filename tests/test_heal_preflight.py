@@ -113,7 +113,7 @@ USAGE = [
     (PRUNED | {"model_revision": "v1"}, "--model_revision v1 has no effect on FOLDER/pruned, which is a local path"),
     ({"loss": "kd", "teacher_revision": "v1"}, "--teacher_revision v1 has no effect on FOLDER/base, which is a local path"),
     ({"test_split_size": 4}, "--test_split_size 4.0 has no effect without `datasets`"),
-    ({"config": "FOLDER/advice.yaml", "drop": 0.3}, "--drop 0.3 has no effect with --drop_layers, which say which layers go"),
+    ({"config": "FOLDER/advice.yaml", "drop": 0.3}, "--drop 0.3 has no effect with --drop_layers, which names the layers to drop"),
     (PRUNED | {"drop": 0.5}, "--drop 0.5 has no effect on FOLDER/pruned, which is pruned already"),
     (PRUNED | {"target_params": "1K"}, "--target_params 1000 has no effect on"),
     (PRUNED | {"max_kl": 0.1}, "--max_kl 0.1 has no effect on"),
@@ -272,6 +272,18 @@ def test_refused_before_the_cut(
     assert said.splitlines()[-1].startswith("error: ")
     assert message.replace("FOLDER", str(folder)) in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_value_that_can_not_be_parsed(
+    recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line, without the usage, which is 200 lines long."""
+    monkeypatch.setattr(sys, "argv", ["sft_tail.py", "--drop_layers", "3-"])
+    with pytest.raises(SystemExit, match="2"):
+        recipe.run()
+    said = capsys.readouterr().err
+    assert said.startswith("error: argument --drop_layers/--drop-layers: '3-' is neither a layer nor a range; ")
+    assert said.count("\n") == 1
 
 
 LORA = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0, "lora_target_modules": "q_proj", "use_rslora": "true"}

@@ -263,7 +263,7 @@ def test_the_load_time_has_no_imports(tmp_path: Path) -> None:
         (["--batch-sizes", "1,x"], 2, "'1,x' must be a whole number from 1"),
         (["--load-repeats", "-1"], 2, "--load-repeats -1 must be a whole number from 0"),
         (["--prompt-lengths", "510"], 2, "base has a context of 512 tokens, but prompts with new tokens"),
-        (["--base", "SAME"], 1, "have the same weights"),
+        (["--base", "SAME"], 1, "has the same weights"),
     ],
 )
 def test_bad_words(base: Path, words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,9 +85,15 @@ def test_a_base_that_the_history_does_not_know(base: Path, cut: Path, tasks: Pat
     (cut / "lineage.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no lineage\.json, so it is unknown whether it was made from base"):
         measure(cut, tasks, base=str(base))
-    with pytest.raises(LayerPruneError, match="have the same weights"):
+    with pytest.raises(LayerPruneError, match="has the same weights"):
         measure(cut, tasks, base=str(cut))
     assert not (cut / "metrics.json").exists()
+
+
+def test_a_model_and_its_base_the_wrong_way_round(base: Path, cut: Path, tasks: Path) -> None:
+    with pytest.raises(LayerPruneError, match="cut was made from .*base; specify the dense model as the base"):
+        measure(base, tasks, base=str(cut))
+    assert not (base / "metrics.json").exists()
 
 
 def test_numbers_of_earlier_stages_are_taken_over(base: Path, cut: Path, tasks: Path, tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ def test_help_is_in_groups_and_names_options_as_flags() -> None:
         (lambda: RankRequest("base", curve=True, lengths=[1, 2]), r"lengths=\[1, 2\] has no effect on a curve"),
         (lambda: EvalRequest("model", base_revision="v1"), "needs base="),
         (lambda: BenchRequest("model", base_revision="v1"), "needs base="),
+        (lambda: EvalRequest("model", windows="many"), "must be a whole number from 1 to 1000000, or all$"),
     ],
 )
 def test_what_would_be_ignored_is_refused(make: Callable[[], Any], message: str) -> None:

@@ -488,6 +488,13 @@ def test_no_model_at_all(tmp_path: Path, name: str, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_gguf_file_instead_of_the_base(tmp_path: Path, cut: Path) -> None:
+    write_gguf(tmp_path / "small.gguf")
+    found = verify(cut, base=str(tmp_path / "small.gguf"))
+    assert not found.good
+    assert "small.gguf is a GGUF file, and the model was cut from a folder" in said(found)
+
+
 def test_what_was_unpacked_from_gguf(tmp_path: Path) -> None:
     """Packed in 4 bits: no bytes to compare, so the cut is made again."""
     write_gguf(tmp_path / "small.gguf", packed=GGMLQuantizationType.Q4_0)

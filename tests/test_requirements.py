@@ -75,12 +75,12 @@ def test_how_limits_are_written() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("perplexity", "must be bounds such as .*not 'perplexity'"),
+        ("perplexity", "must be bounds such as .*, separated by commas$"),
         ("", "must be bounds"),
-        ("kl<=1,,acc>=0.5", "not ''"),
+        ("kl<=1,,acc>=0.5", "; '' is none"),
         ("kl==1", "must be bounds"),
         ("kl<=1<=2", "must be bounds"),
-        ("kl<=much", "must be bounds such as .*not 'kl<=much'"),
+        ("piqa>=0.6,kl<=much", "must be bounds such as .*, separated by commas; 'kl<=much' is none"),
         ("kl<=nan", "must be bounds"),
         ("kl<=1e999", "must be bounds"),
         ("top1_agreement>=80", "a share from 0 to 1; write 0.8 for 80 %"),

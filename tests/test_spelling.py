@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given, strategies as st
 from transformers import LlamaConfig
 
-from hf_layerprune import CutError
+from hf_layerprune import CheckpointError, CutError
 from hf_layerprune.cli import build_parser, main
 from hf_layerprune.commands import COMMANDS
 from hf_layerprune.measure.requests import EvalRequest
 from hf_layerprune.options import option_fields, option_flags, spell_options
 from hf_layerprune.options.kinds import FLAG
+from hf_layerprune.stages.prune import prune_to
 from hf_layerprune.stages.requests import PruneRequest, RankRequest
 
 from .heal_makers import load_recipe
@@ -97,7 +98,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("prune BASE out --tune-layers 2 --drop 2", "--tune-layers 2 has no effect without --adapter; leave it out"),
         (
             "prune BASE out --drop-layers 3 --criterion kl --steps 2",
-            "--criterion kl and --steps 2 have no effect with --drop-layers, which say which layers go; leave them out",
+            "--criterion kl and --steps 2 have no effect with --drop-layers, which names the layers to drop; leave them out",
         ),
         ("prune BASE out --drop-layers 30", "--drop-layers has 30, but the model's layers are 0..7"),
         (
@@ -115,8 +116,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (
             "prune BASE out --drop-layers 0,1 --repair linear --calibration-samples 4",
-            "--repair linear changes the layer before a dropped block, but layer 0 is dropped; keep layer 0 (--protect-first "
-            "1), or use --repair magnitude",
+            "--repair linear changes the layer before a dropped block, but layer 0 is dropped; keep it (--protect-first 1, "
+            "unless --drop-layers names the layers), or use --repair magnitude",
+        ),
+        (
+            "prune BASE out --drop-layers 3 --calibration-samples 8",
+            "--calibration-samples 8 has no effect without a repair; leave it out",
         ),
         ("prune BASE out --context 8", "--context 8 has no effect without --target-memory or --target-speedup; leave it out"),
         (
@@ -147,6 +152,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "fewer --new-tokens",
         ),
         ("card BASE --license-name x", "--license-name and --license-link need --license (other, unless it is a well-known one)"),
+        (
+            "card BASE --license other",
+            "--license other says nothing without the name of the licence; add --license-name",
+        ),
         ("push BASE org/x --space-secret X", "--space-secret and --overwrite-space need --space"),
     ],
 )  # fmt: skip
@@ -162,6 +171,20 @@ def test_a_command_names_its_flags(
     assert main([str(base) if word == "BASE" else word for word in words.split()]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"hf-layerprune: {said}"
     assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_exists(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may have the name of an option."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "max_kl").mkdir()
+    (tmp_path / "max_kl" / "config.json").touch()
+    assert main(["prune", str(base), "max_kl", "--drop", "2"]) == 1
+    replaced = "replace it with --force, or choose another folder"
+    assert capsys.readouterr().err == f"hf-layerprune: max_kl exists and is not empty; {replaced}\n"
+    with pytest.raises(CheckpointError, match="replace it with force=True, or choose another folder"):
+        prune_to(PruneRequest(str(base), "max_kl", drop=2))
 
 
 def test_what_inspect_does_not_show_names_its_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

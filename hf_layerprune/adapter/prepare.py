@@ -153,7 +153,7 @@ def prepare(
 def _log_repair(repair: Repair) -> None:
     """Say how well a repair fits; warn if it makes hardly a difference."""
     if not repair.tensors and repair.cuts:
-        logger.warning("repair=%r changes nothing%s", repair.method, _MORE_TEXT)
+        logger.warning("the repair %s changes nothing%s", repair.method, _MORE_TEXT)
         return
     for cut in repair.cuts:
         if (share := cut.get("unexplained_share")) is not None:

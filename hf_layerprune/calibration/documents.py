@@ -64,7 +64,7 @@ def check_source(source: str) -> None:
     )
     if named and not path.is_file():
         raise CheckpointError(
-            f"calibration file {path} does not exist; specify a .txt or .jsonl file, a data set on the Hub, or self"
+            f"calibration file {path} does not exist; specify a .txt, .jsonl or .parquet file, a data set, or self"
         )
 
 
@@ -174,7 +174,7 @@ def _read_data_set(source: str, seed: int) -> Iterator[Document]:
     if split.partition("[")[0] in _EVAL_SPLITS:
         logger.warning("calibration uses the %s split of %s; don't evaluate on it afterwards", split, name)
     streamed: dict[str, Any] = {"split": split, "streaming": True}  # only the rows that are used are downloaded
-    with boundary(f"can't read calibration {source}"):
+    with boundary(f"can't read calibration {source}", "specify another data set, a file, or self"):
         if is_file:
             file = glob.escape(name) if Path(name).is_file() else name  # or a pattern
             rows = load_dataset("parquet", data_files=file, trust_remote_code=False, **streamed)

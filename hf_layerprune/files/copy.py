@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ExistingOutputError
 from ..options import format_bytes
 
 CHUNK = 1 << 20  # fits into the processor's cache
@@ -210,7 +210,7 @@ def check_file_target(target: Path, *, force: bool, inside: Path | None = None, 
     if target.is_symlink() or (target.exists() and not target.is_file()):
         raise CheckpointError(f"{target} is a link, a folder or a device; specify another file")
     if target.exists() and not force:
-        raise CheckpointError(f"{target} exists; replace it with --force (force=True), or choose another file")
+        raise ExistingOutputError(f"{target} exists; replace it with force=True, or choose another file")
 
 
 @contextmanager
@@ -250,9 +250,7 @@ def _claim(target: Path, partial: Path) -> None:
         os.link(partial, target)
     except OSError as error:  # not every file system has hard links
         if os.path.lexists(target):
-            raise CheckpointError(
-                f"{target} was created in the meantime; replace it with --force (force=True)"
-            ) from error
+            raise ExistingOutputError(f"{target} was created in the meantime; replace it with force=True") from error
 
 
 def write_bytes(path: Path, data: bytes, *, inside: Path | None = None) -> None:

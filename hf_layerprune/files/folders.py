@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import CheckpointError, LayerPruneError
+from ..errors import CheckpointError, ExistingOutputError, LayerPruneError
 from .copy import check_no_overlap, sync_folder, write_error
 from .json_file import read_object
 
@@ -110,7 +110,7 @@ def check_target(
             raise CheckpointError(f"{named} is a file; specify a folder to create")
         if next(os.scandir(target), None) is not None:
             if not force:
-                raise CheckpointError(f"{named} exists and is not empty; {_replace_hint(force)}")
+                raise _existing_error(f"{named} exists and is not empty", force)
             _check_replaceable(named, target, replaces)
     else:
         parent = next(filter(os.path.lexists, target.parents))
@@ -121,10 +121,10 @@ def check_target(
     return target
 
 
-def _replace_hint(force: bool | None) -> str:
-    return (
-        "choose another folder" if force is None else "replace it with --force (force=True), or choose another folder"
-    )
+def _existing_error(what: str, force: bool | None) -> ExistingOutputError:
+    """`None` stands for no option to replace it."""
+    way_out = "" if force is None else "replace it with force=True, or "
+    return ExistingOutputError(f"{what}; {way_out}choose another folder")
 
 
 def _check_replaceable(named: Path, folder: Path, replaces: re.Pattern[str] | None) -> None:
@@ -178,7 +178,7 @@ def clean_up_leftovers(target: Path, force: bool | None) -> None:
         if found[1] == "old" and not os.path.lexists(target):
             path.rename(target)
             if not force:
-                raise CheckpointError(f"{target} was restored after a killed run; {_replace_hint(force)}")
+                raise _existing_error(f"{target} was restored after a killed run", force)
             continue
         try:
             lock = lock_folder(path)
@@ -212,7 +212,7 @@ def _move_into_place(folder: Path, target: Path, force: bool | None, replaces: r
         if error.errno not in in_the_way or not target.is_dir():
             raise
         if not force:
-            raise CheckpointError(f"{target} was created in the meantime; {_replace_hint(force)}") from None
+            raise _existing_error(f"{target} was created in the meantime", force) from None
         check_target(target, None, force, replaces)  # its content may have changed in the meantime
         old = _sibling(target, "old")
         os.rename(target, old)

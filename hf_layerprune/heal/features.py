@@ -49,8 +49,8 @@ def trained_boundaries(cut: Cut, first: int) -> dict[int, int]:
     boundaries = {front: dense for front, dense in cut_boundaries(cut).items() if first < front}
     if not boundaries:
         raise CutError(
-            "features=... trains the layers before the cut, and none of them is trained; use --method behind2 or cut2 in the "
-            'recipe (tune_layers="cut" in Python), or features=0'
+            "features=... trains the layers before the cut, and there are none, or none of them is trained; use --method behind2 "
+            'or cut2 in the recipe (tune_layers="cut" in Python), or features=0'
         )
     return boundaries
 

@@ -61,7 +61,7 @@ def _four_bit_loading() -> dict[str, Any]:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
-        raise LayerPruneError('method=qlora needs bitsandbytes: pip install "hf-layerprune[quant]"') from None
+        raise LayerPruneError('the method qlora needs bitsandbytes: pip install "hf-layerprune[quant]"') from None
     from transformers import BitsAndBytesConfig
 
     kind = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}

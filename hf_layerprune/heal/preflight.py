@@ -174,7 +174,7 @@ def check_cut(cut_args: CutOptions, name: str, pruned: bool) -> None:
         names = [name for name in option_fields(CutOptions) if getattr(cut_args, name) != getattr(defaults, name)]
         refuse_unused(cut_args, names, f"on {name}, which is pruned already, unlike its base")
     elif cut_args.drop_layers:
-        refuse_unused(cut_args, AMOUNTS, "with drop_layers, which say which layers go")
+        refuse_unused(cut_args, AMOUNTS, "with drop_layers, which names the layers to drop")
 
 
 def check_method(args: HealConfig, model_args: ModelConfig, cut_args: CutOptions, config: PreTrainedConfig) -> None:

@@ -92,7 +92,7 @@ class Student:
         method, why = choose_method(
             self.cut, ties_head(model_without_weights(config)), config.get_text_config().hidden_size
         )
-        logger.info("method=auto is %s: %s", method.name, why)
+        logger.info("the method is %s: %s", method.name, why)
         return method
 
     def use_base_as_teacher(self, args: HealConfig) -> None:

@@ -90,7 +90,7 @@ class TaskRunner:
         version = evaluated["versions"].get(name)
         given = max((int(n) for n in evaluated["n-shot"].values() if isinstance(n, int)), default=0)
         if shots not in (None, given):
-            logger.warning("num_fewshot=%d has no effect on %s, which always has %d examples", shots, name, given)
+            logger.warning("%s always has %d few-shot examples, not %d", name, given, shots)
         return TaskRun(
             scores=_scores(evaluated, name, samples),
             samples=len(samples),

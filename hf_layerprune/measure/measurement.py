@@ -42,11 +42,11 @@ class Measurement:
         self.model = identify(request.model, request.revision)
         self.base = identify(request.base, request.base_revision) if request.base is not None else None
         self.subjects = [one for one in (self.base, self.model) if one is not None]
+        if self.base is not None and self.model.weights in self.base.known_weights:
+            same = self.base.weights == self.model.weights
+            what = "has the same weights as" if same else "was made from"
+            raise LayerPruneError(f"{request.base} {what} {request.model}; specify the dense model as the base")
         self.store = Store(self.model, self.base, output=request.output, history=request.history, force=request.force)
-        if self.base is not None and self.base.weights == self.model.weights:
-            raise LayerPruneError(
-                f"{request.model} and {request.base} have the same weights; specify the dense model as the base"
-            )
         self.where: dict[str, dict[str, str]] = {}
         self.machine: dict[str, Any] = {}  # what else decides a speed
         self.request, self.device = request, pick_device(request.device, spread=True)

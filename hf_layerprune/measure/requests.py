@@ -29,9 +29,14 @@ def _number_or(word: str, meaning: Any) -> Kind:
     number = integer(1)
 
     def check(value: Any) -> Any:
-        return meaning if value in (word, meaning) else number.check(value)
+        if value in (word, meaning):
+            return meaning
+        try:
+            return number.check(value)
+        except ValueError as error:
+            raise ValueError(f"{error}, or {word}") from None
 
-    return Kind(lambda text: text if text == word else number.read(text), check, "N")
+    return Kind(lambda text: text if text == word else int(text), check, "N")
 
 
 @dataclass(kw_only=True)

@@ -44,6 +44,8 @@ class CardRequest(Options):
         super().__post_init__()
         if (self.license_name or self.license_link) and not self.license:
             raise CutError("license_name and license_link need license=... (other, unless it is a well-known one)")
+        if self.license == "other" and not self.license_name:
+            raise CutError("license=other says nothing without the name of the licence; add license_name=...")
 
 
 @documented

@@ -96,17 +96,16 @@ def parse_bounds(text: str) -> tuple[Bound, ...]:
     Raises:
         ValueError: A bound is malformed, or its limit is out of range.
     """
-    return () if text.strip() == "none" else tuple(_parse(part) for part in text.split(",", _MAX_BOUNDS))
+    return () if text.strip() == "none" else tuple(_parse(part, text) for part in text.split(",", _MAX_BOUNDS))
 
 
-def _parse(text: str) -> Bound:
+def _parse(text: str, all_bounds: str) -> Bound:
     try:
         name, operator, word = _BOUND.fullmatch(text).groups()  # type: ignore[union-attr]
         limit = float(word)
     except (AttributeError, ValueError):
-        raise ValueError(
-            f"must be bounds such as {_EXAMPLE}, separated by commas; not {text.strip()[:60]!r}"
-        ) from None
+        wrong = "" if text == all_bounds else f"; {text.strip()[:60]!r} is none"
+        raise ValueError(f"must be bounds such as {_EXAMPLE}, separated by commas{wrong}") from None
     metric = METRICS.get(name.rpartition(":")[2])
     if metric is not None and metric.unit == SHARE and not 0 <= limit <= 1:
         raise ValueError(f"has the limit {word}, but {name} is a share from 0 to 1; write 0.8 for 80 %")

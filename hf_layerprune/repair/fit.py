@@ -85,8 +85,8 @@ def check_repair(config: PreTrainedConfig, drop_layers: Sequence[int], rows: int
             )
     if 0 in drop_layers and repair.needs_layer_before:
         raise CutError(
-            f'repair="{method}" changes the layer before a dropped block, but layer 0 is dropped; keep layer 0 '
-            '(protect_first=1), or use repair="magnitude"'
+            f'repair="{method}" changes the layer before a dropped block, but layer 0 is dropped; keep it '
+            '(protect_first=1, unless drop_layers names the layers), or use repair="magnitude"'
         )
     if rows < 2:
         raise CutError(

@@ -126,7 +126,8 @@ class Target:
         while count > 1 and self.left(picked(count)) + sizes[-1] <= self.limit and self.is_met_by(picked(count - 1)):
             count -= 1
         drop = picked(count)
-        logger.info("%s: %s without %s", self, self.format_amount(self.left(drop)), describe_layers(drop))
+        found, wanted = self.format_amount(self.left(drop)), self.format_amount(self.limit)
+        logger.info("without %s: %s; the target is %s", describe_layers(drop), found, wanted)
         return count
 
     def record(self, drop: Sequence[int]) -> dict[str, Any]:

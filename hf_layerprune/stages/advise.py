@@ -318,8 +318,8 @@ def _format_advice(
             "The block is chosen by angular distance, in one pass over the calibration rows; criterion: auto takes longer, and "
             "tries several."
         )
-    if chosen_loss.is_extrapolated:
-        lines.append(
-            "This is beyond what was measured: the loss shown is that of the most tokens and layers that were tried."
-        )
+    if chosen_loss.is_lower_bound:
+        lines.append("So many layers were not measured: the loss shown is that of the most that were, so expect more.")
+    elif chosen_loss.is_extrapolated:
+        lines.append("So much text was not measured: the loss shown is that of the most that was, so expect less.")
     return "\n".join(lines)

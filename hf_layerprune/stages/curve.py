@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import families
 from ..calibration.documents import check_source
-from ..errors import CheckpointError, CutError, LayerPruneError
+from ..errors import CutError, ExistingOutputError, LayerPruneError
 from ..files.copy import write_text
 from ..files.folders import check_target
 from ..layer_ranges import describe_layers, parse_layers
@@ -191,9 +191,9 @@ def _extend(
             _write(request.output, record)
 
 
-def _other_rows_error(request: RankRequest) -> CheckpointError:
-    return CheckpointError(
-        f"{request.output} holds a curve on other calibration rows; choose another folder, or start again with --force"
+def _other_rows_error(request: RankRequest) -> ExistingOutputError:
+    return ExistingOutputError(
+        f"{request.output} holds a curve on other calibration rows; choose another folder, or start again with force=True"
     )
 
 
@@ -225,8 +225,8 @@ def _read_earlier(folder: Path, identity: dict[str, Any], force: bool) -> dict[s
         return None
     record = read_curve(folder / FILE)
     if other := [name for name, value in identity.items() if record["identity"].get(name) != value]:
-        raise CheckpointError(
-            f"{folder} holds a curve with another {join_words(other)}; choose another folder, or start again with --force"
+        raise ExistingOutputError(
+            f"{folder} holds a curve with another {join_words(other)}; choose another folder, or start again with force=True"
         )
     logger.info("continuing %s, which has %s", folder / FILE, pluralize(len(record["points"]), "point"))
     return record

@@ -111,7 +111,7 @@ def read_curve(path: Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
-        raise CheckpointError(f"{path} is not a curve; make it again with --force")
+        raise CheckpointError(f"{path} is not a curve; make it again: hf-layerprune rank BASE {path.parent} --curve --force")
     return record
 
 

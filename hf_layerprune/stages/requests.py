@@ -100,7 +100,7 @@ class PruneRequest(TuningOptions, CutOptions):
         criterion_option = ("criterion",) if self.criterion != self.default_criterion else ()
         which = (*criterion_option, "variant", "protect_first", "protect_last", "contiguous", "steps")
         if self.drop_layers is not None:
-            refuse_unused(self, ("from_curve", *AMOUNTS, *which), "with drop_layers, which say which layers go")
+            refuse_unused(self, ("from_curve", *AMOUNTS, *which), "with drop_layers, which names the layers to drop")
         elif self.from_curve is not None:
             sizes = ("context", "batch", "target_dtype")
             refuse_unused(self, (*which, *sizes), "with from_curve, whose points say which layers go")
@@ -113,7 +113,8 @@ class PruneRequest(TuningOptions, CutOptions):
         super().refuse_unused()
         by_text = self.drop_layers is None and (self.budget or self.from_curve or criterion.needs == "text")
         if not (by_text or self.repair):
-            refuse_unused(self, TEXT_OPTIONS, f"with criterion {criterion.name} and without a repair or a budget")
+            of_choice = f"with criterion {criterion.name} and without a repair or a budget"
+            refuse_unused(self, TEXT_OPTIONS, of_choice if self.drop_layers is None else "without a repair")
 
     def with_calibration(self, measured: Mapping[str, Any] | None = None) -> PruneRequest:
         """With the calibration options that are not given as a curve was `measured`, or at their defaults."""

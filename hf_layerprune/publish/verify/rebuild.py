@@ -222,6 +222,8 @@ def _convert_cut(history: History, base: Base, folder: Path) -> Expected:
     ]
     if len(conversions) > 1:
         raise CheckpointError("the weights were converted more than once, which can't be verified")
+    if history.dtype is None:
+        raise CheckpointError(f"{base.source} is a GGUF file, and the model was cut from a folder")
     model = load_mapped(base.source, revision=base.commit, dtype=_dtype(history.dtype))
     drop_layers(model, history.dropped)
     model.save_pretrained(folder)
