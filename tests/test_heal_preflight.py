@@ -209,6 +209,7 @@ FAILURES = [
     ({"resume_from_checkpoint": "FOLDER/base"}, "is not a checkpoint; specify a folder checkpoint-N"),
     ({"resume_from_checkpoint": "FOLDER/stateless"}, "has no state of the optimizer and the schedule"),
     ({"eval_from": "/nowhere"}, "/nowhere"),
+    ({"output_dir": "FOLDER/pruned"}, "FOLDER/pruned is a model folder; choose another --output_dir"),
     ({"push_to_hub": "true", "hub_model_id": "me/small"}, "HF_HUB_OFFLINE is set, so nothing can be pushed"),
 ]
 

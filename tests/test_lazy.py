@@ -324,7 +324,7 @@ def test_no_such_weights(tmp_path):
             load_pruned(tmp_path, DROP, **option)
     with pytest.raises(CheckpointError, match="does not exist"):
         load_pruned(tmp_path / "nowhere", DROP)
-    with pytest.raises(CheckpointError, match="org/nowhere.* is not in the cache, and the Hub can't be reached"):
+    with pytest.raises(CheckpointError, match=r"org/nowhere.* is not in the cache, and the Hub can't be reached"):
         load_pruned("org/nowhere", DROP)
 
 

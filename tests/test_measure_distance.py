@@ -230,6 +230,9 @@ def test_models_that_cannot_be_compared() -> None:
     other.config._name_or_path = ""
     with pytest.raises(CutError, match="pass its tokenizer"):
         compare_models(other, other, "text.txt")
+    folders: Any = ("pruned", Path("base"))
+    with pytest.raises(LayerPruneError, match="load them, or use hf-layerprune eval MODEL --base BASE"):
+        compare_models(*folders)
     with pytest.raises(CutError, match="windows=-1 measures nothing"):
         compare_models(other, other, "text.txt", windows=-1)
     for rows in (ROWS[0], ROWS[:0], ROWS[:, :1]):

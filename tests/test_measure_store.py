@@ -91,7 +91,7 @@ def test_a_base_that_the_history_does_not_know(base: Path, cut: Path, tasks: Pat
 
 
 def test_a_model_and_its_base_the_wrong_way_round(base: Path, cut: Path, tasks: Path) -> None:
-    with pytest.raises(LayerPruneError, match="cut was made from .*base; specify the dense model as the base"):
+    with pytest.raises(LayerPruneError, match=r"cut was made from .*base; specify the dense model as the base"):
         measure(base, tasks, base=str(cut))
     assert not (base / "metrics.json").exists()
 

@@ -248,9 +248,9 @@ def test_bad_texts(tmp_path: Path) -> None:
         with pytest.raises(LayerPruneError, match=message):
             find_text(str(tmp_path / "a.txt"))
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}')
-    with pytest.raises(LayerPruneError, match=r"rows\.jsonl holds rows, and --text takes a plain text"):
+    with pytest.raises(LayerPruneError, match=r"rows\.jsonl holds rows, and not a plain text"):
         find_text(str(tmp_path / "rows.jsonl"))
-    with pytest.raises(LayerPruneError, match=r"wikitext2 can't be downloaded: .*; specify a file with --text"):
+    with pytest.raises(LayerPruneError, match=r"wikitext2 can't be downloaded: .*; specify a text file instead"):
         find_text("wikitext2")
     with pytest.raises(LayerPruneError, match="into different tokens"):
         check_same_tokens(byte_tokenizer(), byte_tokenizer(bos=True), "some text")

@@ -62,7 +62,7 @@ def test_lengths_that_leave_no_layer_are_refused_before_a_weight_is_read(
 ) -> None:
     (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
     assert main(["rank", str(tmp_path), "--criterion", "kl", "--lengths", "2,8", *FEW]) == 2
-    assert "can't score blocks of 8 layers; use lengths from 1 to 7" in capsys.readouterr().err
+    assert "can't score blocks of 8 layers; use --lengths from 1 to 7" in capsys.readouterr().err
 
 
 def test_in_python(base: Path, text: Path) -> None:
@@ -311,7 +311,7 @@ def test_without_output_or_text(base: Path, capsys: pytest.CaptureFixture[str], 
     ("words", "message"),
     [
         (["--drop", "3", "--criterion", "taylor"], "only 2 may"),
-        (["--lengths", "8", "--criterion", "kl", *FEW], "blocks of 8 layers; use lengths from 1 to 7"),
+        (["--lengths", "8", "--criterion", "kl", *FEW], "blocks of 8 layers; use --lengths from 1 to 7"),
         (["--lengths", "0", "--criterion", "kl", *FEW], "blocks of 0 layers"),
         (
             ["--lengths", "2", "--criterion", "taylor,random", *FEW],

@@ -14,6 +14,7 @@ from ..errors import CheckpointError, CutError, boundary
 from ..families import check_stage, check_trainable, layer_count
 from ..families.fields import cut_without
 from ..options import AMOUNTS, CutOptions, option_fields, refuse_unused
+from ..records.fingerprints import CONFIG
 from ..runtime.loading import is_hub_id, load_config
 from ..runtime.model_class import model_without_weights, without_zero3
 from ..runtime.windows import check_context
@@ -65,6 +66,8 @@ def check_run(
     """
     model, adapter, pruned = (Path(str(args.output_dir)) / name for name in ("model", "adapter", "pruned"))
     is_finished = str(args.resume_from_checkpoint).lower() == "true" and os.path.lexists(model)
+    if (model.parent / CONFIG).is_file():  # a model folder would get others into it
+        raise CheckpointError(f"{model.parent} is a model folder; choose another --output_dir")
     for folder in (model, adapter):
         if os.path.lexists(folder) and not is_finished:
             raise CheckpointError(f"{folder} exists already; choose another --output_dir, or remove it")

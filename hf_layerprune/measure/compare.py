@@ -49,6 +49,10 @@ def compare_models(
         LayerPruneError: The vocabularies differ, or a window does not fit into memory.
         UnsupportedModelError: The architecture is not proven to be measured correctly.
     """
+    if any(isinstance(one, str | os.PathLike) for one in (model, base)):
+        raise LayerPruneError(
+            "models in memory are compared here; load them, or use hf-layerprune eval MODEL --base BASE"
+        )
     sizes = [getattr(one.config.get_text_config(), "vocab_size", None) for one in (model, base)]
     if None not in sizes and sizes[0] != sizes[1]:
         raise LayerPruneError(

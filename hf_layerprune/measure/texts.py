@@ -38,7 +38,7 @@ def read_text(path: Path) -> Text:
         LayerPruneError: It is empty, not UTF-8, or holds rows of JSON.
     """
     if path.suffix.lower() in SUFFIXES:  # the perplexity of their JSON says little about a model
-        raise LayerPruneError(f"{path} holds rows, and --text takes a plain text; write their texts into a .txt file")
+        raise LayerPruneError(f"{path} holds rows, and not a plain text; write their texts into a .txt file")
     text = text_file.read_text(path)
     if not text.strip():
         raise LayerPruneError(f"{path} is empty; put a text into it to measure perplexity on")
@@ -58,7 +58,7 @@ def find_text(name: str) -> Text:
     if name != WIKITEXT2:
         raise CutError(f"text {name} is not a file; specify one, or {WIKITEXT2}")
     repo, config, split = _WIKITEXT2
-    with boundary(f"{WIKITEXT2} can't be downloaded", "specify a file with --text", LayerPruneError):
+    with boundary(f"{WIKITEXT2} can't be downloaded", "specify a text file instead", LayerPruneError):
         from datasets import load_dataset
 
         rows = load_dataset(repo, config, split=split, trust_remote_code=False)
@@ -74,8 +74,7 @@ def split_windows(
     because a model that was trained with them predicts badly without. The second value says whether it does so.
 
     Raises:
-        CutError: The special tokens leave no room for text.
-        LayerPruneError: The text is too short for one window.
+        CutError: The special tokens leave no room for text, or the text is too short for one window.
     """
     from ..runtime.windows import special_prefix, split_into_windows
 
@@ -86,8 +85,8 @@ def split_windows(
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     rows = split_into_windows(ids, length, begin)[:most]
     if not len(rows):
-        raise LayerPruneError(
-            f"{name} has {len(ids)} tokens, but a window has {length}; specify a longer text, or give --length {len(ids)}"
+        raise CutError(
+            f"{name} has {len(ids)} tokens, but a window has {length}; specify a longer text, or use length={len(ids)}"
         )
     return rows, bool(begin)
 

@@ -40,7 +40,7 @@ class MagnitudeFitter(Fitter):
             self.stop = walk.num_layers
         elif cuts:
             logger.warning(
-                'the repair magnitude changes nothing when only the last layers are dropped: the final norm undoes it'
+                "the repair magnitude changes nothing when only the last layers are dropped: the final norm undoes it"
             )
             self.stop = 0
 

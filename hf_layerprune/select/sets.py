@@ -39,7 +39,7 @@ def check_lengths(lengths: Collection[int], num_layers: int) -> None:
     for length in lengths:
         if not 0 < length < num_layers:
             raise CutError(
-                f"can't score blocks of {pluralize(length, 'layer')}; use lengths from 1 to {num_layers - 1}"
+                f"can't score blocks of {pluralize(length, 'layer')}; use lengths=... from 1 to {num_layers - 1}"
             )
 
 

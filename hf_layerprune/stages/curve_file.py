@@ -111,7 +111,9 @@ def read_curve(path: Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
-        raise CheckpointError(f"{path} is not a curve; make it again: hf-layerprune rank BASE {path.parent} --curve --force")
+        raise CheckpointError(
+            f"{path} is not a curve; make it again: hf-layerprune rank BASE {path.parent} --curve --force"
+        )
     return record
 
 
@@ -142,7 +144,7 @@ def choose_point(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dic
     if request.budget and request.repair not in (None, measured):
         raise CutError(
             f"{folder} was measured with {f'the {measured} repair' if measured else 'no repair'}, so it can't say which cut meets "
-            f"{request.budget} after the {request.repair} repair; leave repair out, or make a curve with it"
+            f"{request.budget} after the {request.repair} repair; leave out repair={request.repair}, or make a curve with it"
         )
     repair = request.repair or measured
     if repair and request.repair is None and is_gguf_name(request.output):
