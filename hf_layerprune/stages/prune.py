@@ -26,7 +26,6 @@ from ..records.fingerprints import uncached_weights_hash
 from ..records.lineage import Lineage, stage_entry
 from ..records.names import is_gguf_name, strip_local_path
 from ..runtime.loading import UNPACKED_DTYPE, is_hub_id, load_config, load_tokenizer, resolve_base
-from ..runtime.mapping import load_mapped
 from ..select import find_criterion, needs_model, select_layers
 from ..select.targets import Target
 from .provenance import has_same_rows, is_same_base, write_lineage
@@ -293,6 +292,7 @@ def _write_model(request: PruneRequest, dropped: list[int], folder: Path, prepar
     from ..cut.memory import drop_layers
     from ..families.layout import find_decoder_layers
     from ..repair.frozen import repaired_tensors
+    from ..runtime.mapping import load_mapped
     from ..runtime.model_class import stored_tensors
 
     model = load_mapped(request.base, revision=request.revision, dtype=_load_dtype(request))
@@ -320,6 +320,7 @@ def _write_model(request: PruneRequest, dropped: list[int], folder: Path, prepar
 def _write_files(request: PruneRequest, plan: CheckpointPlan, folder: Path, prepared: Prepared | None) -> None:
     """Copy the bytes of the tensors that stay. No model is loaded, and no more is downloaded of a base on the Hub."""
     from ..cut.check import CannotCheckError, bypassed_logits, check_logits, warn_if_unproven
+    from ..runtime.mapping import load_mapped
 
     expected, values = None, {}
     if request.check:  # a cut in memory has been checked already

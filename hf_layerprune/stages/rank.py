@@ -22,7 +22,6 @@ from ..layer_ranges import describe_layers, format_layers
 from ..options import AMOUNTS, CutOptions, copy_fields
 from ..records.lineage import package_versions, peak_rss
 from ..runtime.loading import load_config
-from ..runtime.mapping import load_mapped
 from ..select import CRITERIA, drop_count, find_criterion
 from ..select.sets import check_lengths, free_layers
 from ..select.targets import Target
@@ -287,6 +286,7 @@ def open_base(request: WalkRequest) -> tuple[Any, torch.device]:
     import torch
 
     from ..runtime.devices import pick_device
+    from ..runtime.mapping import load_mapped
 
     device = torch.device(pick_device(request.device))
     return load_mapped(request.base, revision=request.revision, dtype=request.dtype), device
