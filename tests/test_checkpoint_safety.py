@@ -276,7 +276,7 @@ def test_what_killed_runs_left_is_removed_by_the_next_run_and_nothing_else(base,
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("left")
     (tmp_path / ".cut.partial-89abcdef").symlink_to(base)
-    with pytest.raises(CheckpointError, match="was restored after a killed run; replace it with --force"):
+    with pytest.raises(CheckpointError, match="was restored after a killed run; replace it with force=True"):
         cut(base, tmp_path / "cut")
     assert (tmp_path / "cut/config.json").read_text() == "left"
     (tmp_path / ".cut.old-4567cdef").mkdir()  # of a run that was killed after it had put the new folder in place
