@@ -47,9 +47,9 @@ import shlex
 import shutil
 import sys
 import traceback
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from hf_layerprune.screen import configure_output
 
@@ -57,22 +57,15 @@ if __name__ == "__main__":
     configure_output()  # before the libraries are imported
 
 try:
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 except ImportError:
     sys.exit('error: this recipe needs TRL: pip install "hf-layerprune[train]"')
 
-from hf_layerprune.errors import CutError, LayerPruneError, boundary, explain, one_line, sanitize, wants_traceback
+from hf_layerprune.errors import CutError, LayerPruneError, boundary, explain, sanitize, wants_traceback
 from hf_layerprune.heal.config import HealConfig
 from hf_layerprune.heal.options import FinishOptions, RowOptions
-from hf_layerprune.options import (
-    DTYPES,
-    CutOptions,
-    argument_dataclass,
-    copy_fields,
-    option_fields,
-    refuse_unused,
-    spell_options,
-)
+from hf_layerprune.heal.parser import RecipeParser, spell_settings
+from hf_layerprune.options import DTYPES, CutOptions, argument_dataclass, copy_fields, refuse_unused
 from hf_layerprune.records.requirements import RequireOptions
 from hf_layerprune.runtime.model_class import without_zero3
 from hf_layerprune.stages.requests import PruneRequest
@@ -367,36 +360,13 @@ def _split_names(words: str | None) -> tuple[str, ...] | None:
     return tuple(word.strip() for word in words.split(",")) if words else None
 
 
-class Parser(TrlParser):
-    """Reports an error in one line, and repeats no token that was given where something else belongs."""
-
-    def set_defaults_with_config(self, **settings: Any) -> list[str]:
-        """Read numbers in a settings file as on the command line, where `drop_layers` 3 is a layer."""
-        numbers = {
-            name: str(settings[name]) for name in option_fields(CutOptions) if type(settings.get(name)) in (int, float)
-        }
-        return super().set_defaults_with_config(**settings | numbers)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {one_line(sanitize(message))} (--help lists the options)\n")
-
-
 ARGUMENTS: Any = (
     ScriptArguments, HealConfig, ModelArguments, DatasetMixtureConfig, CutArguments, RowOptions, MeasureArguments
 )  # fmt: skip
 
 
-def make_parser() -> TrlParser:
-    return Parser(ARGUMENTS, allow_abbrev=False)
-
-
-def name_options(message: str) -> str:
-    """Name the options in a message as this command line does; some of those of `eval` have other names here."""
-    flags = {field.name: f"--{field.name}" for arguments in ARGUMENTS for field in fields(arguments)}
-    flags |= {"tasks": "--eval_tasks", "tasks_from": "--eval_from", "texts": "--eval_texts", "limit": "--eval_limit"}
-    for name, flag in list(flags.items()):
-        flags |= {f"{name}={value}": f"{flag} {str(value).lower()}" for value in (True, False)}
-    return spell_options(message, flags)
+def make_parser() -> RecipeParser:
+    return RecipeParser(ARGUMENTS)
 
 
 def run() -> int:
@@ -408,7 +378,7 @@ def run() -> int:
     except (Exception, KeyboardInterrupt) as error:
         if wants_traceback():
             print(sanitize(traceback.format_exc()), file=sys.stderr)
-        message, code = explain(error, spell=name_options)
+        message, code = explain(error, spell=lambda message: spell_settings(message, ARGUMENTS))
         missed = [message]
     for line in missed:
         print(f"error: {line}", file=sys.stderr)

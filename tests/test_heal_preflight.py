@@ -232,6 +232,10 @@ def test_layers_in_a_settings_file(recipe: ModuleType, tmp_path: Path, written: 
         ("drop: 0", "--drop 0 must be a fraction between 0 and 1, or a whole number of layers"),
         ("contiguous: [1]", "--contiguous 1 must be True or False"),
         ("criterion: {a: 1}", "criterion {'a': 1} is unknown"),
+        ("max_length: []", "'max_length: []' in the settings file must be a single value"),
+        ("learning_rate: {a: 1}", "must be a single value"),
+        ("bf16: [1]", "'bf16: [1]' in the settings file must be a single value"),
+        ("packing: {a: 1}", "must be a single value"),
     ],
 )
 def test_settings_of_the_wrong_kind(
