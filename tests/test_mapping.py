@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from transformers import BitsAndBytesConfig
 
 from hf_layerprune.cli import main
 from hf_layerprune.errors import CheckpointError
+from hf_layerprune.families.layout import find_decoder_layers
+from hf_layerprune.files.folders import lock_folder, unlock_folder
 from hf_layerprune.runtime import mapping
 from hf_layerprune.runtime.loading import load_base
 from hf_layerprune.runtime.mapping import load_mapped
@@ -45,8 +48,19 @@ def test_the_same_model(model_type: str, dtype: str, tmp_path: Path, home: Path)
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=0)
     with torch.no_grad():
         torch.testing.assert_close(mapped(tiny_input()).logits, plain(tiny_input()).logits)
+    layers = find_decoder_layers(mapped).layers
+    assert not [name for name, weight in layers.named_parameters() if not is_mapped(weight)]
     assert vars(mapped).keys() == vars(plain).keys()
     assert not [name for name, module in mapped.named_modules() if "forward" in vars(module)], "hooks are gone"
+
+
+def is_mapped(weight: torch.Tensor) -> bool:
+    """Whether a weight is in a mapped file, even if that is deleted."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(end, 16) for end in line.split(maxsplit=1)[0].split("-"))
+        if first <= weight.data_ptr() < last:
+            return ".safetensors" in line
+    return False
 
 
 def test_a_mixture_is_ranked_and_repaired_as_in_memory(
@@ -119,10 +133,24 @@ def test_a_full_disk(tmp_path: Path, home: Path) -> None:
     assert not list(home.iterdir())
 
 
-def test_a_home_that_cannot_be_written(tmp_path: Path, home: Path) -> None:
+def test_a_home_that_cannot_be_written(tmp_path: Path, home: Path, caplog: pytest.LogCaptureFixture) -> None:
     tiny_model("qwen3_moe").save_pretrained(tmp_path / "base")
     home.write_text("a file")
-    with pytest.raises(
-        CheckpointError, match=r"can't keep the layers of .*set HF_HOME to a folder that can be written"
-    ):
-        load_mapped(tmp_path / "base")
+    model = load_mapped(tmp_path / "base")
+    assert not [name for name, weight in model.named_parameters() if weight.is_meta]
+    assert f"in memory as a whole, because {home} can't be written (File exists); set HF_HOME" in caplog.text
+
+
+def test_what_killed_processes_left_is_deleted(tmp_path: Path, home: Path) -> None:
+    killed, running, new = (home / f".hf_layerprune.scratch-{i:08x}" for i in range(3))
+    own = home / "hf_layerprune-results"
+    for folder in (killed, running, new, own):
+        folder.mkdir(parents=True)
+        (folder / "layer.safetensors").touch()
+        if folder is not new:  # which may be too new to be locked
+            os.utime(folder, (0, 0))
+    lock = lock_folder(running)
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    load_mapped(tmp_path / "base")
+    unlock_folder(lock)
+    assert {*home.iterdir()} == {running, new, own}

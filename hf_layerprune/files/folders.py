@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,6 +36,7 @@ _MODEL_FILES = re.compile(
 )
 # Files next to the model that only folders written by this package hold: the card and its pictures and results.
 _OUR_FILES = re.compile(r"README\.md|assets/[\w.-]+\.(png|svg)|\.eval_results/[\w.-]+\.yaml|[\w.-]+/README\.md")
+_SCRATCH = re.compile(r"\.hf_layerprune\.scratch-[0-9a-f]{8}")
 _MODEL_MARKERS = {"config.json", "adapter_config.json"}
 
 
@@ -85,6 +87,33 @@ def new_folder(
                     parent.rmdir()
     except (OSError, SafetensorError) as error:
         raise write_error(target, error) from error
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """Create a folder that is deleted at the end; those that killed processes left in the parent are deleted now.
+
+    Files in it that are mapped remain readable; a network file system keeps them until the process ends.
+
+    Raises:
+        OSError: It can't be created.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    for left in filter(_SCRATCH.fullmatch, os.listdir(parent)):
+        with suppress(OSError):  # it is in use, or gone
+            recent = time.time() - os.lstat(parent / left).st_mtime < 60  # so it may be too new to be locked
+            if not recent and (lock := lock_folder(parent / left)) is not None:
+                shutil.rmtree(parent / left, ignore_errors=True)
+                unlock_folder(lock)
+    folder = _sibling(parent / "hf_layerprune", "scratch")
+    folder.mkdir()
+    lock = lock_folder(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():  # else it stays locked until the process ends
+            unlock_folder(lock)
 
 
 def check_target(
