@@ -122,12 +122,15 @@ def test_a_layers_index_is_that_of_its_new_position(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("form", [[], ["--adapter"], ["--dtype", "bfloat16"]])
-def test_a_right_cut_passes(tmp_path: Path, form: list[str]) -> None:
+def test_a_right_cut_passes_and_is_told(tmp_path: Path, form: list[str], caplog: pytest.LogCaptureFixture) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "base")
-    assert (
-        main(["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--drop-layers", "2,3,5", "--check", *form]) == 0
-    )
+    command = ["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--drop-layers", "2,3,5", *form]
+    checked = "with the dropped layers bypassed"
+    assert main([*command, "--check"]) == 0
     assert (tmp_path / "cut").is_dir()
+    assert caplog.text.count(checked) == 1
+    assert main([*command, "--force"]) == 0
+    assert caplog.text.count(checked) == 1
 
 
 @pytest.mark.parametrize("model_type", ["llama", "chameleon"])  # the second masks logits with the least float

@@ -211,7 +211,7 @@ def test_a_bad_list_of_layers_is_refused_in_one_line(tmp_path, drop, match):
 def test_the_target_is_never_overwritten_unasked(tmp_path, monkeypatch):
     source = make_gguf(tmp_path / "a.gguf")
     (tmp_path / "cut.gguf").write_text("mine")
-    with refused("exists; replace it with --force"):
+    with refused("exists; replace it with force=True"):
         cut(source, [1])
     assert (tmp_path / "cut.gguf").read_text() == "mine"
     cut(source, [1], force=True)

@@ -168,6 +168,8 @@ def prune_to(request: PruneRequest) -> Pruned:
             entry["misread"] = warning
         entry["layers"] = {"base": cut.num_layers, "left": len(cut.keep)}
         write_lineage(request, entry, folder, hub)
+    if request.check:
+        logger.info("the logits are those of %s with the dropped layers bypassed", request.base)
     return Pruned(str(output), list(cut.drop), cut.num_layers, "adapter" if request.adapter else "model")
 
 
