@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -126,11 +127,28 @@ def test_a_quantised_model_is_loaded_as_it_is(tmp_path: Path, home: Path) -> Non
     assert not home.exists()
 
 
-def test_a_full_disk(tmp_path: Path, home: Path) -> None:
-    tiny_model("qwen3_moe").save_pretrained(tmp_path / "base")
-    with largest_file(1 << 10), pytest.raises(CheckpointError, match=r"can't load .*File too large"):
-        load_mapped(tmp_path / "base")
+@pytest.mark.parametrize(
+    ("model_type", "what"), [("qwen3_moe", "can't load .*"), ("llama", "can't write converted weights to .*home")]
+)
+def test_a_full_disk(model_type: str, what: str, tmp_path: Path, home: Path) -> None:
+    tiny_model(model_type).save_pretrained(tmp_path / "base")
+    with largest_file(1 << 10), pytest.raises(CheckpointError, match=rf"{what}: .*File too large"):
+        load_mapped(tmp_path / "base", dtype="bfloat16")
     assert not list(home.iterdir())
+
+
+def test_a_process_of_fsdp(tmp_path: Path) -> None:
+    tiny_model("qwen3_moe").save_pretrained(tmp_path / "base")
+    script = f"""
+import torch.distributed
+torch.distributed.init_process_group("gloo", "file://{tmp_path}/store", rank=0, world_size=1)
+from hf_layerprune.runtime import mapping
+mapping.free_bytes = lambda device: 0
+model = mapping.load_mapped("{tmp_path}/base")
+assert not [name for name, weight in model.named_parameters() if weight.is_meta]
+"""
+    settings = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "LOCAL_RANK": "0"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | settings)
 
 
 def test_a_home_that_cannot_be_written(tmp_path: Path, home: Path, caplog: pytest.LogCaptureFixture) -> None:

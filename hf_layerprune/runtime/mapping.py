@@ -38,7 +38,8 @@ def load_mapped(base: str | Path, **kwargs: Any) -> PreTrainedModel:
 
     Converted layers are written to a folder in `HF_HOME`. It is deleted at once, and the space is free when the process
     ends; what a killed process left there is deleted by the next one. GGUF files, quantised models, and all models on
-    Windows and macOS are loaded as [`load_base`] does, as are all where `HF_HOME` can't be written.
+    Windows and macOS, under FSDP's `cpu_ram_efficient_loading`, or where `HF_HOME` can't be written, are loaded as
+    [`load_base`] does.
 
     Args:
         base (`str` or `Path`): A Hub id, a folder, or a GGUF file.
@@ -48,9 +49,11 @@ def load_mapped(base: str | Path, **kwargs: Any) -> PreTrainedModel:
         CheckpointError: It can't be loaded, or its converted layers can't be written, as on a full disk.
     """
     from huggingface_hub.constants import HF_HOME
+    from transformers.integrations import is_fsdp_enabled
 
-    # On Windows a mapped file can't be deleted; on a Mac a mapped weight can't be moved to the GPU.
-    if sys.platform != "linux" or resolve_base(base)[1] is not None:
+    # On Windows a mapped file can't be deleted; on a Mac a mapped weight can't be moved to the GPU. Where FSDP loads a model
+    # once for all processes, transformers leaves no layers on disk.
+    if sys.platform != "linux" or is_fsdp_enabled() or resolve_base(base)[1] is not None:
         return load_base(base, **kwargs)
     config = load_config(base, **{name: kwargs[name] for name in LOCATION_ARGUMENTS if name in kwargs})
     if hasattr(config, "quantization_config") or kwargs.get("quantization_config") is not None:
@@ -73,8 +76,7 @@ def load_mapped(base: str | Path, **kwargs: Any) -> PreTrainedModel:
         free = format_bytes(shutil.disk_usage(folder).free)
         logger.info("%s: its layers stay on disk, in %s (%s free) if they have to be converted", large, HF_HOME, free)
         model = load_base(base, device_map=_layers_on_disk(empty), offload_folder=str(folder), **kwargs)
-        with boundary(f"can't convert the layers of {base} in {HF_HOME}", "free some space there"):
-            _map_layers(model, folder)
+        _map_layers(model, folder)
     return model  # mapped files remain readable once they are deleted
 
 
@@ -118,5 +120,6 @@ def _map(file: str | Path, name: str, dtype: torch.dtype, folder: Path) -> torch
     if tensor.dtype == dtype:
         return tensor
     converted = folder / f"{len(list(folder.iterdir()))}.safetensors"
-    save_file({name: tensor.to(dtype)}, converted)
+    with boundary(f"can't write converted weights to {folder.parent}", "free some space there"):
+        save_file({name: tensor.to(dtype)}, converted)
     return _map(converted, name, dtype, folder)
