@@ -22,8 +22,9 @@ _UNPRINTABLE = re.compile(
 _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")
 # A password in an address, such as that of a mirror of the Hub (HF_ENDPOINT); a path has one of the two slashes.
 _PASSWORD = re.compile(r"(?<=:/)(/?)[^/\s@]{1,300}@")
-# The query of an address that anybody may read or write with, as those to which the Hub redirects uploads and downloads.
-_SIGNED = re.compile(r"(https?://[^\s?]{1,2000}\?)(?=\S{0,2000}?(?:signature|sig|token|key)=)[^\s'\")]+", re.I)
+# The secrets in an address that anybody may read or write with, as those to which the Hub redirects uploads and downloads.
+# Some libraries quote its path alone.
+_SIGNED = re.compile(r"([?&#][\w.;-]{0,50}(?:signature|sig|policy|credential|token|key|secret)=)[^\s&'\")>]+", re.I)
 _MAX_MESSAGE = 300  # characters to keep of a library's message
 # Exceptions whose message is clear without the class name.
 _PLAIN = (OSError, ValueError, RuntimeError, ImportError)

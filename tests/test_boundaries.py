@@ -295,7 +295,9 @@ def test_an_unexpected_error_is_one_line(
         "https://me:secret@mirror/m",
         "https:/:secret@mirror/m",
         "https://storage/file?X-Amz-Expires=9&X-Amz-Signature=" + "a1" * 32,
-        "https://cdn/file?Expires=9&Policy=a1a1&Signature=b~2&Key-Pair-Id=K",
+        "https://cdn/file?Expires=9&Policy=a1a1&Signature=a1a1~2&Key-Pair-Id=K",
+        "https://storage/file?as=(1)&sig=a1a1",
+        "Max retries exceeded with url: /file?X-Amz-Security-Token=a1a1&amp;X-Amz-Signature=a1a1 (timed out)",
     ],
 )
 def test_secrets_are_masked(
