@@ -224,6 +224,13 @@ def test_layers_in_a_settings_file(recipe: ModuleType, tmp_path: Path, written: 
     assert cut.drop_layers == read
 
 
+@pytest.mark.parametrize("written", ["on", "off", "auto", "'off'"])
+def test_the_cache_in_a_settings_file(recipe: ModuleType, tmp_path: Path, written: str) -> None:
+    (tmp_path / "settings.yaml").write_text(f"cache: {written}\noutput_dir: {tmp_path}/out\nuse_cpu: true\n")
+    _, training, *_ = recipe.make_parser().parse_args_and_config(["--config", str(tmp_path / "settings.yaml")])
+    assert training.cache == written.strip("'")
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
