@@ -243,6 +243,7 @@ def test_the_cache_in_a_settings_file(recipe: ModuleType, tmp_path: Path, writte
         ("learning_rate: {a: 1}", "must be a single value"),
         ("bf16: [1]", "'bf16: [1]' in the settings file must be a single value"),
         ("packing: {a: 1}", "must be a single value"),
+        ("max_length: 2026-01-01", "must be a single value"),
     ],
 )
 def test_settings_of_the_wrong_kind(

@@ -27,13 +27,13 @@ class RecipeParser(TrlParser):
         """Read a settings file as the command line is read, where `drop_layers` 3 is a layer.
 
         Raises:
-            CutError: A setting that has one value is a list or a mapping.
+            CutError: A setting that has one value is a list, a mapping, or a date.
         """
         checked = option_fields(CutOptions) | option_fields(RequireOptions)  # when they are parsed
         for action in self._actions:
             name, value = action.dest, settings.get(action.dest)
             single = action.nargs != "+" and action.type not in (None, str) and name not in checked
-            if single and isinstance(value, list | dict):
+            if single and not isinstance(value, str | int | float | None):
                 raise CutError(f"'{name}: {quoted(value)}' in the settings file must be a single value")
         numbers = {name: str(settings[name]) for name in checked if type(settings.get(name)) in (int, float)}
         return super().set_defaults_with_config(**settings | numbers)
