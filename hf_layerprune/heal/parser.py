@@ -24,7 +24,7 @@ class RecipeParser(TrlParser):
         super().__init__(arguments, allow_abbrev=False)
 
     def set_defaults_with_config(self, **settings: Any) -> list[str]:
-        """Read a settings file as the command line is read, where `drop_layers` 3 is a layer.
+        """Read a settings file as the command line is read, where `drop_layers` 3 is a layer, and `cache` on a name.
 
         Raises:
             CutError: A setting that has one value is a list, a mapping, or a date.
@@ -35,8 +35,10 @@ class RecipeParser(TrlParser):
             single = action.nargs != "+" and action.type not in (None, str) and name not in checked
             if single and not isinstance(value, str | int | float | None):
                 raise CutError(f"'{name}: {quoted(value)}' in the settings file must be a single value")
-        numbers = {name: str(settings[name]) for name in checked if type(settings.get(name)) in (int, float)}
-        return super().set_defaults_with_config(**settings | numbers)
+        words = {name: str(settings[name]) for name in checked if type(settings.get(name)) in (int, float)}
+        if isinstance(settings.get("cache"), bool):  # YAML's on and off
+            words["cache"] = "on" if settings["cache"] else "off"
+        return super().set_defaults_with_config(**settings | words)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {one_line(sanitize(message))} (--help lists the options)\n")
