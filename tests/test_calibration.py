@@ -270,6 +270,15 @@ def test_a_folder(tmp_path: Path, tokenizer: Any) -> None:
         load_calibration(str(tmp_path), tokenizer, samples=2, length=32)
 
 
+def test_a_model_is_no_text(tmp_path: Path) -> None:
+    folder = str(write_model(tmp_path / "model"))
+    refused = pytest.raises(CheckpointError, match="is a model folder; specify a data set, or a file with text")
+    with refused:
+        read_documents(folder, seed=0)
+    with refused:
+        load_rows(folder)
+
+
 def test_files_and_folders_under_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also those whose name is a pattern, or has the mark of a configuration."""
     monkeypatch.setenv("HOME", str(tmp_path))

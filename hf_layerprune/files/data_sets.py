@@ -37,8 +37,8 @@ def find_json_files(path: str, **where: Any) -> dict[str, list[Path]] | None:
         `dict[str, list[Path]]` or `None`: The files of each split; `None` if this is not a data set of local JSON files.
 
     Raises:
-        CheckpointError: A file is packed, or only a field of it is the data set; no file matches; or a folder's path
-            is a pattern.
+        CheckpointError: A file is packed, or only a field of it is the data set; no file matches; or a folder is a model's,
+            or its path a pattern.
     """
     from datasets import load_dataset_builder
     from datasets.packaged_modules.json.json import Json
@@ -51,6 +51,8 @@ def find_json_files(path: str, **where: Any) -> dict[str, list[Path]] | None:
             raise CheckpointError(f"the path {real} has one of *?[ in it; rename the folder")
     if path != "json" and not Path(path).is_dir():
         return None
+    if Path(path, "config.json").is_file() and any(Path(path).glob("*.safetensors")):
+        raise CheckpointError(f"{path} is a model folder; specify a data set, or a file with text")
     builder = load_dataset_builder(path, **where)
     names: Mapping[str, Sequence[str]] = builder.config.data_files or {}
     files = {str(split): [Path(name) for name in of_split] for split, of_split in names.items()}
