@@ -104,6 +104,23 @@ def test_what_overflows_float16_is_pruned_in_another_type(repair: str | None, tm
             assert prune_with(config, dtype=dtype).dtype == (torch.float32 if dtype == "float32" else dtype)
 
 
+def test_a_base_in_float16_is_read_in_the_other_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not converted as it stands, which would round the frequencies of its positions."""
+    seen = []
+    monkeypatch.setattr(
+        "hf_layerprune.runtime.walk.LayerWalk._check_layerwise",
+        lambda walk, *_: seen.append((walk.model.dtype, walk.model.model.rotary_emb.inv_freq.dtype)),
+    )
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    tiny_model("llama").half().save_pretrained(tmp_path / "base")
+    config = LayerDropConfig(
+        base_model_name_or_path=str(tmp_path / "base"), criterion="block_influence", target_params=60_000, calibration="self",
+        calibration_samples=8, calibration_length=8,
+    )  # fmt: skip
+    assert prune_with(config, dtype="bfloat16").dtype == torch.bfloat16
+    assert seen == [(torch.bfloat16, torch.float32)]
+
+
 def test_repair_and_ranking(slow: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(

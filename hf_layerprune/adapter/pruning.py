@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -160,8 +160,10 @@ def prepare_from_base(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepar
         target = Target.from_options(config, model.config, base, revision=revision, model=model, device=device)
     dtype = kwargs.get("dtype")
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if model.dtype == torch.float16 and isinstance(dtype, torch.dtype) and not getattr(model, "is_quantized", False):
-        cast("torch.nn.Module", model).to(dtype)
+    in_float16 = model.dtype == torch.float16 and not getattr(model, "is_quantized", False)
+    if in_float16 and dtype not in (None, torch.float16):
+        del model  # before it is read again; converting it in place would put it into memory, and round its buffers
+        model = load_mapped(base, dtype=dtype, **others)
     # The new weights are stored in the types of the old ones, whatever they are computed in.
     types = [{name: p.dtype for name, p in layer.named_parameters()} for layer in find_decoder_layers(model).layers]
     if device is None and needs_text(config):
