@@ -274,7 +274,7 @@ def test_a_model_is_no_text(tmp_path: Path) -> None:
     folder = str(write_model(tmp_path / "model"))
     refused = pytest.raises(CheckpointError, match="is a model folder; specify a data set, or a file with text")
     with refused:
-        read_documents(folder, seed=0)
+        next(read_documents(folder, seed=0))
     with refused:
         load_rows(folder)
 
