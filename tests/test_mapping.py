@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig
 
+from hf_layerprune import LayerDropConfig, prune_with
 from hf_layerprune.cli import main
 from hf_layerprune.errors import CheckpointError
 from hf_layerprune.families.layout import find_decoder_layers
@@ -86,6 +87,21 @@ def test_a_mixture_is_ranked_and_repaired_as_in_memory(
     mapped, loaded = (load_base(tmp_path / name).state_dict() for name in ("mapped", "loaded"))
     for name, tensor in loaded.items():
         torch.testing.assert_close(mapped[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_the_pruned_model_may_be_on_disk_too(tmp_path: Path) -> None:
+    tiny_model("deepseek_v3").save_pretrained(tmp_path / "base")
+    places = {"model.layers": "disk"} | dict.fromkeys(
+        ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu"
+    )
+    model = prune_with(
+        LayerDropConfig(
+            base_model_name_or_path=str(tmp_path / "base"), criterion="block_influence", drop=1, calibration="self",
+            calibration_samples=8, calibration_length=8, tune_lm_head=False, tune_layers=0,
+        ),
+        device_map=places, offload_folder=str(tmp_path / "pruned"), offload_buffers=True, max_memory={"cpu": "1GB"},
+    )  # fmt: skip
+    assert next(model.base_model.model.model.layers[0].parameters()).is_meta
 
 
 def test_a_mixture_is_measured_as_in_memory(

@@ -27,6 +27,9 @@ from .resolve import is_already_cut, resolve_drop, resolved_cut
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+# The arguments of `from_pretrained` that say where a model is put; the dense one is put where it can be run by layers.
+_PLACEMENT = ("device_map", "max_memory", "offload_folder", "offload_buffers")
+
 
 def prune_with(
     config: LayerDropConfig,
@@ -149,7 +152,7 @@ def prepare_from_base(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepar
     if needs_text(config):
         check_source(config.calibration)
     base = config.base_model_name_or_path or ""
-    others = {name: value for name, value in kwargs.items() if name not in ("device_map", "dtype")}
+    others = {name: value for name, value in kwargs.items() if name not in (*_PLACEMENT, "dtype")}
     packed = resolve_base(base)[1] is not None
     model = load_mapped(base, dtype=kwargs.get("dtype", "auto") if packed else "auto", **others)
     families.check_supported(model.config)
