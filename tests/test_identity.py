@@ -129,6 +129,21 @@ def test_adapters_that_are_each_others_base(place: Path, tmp_path: Path, capsys:
     assert "is an adapter, not a model" in capsys.readouterr().err
 
 
+def test_the_base_of_an_adapter_may_be_an_adapter(place: Path, tmp_path: Path) -> None:
+    """Its own base counts, too: all three are loaded."""
+    shutil.copytree(place / "adapter", tmp_path / "first")
+    shutil.copytree(place / "adapter", tmp_path / "second")
+    shutil.copytree(place / "base", tmp_path / "base")
+    for name, base in (("first", "base"), ("second", "first")):
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = str(tmp_path / base)
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+    before = compute_identity(tmp_path / "second")
+    assert compute_identity(tmp_path / "second") == before
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"other weights")
+    assert compute_identity(tmp_path / "second") != before
+
+
 def test_answers_are_those_to_the_same_prompts(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     model = write_model(tmp_path / "model")

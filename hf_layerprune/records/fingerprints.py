@@ -266,22 +266,24 @@ def identity_from_hashes(hashes: Mapping[str, str], base: str | None = None) -> 
     )
 
 
-def compute_identity(path: Path) -> Identity:
+def compute_identity(path: Path, above: frozenset[Path] = frozenset()) -> Identity:
     """The identity of a model folder, an adapter's folder, or a GGUF file.
+
+    Args:
+        path (`Path`): The folder or the file.
+        above (`frozenset[Path]`): The adapters whose base it is, directly or as the base of one of them.
 
     Raises:
         CheckpointError: An entry is a broken link, or `adapter_config.json` can't be read.
     """
-    hashes = _hash_model(path)
-    return identity_from_hashes(hashes, base_of_adapter(path) if ADAPTER_CONFIG in hashes else None)
+    hashes = hash_files({path.name: path} if path.is_file() else model_files(path))
+    return identity_from_hashes(hashes, base_of_adapter(path, above) if ADAPTER_CONFIG in hashes else None)
 
 
-def _hash_model(path: Path) -> dict[str, str]:
-    return hash_files({path.name: path} if path.is_file() else model_files(path))
-
-
-def base_of_adapter(folder: Path) -> str | None:
+def base_of_adapter(folder: Path, above: frozenset[Path] = frozenset()) -> str | None:
     """The base of an adapter: `ID@COMMIT` on the Hub, the digest of a folder's identity, or `None` if it has none.
+
+    A folder that is one of those `above`, or the adapter itself, is no base.
 
     The commit is the one pinned in `adapter_config.json`, or else the one to which the revision resolves in the Hub
     client's cache, as in an offline load.
@@ -294,7 +296,8 @@ def base_of_adapter(folder: Path) -> str | None:
         return None
     local = Path(name).expanduser()
     if local.exists():
-        return identity_from_hashes(_hash_model(local)).digest  # not of its own base: an adapter is nobody's base
+        above |= {folder.resolve()}
+        return None if local.resolve() in above else compute_identity(local, above).digest
     if not isinstance(revision, str) or not _COMMIT.fullmatch(revision):
         cached = try_to_load_from_cache(name, CONFIG, revision=revision) if is_hub_name(name) else None
         revision = Path(cached).parent.name if isinstance(cached, str) else revision
