@@ -148,7 +148,7 @@ def test_a_quantised_model_is_loaded_as_it_is(tmp_path: Path, home: Path) -> Non
 )
 def test_a_full_disk(model_type: str, what: str, tmp_path: Path, home: Path) -> None:
     tiny_model(model_type).save_pretrained(tmp_path / "base")
-    with largest_file(1 << 10), pytest.raises(CheckpointError, match=rf"{what}: .*File too large"):
+    with largest_file(1 << 10), pytest.raises(CheckpointError, match=rf"{what}: .*File too large.*; free some space"):
         load_mapped(tmp_path / "base", dtype="bfloat16")
     assert not list(home.iterdir())
 
@@ -176,15 +176,13 @@ def test_a_home_that_cannot_be_written(tmp_path: Path, home: Path, caplog: pytes
 
 
 def test_what_killed_processes_left_is_deleted(tmp_path: Path, home: Path) -> None:
-    killed, running, new = (home / f".hf_layerprune.scratch-{i:08x}" for i in range(3))
-    own = home / "hf_layerprune-results"
-    for folder in (killed, running, new, own):
+    names = (".hf_layerprune.scratch-00000000", ".hf_layerprune.scratch-00000001", "hf_layerprune.scratch-00000002")
+    killed, running, own = (home / name for name in names)
+    for folder in (killed, running, own):
         folder.mkdir(parents=True)
         (folder / "layer.safetensors").touch()
-        if folder is not new:  # which may be too new to be locked
-            os.utime(folder, (0, 0))
     lock = lock_folder(running)
     tiny_model("llama").save_pretrained(tmp_path / "base")
     load_mapped(tmp_path / "base")
     unlock_folder(lock)
-    assert {*home.iterdir()} == {running, new, own}
+    assert {*home.iterdir()} == {running, own}

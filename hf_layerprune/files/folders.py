@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -101,13 +100,14 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     for left in filter(_SCRATCH.fullmatch, os.listdir(parent)):
         with suppress(OSError):  # it is in use, or gone
-            recent = time.time() - os.lstat(parent / left).st_mtime < 60  # so it may be too new to be locked
-            if not recent and (lock := lock_folder(parent / left)) is not None:
+            if (lock := lock_folder(parent / left)) is not None:
                 shutil.rmtree(parent / left, ignore_errors=True)
                 unlock_folder(lock)
     folder = _sibling(parent / "hf_layerprune", "scratch")
-    folder.mkdir()
-    lock = lock_folder(folder)
+    new = folder.with_name(f"{folder.name}.new")  # others see it only once it is locked
+    new.mkdir()
+    lock = lock_folder(new)
+    new.rename(folder)
     try:
         yield folder
     finally:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..errors import boundary
+from ..errors import CheckpointError, boundary
 from ..families.layout import find_decoder_layers
 from ..files.folders import scratch_folder
 from ..options import format_bytes
@@ -75,7 +75,12 @@ def load_mapped(base: str | Path, **kwargs: Any) -> PreTrainedModel:
             return load_base(base, **kwargs)
         free = format_bytes(shutil.disk_usage(folder).free)
         logger.info("%s: its layers stay on disk, in %s (%s free) if they have to be converted", large, HF_HOME, free)
-        model = load_base(base, device_map=_layers_on_disk(empty), offload_folder=str(folder), **kwargs)
+        try:
+            model = load_base(base, device_map=_layers_on_disk(empty), offload_folder=str(folder), **kwargs)
+        except CheckpointError as error:
+            if "serializing" in str(error):  # safetensors', for what it can't write
+                raise CheckpointError(f"{error}; free some space in {HF_HOME}") from error
+            raise
         _map_layers(model, folder)
     return model  # mapped files remain readable once they are deleted
 
