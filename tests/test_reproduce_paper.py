@@ -423,7 +423,7 @@ def test_what_is_missing_is_found_before_anything_is_made(words: list[str], tmp_
 
 def test_training_that_fails_says_why(tmp_path: Path) -> None:
     runner = import_module("stages").Runner(tmp_path)
-    script = "import sys; print('loading'); sys.exit('error: method=qlora needs bitsandbytes')"
+    script = "import sys; print('loading', flush=True); sys.exit('error: method=qlora needs bitsandbytes')"
     with pytest.raises(LayerPruneError, match=r"training failed: method=qlora needs bitsandbytes \(log: "):
         runner._launch([sys.executable, "-c", script], tmp_path / "log.txt")
     with pytest.raises(LayerPruneError, match=r"training failed: it ended with code 3 \(log: "):

@@ -15,6 +15,7 @@ from hf_layerprune.adapter import prepare, pruning
 from hf_layerprune.calibration import self_text
 from hf_layerprune.runtime import walk
 from hf_layerprune.runtime.loading import load_base
+from hf_layerprune.runtime.mapping import load_mapped
 from hf_layerprune.runtime.walk import LayerWalk
 from hf_layerprune.stages.curve import quality_curve
 from hf_layerprune.stages.prune import prune_to
@@ -128,10 +129,10 @@ def test_a_repair_is_fitted_in_the_type_that_a_gguf_file_is_unpacked_to(
     types: list[torch.dtype] = []
 
     def loaded(*args: Any, **kwargs: Any) -> PreTrainedModel:
-        types.append((model := load_base(*args, **kwargs)).dtype)
+        types.append((model := load_mapped(*args, **kwargs)).dtype)
         return model
 
-    monkeypatch.setattr(pruning, "load_base", loaded)
+    monkeypatch.setattr(pruning, "load_mapped", loaded)
     base = write_gguf(tmp_path / "tiny.gguf", layers=8)
     prune_to(PruneRequest(str(base), tmp_path / "out", drop_layers=[3, 4], repair="linear", dtype=dtype, **FEW))
     assert types == [torch.bfloat16 if dtype == "auto" else torch.float32]
