@@ -62,12 +62,15 @@ def test_more_time_heals_more_tokens_and_allows_more(base: Path, capsys: pytest.
     assert long["settings"]["repair"] == "borrow"
 
 
-@pytest.mark.parametrize(("drop", "unmeasured"), [(1, "So much text was"), (6, "So many layers were")])
+@pytest.mark.parametrize(
+    ("drop", "unmeasured"),
+    [(1, "No run on this much text was measured. "), (6, "No cut of this many layers was measured. ")],
+)
 def test_what_was_not_measured_is_named(
     drop: int, unmeasured: str, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["advise", str(base), "--minutes", "10000", "--drop", str(drop)]) == 0
-    assert f"\n{unmeasured} not measured: the loss shown is that of the most that " in capsys.readouterr().out
+    assert f"\n{unmeasured}The loss shown is that of the " in capsys.readouterr().out
 
 
 def test_the_command_for_too_little_time_prunes(

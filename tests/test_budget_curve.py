@@ -534,7 +534,7 @@ def test_a_model_that_can_not_be_repaired_has_a_curve(tmp_path: Path) -> None:
 
 
 def test_a_curve_of_few_layers(tmp_path: Path) -> None:
-    """Of three, the default of a quarter is none, which is no reason to refuse the others."""
+    """A quarter of three layers, the default, rounds to none; the curve is measured all the same."""
     options = {"calibration": "self", "calibration_samples": 8, "calibration_length": 8, "context": 16}
     model = tiny_model("llama")
     drop_layers(model, range(3, 8))

@@ -44,7 +44,7 @@ def precompute(trainer: HealTrainer, teacher: PreTrainedModel | None = None) -> 
     """Compute the states that training does not change, and unload the frozen layers from the trainer's model.
 
     Raises:
-        CutError: `cache="on"` is not possible, or there is no teacher.
+        CutError: The frozen layers can't be cached and `cache="on"`, or the teacher is missing.
         CheckpointError: The cache can't be written, or its disk is too small.
     """
     if trainer._is_vision_dataset:

@@ -30,9 +30,8 @@ class Measurement:
         LayerPruneError: Model and base are the same, or the numbers can't be written.
     """
 
-    may_stay_on_disk = (
-        False  # whether layers may be read from disk whenever they run: not where time or memory is measured
-    )
+    # Whether layers may be read from disk each time they run; not where time or memory is measured.
+    may_stay_on_disk = False
 
     def __init__(self, request: EvalRequest | BenchRequest) -> None:
         if request.output is not None:  # before weights are hashed

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from ..layer_ranges import format_layers
 
-# A text in quotes, which names no option; or a word, with its value if it has one. What is part of a path, of a name with
-# dots or hyphens, or called as a function is no option either.
+# Quoted text, in which nothing is an option, or a word with its value, if any. Parts of a path or of a dotted or hyphenated
+# name, and functions that are called, are not options.
 _QUOTED = r"""(?<!\w)(["'`]).*?\1(?!\w)"""
 _VALUE = r"""'[^']*'|"[^"]*"|\[[^]]*\]|\([^)]*\)|\{[^}]*\}|\.{3}|[^\s,;)]*[^\s,;:.)]"""
 _WORD = re.compile(rf"{_QUOTED}|(?<![\w./-])(?P<name>[a-z][a-z0-9_]*)(?:=(?P<value>{_VALUE}))?(?![\w(/-]|\.\w)")

@@ -283,7 +283,7 @@ def compute_identity(path: Path, above: frozenset[Path] = frozenset()) -> Identi
 def base_of_adapter(folder: Path, above: frozenset[Path] = frozenset()) -> str | None:
     """The base of an adapter: `ID@COMMIT` on the Hub, the digest of a folder's identity, or `None` if it has none.
 
-    A folder that is one of those `above`, or the adapter itself, is no base.
+    An adapter that names itself, or one of those `above`, as its base counts as having none.
 
     The commit is the one pinned in `adapter_config.json`, or else the one to which the revision resolves in the Hub
     client's cache, as in an offline load.

@@ -319,7 +319,11 @@ def _format_advice(
             "tries several."
         )
     if chosen_loss.is_lower_bound:
-        lines.append("So many layers were not measured: the loss shown is that of the most that were, so expect more.")
+        lines.append(
+            "No cut of this many layers was measured. The loss shown is that of the largest cut measured, so expect a higher one."
+        )
     elif chosen_loss.is_extrapolated:
-        lines.append("So much text was not measured: the loss shown is that of the most that was, so expect less.")
+        lines.append(
+            "No run on this much text was measured. The loss shown is that of the longest run measured, so expect a lower one."
+        )
     return "\n".join(lines)
