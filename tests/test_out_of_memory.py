@@ -20,6 +20,7 @@ from hf_layerprune.errors import LayerPruneError
 from hf_layerprune.heal.isolation import RowIsolation
 from hf_layerprune.heal.self_data import RowWriter
 from hf_layerprune.heal.store import StateCache, create_cache_folders
+from hf_layerprune.runtime import memory
 from hf_layerprune.runtime.head import OutputHead
 from hf_layerprune.runtime.memory import free_bytes, is_out_of_memory
 from hf_layerprune.runtime.walk import LayerWalk
@@ -148,6 +149,40 @@ def test_what_torch_holds_for_tensors_to_come_is_free(monkeypatch: pytest.Monkey
     for name, figure in figures.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, figure=figure: figure)
     assert free_bytes(torch.device("cuda")) == 140
+
+
+GROUPS = {
+    # The process's groups, a group that exists, and the names of its files.
+    "a container": ("0::/", ".", 2),
+    "a container that sees the host's groups": ("0::/docker/1f", ".", 2),
+    "a job": ("0::/slurm/job_1/step_0", "slurm/job_1", 2),
+    "a container, version 1": ("3:cpu,cpuacct:/docker/1f\n2:memory:/docker/1f\n0::/", "memory", 1),
+    "a job, version 1": ("9:cpuset:/\n4:memory:/slurm/job_1/step_0\n", "memory/slurm/job_1", 1),
+}
+
+
+@pytest.mark.parametrize(("own", "group", "version"), GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize("limit", ["1000000", "100", "max"])
+def test_the_memory_of_a_container_or_a_job_is_limited(
+    own: str, group: str, version: int, limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total, names = "", ("memory.max", "memory.current")
+    if version == 1:
+        total, names = "total_", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        limit = limit.replace("max", str((1 << 63) - 4096))
+    (folder := tmp_path / group).mkdir(parents=True, exist_ok=True)
+    for name, text in zip(names, (limit, "500000"), strict=True):
+        (folder / name).write_text(f"{text}\n")
+    stat = f"file 7\n{total}active_file 10000\n{total}inactive_file 90000\nactive_anon 400000\n"
+    (folder / "memory.stat").write_text(stat)
+    (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "own")
+    free = free_bytes(torch.device("cpu"))
+    if limit.startswith("1"):
+        assert free == max(0, int(limit) - 400000)
+    else:
+        assert free > 1 << 20
 
 
 TRIES = {

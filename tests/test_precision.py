@@ -74,8 +74,7 @@ def test_a_model_in_float32_stays(slow: bool) -> None:
 def test_where_memory_is_short_it_stays_and_that_is_said(
     slow: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    memory = type("Memory", (), {"available": 1000})
-    monkeypatch.setattr(precision.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(precision, "free_bytes", lambda device: 1000)
     with caplog.at_level(logging.WARNING, "hf_layerprune"):
         model = to_fast_precision(tiny_model("llama").bfloat16())
     assert model.dtype == torch.bfloat16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import psutil
@@ -21,6 +22,8 @@ Result = TypeVar("Result")
 LOGITS_BYTES = 64 << 20
 # What errors say, in addition to those that accelerate knows.
 _OUT_OF_MEMORY_MESSAGES = ("not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# Linux's control groups, which limit the memory of containers and of jobs on a cluster, and those of this process.
+_GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def positions_per_chunk(length: int, batch: int, vocabulary: int, budget: int = LOGITS_BYTES) -> int:
@@ -87,7 +90,35 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
-    return psutil.virtual_memory().available if device.type in ("cpu", "mps") else 8 << 30
+    if device.type not in ("cpu", "mps"):
+        return 8 << 30
+    return min((psutil.virtual_memory().available, *_left_in_control_groups()))
+
+
+def _left_in_control_groups() -> Iterator[int]:
+    """The bytes that each control group of this process may still take. Cached files don't count, nor do mapped ones."""
+    try:
+        groups = _OWN_GROUPS.read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in groups:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2
+            root, limit, usage, total = _GROUPS, "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            root, limit, usage, total = _GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        else:
+            continue
+        group = PurePosixPath(path.lstrip("/"))
+        for folder in (root / group, *(root / parent for parent in group.parents)):
+            try:
+                most = int((folder / limit).read_text())
+                used = int((folder / usage).read_text())
+                figures = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
+                files = int(figures[f"{total}active_file"]) + int(figures[f"{total}inactive_file"])
+            except (OSError, ValueError, KeyError):  # no limit, or in a container, a group outside it
+                continue
+            yield max(0, most - used + files)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

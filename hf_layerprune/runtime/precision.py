@@ -6,8 +6,9 @@ import functools
 import logging
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
+
+from .memory import free_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,7 +62,7 @@ def to_fast_precision(model: PreTrainedModel) -> PreTrainedModel:
     ):
         return model
     name = _dtype_name(weights[0].dtype)
-    if 4 * sum(weight.numel() for weight in weights) > psutil.virtual_memory().available // 2:
+    if 4 * sum(weight.numel() for weight in weights) > free_bytes(torch.device("cpu")) // 2:
         logger.warning(
             "this CPU has no fast %s multiplication, and not enough memory for float32: the model will be slow", name
         )

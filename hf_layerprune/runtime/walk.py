@@ -29,7 +29,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import psutil
 import torch
 from torch import nn
 
@@ -38,7 +37,7 @@ from ..families import check_stage, protected_layers
 from ..families.layout import find_decoder_layers
 from ..families.multimodal import placeholder_tokens
 from .devices import moved_to
-from .memory import free_memory, is_out_of_memory
+from .memory import free_bytes, free_memory, is_out_of_memory
 from .parts import TrialError, agree, hidden_of, hook_scope, layer_stub, num_values, probe_ids, replace_forward, trial
 
 if TYPE_CHECKING:
@@ -107,7 +106,7 @@ class LayerWalk:
     def reloads_weights(self) -> bool:
         """Whether each pass over the layers has to load their weights again."""
         size = self.model.get_memory_footprint(return_buffers=False)
-        return self._is_streaming or size > psutil.virtual_memory().available // 2
+        return self._is_streaming or size > free_bytes(torch.device("cpu")) // 2
 
     def begin(self, input_ids: torch.Tensor, media: Mapping[str, torch.Tensor] | None = None) -> Batch:
         """Embed rows of tokens `[batch, seq]` without padding, and the model's other inputs, such as `pixel_values`.
