@@ -26,6 +26,7 @@ from .hub_server import HubServer, client_env
 from .tiny_models import EAGER, tiny_input, tiny_model
 
 TYPES = {"llama": [5, 6], "gemma3n_text": [1, 2], "qwen3_moe": [0, 4, 6]}
+LICENCES = ("LICENSE", "NOTICE", "USAGE_POLICY", "Model License.pdf")
 BIG_DROP = list(range(21, 29))
 TOKEN = "hf_good"
 
@@ -94,6 +95,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (root / model_type / "additional_chat_templates").mkdir()
         (root / model_type / "additional_chat_templates" / "tool.jinja").write_text("{{ tools }}\n")
     tiny_model("llama").save_pretrained(root / "single")
+    for name in LICENCES:
+        (root / "single" / name).write_text("Terms.\n")
     make_llama(root / "big", 0.03, shard_bytes=2_000_000)
     (root / "pickled").mkdir()
     shutil.copy(root / "single" / "config.json", root / "pickled")
@@ -373,3 +376,13 @@ def test_the_command(hub: HubServer, bases: dict[str, Path], tmp_path: Path) -> 
     assert "downloading" not in error
     assert "Traceback" not in error
     assert not (tmp_path / "no").exists()
+
+
+def test_the_licence_goes_with_the_model_even_if_the_base_is_loaded(hub: HubServer, tmp_path: Path) -> None:
+    """Loading a model from the Hub downloads no licence."""
+    ways = {"copied": [], "converted": ["--dtype", "bfloat16"], "adapter": ["--adapter"]}
+    for name, options in ways.items():
+        command = ["prune", "org/single", str(tmp_path / name), "--drop-layers", "3", *options]
+        codes, _, error = run(hub, tmp_path / f"home-{name}", command)
+        assert codes == [0], error
+        assert not [one for one in LICENCES if not (tmp_path / name / one).is_file()]

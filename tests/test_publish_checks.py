@@ -191,6 +191,12 @@ def test_every_licence_of_the_table() -> None:
         DeclaredLicence.from_base({"license": "other", "license_name": "Tongyi Qianwen LICENSE AGREEMENT"}).row
         is not None
     )
+    for name, row in (
+        ("Meta Llama 3 Community License Agreement", "llama3"), ("llama-3.1-community-license", "llama3.1"),
+        ("gemma-terms-of-use", "gemma"), ("deepseek-license", "deepseek"),
+    ):  # fmt: skip
+        for declared in ("other", "unknown"):
+            assert DeclaredLicence.from_base({"license": declared, "license_name": name}).row is TABLE[row]
     assert DeclaredLicence.from_base({"license": "Apache 2.0"}) == DeclaredLicence.from_base({"license": "apache-2.0"})
     assert DeclaredLicence.from_base({"license": "apache-2.0", "license_name": "its own"}).row is TABLE["apache-2.0"]
     assert DeclaredLicence.from_base({"license_name": "deepseek"}).row is TABLE["deepseek"]

@@ -18,7 +18,7 @@ from typing import Any
 from ..files.copy import copy_model_file
 
 _FILES = re.compile(
-    r"((MODEL|THIRD[_-]?PARTY|ACCEPTABLE)[_-])?(LICEN[CS]ES?|NOTICES?|USE[_-]POLICY|COPYING|COPYRIGHT)([._-].*)?",
+    r"((MODEL|THIRD[ _-]?PARTY|ACCEPTABLE)[ _-])?(LICEN[CS]ES?|NOTICES?|US(E|AGE)[ _-]POLICY|COPYING|COPYRIGHT)([ ._-].*)?",
     re.IGNORECASE,
 )
 # The text of a licence, as opposed to a licence key, or to weights, which some engines load whatever their name.
@@ -68,6 +68,7 @@ _ALIASES = {
     "tongyi-qianwen-research": "qwen-research",
     **dict.fromkeys(("falcon", "falcon2", "falcon-2", "falcon3"), "falcon-llm"),
     "openrail++": "openrail",
+    "gemma-terms-of-use": "gemma",
     "bigscience-openrail": "bigscience-openrail-m",
 }
 
@@ -92,10 +93,10 @@ class DeclaredLicence:
     def from_base(cls, base: dict[str, Any]) -> DeclaredLicence:
         """Look up the licence that `lineage.json` records for the base."""
         declared, name, link = (base.get(key) for key in ("license", "license_name", "license_link"))
-        if not declared and name:
-            declared = "other"
         if declared in (None, "", "unknown"):
-            return cls()
+            if not name:
+                return cls()
+            declared = "other"
         key = _key(name) if declared == "other" and name else _key(declared)
         row = TABLE.get(_IDS.get(_ALIASES.get(key, key), ""))
         # The Hub refuses a card with another spelling, such as `Apache 2.0`.
@@ -114,9 +115,11 @@ class DeclaredLicence:
 
 
 def _key(text: str) -> str:
-    """A name in the spelling by which it is looked up: `Qwen LICENSE AGREEMENT` is `qwen`, `llama-3` is `llama3`."""
-    key = re.sub(r"-licen[cs]e(-agreement)?$", "", re.sub(r"[\s_]+", "-", text.strip().lower()))
-    return re.sub(r"^llama-(?=\d)", "llama", key)
+    """A name in the spelling by which it is looked up: `Qwen LICENSE AGREEMENT` is `qwen`, and `llama-3` is `llama3`, as is
+    `Meta Llama 3 Community License`.
+    """
+    key = re.sub(r"(-community)?-licen[cs]e(-agreement)?$", "", re.sub(r"[\s_]+", "-", text.strip().lower()))
+    return re.sub(r"^(meta-)?llama-?(?=\d)", "llama", key)
 
 
 _IDS = {_key(name): name for name in TABLE}

@@ -23,6 +23,7 @@ from ..files.gguf_header import read_header
 from ..layer_ranges import describe_layers
 from ..options import AMOUNTS, TARGET_SETTINGS, copy_fields, format_bytes, refuse_unused
 from ..records.fingerprints import uncached_weights_hash
+from ..records.licences import is_licence_file
 from ..records.lineage import Lineage, stage_entry
 from ..records.names import is_gguf_name, strip_local_path
 from ..runtime.loading import UNPACKED_DTYPE, is_hub_id, load_config, load_tokenizer, resolve_base
@@ -127,6 +128,7 @@ def prune_to(request: PruneRequest) -> Pruned:
     hub = None
     if is_hub_id(request.base):
         hub = Base.open(request.base, request.revision)
+        hub.fetch([*filter(is_licence_file, hub.sizes)])  # which loading a model does not download
         revision = hub.repo.commit if hub.repo else None
         request, source = replace(request, revision=revision), hub.folder  # everything comes from this commit
     config = load_config(source)

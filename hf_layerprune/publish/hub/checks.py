@@ -188,7 +188,9 @@ def _check_licence(contents: Contents, request: PushRequest) -> Outcome:
         )
         yield REFUSAL, text
     files = [path for path in contents.files if is_licence_file(path)]
-    if not any(path.upper().startswith(("LICEN", "MODEL_LICEN", "MODEL-LICEN", "COPYING")) for path in files):
+    if not any(
+        path.upper().startswith(("LICEN", "MODEL_LICEN", "MODEL-LICEN", "MODEL LICEN", "COPYING")) for path in files
+    ):
         text = f"a copy of it must accompany the model, and there is none; put it into the folder as LICENSE{at}"
         yield REFUSAL if row.needs_text and not request.private else WARNING, f"{row.title}: {text}"
     if row.non_commercial:
