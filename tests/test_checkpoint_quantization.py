@@ -131,6 +131,22 @@ def test_every_place_is_looked_at():
         rewrite_quantization({"producer": {}, "modules": {"layers.1*": 1, "layers.10": 2}}, CUT)
 
 
+def test_a_name_that_begins_those_of_other_layers():
+    """transformers 5.4 leaves layers 10 and 11 unquantised, too, if it is to leave `model.layers.1`."""
+
+    def skip(*names: int, cut: Cut = CUT) -> list[str]:
+        return rewrite_quantization({"modules_to_not_convert": [f"model.layers.{i}" for i in names]}, cut)[
+            "modules_to_not_convert"
+        ]
+
+    assert skip(0, 1, 10, 11, 4) == [f"model.layers.{i}" for i in (0, 1, 5, 6, 2)]
+    for names, cut in (((1,), CUT), ((1, 11), CUT), ((2,), Cut((0, *range(2, 14)), 14))):
+        with pytest.raises(CutError, match=r"some loaders also take it for 'model\.layers\.10'"):
+            skip(*names, cut=cut)
+    assert rewrite_quantization({"skip": ["visual.blocks.1"]}, CUT) == {"skip": ["visual.blocks.1"]}
+    assert rewrite_quantization({"producer": {}, "skip": ["model.layers.1"]}, CUT)["skip"] == ["model.layers.1"]
+
+
 INDEX = st.one_of(
     st.integers(0, 11).map(str),
     st.lists(st.integers(0, 11), min_size=1, max_size=4).map(lambda found: f"({'|'.join(map(str, found))})"),

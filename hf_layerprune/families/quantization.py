@@ -10,7 +10,7 @@ like a layer's index, is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..errors import CutError
@@ -27,6 +27,8 @@ _TEXT = re.compile(r"language|text|decoder|llm")
 _PLAIN = ("model", "transformer", "thinker.model")
 # A layer's index in a form that is not a module's name, such as `layer_3`, `blk.3` or `3.mlp`.
 _INDEX = re.compile(r"(?<![a-z])(?:layers?|blocks?|blk)[\W_]*[0-9]|^[0-9]+\.(?!dev|post|rc)[a-z_]", re.IGNORECASE)
+# All of a layer, by an index with which those of others may begin: `model.layers.1`.
+_WHOLE_LAYER = re.compile(rf"(?:.*\.)?(?:{'|'.join(LIST_NAMES)})\.([1-9][0-9]{{0,8}})")
 _INDICES = re.compile(r"[0-9][0-9\s,:;-]*")
 _ANY_DIGIT = re.compile(r"(?<!\{)(?<!,)(?:\\d|[0-9]+)")
 # A segment that matches any index. A second dot beside it could stand for one of the digits.
@@ -90,6 +92,8 @@ class _Rewriter:
             new: list[Any] = []
             for item in value:
                 new += self._rewrite_text(item, where) if isinstance(item, str) else [self.walk(item, where)]
+            self._check_beginnings(value, self._cut.num_layers)
+            self._check_beginnings(new, len(self._cut.keep))
             return new
         if isinstance(value, str):
             texts = self._rewrite_text(value, where)
@@ -183,6 +187,14 @@ class _Rewriter:
 
     def _new_indices(self, layers: Iterable[int]) -> list[int]:
         return [self._cut.new_index[i] for i in layers if i in self._cut.new_index]
+
+    def _check_beginnings(self, names: Sequence[Any], num_layers: int) -> None:
+        """Refuse `layers.1` where `layers.10` is another layer: older versions of transformers take both for the same."""
+        for name in () if self._wildcards else names:
+            match = _WHOLE_LAYER.fullmatch(name) if isinstance(name, str) and not NOT_TEXT.search(name) else None
+            longer = [f"{name}{digit}" for digit in range(10) if match and int(f"{match[1]}{digit}") < num_layers]
+            if other := next((one for one in longer if one not in names), None):
+                raise self._refusal(name, f"after the cut or before, some loaders also take it for {other!r}")
 
     def _check_stack(self, text: str, before: str, wild: bool) -> None:
         if self._several_stacks and not _TEXT.search(before) and (wild or before not in _PLAIN):
