@@ -128,9 +128,9 @@ METHODS: dict[str, Tuning] = {
                lm_head=True, final_norm=True),
         Tuning("last", "the last N layers and the final norm; a tied head stays tied", _per_width(_LAYERS), _last_layers, "N",
                final_norm=True),
-        Tuning("cut", "N layers on each side of the cut", _per_width(_LAYERS), _layers_around_cut, "[N]"),
+        Tuning("cut", "up to N layers on each side of the cut", _per_width(_LAYERS), _layers_around_cut, "[N]"),
         # Gradients pass through all layers after the cut anyway.
-        Tuning("behind", "N layers before the first cut, all layers after it, and the final norm",
+        Tuning("behind", "up to N layers before the first cut, all layers after it, and the final norm",
                _per_width(_LAYERS), _layers_from_cut, "[N]", final_norm=True),
         Tuning("lora", "LoRA on every linear layer but the head", lambda width: _LORA, adapter=_lora),
         Tuning("qlora", "LoRA on a 4-bit model", lambda width: _LORA, adapter=_lora, loading_kwargs=_four_bit_loading),
