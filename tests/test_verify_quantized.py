@@ -444,11 +444,11 @@ def test_a_repair_of_quantised_weights_is_refused_before_anything_is_copied(tmp_
     """Where every weight that it could change is quantised, before the model is loaded."""
     words = ["prune", "BASE", str(tmp_path / "cut"), "--drop-layers", "2", "--repair", "linear"]
     words += ["--calibration-samples", "4", "--calibration-length", "8"]
-    monkeypatch.setattr("hf_layerprune.stages.prune.execute_plan", None)
+    monkeypatch.setattr("hf_layerprune.stages.prune_writers.execute_plan", None)
     words[1] = in_fp8(tmp_path / "partly", "down_proj")
     assert main(words) == 1
     assert "down_proj.weight is F8_E4M3" in capsys.readouterr().err
-    monkeypatch.setattr("hf_layerprune.stages.prune._prepare_dense", None)
+    monkeypatch.setattr("hf_layerprune.stages.prune.prepare_dense", None)
     words[1] = in_fp8(tmp_path / "base")
     assert main(words) == 1
     error = capsys.readouterr().err
@@ -459,7 +459,7 @@ def test_a_repair_of_quantised_weights_is_refused_before_anything_is_copied(tmp_
 def test_a_check_of_quantised_weights_is_refused_before_anything_is_copied(
     place, tmp_path, monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr("hf_layerprune.stages.prune.execute_plan", None)
+    monkeypatch.setattr("hf_layerprune.stages.prune_writers.execute_plan", None)
     assert main(["prune", str(place / "nf4"), str(tmp_path / "cut"), "--drop-layers", "2", "--check"]) == 2
     assert "--check can't compare the logits" in capsys.readouterr().err
 

@@ -186,11 +186,7 @@ def shape_rows(
         columns = rows.column_names or list(next(iter(rows), ()))
     if not columns:
         raise CutError(f"{name} has no rows; specify a set with rows to train on")
-    if media := [column for column in OTHER_MEDIA if column in columns]:
-        raise CutError(f"{name} has {', '.join(media)}, and healing trains on text and images; leave it out")
-    images = [column for column in IMAGE_COLUMNS if column in columns]
-    if images and load_processor is None:
-        raise CutError(f"{name} has {', '.join(images)}, and the model reads only text; leave that column out")
+    images = _find_images(columns, name, load_processor is not None)
     chatting = has_chat_template(load_processor() if images and load_processor else tokenizer)
     if images:
         with _row_errors(name):
@@ -242,6 +238,16 @@ def _log_unused_columns(columns: list[str], *used: str) -> None:
     read = [column for column in columns if column in (*used, *TEMPLATE_COLUMNS)]
     if len(read) < len(columns):
         logger.info("used columns: %s; not used: %s", ", ".join(read), ", ".join(c for c in columns if c not in read))
+
+
+def _find_images(columns: list[str], name: str, reads_images: bool) -> list[str]:
+    """The columns of images; refuse them for a model that reads text alone, and any other media."""
+    if media := [column for column in OTHER_MEDIA if column in columns]:
+        raise CutError(f"{name} has {', '.join(media)}, and healing trains on text and images; leave it out")
+    images = [column for column in IMAGE_COLUMNS if column in columns]
+    if images and not reads_images:
+        raise CutError(f"{name} has {', '.join(images)}, and the model reads only text; leave that column out")
+    return images
 
 
 def has_images(rows: Any) -> bool:

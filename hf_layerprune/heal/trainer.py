@@ -49,6 +49,19 @@ logger = logging.getLogger(__name__)
 _EPSILON = 1e-9  # Shares of the steps that are closer are the same.
 
 
+def _complete_settings(args: HealConfig, model: Any, images: bool) -> None:
+    """Set what depends on the model, and what TRL or the engines need."""
+    if args.router_aux_loss_coef is None:
+        args.router_aux_loss_coef = 0.0  # the routers of the frozen layers do not run in training
+    if args.learning_rate is None:
+        method = parse_method("last1" if args.method == "auto" else args.method)
+        args.learning_rate = method.learning_rate(model.config.get_text_config().hidden_size)
+    if images:
+        args.pad_to_multiple_of = None  # which TRL's collator for images can't do
+    if args.features:
+        allow_unused_parameters(args)
+
+
 class HealTrainer(SavingTrainer):
     """Trains some of the layers of a pruned model.
 
@@ -75,16 +88,9 @@ class HealTrainer(SavingTrainer):
                 "HealTrainer takes a loaded model, and a HealConfig, which is an SFTConfig with more fields"
             )
         check_stage(model.config, "heal")
-        if args.router_aux_loss_coef is None:
-            args.router_aux_loss_coef = 0.0  # the routers of the frozen layers do not run in training
-        if args.learning_rate is None:
-            method = parse_method("last1" if args.method == "auto" else args.method)
-            args.learning_rate = method.learning_rate(model.config.get_text_config().hidden_size)
+        _complete_settings(args, model, has_images(kwargs.get("train_dataset")))
         use_one_gpu(model, args)
         disable_weight_repacking(model)
-        rows: Any = kwargs.get("train_dataset")
-        if has_images(rows):
-            args.pad_to_multiple_of = None  # which TRL's collator for images can't do
         if args.float32_weights and not (args.bf16 or args.fp16) and args.device.type == "cpu":
             for one in (model, teacher):
                 if one is not None:
@@ -93,8 +99,6 @@ class HealTrainer(SavingTrainer):
         self._reentrant = bool(args.gradient_checkpointing and recompute.get("use_reentrant"))
         if args.gradient_checkpointing and not self._reentrant:
             disable_input_require_grads(model)
-        if args.features:
-            allow_unused_parameters(args)
         super().__init__(model, args, **kwargs)
         check_not_offloaded(self.model)
         self._teacher_model, self._warned_no_teacher, self.resumed = teacher, False, False
@@ -117,16 +121,19 @@ class HealTrainer(SavingTrainer):
             self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         self.numbered_datasets: list[Dataset] = []
         if isinstance(self.train_dataset, Dataset):
-            if not self._is_vision_dataset:
-                self.train_dataset = keep_labelled_rows(self.train_dataset, args, rows)
-                given = kwargs.get("eval_dataset")
-                self.eval_dataset = keep_labelled_rows(self.eval_dataset, args, given, "evaluation")
-                check_lengths(self.train_dataset, self.eval_dataset, model.config, args)
-            self.train_dataset = sample_rows(self.train_dataset, args)
-            self.train_dataset, self.eval_dataset, self.numbered_datasets = number_rows(
-                self.train_dataset, self.eval_dataset
-            )
+            self._prepare_rows(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
         self.data_collator = StateCollator(self.data_collator, self.padding_free)
+
+    def _prepare_rows(self, given: Any, given_for_evaluation: Any) -> None:
+        """Leave out rows without a token to learn, check and sample the rest, and number them; `given` is what TRL was given."""
+        if not self._is_vision_dataset:
+            self.train_dataset = keep_labelled_rows(self.train_dataset, self.args, given)
+            self.eval_dataset = keep_labelled_rows(self.eval_dataset, self.args, given_for_evaluation, "evaluation")
+            check_lengths(self.train_dataset, self.eval_dataset, self.model.config, self.args)
+        self.train_dataset = sample_rows(self.train_dataset, self.args)
+        self.train_dataset, self.eval_dataset, self.numbered_datasets = number_rows(
+            self.train_dataset, self.eval_dataset
+        )
 
     @functools.cached_property
     def output_head(self) -> OutputHead:
