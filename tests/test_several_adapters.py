@@ -243,7 +243,7 @@ def test_the_named_adapter_is_merged(model: PeftModel, merged: str) -> None:
     model.set_adapter("default" if merged == "second" else "second")
     for names in (["default", "second"], ["third"], []):
         for merge in (model.merge_and_unload, model.merge_adapter):
-            with pytest.raises(CutError, match=r"with one adapter's name, of \['default', 'second'\]"):
+            with pytest.raises(CutError, match=r"must be the name of one adapter, of \['default', 'second'\]"):
                 merge(adapter_names=names)
     model.merge_adapter(adapter_names=[merged])
     assert torch.equal(logits(model), expected)

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from peft import PeftConfig, TaskType
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from ..errors import CutError
-from ..options import CutOptions, TuningOptions, check_options, documented, option
-from ..options.kinds import TEXT, check_value, quoted, tuple_of
+from ..layer_ranges import MAX_LAYERS
+from ..options import (
+    CutOptions,
+    TuningOptions,
+    check_options,
+    documented,
+    integer,
+    join_words,
+    option,
+    option_fields,
+    tuple_of,
+)
+from ..options.kinds import FLAG, TEXT, check_value, quoted
 from ..select import registry  # noqa: F401 (enters the criteria among the choices)
+
+_NAMES = tuple_of(TEXT)
+# The fields that are not options, and may be unset.
+_CHECKED = {
+    "modules_to_save": _NAMES,
+    "num_base_layers": integer(1, MAX_LAYERS),
+    "own_modules_to_save": _NAMES,
+    "repaired_modules": _NAMES,
+}
 
 
 class LayerDropPeftType(str, Enum):  # noqa: UP042 (get_model_status() reads what follows the dot in str() of it)
@@ -28,7 +50,7 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
     The defaults are the recipe of arXiv:2411.15558: drop the last 25 % of the layers, then tune `lm_head`, the norm
     before it and the last three remaining layers. An `lm_head` tied to the embeddings stays tied and is not tuned
     unless `tune_lm_head=True`, because untying it adds its parameters. Once a model is pruned, `drop_layers` holds the
-    dropped layers, so a saved config makes the same cut again. Everything else is recorded in the model's own copy,
+    dropped layers, so a saved config makes the same cut again; to choose anew, set it to `None`. Everything else is recorded in the model's own copy,
     `model.peft_config["default"]`, so one config can prune several models of the same depth. Sizes such as
     `target_size` may be numbers or strings (`"12GB"`).
     """
@@ -69,11 +91,17 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
         self.peft_type = LayerDropPeftType.LAYER_DROP
         self.task_type = self.task_type or TaskType.CAUSAL_LM
         if self.task_type != TaskType.CAUSAL_LM:
-            raise CutError(f"task_type={self.task_type!r}: only causal language models can be pruned; leave it out")
+            raise CutError(
+                f"task_type={quoted(self.task_type)}: only causal language models can be tuned; leave it out, or drop the layers "
+                "of another model with drop_layers(model, [...]), and tune it by other means"
+            )
+        if isinstance(self.base_model_name_or_path, os.PathLike):
+            self.base_model_name_or_path = os.fspath(self.base_model_name_or_path)
         # A saved config says that it is for inference. PEFT sets this again only where it loads the weights as well.
         self.is_saved = self.inference_mode is not False
         if self.is_saved:
             self.inference_mode = None  # type: ignore[assignment]
+        self._chosen_with: dict[str, Any] = {}
         check_options(self)
 
     def check_combination(self) -> None:
@@ -83,8 +111,39 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
                 f"target_modules={quoted(self.target_modules)} has no effect: this method tunes whole modules, which tune_layers, "
                 "tune_lm_head, tune_final_norm and modules_to_save name; leave it out"
             )
-        if self.modules_to_save is not None:
-            self.modules_to_save = list(check_value("modules_to_save", self.modules_to_save, tuple_of(TEXT)))
+        for name, kind in _CHECKED.items():
+            if (value := getattr(self, name)) is not None:
+                value = check_value(name, value, kind)
+                setattr(self, name, list(value) if isinstance(value, tuple) else value)
+        check_value("untied_lm_head", self.untied_lm_head, FLAG)
+        self._check_choice()
+
+    def check_again(self) -> None:
+        """Check fields that were set since this was made, and remember with which of them layers will be chosen, if they will.
+
+        Raises:
+            CutError: A field is not accepted.
+        """
+        check_options(self)
+        if self.drop_layers is None:
+            self._chosen_with = {name: getattr(self, name) for name in option_fields(CutOptions)}
+
+    def take_cut(self, used: LayerDropConfig) -> None:
+        """Take over the cut from a copy of this config that has pruned a model."""
+        self.drop_layers, self.num_base_layers = used.drop_layers, used.num_base_layers
+        self._chosen_with = used._chosen_with
+
+    def _check_choice(self) -> None:
+        changed = [
+            f"{name}={quoted(getattr(self, name))}"
+            for name, value in self._chosen_with.items()
+            if name not in ("drop_layers", "repair") and getattr(self, name) != value
+        ]
+        if changed and self.drop_layers is not None:
+            raise CutError(
+                f"{join_words(changed)} would have no effect: this config was used before, and now holds the layers that were "
+                f"chosen then, drop_layers={quoted(self.drop_layers)}; set drop_layers=None to choose again, or make a new config"
+            )
 
     @property
     def is_new(self) -> bool:

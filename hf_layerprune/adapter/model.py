@@ -24,7 +24,6 @@ from ..cut.lazy import DROPPED_PARAMETERS
 from ..cut.memory import LayerCut, check_plain_model, drop_layers
 from ..errors import CutError, LayerPruneError
 from ..families.layout import find_decoder_layers, find_output_head, ties_head
-from ..options import check_options
 from ..options.kinds import quoted
 from ..repair.frozen import apply_to_adapter, freeze, repaired_module_names, unfreeze
 from ..runtime.devices import is_offloaded
@@ -47,7 +46,8 @@ class LayerDropModel(BaseTuner):
         adapter_name (`str`, defaults to `"default"`): The name of the adapter.
 
     Where transformers has loaded the adapter (its `load_adapter`, or `from_pretrained` with an adapter's name), the model can be
-    run; to disable, save or merge the adapter, load it with [`~peft.PeftModel.from_pretrained`].
+    run; to disable, save or merge the adapter, load it with [`~peft.PeftModel.from_pretrained`]. To load one with other settings,
+    such as `keep_dropped`, change those of `PeftConfig.from_pretrained(adapter)`, and pass it as `config`.
 
     Attributes:
         prepared (`Prepared`, *optional*): The choice of layers and the repair, as computed from the dense model.
@@ -70,7 +70,8 @@ class LayerDropModel(BaseTuner):
 
     def __init__(self, model: Any, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         adapters = getattr(model, "peft_config", {})
-        if isinstance(model, PeftModel) or adapter_name in adapters:
+        others = any(not isinstance(config, LayerDropConfig) for config in adapters.values())
+        if isinstance(model, PeftModel) or adapter_name in adapters or others:
             check_plain_model(model)  # an adapter of the same name would keep what this one doesn't tune
         if getattr(model, "_hf_peft_config_loaded", False) and not adapters:
             model._hf_peft_config_loaded = False  # as it was, for get_peft_model
@@ -90,7 +91,12 @@ class LayerDropModel(BaseTuner):
         super()._check_new_adapter_config(config)
         if not isinstance(config, LayerDropConfig):
             raise LayerPruneError(f"a LayerDropConfig is needed, not a {type(config).__name__}")
-        check_options(config)  # again: its fields may have been set since it was made
+        config.check_again()
+        if config.inference_mode and config.num_base_layers is None:
+            raise CutError(
+                "weights would be loaded with a config that was not saved with them, and may be of another cut; leave config out, "
+                "or change that of PeftConfig.from_pretrained(ADAPTER) and pass it"
+            )
         if not hasattr(self.model, "prepare_inputs_for_generation"):
             raise CutError(
                 f"{type(self.model).__name__} is not a causal language model, and only these are tuned; drop its layers "
@@ -180,6 +186,7 @@ class LayerDropModel(BaseTuner):
             config.clear_records(repair=len(self.peft_config) == 1)
         others = [(p, p.requires_grad) for p in model.parameters()] if len(self.peft_config) > 1 else []
         try:
+            _check_adapter_name(adapter_name, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:  # leave nothing that the next adapter on this model would take for its own
             model.__dict__.pop(PREPARED, None)
@@ -191,7 +198,7 @@ class LayerDropModel(BaseTuner):
         if adapter_name in self.active_adapters:  # PEFT leaves all inactive where another adapter was before
             self.set_adapter(adapter_name, inference_mode=bool(config.inference_mode))
         config.is_saved = False  # from here on, its weights are in this model, and another adapter of it is a new one
-        original.drop_layers, original.num_base_layers = config.drop_layers, config.num_base_layers
+        original.take_cut(config)
         if (cut := getattr(model, CUT, None)) is not None:
             cut.inactive_modules().requires_grad_(False)
         prepared = model.__dict__.pop(PREPARED, None)
@@ -239,10 +246,10 @@ class LayerDropModel(BaseTuner):
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         cut: LayerCut | None = getattr(self.model, CUT, None)
-        if cut is None and not enabled:
+        if not enabled and (cut is None or not cut.dropped):
             raise CutError(
-                "the dropped layers of this model are not in memory, so it can't become the dense model again; prune with "
-                "keep_dropped=True, or load the base"
+                "the dropped layers were not kept, so the dense model can't be restored; prune with keep_dropped=True, or load the "
+                "base again; for a trainer whose reference is the pruned model, pass it prune_with(config, model), not peft_config"
             )
         if cut is not None:
             cut.reapply() if enabled else cut.restore()
@@ -259,7 +266,7 @@ class LayerDropModel(BaseTuner):
     def set_adapter(self, adapter_name: Any, inference_mode: bool = False) -> None:
         self._check_enabled()
         if adapter_name:  # PEFT passes on an empty list when the only adapter was deleted and another one is added
-            super().set_adapter(adapter_name, inference_mode)
+            super().set_adapter(self._only_name(adapter_name), inference_mode)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self._check_enabled()
@@ -289,15 +296,21 @@ class LayerDropModel(BaseTuner):
             )
         yield
 
-    def _activate_for_merge(self, adapter_names: Sequence[str] | None) -> None:
+    def _only_name(self, names: str | Sequence[str]) -> str:
+        """The name of the adapter that is to be the active one."""
+        listed = [names] if isinstance(names, str) else names
+        if len(listed) != 1 or listed[0] not in self.peft_config:
+            raise CutError(
+                f"{quoted(names)} must be the name of one adapter, of {list(self.peft_config)}: each is whole layers, so only one "
+                "can be active"
+            )
+        return listed[0]
+
+    def _activate_for_merge(self, adapter_names: str | Sequence[str] | None) -> None:
         """Make the adapter that is to be merged the active one."""
-        if adapter_names is None:
-            return
-        if len(adapter_names) != 1 or adapter_names[0] not in self.peft_config:
-            known = list(self.peft_config)
-            raise CutError(f"adapter_names={quoted(adapter_names)} must be a list with one adapter's name, of {known}")
-        name = adapter_names[0]
-        self.set_adapter(name, inference_mode=self.peft_config[name].inference_mode)
+        if adapter_names is not None:
+            name = self._only_name(adapter_names)
+            self.set_adapter(name, inference_mode=self.peft_config[name].inference_mode)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Only make the named adapter active: tuned modules are whole copies, which already replace the originals."""
@@ -326,3 +339,13 @@ class LayerDropModel(BaseTuner):
         model.name_or_path = None  # another model than its base, which PEFT would record as an adapter's
         unfreeze(model)
         return model
+
+
+def _check_adapter_name(name: str, model: nn.Module) -> None:
+    """Refuse a name under which PEFT can't save weights: it removes the name where it ends that of a module or a parameter."""
+    parts = {part for parameter, _ in model.named_parameters() for part in parameter.split(".")[-2:]}
+    if name in parts or "." in name or hasattr(nn.ModuleDict(), name) or not name:
+        raise CutError(
+            f"adapter_name={quoted(name)} can't be saved by PEFT: it is empty, has a dot, or is also the name of a part of the "
+            "model; choose another name"
+        )

@@ -68,6 +68,7 @@ def prune_with(
         check_plain_model(model)
     original, config = config, copy.copy(config)
     config.clear_records()
+    config.check_again()
     if model is None:
         if not config.base_model_name_or_path:
             raise LayerPruneError(
@@ -81,7 +82,7 @@ def prune_with(
             f"{', '.join(sorted(from_pretrained_kwargs))}: for loading a base, but a model was passed; leave out one or the other"
         )
     pruned: Any = get_peft_model(model, config, adapter_name=adapter_name)
-    original.drop_layers, original.num_base_layers = config.drop_layers, config.num_base_layers
+    original.take_cut(config)
     return pruned
 
 

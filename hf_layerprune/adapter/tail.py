@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
 from transformers import PreTrainedConfig
 
 from .. import families
@@ -15,10 +16,11 @@ from ..options import pluralize
 from ..runtime.precision import is_packed
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
     from .config import LayerDropConfig
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 def tuned_layers(cut: families.Cut, tune_layers: int | str | Collection[int]) -> list[int]:
@@ -66,8 +68,15 @@ def tuned_modules(
     for requested in config.modules_to_save or []:
         matches = [name for name in modules if name == requested or name.endswith(f".{requested}")]
         if not matches:
+            base = config.base_model_name_or_path
+            way_out = "specify one of its modules" if config.is_new else f"use the adapter with its base ({base})"
             raise CutError(
-                f"modules_to_save has {requested!r}, but {type(model).__name__} has no such module; specify one of its modules"
+                f"modules_to_save has {requested!r}, but {type(model).__name__} has no such module; {way_out}"
+            )
+        if container := next((name for name in matches if isinstance(modules[name], _CONTAINERS)), None):
+            raise CutError(
+                f"modules_to_save has {requested!r}, but {container} is a {type(modules[container]).__name__}, which PEFT can't "
+                "tune as a whole; specify the modules in it"
             )
         names += [name for name in matches if name not in names]
     names = _outermost(names)
