@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...cut.base import check_index, find_weights
@@ -87,7 +88,7 @@ def check_tensors(
     Raises:
         CheckpointError: The weight files are not complete, or contradict each other.
     """
-    tensors, plain, prefix = expected.tensors, expected.plain, _missing_prefix(expected)
+    tensors, prefix = expected.tensors, _missing_prefix(expected)
 
     def in_cut(name: str) -> str:
         """The repeated cut's name for a tensor, of which transformers may have completed the name."""
@@ -106,46 +107,81 @@ def check_tensors(
         raise CheckpointError(f"{model.name} holds a tensor under two names")
     ties = _tied(expected) if found.keys() ^ tensors.keys() else {}
     tied = {in_cut(name): in_cut(other) for name, other in ties.items()}
-    owners = {name.rpartition(".")[0] for name in plain}
-    wrong, same, again = [], 0, 0
-    recorded: dict[str, str] = {}  # by tensor, the stages that changed it
-    for name, tensor in found.items():
-        wanted = tensors.get(name, tensors.get(tied.get(name, "")))
-        if tensor == wanted:
-            repeated = expected.quantizer is not None and plain.get(name) != tensor
-            again, same = again + repeated, same + (not repeated)
-            continue
-        whole = name if name in changed or name in plain else _changed_parameter(name, owners, changed)
-        by = changed.get(whole, [])
-        if by and (modules is not None or QUANTIZE in by or _may_be_trained(name, tensor, wanted)):
-            recorded[whole] = " and ".join(dict.fromkeys(by))
-        else:
-            wrong.append(_difference(name, tensor, tensors.get(name), None if name in plain else expected.quantizer))
+    compared = _compare(found, expected, changed, tied, modules is not None)
     if modules is not None:
         missing = {in_cut(name) for stage in history.since_last_cut for name in stage.changed} - found.keys()
     else:
-        packed = {_owner(name, owners) for name, by in changed.items() if QUANTIZE in by and name in found}
-        missing = _missing(expected, found, tied, packed)
+        missing = _missing(expected, found, tied, changed)
         if _is_untied(model, expected) and not any("lm_head" in name.split(".") for name in found):
-            wrong.append(f"lm_head.weight is missing, and {CONFIG} no longer ties it to the embeddings")
-    wrong += [f"{name} is missing" for name in missing]
+            compared.wrong.append(f"lm_head.weight is missing, and {CONFIG} no longer ties it to the embeddings")
+    compared.wrong += [f"{name} is missing" for name in missing]
     # What an adapter of a quantised cut holds need not be among it; that cut is verified too.
     before = history.stages[: -len(history.since_last_cut)]
     below = modules is not None and history.quantized in before and any(stage.name == "prune" for stage in before)
-    if history.quantized and not below and not again and not any(QUANTIZE in changed[name] for name in recorded):
-        wrong.append(f"none was changed by the quantising that {LINEAGE} names")
-    outcome.recorded.update(recorded.values())
-    outcome.same += same + again
-    outcome.add_all("tensors", sorted(wrong), f"{same} are the base's, to the last bit")
-    if again:
-        outcome.add(True, "tensors", f"{again} are what {expected.quantizer} makes of the base's, to the last bit")
+    quantized = compared.again or any(QUANTIZE in changed[name] for name in compared.recorded)
+    if history.quantized and not below and not quantized:
+        compared.wrong.append(f"none was changed by the quantising that {LINEAGE} names")
+    compared.report(outcome, expected.quantizer)
     if files and expected.config.get("quantization_config") and (expected.quantizer or not history.quantized):
         _check_notes(files, expected, outcome)
-    for stages in sorted({*recorded.values()}):
-        names = [name for name, by in recorded.items() if by == stages]
-        which = f"{pluralize(len(names), 'tensor')}, such as {names[0]}" if len(names) > 1 else names[0]
-        text = f"{LINEAGE} says that {stages} changed {which}; the new values can't be derived again"
-        outcome.add(None, "recorded", text)
+
+
+@dataclass
+class _Comparison:
+    """How the tensors of a model compare with the repeated cut's.
+
+    Args:
+        same (`int`): How many are equal.
+        again (`int`): How many are equal to the base's once these are quantised again.
+        recorded (`dict[str, str]`): The stages that changed a tensor, by its name.
+        wrong (`list[str]`): What is wrong with each of the others.
+    """
+
+    same: int = 0
+    again: int = 0
+    recorded: dict[str, str] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+
+    def report(self, outcome: Verification, quantizer: str | None) -> None:
+        outcome.recorded.update(self.recorded.values())
+        outcome.same += self.same + self.again
+        outcome.add_all("tensors", sorted(self.wrong), f"{self.same} are the base's, to the last bit")
+        if self.again:
+            outcome.add(True, "tensors", f"{self.again} are what {quantizer} makes of the base's, to the last bit")
+        for stages in sorted({*self.recorded.values()}):
+            names = [name for name, by in self.recorded.items() if by == stages]
+            which = f"{pluralize(len(names), 'tensor')}, such as {names[0]}" if len(names) > 1 else names[0]
+            text = f"{LINEAGE} says that {stages} changed {which}; the new values can't be derived again"
+            outcome.add(None, "recorded", text)
+
+
+def _compare(
+    found: Mapping[str, TensorHash],
+    expected: Expected,
+    changed: Mapping[str, Collection[str]],
+    tied: Mapping[str, str],
+    is_adapter: bool,
+) -> _Comparison:
+    """Compare each tensor with the repeated cut's; `changed` has the stages that changed tensors, by name."""
+    tensors, plain = expected.tensors, expected.plain
+    owners = {name.rpartition(".")[0] for name in plain}
+    compared = _Comparison()
+    for name, tensor in found.items():
+        wanted = tensors.get(name, tensors.get(tied.get(name, "")))
+        if tensor == wanted:
+            if expected.quantizer is not None and plain.get(name) != tensor:
+                compared.again += 1
+            else:
+                compared.same += 1
+            continue
+        whole = name if name in changed or name in plain else _changed_parameter(name, owners, changed)
+        by = changed.get(whole, ())
+        if by and (is_adapter or QUANTIZE in by or _may_be_trained(name, tensor, wanted)):
+            compared.recorded[whole] = " and ".join(dict.fromkeys(by))
+        else:
+            quantizer = None if name in plain else expected.quantizer
+            compared.wrong.append(_difference(name, tensor, tensors.get(name), quantizer))
+    return compared
 
 
 def _check_notes(files: Mapping[str, WeightFile], expected: Expected, outcome: Verification) -> None:
@@ -172,10 +208,11 @@ def _changed_parameter(name: str, owners: set[str], changed: Mapping[str, Any]) 
 
 
 def _missing(
-    expected: Expected, found: Collection[str], tied: Mapping[str, str], packed: Collection[str | None]
+    expected: Expected, found: Collection[str], tied: Mapping[str, str], changed: Mapping[str, Collection[str]]
 ) -> set[str]:
-    """The tensors that a whole model lacks: neither tied, nor ignored by loaders, nor of the modules that were packed."""
-    tensors = expected.tensors
+    """The tensors that a whole model lacks: neither tied, nor ignored by loaders, nor of modules that were quantised."""
+    tensors, owners = expected.tensors, {name.rpartition(".")[0] for name in expected.plain}
+    packed = {_owner(name, owners) for name, by in changed.items() if QUANTIZE in by and name in found}
     missing = {name for name in tensors.keys() - found
                if tied.get(name) not in found or tensors.get(tied[name]) != tensors[name]}  # fmt: skip
     missing -= ignored_names(expected.model_config, missing)
