@@ -96,6 +96,35 @@ def test_one_adapter_is_active(base: Path) -> None:
     assert model.active_adapters == ["second"]
 
 
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"], ["model"], ["embed_tokens", "lm_head"]], ids=str)
+def test_what_is_tied_stays_as_it_was_trained(
+    tmp_path: Path, modules: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever is tuned besides what the options say: transformers ties again, as after a resize, to the copy or the original."""
+    tiny_model("gemma3_text").save_pretrained(tmp_path / "base")
+    model = get_peft_model(load(tmp_path / "base"), LayerDropConfig(modules_to_save=modules))
+    assert "adds 4,096 parameters" in caplog.text
+    config = model.peft_config["default"]
+    assert isinstance(config, LayerDropConfig)
+    assert config.untied_lm_head
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    tuned = logits(model)
+    model.get_base_model().tie_weights()
+    assert torch.equal(logits(model), tuned)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    again = PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter")
+    again.get_base_model().tie_weights()
+    assert torch.equal(logits(again), tuned)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(load(tmp_path / "merged")), tuned)
+    cut = again.unload()
+    assert cut.get_output_embeddings().weight is cut.get_input_embeddings().weight
+
+
 @pytest.mark.parametrize("name", ["norm", "lm_head", "weight", "v1.0", "keys", ""])
 def test_a_name_under_which_nothing_can_be_saved(base: Path, name: str) -> None:
     model = load(base)

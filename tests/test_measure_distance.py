@@ -238,3 +238,6 @@ def test_models_that_cannot_be_compared() -> None:
     for rows in (ROWS[0], ROWS[:0], ROWS[:, :1]):
         with pytest.raises(CutError, match=r"must be \[windows, length\], with 2 or more tokens"):
             compare_models(other, other, rows)
+    tokens: Any = ROWS.tolist()
+    with pytest.raises(CutError, match="text is a list, and must be a path or a tensor of token IDs"):
+        compare_models(other, other, tokens)

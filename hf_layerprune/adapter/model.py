@@ -31,7 +31,7 @@ from .config import LayerDropConfig
 from .prepare import CUT, PREPARED, needs_dense_model, prepare
 from .resolve import is_already_cut, resolve_drop, resolved_cut
 from .tail import check_not_nested, kept_modules, saved_modules, share_configs, tuned_modules
-from .tied import TIED, retie_head, untie_head, warn_about_untying
+from .tied import TIED, retie_head, tunes_tied_matrix, untie_head, warn_about_untying
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,9 @@ class LayerDropModel(BaseTuner):
 
     Where transformers has loaded the adapter (its `load_adapter`, or `from_pretrained` with an adapter's name), the model can be
     run; to disable, save or merge the adapter, load it with [`~peft.PeftModel.from_pretrained`]. To load one with other settings,
-    such as `keep_dropped`, change those of `PeftConfig.from_pretrained(adapter)`, and pass it as `config`.
+    such as `keep_dropped`, change those of `PeftConfig.from_pretrained(adapter)`, and pass it as `config`. Weights that replace those
+    of an adapter (`load_adapter` with its name, `set_peft_model_state_dict`) must be of the same cut: PEFT loads them without
+    their config.
 
     Attributes:
         prepared (`Prepared`, *optional*): The choice of layers and the repair, as computed from the dense model.
@@ -167,11 +169,12 @@ class LayerDropModel(BaseTuner):
             setattr(model, CUT, drop_layers(model, peft_config.drop_layers, **how))
             saved = before - model.num_parameters()
             logger.info("%d of %d parameters remain", before - saved, before)
-        if peft_config.tune_lm_head and ties_head(model) and not hasattr(model, TIED):
+        unties = tunes_tied_matrix(model, peft_config.modules_to_save or ())
+        if unties and not hasattr(model, TIED):
             added = untie_head(model)
             if not peft_config.untied_lm_head:  # for a saved config, the warning was given when it was made
                 warn_about_untying(added, saved)
-        peft_config.untied_lm_head |= bool(peft_config.tune_lm_head) and hasattr(model, TIED)
+        peft_config.untied_lm_head |= unties
         for name in set(peft_config.repaired_modules or ()) & set(peft_config.modules_to_save or ()):
             module = model.get_submodule(name)
             freeze(module.original_module if isinstance(module, ModulesToSaveWrapper) else module)

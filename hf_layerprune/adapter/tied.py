@@ -1,12 +1,13 @@
-"""An output head that is tied to the embeddings has to be untied before it is tuned."""
+"""An output head that is tied to the embeddings has to be untied before one of them is tuned."""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
 
 from .. import families
-from ..families.layout import find_output_head
+from ..families.layout import find_output_head, ties_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -15,6 +16,17 @@ logger = logging.getLogger(__name__)
 
 # The attribute of a model that says how to tie its head again.
 TIED = "_layer_drop_tied"
+
+
+def tunes_tied_matrix(model: PreTrainedModel, names: Collection[str]) -> bool:
+    """Whether modules that are tuned have the matrix that the head shares with the embeddings, or did before `untie_head`.
+
+    PEFT tunes a copy of a module, and transformers would tie the head to that, or to the original, as it happens.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    matrix = getattr(getattr(embeddings, "original_module", embeddings), "weight", None)
+    tied = matrix is not None and (hasattr(model, TIED) or ties_head(model))
+    return tied and any(one is matrix for name in names for one in model.get_submodule(name).parameters())
 
 
 def untie_head(model: PreTrainedModel) -> int:
@@ -45,8 +57,8 @@ def warn_about_untying(added: int, saved: int | None) -> None:
     if saved is not None and added >= saved:
         more = f", more than the {saved:,} that the dropped layers save: the pruned model is larger than its base"
     logger.warning(
-        "lm_head is tied to the embeddings; tuning it unties it, which adds %s parameters%s. Use tune_lm_head=False "
-        "(--no-tune-lm-head) to keep it tied.",
+        "lm_head is tied to the embeddings; tuning one of them unties it, which adds %s parameters%s. Use tune_lm_head=False "
+        "(--no-tune-lm-head) and no modules_to_save with either to keep it tied.",
         f"{added:,}",
         more,
     )

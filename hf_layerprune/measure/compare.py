@@ -69,6 +69,10 @@ def compare_models(
             tokenizer = load_tokenizer(base.name_or_path)
         length = min(resolve_length(one.config, length, DEFAULT_LENGTH, "length") for one in (model, base))
         text, _ = split_windows(find_text(name).text, tokenizer, length, windows, name)
+    if not isinstance(text, torch.Tensor):
+        raise CutError(
+            f"text is a {type(text).__name__}, and must be a path or a tensor of token IDs [windows, length]"
+        )
     if text.dim() != 2 or not len(text) or text.shape[1] < 2:
         raise CutError(
             f"the text is {[*text.shape]}, and must be [windows, length], with 2 or more tokens in a window"
