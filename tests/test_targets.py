@@ -223,6 +223,11 @@ def test_an_adapter_counts_the_head_that_it_unties(bases: dict[str, Path]) -> No
     assert max(left) <= limit
     dropped = [len(model.peft_config["default"].drop_layers) for model in (tied, untied)]
     assert dropped[1] > dropped[0]
+    both = LayerDropConfig(target_params=limit, tune_lm_head=True, modules_to_save=["embed_tokens"])
+    assert prune_with(both, tiny_model("gemma2")).merge_and_unload().num_parameters() <= limit
+    for name in ("embed_tokens", "lm_head"):
+        with pytest.raises(CutError, match=r"target_params does not count the matrix .* set tune_lm_head=True"):
+            prune_with(LayerDropConfig(target_params=limit, modules_to_save=[name]), tiny_model("gemma2"))
     again = LayerDropConfig(**tied.peft_config["default"].to_dict() | {"peft_type": None})
     assert again.drop_layers == tied.peft_config["default"].drop_layers
 

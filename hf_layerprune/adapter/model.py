@@ -31,7 +31,7 @@ from .config import LayerDropConfig
 from .prepare import CUT, PREPARED, needs_dense_model, prepare
 from .resolve import is_already_cut, resolve_drop, resolved_cut
 from .tail import check_not_nested, kept_modules, saved_modules, share_configs, tuned_modules
-from .tied import TIED, retie_head, tunes_tied_matrix, untie_head, warn_about_untying
+from .tied import TIED, check_counted, retie_head, tunes_tied_matrix, untie_head, warn_about_untying
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +137,7 @@ class LayerDropModel(BaseTuner):
             peft_config.own_modules_to_save = peft_config.modules_to_save or []
         peft_config.modules_to_save = saved_modules(tuned, peft_config.repaired_modules)
         check_not_nested(peft_config, self.peft_config)
+        check_counted(peft_config, model)
         modules = kept_modules(model, cut, stack)
         for name in peft_config.modules_to_save or ():
             # Its copy would stay as it is, and nothing would say so. Inside another adapter's module, it was checked before.

@@ -7,10 +7,13 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from .. import families
+from ..errors import CutError
 from ..families.layout import find_output_head, ties_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from .config import LayerDropConfig
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +30,20 @@ def tunes_tied_matrix(model: PreTrainedModel, names: Collection[str]) -> bool:
     matrix = getattr(getattr(embeddings, "original_module", embeddings), "weight", None)
     tied = matrix is not None and (hasattr(model, TIED) or ties_head(model))
     return tied and any(one is matrix for name in names for one in model.get_submodule(name).parameters())
+
+
+def check_counted(config: LayerDropConfig, model: PreTrainedModel) -> None:
+    """Refuse a target for the size of a model whose head is untied without being counted.
+
+    Raises:
+        CutError: `modules_to_save` would untie it.
+    """
+    uncounted = config.is_new and config.target and not config.tune_lm_head
+    if uncounted and tunes_tied_matrix(model, config.modules_to_save or ()):
+        raise CutError(
+            f"{config.target} does not count the matrix that is added when modules_to_save unties lm_head from the embeddings; set "
+            "tune_lm_head=True, which is counted, or leave out both the embeddings and lm_head"
+        )
 
 
 def untie_head(model: PreTrainedModel) -> int:
