@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from .commands import COMMANDS, Result
-from .errors import explain, one_line, sanitize, wants_traceback
+from .errors import LayerPruneError, explain, one_line, sanitize, wants_traceback
 from .options import DisplayOptions, ResultOptions, add_options, option_flags, options_from_args, spell_options
 from .screen import configure_output
 from .versions import __version__
@@ -86,6 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # the reader, such as `head`, has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return result.exit_code
+        except OSError as error:
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # where Python would write the rest at its end
+            raise LayerPruneError(f"the command succeeded, but its result can't be shown: {error.strerror}") from error
     except (Exception, KeyboardInterrupt) as error:
         if display.debug or wants_traceback():
             print(sanitize(traceback.format_exc()), file=sys.stderr)

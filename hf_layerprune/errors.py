@@ -30,6 +30,7 @@ _MAX_MESSAGE = 300  # characters to keep of a library's message
 _PLAIN = (OSError, ValueError, RuntimeError, ImportError)
 # What torch says of a file that it could not write, as on a full disk: the system's error is lost in its writer.
 _TRUNCATED = re.compile(r"inline_container\S* \. unexpected pos|PytorchStreamWriter failed writing|basic_ios::clear")
+_NOT_FOUND = re.compile(r"No such file or directory: (.+)")
 # The package of a file of installed code; this one may be installed, too.
 _PACKAGE = re.compile(r"[\\/]site-packages[\\/](?!hf_layerprune)(\w+)")
 DEBUG = "HF_LAYERPRUNE_DEBUG"
@@ -88,15 +89,18 @@ def boundary(what: str, hint: str = "", kind: type[LayerPruneError] = Checkpoint
             hint = "" if "pip install" in str(error) else "install the package that is missing"
         elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # nor here
             hint = "run it where more memory is free"
-        raise kind(f"{what}: {cause_of(error)}{f'; {hint}' if hint else ''}") from error
+        raise kind(f"{what}: {cause_of(error, what)}{f'; {hint}' if hint else ''}") from error
 
 
-def cause_of(error: BaseException) -> str:
-    """The message of an exception on one line of limited length, with the class name if it adds information."""
+def cause_of(error: BaseException, what: str = "") -> str:
+    """The message of an exception on one line of limited length, with the class name if it adds information.
+
+    A file that `what` names is not named again.
+    """
     for one in (error, error.__cause__):
         if isinstance(one, UnicodeEncodeError) and one.object.startswith("Bearer "):  # the header of a request
             return "the Hub token has characters that no token has; copy it again, and set HF_TOKEN or run `hf auth login`"
-    text = one_line(str(error))
+    text = one_line(_system_message(error, what) or str(error))
     if text.startswith("We couldn't connect to"):  # transformers', which takes a mistyped folder for a Hub id, too
         return "it is not in the cache, and the Hub can't be reached; go online, or specify a folder"
     if _TRUNCATED.search(text):
@@ -110,6 +114,18 @@ def cause_of(error: BaseException) -> str:
     return text if len(text) <= _MAX_MESSAGE else text[: _MAX_MESSAGE - 3] + "..."
 
 
+def _system_message(error: BaseException, what: str = "") -> str | None:
+    """What the system says of a file, without the number and the quotes of Python's message; `None` for other errors."""
+    if not isinstance(error, OSError):
+        return None
+    reason, file = error.strerror, error.filename
+    if reason is None:  # as safetensors raises it, also for a file that may not be read
+        found = _NOT_FOUND.fullmatch(str(error))
+        return f"{found[1]}: Permission denied" if found and os.path.lexists(found[1]) else None
+    named = isinstance(file, str | bytes) and os.fsdecode(file) not in what
+    return f"{os.fsdecode(file)}: {reason}" if named else reason
+
+
 def explain(
     error: BaseException, debug: str = f"{DEBUG}=1", spell: Callable[[str], str] = lambda message: message
 ) -> tuple[str, int]:
@@ -121,7 +137,7 @@ def explain(
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; nothing was left half-written", 130
     if isinstance(error, LayerPruneError | OSError):
-        text = str(error)
+        text = _system_message(error) or str(error)
         # Others quote files and libraries, in which the name of an option means something else.
         text = spell(text) if isinstance(error, CutError | UnsupportedModelError) else text
         if isinstance(error, ExistingOutputError):  # whose path may be the name of an option

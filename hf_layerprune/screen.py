@@ -32,6 +32,9 @@ def configure_output(*, quiet: bool = False) -> None:
         os.environ.setdefault(name, value)
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as some schedulers do
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that can't show a character must not lose the result
         sys.stdout.reconfigure(errors="backslashreplace")
     if not sys.warnoptions:

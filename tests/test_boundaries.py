@@ -287,6 +287,23 @@ def test_an_unexpected_error_is_one_line(
     assert capsys.readouterr().err == f"hf-layerprune: {error}; --debug shows where it came from\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (PermissionError(13, "Permission denied", "a/b"), "Permission denied"),  # "can't read a/b" names it already
+        (PermissionError(13, "Permission denied", "other"), "other: Permission denied"),
+        (FileNotFoundError(2, "No such file or directory"), "No such file or directory"),
+        (FileNotFoundError("No such file or directory: c"), "No such file or directory: c"),
+        (FileNotFoundError(f"No such file or directory: {__file__}"), f"{__file__}: Permission denied"),
+        (OSError("c is not a folder"), "c is not a folder"),
+    ],
+)
+def test_what_the_system_says_of_a_file(error: OSError, cause: str) -> None:
+    with pytest.raises(CheckpointError) as found, boundary("can't read a/b"):
+        raise error
+    assert str(found.value) == f"can't read a/b: {cause}"
+
+
 @pytest.mark.parametrize("words", [[], ["--debug"]])
 @pytest.mark.parametrize(
     "secret",

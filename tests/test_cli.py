@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -323,6 +324,24 @@ def test_a_reader_that_has_read_enough(base: Path) -> None:
     done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=600)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("to", "code", "said"),
+    [
+        (">&-", 0, ""),
+        (
+            ">/dev/full",
+            1,
+            "hf-layerprune: the command succeeded, but its result can't be shown: No space left on device\n",
+        ),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+def test_a_result_that_can_not_be_shown(base: Path, to: str, code: int, said: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m hf_layerprune inspect {shlex.quote(str(base))} {to}"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, timeout=600)
+    assert (done.returncode, done.stderr) == (code, said)
 
 
 def test_a_terminal_that_lacks_characters() -> None:

@@ -477,7 +477,7 @@ def test_a_type_that_can_not_be_healed_is_refused_before_the_cut(
     ("error", "line", "code"),
     [
         (KeyboardInterrupt(), "interrupted; nothing was left half-written", 130),
-        (PermissionError(13, "Permission denied", "/x"), "[Errno 13] Permission denied: '/x'", 1),
+        (PermissionError(13, "Permission denied", "/x"), "/x: Permission denied", 1),
         (CutError("a"), "a", 2),
         (
             torch.OutOfMemoryError("CUDA out of memory."),

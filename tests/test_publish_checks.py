@@ -434,7 +434,7 @@ def test_a_push_from_a_folder_that_is_read_only(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def write_bytes(path: Path, *args: Any, **more: Any) -> None:
-        raise CheckpointError(f"could not write {path}: Read-only file system; free some space, or write elsewhere")
+        raise CheckpointError(f"could not write {path}: Read-only file system; write elsewhere")
 
     monkeypatch.setattr(push_module, "log_in", lambda token: None)
     monkeypatch.setattr(push_module, "_download", lambda *args: None)

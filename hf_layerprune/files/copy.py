@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -159,7 +160,10 @@ def check_space(target: Path, needed: int, free: int) -> None:
 def write_error(target: Path, error: Exception) -> CheckpointError:
     """The error to raise for a failed write; that of safetensors is not an `OSError`, even when the disk is full."""
     why = (isinstance(error, OSError) and error.strerror) or error
-    return CheckpointError(f"could not write {target}: {why}; free some space, or write elsewhere")
+    denied = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+    return CheckpointError(
+        f"could not write {target}: {why}; {'' if denied else 'free some space, or '}write elsewhere"
+    )
 
 
 def sync_folder(folder: Path) -> None:

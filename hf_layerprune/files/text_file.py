@@ -34,7 +34,7 @@ def open_bounded(path: Path, max_bytes: int | None) -> Iterator[BinaryIO]:
     except LayerPruneError:
         raise
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} can't be read: {cause_of(error)}") from error
+        raise CheckpointError(f"{path} can't be read: {cause_of(error, str(path))}") from error
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
