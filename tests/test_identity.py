@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,10 +20,21 @@ from safetensors.torch import load_file, save_file
 
 from hf_layerprune.cli import main
 from hf_layerprune.errors import CheckpointError
+from hf_layerprune.files.hub import HubFile, Repo
 from hf_layerprune.measure.evaluate import EvalRequest, evaluate
 from hf_layerprune.measure.store import Store
 from hf_layerprune.measure.subject import identify
-from hf_layerprune.records.fingerprints import compute_identity, fingerprint, is_part, uncached_weights_hash
+from hf_layerprune.records.fingerprints import (
+    compute_identity,
+    fingerprint,
+    hash_hub_files,
+    holds_weights,
+    identity_from_hashes,
+    is_inert,
+    is_model_file,
+    is_part,
+    uncached_weights_hash,
+)
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.records.locked import locked
 from hf_layerprune.records.metrics import Metrics
@@ -236,3 +250,69 @@ def test_all_that_a_tokenizer_of_transformers_reads_is_part_of_a_model() -> None
     assert {"tokenizer.json", "spiece.model"} <= names
     versioned = {"tokenizer.model.v3", "tokenizer.mm.model.v3", "tokenizer.4.0.0.json"}
     assert not [name for name in names | versioned if not is_part(name)]
+
+
+@pytest.mark.parametrize(
+    ("name", "inert", "read"),
+    [
+        ("lineage.json", True, False), ("sub/lineage.json", False, False), ("recipe.yaml", True, False),
+        ("NOTES.MD", True, False), ("photo.JPG", True, False), ("photo.jpeg", True, False),
+        ("assets/plot.png", True, False), ("assets/code.py", False, False), ("docs/plot.png", False, False),
+        ("LICENSE.Apache", True, False), ("Tongyi LICENSE.gguf", False, True), ("NOTICE.safetensors", False, True),
+        ("LICENSE.jinja", False, True), (".git/config", True, False), ("sub/._config.json", True, False),
+        ("additional_chat_templates/tool.jinja", False, True), ("additional_chat_templates/.tool.jinja", False, True),
+        ("additional_chat_templates/README.md", False, True), ("chat_template.jinja", False, True),
+        ("MODEL.GGUF", False, True), ("sub/model.safetensors", False, False), ("modeling.py", False, True),
+        *((f"model.{end}", False, False) for end in "bin pt pth ckpt h5 msgpack onnx npz npy pkl pickle".split()),
+    ],
+)  # fmt: skip
+def test_which_files_may_change_how_a_model_behaves(name: str, inert: bool, read: bool) -> None:
+    assert (is_inert(name), is_model_file(name)) == (inert, read)
+    if name.lower().endswith((".gguf", ".safetensors")):
+        assert holds_weights(name)
+
+
+def test_a_file_of_another_name_is_another_part() -> None:
+    hashes = {"vocab.json": "a" * 64, "tokenizer_config.json": "b" * 64, "model.safetensors": "c" * 64}
+    before = identity_from_hashes(hashes)
+    assert identity_from_hashes(dict(reversed(hashes.items()))) == before  # the Hub may list them in another order
+    for old, new in (("vocab.json", "vocab.txt"), ("model.safetensors", "model-00001-of-00001.safetensors")):
+        assert identity_from_hashes({{old: new}.get(name, name): one for name, one in hashes.items()}) != before
+
+
+def test_neither_records_nor_folders_are_hashed_as_a_base(cut: Path) -> None:
+    before = fingerprint(cut)
+    assert {"config.json", "model.safetensors"} <= before.keys()
+    (cut / "metrics.json").write_text("{}")
+    (cut / "runs.json").mkdir()
+    assert fingerprint(cut) == before
+
+
+def test_weights_that_are_changed_in_place(cut: Path) -> None:
+    """The clock of some file systems is too coarse to show it."""
+    path = cut / "model.safetensors"
+    before, status = uncached_weights_hash(cut), path.stat()
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert uncached_weights_hash(cut) != before
+
+
+class Listed(Repo):
+    """A repository whose files are in a folder."""
+
+    def get(self, name: str) -> Path:
+        return Path(self.name) / name
+
+
+def test_hashes_of_files_on_the_hub(tmp_path: Path) -> None:
+    """Those of weights are as the Hub lists them; what it lists without one is hashed, as is all that is in a cache."""
+    names = ["additional_chat_templates/tool.jinja", "config.json", "model.safetensors", "small.safetensors"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    true = {name: hashlib.sha256(name.encode()).hexdigest() for name in names}
+    files = {name: HubFile(1) for name in names} | {"model.safetensors": HubFile(1, "a" * 64)}
+    repo = Listed(str(tmp_path), "b" * 40, files)
+    assert hash_hub_files(repo, names) == (true | {"model.safetensors": "a" * 64}, tmp_path)
+    assert hash_hub_files(replace(repo, offline="no network"), names) == (true, tmp_path)
+    assert hash_hub_files(repo, ["model.safetensors"])[0] == {"model.safetensors": "a" * 64}
