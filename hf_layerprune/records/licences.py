@@ -18,7 +18,7 @@ from typing import Any
 from ..files.copy import copy_model_file
 
 _FILES = re.compile(
-    r"((MODEL|THIRD[ _-]?PARTY|ACCEPTABLE)[ _-])?(LICEN[CS]ES?|NOTICES?|US(E|AGE)[ _-]POLICY|COPYING|COPYRIGHT)([ ._-].*)?",
+    r"((MODEL|THIRD[ _-]?PARTY|ACCEPTABLE)[ _-]?)?(LICEN[CS]ES?|NOTICES?|US(E|AGE)[ _-]POLICY|COPYING|COPYRIGHT)([ ._-].*)?",
     re.IGNORECASE,
 )
 # The text of a licence, as opposed to a licence key, or to weights, which some engines load whatever their name.
