@@ -25,8 +25,10 @@ from hf_layerprune.measure.evaluate import EvalRequest, evaluate
 from hf_layerprune.measure.store import Store
 from hf_layerprune.measure.subject import identify
 from hf_layerprune.records.fingerprints import (
+    base_of_adapter,
     compute_identity,
     fingerprint,
+    has_tokenizer,
     hash_hub_files,
     holds_weights,
     identity_from_hashes,
@@ -253,21 +255,22 @@ def test_all_that_a_tokenizer_of_transformers_reads_is_part_of_a_model() -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "inert", "read"),
+    ("name", "inert", "read", "part"),
     [
-        ("lineage.json", True, False), ("sub/lineage.json", False, False), ("recipe.yaml", True, False),
-        ("NOTES.MD", True, False), ("photo.JPG", True, False), ("photo.jpeg", True, False),
-        ("assets/plot.png", True, False), ("assets/code.py", False, False), ("docs/plot.png", False, False),
-        ("LICENSE.Apache", True, False), ("Tongyi LICENSE.gguf", False, True), ("NOTICE.safetensors", False, True),
-        ("LICENSE.jinja", False, True), (".git/config", True, False), ("sub/._config.json", True, False),
-        ("additional_chat_templates/tool.jinja", False, True), ("additional_chat_templates/.tool.jinja", False, True),
-        ("additional_chat_templates/README.md", False, True), ("chat_template.jinja", False, True),
-        ("MODEL.GGUF", False, True), ("sub/model.safetensors", False, False), ("modeling.py", False, True),
-        *((f"model.{end}", False, False) for end in "bin pt pth ckpt h5 msgpack onnx npz npy pkl pickle".split()),
+        ("lineage.json", True, False, False), ("sub/lineage.json", False, False, False), ("recipe.yaml", True, False, False),
+        ("NOTES.MD", True, False, False), ("photo.JPG", True, False, False), ("photo.jpeg", True, False, False),
+        ("assets/plot.png", True, False, False), ("assets/code.py", False, False, False), ("docs/plot.png", False, False, False),
+        ("LICENSE.Apache", True, False, True), ("Tongyi LICENSE.gguf", False, True, False), ("NOTICE.safetensors", False, True, False),
+        ("LICENSE.jinja", False, True, False), (".git/config", True, False, False), ("sub/._config.json", True, False, False),
+        ("additional_chat_templates/tool.jinja", False, True, True), ("additional_chat_templates/.tool.jinja", False, True, False),
+        ("additional_chat_templates/README.md", False, True, False), ("chat_template.jinja", False, True, True),
+        ("MODEL.GGUF", False, True, False), ("sub/model.safetensors", False, False, False), ("modeling.py", False, True, False),
+        ("spiece.model", False, True, True), ("._spiece.model", True, False, False), ("sub/tool.jinja", False, False, False),
+        *((f"model.{end}", False, False, False) for end in "bin pt pth ckpt h5 msgpack onnx npz npy pkl pickle".split()),
     ],
 )  # fmt: skip
-def test_which_files_may_change_how_a_model_behaves(name: str, inert: bool, read: bool) -> None:
-    assert (is_inert(name), is_model_file(name)) == (inert, read)
+def test_which_files_may_change_how_a_model_behaves(name: str, inert: bool, read: bool, part: bool) -> None:
+    assert (is_inert(name), is_model_file(name), is_part(name)) == (inert, read, part)
     if name.lower().endswith((".gguf", ".safetensors")):
         assert holds_weights(name)
 
@@ -316,3 +319,49 @@ def test_hashes_of_files_on_the_hub(tmp_path: Path) -> None:
     assert hash_hub_files(repo, names) == (true | {"model.safetensors": "a" * 64}, tmp_path)
     assert hash_hub_files(replace(repo, offline="no network"), names) == (true, tmp_path)
     assert hash_hub_files(repo, ["model.safetensors"])[0] == {"model.safetensors": "a" * 64}
+
+
+def test_what_is_a_tokenizer() -> None:
+    for name in ("tokenizer.json", "vocab.txt", "tekken.json", "spiece.model", "qwen.tiktoken"):
+        assert has_tokenizer(["config.json", name])
+    assert not has_tokenizer(["config.json", "merges.txt"])
+
+
+def test_the_parts_of_an_identity() -> None:
+    names = {"config": "config.json", "generation": "generation_config.json", "adapter": "adapter_config.json",
+             "template": "chat_template.jinja", "tokenizer": "tokenizer.json"}  # fmt: skip
+    hashes = {name: name for name in names.values()} | {"model.safetensors": "w"}
+    whole = identity_from_hashes(hashes)
+    for part, name in names.items():
+        assert identity_from_hashes(hashes | {name: "other"}).changed_since(whole.parts) == [part]
+        lacks = identity_from_hashes({one: hash_ for one, hash_ in hashes.items() if one != name})
+        assert lacks.changed_since(whole.parts) == whole.changed_since(lacks.parts) == [part]
+    weights_alone = identity_from_hashes({"model.gguf": "w"})
+    assert weights_alone.parts == {}
+    assert weights_alone.changed_since(None) == whole.changed_since(None) == ["identity"]
+
+
+def test_the_commit_of_an_adapters_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached, pinned, recorded = ("abc"[i] * 40 for i in range(3))
+    repo = tmp_path / "cache" / "models--org--base"
+    for path, text in (("refs/main", cached), (f"snapshots/{cached}/config.json", "{}")):
+        (repo / path).parent.mkdir(parents=True)
+        (repo / path).write_text(text)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    for fields, base in (
+        ({}, f"org/base@{cached}"),
+        ({"revision": "main", "base_commit": recorded}, f"org/base@{cached}"),
+        ({"revision": "other"}, "org/base@other"),
+        ({"base_commit": recorded}, f"org/base@{recorded}"),
+        ({"revision": pinned, "base_commit": recorded}, f"org/base@{pinned}"),
+        ({"base_model_name_or_path": "/gone/base"}, "/gone/base@None"),
+        ({"base_model_name_or_path": None}, None),
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"} | fields))
+        assert base_of_adapter(tmp_path) == base
+
+
+def test_a_broken_link_is_no_model_file(cut: Path) -> None:
+    (cut / "tokenizer.model").symlink_to(cut / "gone")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model is a broken link or not a file"):
+        compute_identity(cut)

@@ -109,6 +109,7 @@ def edit(folder: Path, name: str, change: Any = None, **notes: str) -> None:
         ),
         ({"quant_method": "torchao", "quant_type": {"default": None}}, "torchao"),
         ({"quant_method": "torchao", "quant_type": {"default": "int4"}}, "torchao, int4"),
+        ({"quant_method": "torchao", "quant_type": {"default": ["int4"]}}, "torchao"),
         (
             {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnly"}}},
             "torchao, Int8WeightOnly",

@@ -250,7 +250,7 @@ def identity_from_hashes(hashes: Mapping[str, str], base: str | None = None) -> 
     template: dict[str, str] = {}
     others: dict[str, str] = {}
     for name, sha256 in hashes.items():
-        if is_inert(name) or name in (CONFIG, GENERATION, ADAPTER_CONFIG):
+        if name in (CONFIG, GENERATION, ADAPTER_CONFIG):
             continue
         is_template = name.startswith((f"{TEMPLATES}/", "chat_template."))
         group = weights if holds_weights(name) else template if is_template else others
