@@ -160,6 +160,22 @@ def test_an_adapter_on_another_architecture_names_its_base(base: Path, tmp_path:
         PeftModel.from_pretrained(tiny_model("gpt2"), tmp_path)
 
 
+def test_an_adapter_is_put_on_a_base_on_disk_by_transformers(base: Path, tmp_path: Path) -> None:
+    """PEFT would put it on disk again, from files in which the layers have other numbers."""
+    model = prune_with(LayerDropConfig(drop_layers=[3]), load(base))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    parts = ["embed_tokens", "norm", "rotary_emb", *(f"layers.{i}" for i in range(1, 8))]
+    places = {"model.layers.0": "disk", "lm_head": "cpu"} | {f"model.{part}": "cpu" for part in parts}
+    on_disk: dict[str, Any] = {"device_map": places, "offload_folder": tmp_path / "off"} | EAGER
+    with pytest.raises(
+        CutError, match=r"base is offloaded.* AutoModelForCausalLM\.from_pretrained\(ADAPTER, device_map"
+    ):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **on_disk), tmp_path / "adapter")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", **on_disk)
+    assert again.model.layers[0].mlp.up_proj.weight.is_meta
+    assert torch.equal(logits(again), logits(model))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -26,7 +26,7 @@ from ..errors import CutError, LayerPruneError
 from ..families.layout import find_decoder_layers, find_output_head, ties_head
 from ..options.kinds import quoted
 from ..repair.frozen import apply_to_adapter, freeze, repaired_module_names, unfreeze
-from ..runtime.devices import is_offloaded
+from ..runtime.devices import has_lost_weights, is_offloaded
 from .config import LayerDropConfig
 from .prepare import CUT, PREPARED, needs_dense_model, prepare
 from .resolve import is_already_cut, resolve_drop, resolved_cut
@@ -98,6 +98,12 @@ class LayerDropModel(BaseTuner):
             raise CutError(
                 "weights would be loaded with a config that was not saved with them, and may be of another cut; leave config out, "
                 "or change that of PeftConfig.from_pretrained(ADAPTER) and pass it"
+            )
+        # `PeftModel.from_pretrained` has taken off the hooks by which accelerate would fetch the weights.
+        if hasattr(self.model, "hf_device_map") and has_lost_weights(self.model):
+            raise CutError(
+                "the base is offloaded, and PEFT would look for its weights under the names of its layers before the cut; load the "
+                "adapter with AutoModelForCausalLM.from_pretrained(ADAPTER, device_map=...), or load the base without device_map"
             )
         if not hasattr(self.model, "prepare_inputs_for_generation"):
             raise CutError(

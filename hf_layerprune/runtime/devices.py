@@ -34,6 +34,11 @@ def is_offloaded(module: nn.Module) -> bool:
     return any(parameter.is_meta for part in hooked for parameter in part.parameters())
 
 
+def has_lost_weights(module: nn.Module) -> bool:
+    """Whether a module has weights on the meta device that nothing puts in place."""
+    return any(p.is_meta for part in module.modules() if not hasattr(part, "_hf_hook") for p in part.parameters(False))
+
+
 def synchronise(device: torch.device) -> None:
     """Wait until an accelerator has finished its work."""
     if device.type != "cpu":
