@@ -176,6 +176,24 @@ def test_an_adapter_is_put_on_a_base_on_disk_by_transformers(base: Path, tmp_pat
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.parametrize("disabled_first", [True, False])
+def test_every_layer_gives_its_states_in_both_models(disabled_first: bool) -> None:
+    """transformers installs the hooks that collect them once, on the layers that are there at the time."""
+    model = get_peft_model(tiny_model("qwen3_moe"), LayerDropConfig(drop=2, keep_dropped=True)).eval()
+
+    def collected() -> tuple[int, int]:
+        output = model(tiny_input(), output_hidden_states=True, output_router_logits=True)
+        return len(output.hidden_states), len(output.router_logits)
+
+    routers = sum(hasattr(layer.mlp, "gate") for layer in tiny_model("qwen3_moe").model.layers)
+    for disable in (disabled_first, not disabled_first, disabled_first):
+        if disable:
+            with model.disable_adapter():
+                assert collected() == (9, routers)
+        else:
+            assert collected()[0] == 7
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -83,6 +83,7 @@ class LayerCut:
             for change in reversed(self.changes):
                 change.apply(change.old)
             self.active = False
+            self._capture_again()
 
     def reapply(self) -> None:
         """Cut again after `restore`.
@@ -95,6 +96,16 @@ class LayerCut:
             for change in self.changes:
                 change.apply(change.new)
             self.active = True
+            self._capture_again()
+
+    def _capture_again(self) -> None:
+        """Let transformers install the hooks for `output_hidden_states` and the like anew: layers that come back have none."""
+        owners = [change.owner for change in self.changes if isinstance(change.owner, nn.Module)]
+        for module in {id(m): m for top in (*owners, self.inactive_modules()) for m in top.modules()}.values():
+            vars(module).pop("_output_capturing_hooks_installed", None)
+            for key, hook in list(module._forward_hooks.items()):
+                if getattr(hook, "__name__", "") == "output_capturing_hook":
+                    del module._forward_hooks[key]
 
     def _check_unchanged(self) -> None:
         """Refuse to change layers that are not those that this cut left: the indices in them would be wrong."""
