@@ -14,7 +14,7 @@ from hf_layerprune.cut.disk import plan_cut
 from hf_layerprune.cut.lazy import load_pruned
 from hf_layerprune.errors import CutError
 from hf_layerprune.families.fields import Cut
-from hf_layerprune.families.quantization import rewrite_quantization
+from hf_layerprune.families.quantization import names_layers, rewrite_quantization
 from tests.tiny_models import tiny_model
 
 CUT = Cut((0, 1, 4, 5, 6, 10, 11), 12)  # 4 is 2 now, 5 is 3, 6 is 4, 10 is 5, 11 is 6
@@ -39,6 +39,8 @@ def ignore(entry: str, **options) -> list[str]:
         ("model.layers.4.block_sparse_moe.experts.7.w1", ["model.layers.2.block_sparse_moe.experts.7.w1"]),
         ("mtp.layers.3.mlp.gate", ["mtp.layers.3.mlp.gate"]),
         ("visual.blocks.3.mlp", ["visual.blocks.3.mlp"]),
+        ("visual.layer_3", ["visual.layer_3"]),
+        ("model.layers.*.mlp", ["model.layers.*.mlp"]),
         ("model.vision_tower.encoder.layers.3.mlp", ["model.vision_tower.encoder.layers.3.mlp"]),
         ("*.layers.4.*", ["*.layers.2.*"]),
         ("*.layers.*.mlp.experts.3", ["*.layers.*.mlp.experts.3"]),
@@ -55,6 +57,7 @@ def ignore(entry: str, **options) -> list[str]:
         (r"re:(visual|vision_tower)\.blocks\.[0-3]\.", [r"re:(visual|vision_tower)\.blocks\.[0-3]\."]),
         (r"re:.*\.\d+\.mlp", [r"re:.*\.\d+\.mlp"]),
         (r"re:.*experts\.[0-3]\.w1", [r"re:.*experts\.[0-3]\.w1"]),
+        (r"re:.*mlp\.w[12]$", [r"re:.*mlp\.w[12]$"]),
         (r"re:.*layers.\d+.mlp", [r"re:.*layers.\d+.mlp"]),
     ],
 )
@@ -70,6 +73,7 @@ def test_entries_are_rewritten(old, new):
         r"re:.*layers\.4\.mlp", r"re:.*layers\.(4|5|3)\.mlp", r"re:.*layers\.[23]\.mlp", r"re:.*layers\.1\d\.mlp",
         r"re:.*layers\.\d\.mlp", r"re:.*layers\..\d+\.mlp", r"re:.*layers.\d+..mlp", r"re:.*layers.\d+.\d+.mlp", r"re:.*layers\..\.mlp",
         "model.layers.?.mlp", r"re:.*layers\.[^.]\.mlp", r"re:.*layers\.(?:(.))\.mlp", r"re:.*layers\.[^.]{2}\.mlp", r"re:(visual|model)\.layers\.3\.", r"^model\.layers\.(4|6)\.",
+        ".3.mlp", "*3.mlp", "model.?.3.mlp", "model.layers.\u0664.mlp", "-:model.layers.4", r"re:.*layers_\d\.mlp",
         "model.layer?.3.mlp", "re:model.layers.4", "model.layers.4.mlp|model.layers.5.mlp",
     ],
 )  # fmt: skip
@@ -88,6 +92,8 @@ def test_patterns_that_may_mean_another_stack_are_refused_where_there_is_one():
         (r"re:.*layers\.\d+\.mlp", [r"re:.*layers\.\d+\.mlp"]),
         (r"re:vision_tower.*layers\.4\.mlp", [r"re:vision_tower.*layers\.4\.mlp"]),
         ("model.layers.4.mlp", ["model.layers.2.mlp"]),
+        ("transformer.h.4.mlp", ["transformer.h.2.mlp"]),
+        ("thinker.model.layers.4.mlp", ["thinker.model.layers.2.mlp"]),
     ):
         assert ignore(old, several_stacks=True) == new
 
@@ -114,12 +120,16 @@ def test_every_place_is_looked_at():
     }  # fmt: skip
     for by_index in (
         {"skip_layers": [1, 2]}, {"skip_layers": ["1", "2"]}, {"skip_layers": "1-2"}, {"first_layer": 2},
-        {"layers": {"1": {"bits": 8}, "2": {"bits": 4}}}, {"layers": {"1": {"bits": 8}, "other": {"bits": 4}}}, {"bits": [8, 4] * 6}, {"bits": {"1": 8, "2": 4}},
+        {"skipLayers": [1, 2]}, {"Layers": {"1": {"bits": 8}, "other": {"bits": 4}}}, {"layers": {"1": {"bits": 8}, "2": {"bits": 4}}}, {"layers": {"1": {"bits": 8}, "other": {"bits": 4}}}, {"bits": [8, 4] * 6}, {"bits": {"1": 8, "2": 4}},
     ):  # fmt: skip
         with pytest.raises(CutError, match=f"field '{next(iter(by_index))}' .* is ambiguous; list modules instead"):
             rewrite_quantization(by_index, CUT)
-    with pytest.raises(CutError, match="may pick layers by their index"):
-        rewrite_quantization({"module_quant_configs": {"layers.1": {"num_bits": 8}}}, CUT)
+    for field in ("module_quant_configs", "dynamic"):
+        with pytest.raises(CutError, match="may pick layers by their index"):
+            rewrite_quantization({field: {"layers.1": {"num_bits": 8}}}, CUT)
+    for per_module in ({"skip": [f"part{i}" for i in range(CUT.num_layers)]}, {"sizes": {"block": [128, 64]}}):
+        for cut in (CUT, Cut((1,), 2)):
+            assert rewrite_quantization(per_module, cut) == per_module
     for entry in ("model.layers.4.*", "model.layers.1*"):  # 10 and 11 too, if it is a regular expression
         with pytest.raises(CutError, match="could be a wildcard or a regular expression"):
             rewrite_quantization({"quant_method": "bitsandbytes", "llm_int8_skip_modules": [entry]}, CUT)
@@ -129,6 +139,11 @@ def test_every_place_is_looked_at():
         rewrite_quantization({"block": "model.layers.3"}, CUT)
     with pytest.raises(CutError, match="two settings"):
         rewrite_quantization({"producer": {}, "modules": {"layers.1*": 1, "layers.10": 2}}, CUT)
+
+
+def test_what_may_name_layers():
+    assert names_layers({"a": ["x", ("model.layers.3",)]})
+    assert not names_layers(["model.layers.*", "layers", "w3", 3, None])
 
 
 def test_a_name_that_begins_those_of_other_layers():

@@ -127,8 +127,6 @@ class _Rewriter:
         if body != text or where in _PATTERN_FIELDS or _REGEX.search(body):
             self._check_no_index(text, body)
             return [text]
-        if not any(char.isdecimal() for char in body):
-            return [text]
         return self._rewrite_name(text)
 
     # --- names, with or without wildcards --------------------------------------------------------------------
@@ -138,9 +136,9 @@ class _Rewriter:
         for place, part in enumerate(parts[:-1]):
             index, before = parts[place + 1], ".".join(parts[:place])
             if part.lstrip("*") in LIST_NAMES:
-                if index == "*" or not any(char.isdecimal() for char in index):
+                if not any(char.isdecimal() for char in index):
                     continue
-                if NOT_TEXT.search(before + part) or "mtp" in parts[:place]:
+                if NOT_TEXT.search(before) or "mtp" in parts[:place]:
                     return [text]
                 self._check_stack(text, before, "*" in part)
                 return self._numbered(text, parts, place + 1)
