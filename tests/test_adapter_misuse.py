@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune import CutError, LayerDropConfig, prune_with
+from hf_layerprune.versions import transformers_loads_whole_modules
 
 from .matrix import logits as logits_of
 from .tiny_models import EAGER, tiny_input, tiny_model
@@ -96,7 +97,7 @@ def test_one_adapter_is_active(base: Path) -> None:
     assert model.active_adapters == ["second"]
 
 
-@pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"], ["model"], ["embed_tokens", "lm_head"]], ids=str)
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]], ids=str)
 def test_what_is_tied_stays_as_it_was_trained(
     tmp_path: Path, modules: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -171,6 +172,8 @@ def test_an_adapter_is_put_on_a_base_on_disk_by_transformers(base: Path, tmp_pat
         CutError, match=r"base is offloaded.* AutoModelForCausalLM\.from_pretrained\(ADAPTER, device_map"
     ):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **on_disk), tmp_path / "adapter")
+    if not transformers_loads_whole_modules():
+        return
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", **on_disk)
     assert again.model.layers[0].mlp.up_proj.weight.is_meta
     assert torch.equal(logits(again), logits(model))
