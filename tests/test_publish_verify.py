@@ -13,9 +13,13 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from hf_layerprune import LayerDropConfig, prune_with
 from hf_layerprune.cli import main
 from hf_layerprune.errors import CheckpointError
+from hf_layerprune.heal.stage import write_healed
+from hf_layerprune.heal.student import Student
 from hf_layerprune.publish.requests import VerifyRequest
 from hf_layerprune.publish.verify import verdict
 from hf_layerprune.publish.verify.rebuild import WeightFile, notes_in
@@ -266,6 +270,33 @@ def test_an_adapter_with_a_head_of_its_own(tmp_path: Path) -> None:
     save_file(tensors, path)
     claim(tmp_path / "small")
     assert "lm_head.weight is not a tensor of the base" in said(verify(tmp_path / "small"), False)
+
+
+@pytest.mark.parametrize(("model_type", "stored_twice"), [("llama", False), ("llama", True), ("gpt_neox", False)])
+def test_trained_embeddings_of_a_model_with_a_tied_head(model_type: str, stored_twice: bool, tmp_path: Path) -> None:
+    """The head keeps the base's values, which the adapter need not hold, and the merged model stores."""
+    base, cut, trained, healed, adapter = (tmp_path / one for one in ("base", "cut", "trained", "healed", "adapter"))
+    model = tiny_model(model_type)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(base)
+    (embeddings,) = (name for name, one in model.named_modules() if one is model.get_input_embeddings())
+    if stored_twice:
+        edit(base, lambda tensors: tensors.update({"lm_head.weight": tensors[f"{embeddings}.weight"].clone()}))
+    assert main(["prune", str(base), str(cut), "--drop-layers", "2"]) == 0
+    config = LayerDropConfig(drop_layers=[2], tune_layers=0, modules_to_save=[embeddings])
+    tuned = prune_with(config, AutoModelForCausalLM.from_pretrained(base))
+    for parameter in tuned.parameters():
+        parameter.data += parameter.requires_grad
+    tuned.save_pretrained(trained)
+    write_healed(Student.load(cut), trained, healed, {"stage": "heal", "settings": {}}, adapter=adapter)
+    for folder in (healed, adapter):
+        found = verify(folder)
+        assert found.consistent, said(found)
+        assert found.recorded.total() == len(load_file(adapter / "adapter_model.safetensors"))
+    edit(healed, lambda tensors: tensors.pop("lm_head.weight"))
+    claim(healed)
+    assert "is missing, and config.json no longer ties it to " in said(verify(healed), False)
 
 
 def test_an_adapter_on_a_pruned_model(cut: Path, tmp_path: Path) -> None:

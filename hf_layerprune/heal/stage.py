@@ -22,6 +22,7 @@ from ..records.licences import copy_licence
 from ..records.lineage import Lineage
 from ..runtime.config_file import read_config_file
 from ..runtime.loading import load_base, load_config
+from ..runtime.model_class import tied_names
 from .student import Student
 
 if TYPE_CHECKING:
@@ -170,15 +171,19 @@ def weights_dtype(student: Student) -> torch.dtype:
 def changed_tensors(before: Path, after: Path) -> list[str]:
     """Names, ascending, of the tensors of one model folder that are new or different from those of another.
 
-    If the other was saved without its head, as gpt2 was, its names lack their first part.
+    A head that was untied from the embeddings is compared with these. If the other folder was saved without its head, as
+    gpt2 was, its names lack their first part.
     """
+    tied, stored = tied_names(load_config(before))
+    others = {one: stored.get(other, other) for name, other in tied.items() for one in (name, stored.get(name, name))}
     with ExitStack() as files:
         opened = [files.enter_context(safe_open(path, framework="pt")) for path in before.glob("*.safetensors")]
         where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
         def same(name: str, tensor: torch.Tensor) -> bool:
-            old = name if name in where else name.partition(".")[2]
-            other = where[old].get_tensor(old) if old in where else None
+            names = [one for full in (name, others.get(name, "")) for one in (full, full.partition(".")[2])]
+            old = next((one for one in names if one in where), None)
+            other = None if old is None else where[old].get_tensor(old)
             return other is not None and other.dtype == tensor.dtype and torch.equal(other, tensor)
 
         return sorted(name for name, tensor in _iterate_tensors(after) if not same(name, tensor))

@@ -104,6 +104,17 @@ def stored_names(config: PreTrainedConfig, names: Collection[str]) -> dict[str, 
     return {name: parts[0] for name, parts in _stored_parts(config, names).items() if len(parts) == 1}
 
 
+def tied_names(config: PreTrainedConfig) -> tuple[dict[str, str], dict[str, str]]:
+    """By tensor, the one that it is tied to, and how a checkpoint names all of these. Most often, they are the head and the
+    embeddings.
+
+    A tied tensor need not be stored. One that was untied may have either name, as transformers renames what it has loaded.
+    """
+    with boundary("no model can be built from this config"):
+        tied = model_without_weights(config).all_tied_weights_keys
+        return tied, stored_names(config, [*tied, *tied.values()])
+
+
 def _stored_parts(config: PreTrainedConfig, names: Collection[str]) -> dict[str, list[str]]:
     """As [`stored_names`], with the names of all parts, such as those of single experts."""
     from transformers.core_model_loading import revert_weight_conversion

@@ -17,7 +17,7 @@ from ...records.fingerprints import ADAPTER_WEIGHTS, CONFIG
 from ...records.history import QUANTIZE, History
 from ...records.lineage import FILE_NAME as LINEAGE
 from ...runtime.loading import ignored_names, load_config
-from ...runtime.model_class import model_class_of, model_without_weights, stored_names, stored_tensors
+from ...runtime.model_class import model_class_of, stored_tensors, tied_names
 from .fields import differences, unties
 from .outcome import Verification
 from .places import ModelLocation
@@ -89,10 +89,11 @@ def check_tensors(
         CheckpointError: The weight files are not complete, or contradict each other.
     """
     tensors, prefix = expected.tensors, _missing_prefix(expected)
+    ties, names = tied_names(expected.model_config)
 
     def in_cut(name: str) -> str:
-        """The repeated cut's name for a tensor, of which transformers may have completed the name."""
-        return name if name in tensors else name.removeprefix(prefix)
+        """The repeated cut's name for a tensor, of which transformers may have completed or changed the name."""
+        return name if name in tensors else names.get(name, name).removeprefix(prefix)
 
     changed = {in_cut(name): by for name, by in history.changed().items()}
     files: dict[str, WeightFile] = {}
@@ -105,15 +106,17 @@ def check_tensors(
     found = {in_cut(name): tensor for name, tensor in stored}
     if len(found) < len(stored):
         raise CheckpointError(f"{model.name} holds a tensor under two names")
-    ties = _tied(expected) if found.keys() ^ tensors.keys() else {}
     tied = {in_cut(name): in_cut(other) for name, other in ties.items()}
     compared = _compare(found, expected, changed, tied, modules is not None)
     if modules is not None:
         missing = {in_cut(name) for stage in history.since_last_cut for name in stage.changed} - found.keys()
     else:
         missing = _missing(expected, found, tied, changed)
-        if _is_untied(model, expected) and not any("lm_head" in name.split(".") for name in found):
-            compared.wrong.append(f"lm_head.weight is missing, and {CONFIG} no longer ties it to the embeddings")
+        now = load_config(model.folder)
+        if any(unties(path, *values) for path, values in differences(expected.config, now.to_dict()).items()):
+            untied = tied.keys() - {in_cut(name) for name in tied_names(now)[0]} - found.keys()
+            missing -= untied
+            compared.wrong += [f"{name} is missing, and {CONFIG} no longer ties it to {tied[name]}" for name in untied]
     compared.wrong += [f"{name} is missing" for name in missing]
     # What an adapter of a quantised cut holds need not be among it; that cut is verified too.
     before = history.stages[: -len(history.since_last_cut)]
@@ -176,7 +179,7 @@ def _compare(
             continue
         whole = name if name in changed or name in plain else _changed_parameter(name, owners, changed)
         by = changed.get(whole, ())
-        if by and (is_adapter or QUANTIZE in by or _may_be_trained(name, tensor, wanted)):
+        if by and (is_adapter or QUANTIZE in by or _may_be_trained(tensor, wanted)):
             compared.recorded[whole] = " and ".join(dict.fromkeys(by))
         else:
             quantizer = None if name in plain else expected.quantizer
@@ -226,16 +229,6 @@ def _missing_prefix(expected: Expected) -> str:
     return "" if any(name.startswith(prefix) for name in expected.tensors) else prefix
 
 
-def _tied(expected: Expected) -> dict[str, str]:
-    """By tensor, the one to which the base ties it: it need not be stored, and has the other's values until it is
-    trained. Most often, these are the head and the embeddings.
-    """
-    with boundary(_NO_MODEL):
-        tied = model_without_weights(expected.model_config).all_tied_weights_keys
-        stored = stored_names(expected.model_config, [*tied, *tied.values()]) if tied else {}
-    return {stored.get(name, name): stored.get(other, other) for name, other in tied.items()}
-
-
 def _to_stored_names(
     model: ModelLocation, expected: Expected, modules: Mapping[str, TensorHash], unknown: Collection[str]
 ) -> list[tuple[str, TensorHash]]:
@@ -268,14 +261,12 @@ def _difference(name: str, tensor: TensorHash, wanted: TensorHash | None, quanti
     return f"{name} differs from {whose}"
 
 
-def _may_be_trained(name: str, tensor: TensorHash, wanted: TensorHash | None) -> bool:
-    """Whether a repair or training can have made a tensor: neither adds one, but an untied head, or changes a shape."""
+def _may_be_trained(tensor: TensorHash, wanted: TensorHash | None) -> bool:
+    """Whether a repair or training can have made a tensor of the base's: neither adds one, or changes a shape.
+
+    Of an untied head, the base's is the tensor that it was tied to.
+    """
     if wanted is None:
-        return name.endswith("lm_head.weight")
+        return False
     floats = {tensor.dtype, wanted.dtype} <= FLOATS
     return tensor.shape == wanted.shape and (floats or tensor.dtype == wanted.dtype)
-
-
-def _is_untied(model: ModelLocation, expected: Expected) -> bool:
-    now = differences(expected.config, load_config(model.folder).to_dict())
-    return any(unties(path, *values) for path, values in now.items())
