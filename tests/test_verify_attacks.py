@@ -592,6 +592,19 @@ def test_an_index_that_places_a_tensor_elsewhere(tmp_path: Path, capsys: pytest.
     assert (code, f"places it in {index['weight_map'][NORM]}" in said) == (1, True), said
 
 
+def test_a_second_cut_of_another_number_of_layers(
+    cut: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prune", str(cut), str(tmp_path / "again"), "--drop-layers", "1"]) == 0
+    edit_json("config.json", layer_drop={"drop_layers": [1], "num_base_layers": 7})(tmp_path / "again")
+    lineage = Lineage.load(tmp_path / "again")
+    lineage.entries[-1]["layers"]["base"] = 7
+    lineage.write(tmp_path / "again")
+    forge(tmp_path / "again")
+    code, said = says(tmp_path / "again", capsys)
+    assert (code, "drops layers [1] of 7, and 6 were left" in said) == (1, True), said
+
+
 @pytest.mark.parametrize("both", [False, True])
 def test_a_kept_tensor_that_is_missing(tmp_path: Path, both: bool, capsys: pytest.CaptureFixture[str]) -> None:
     base = write_base(tmp_path / "base")

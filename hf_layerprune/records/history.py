@@ -239,9 +239,10 @@ def read_history(lineage: Lineage) -> History:
                 raise CheckpointError("lineage.json does not say which layers were dropped; prune with hf-layerprune")
             continue
         drop = (entry.get("settings") or {}).get("drop_layers") or []
-        if n is None or any(i >= len(kept) for i in drop):
+        if n is None or layers.get("base", len(kept)) != len(kept) or any(i >= len(kept) for i in drop):
             raise CheckpointError(
-                f"lineage.json drops layers {drop} of {len(kept)}; it was edited or is damaged, so prune the model again"
+                f"lineage.json drops layers {drop} of {layers.get('base', '?')}, and {len(kept)} were left; it was edited or is "
+                "damaged, so prune the model again"
             )
         stay = [i for i in range(len(kept)) if i not in set(drop)]
         kept = [kept[i] for i in stay]
