@@ -348,7 +348,13 @@ ADAPTER: dict[str, Callable[[Path], object]] = {
     "a pickle beside it": write("adapter_model.bin", b"\x80\x04."),
     "stray weights beside it": lambda folder: save_file(TENSOR, folder / "model.safetensors"),
     "a chat template": write("chat_template.jinja", "{{ 'evil' }}"),
+    "a part of the base's tokenizer": lambda folder: copy_tokenizer(folder, "tokenizer.json"),
 }
+
+
+def copy_tokenizer(folder: Path, *names: str) -> None:
+    for name in names:
+        shutil.copy(Path(Lineage.load(folder).base["id"], name), folder)
 
 
 @pytest.mark.parametrize("forged", [False, True])
@@ -360,6 +366,13 @@ def test_an_adapter(adapter: Path, attack: str, forged: bool, capsys: pytest.Cap
     code, said = says(adapter, capsys)
     assert code == 1
     assert "YES" not in said
+
+
+def test_an_adapter_with_its_base_s_tokenizer(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy_tokenizer(adapter, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    forge(adapter)
+    code, said = says(adapter, capsys)
+    assert (code, "YES:" in said) == (0, True), said
 
 
 def test_an_adapter_with_a_repair(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,7 @@ from ...records.fingerprints import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CONFIG,
+    GENERATION,
     QUANTISERS,
     base_of_adapter,
     holds_weights,
@@ -304,13 +305,14 @@ def _check_files(model: ModelLocation, history: History, expected: Expected, out
             texts.append(f"{name} is not a file that the cut leaves, and may change how the model behaves; remove it")
         elif wanted[name] != here[name]:
             texts.append(f"there is another {name} than the cut leaves of the base's")
-    if not model.is_adapter:
-        texts += [f"{name} is missing" for name in sorted(wanted.keys() - here.keys())]
+    others = len(here.keys() - checked)
+    if others or not model.is_adapter:  # of some files alone, another tokenizer would be loaded than the base's
+        unneeded = {CONFIG, GENERATION, INDEX} if model.is_adapter else set()
+        texts += [f"{name} is missing" for name in sorted(wanted.keys() - here.keys() - unneeded)]
     if expected.lacked:
         text = f"{LINEAGE} says that the copy of the base that was cut lacked {', '.join(expected.lacked)}"
         outcome.add(None, "files", text[:300])
         outcome.lacked = expected.lacked
-    others = len(here.keys() - checked)
     same = (
         f"{others} other file{'s are' if others > 1 else ' is'} the base's" if others else "there are no other files"
     )
