@@ -61,6 +61,17 @@ def test_the_version_stands_in_one_place() -> None:
     assert [name for name, text in texts.items() if assigned.search(text)] == ["hf_layerprune/versions.py"]
 
 
+def test_what_runs_leave_behind_is_not_in_the_repository() -> None:
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    folders = {name.partition("/")[0] for name in files if "/" in name}
+    hidden = {name for name in folders if name.startswith(".")}
+    assert hidden == {".ci", ".github"}
+    known = "benchmarks docs hf_layerprune model_cards notebooks recipes spaces tests"  # the map in CONTRIBUTING.md
+    assert folders - hidden == set(known.split())
+
+
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(
