@@ -87,9 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return result.exit_code
         except OSError as error:
-            os.dup2(
-                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-            )  # where Python would write the rest at its end
+            # Where Python would write the rest at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise LayerPruneError(f"the command succeeded, but its result can't be shown: {error.strerror}") from error
     except (Exception, KeyboardInterrupt) as error:
         if display.debug or wants_traceback():

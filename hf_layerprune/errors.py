@@ -118,10 +118,10 @@ def _system_message(error: BaseException, what: str = "") -> str | None:
     """What the system says of a file, without the number and the quotes of Python's message; `None` for other errors."""
     if not isinstance(error, OSError):
         return None
+    if not isinstance(error.errno, int):  # not the system's own
+        found = _NOT_FOUND.fullmatch(str(error))  # as safetensors raises it, also for a file that may not be read
+        return f"{found[1]}: Permission denied" if found and os.path.exists(found[1]) else None
     reason, file = error.strerror, error.filename
-    if reason is None:  # as safetensors raises it, also for a file that may not be read
-        found = _NOT_FOUND.fullmatch(str(error))
-        return f"{found[1]}: Permission denied" if found and os.path.lexists(found[1]) else None
     named = isinstance(file, str | bytes) and os.fsdecode(file) not in what
     return f"{os.fsdecode(file)}: {reason}" if named else reason
 

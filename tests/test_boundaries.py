@@ -295,13 +295,19 @@ def test_an_unexpected_error_is_one_line(
         (FileNotFoundError(2, "No such file or directory"), "No such file or directory"),
         (FileNotFoundError("No such file or directory: c"), "No such file or directory: c"),
         (FileNotFoundError(f"No such file or directory: {__file__}"), f"{__file__}: Permission denied"),
+        (FileNotFoundError("No such file or directory: {tmp}/broken"), "No such file or directory: {tmp}/broken"),
         (OSError("c is not a folder"), "c is not a folder"),
+        (OSError("Expecting value", "<html>", 0), "[Errno Expecting value] <html>: 0"),  # as libraries make them
+        (OSError("c", ValueError("d")), "[Errno c] d"),
     ],
 )
-def test_what_the_system_says_of_a_file(error: OSError, cause: str) -> None:
+def test_what_the_system_says_of_a_file(error: OSError, cause: str, tmp_path: Path) -> None:
+    (tmp_path / "broken").symlink_to("gone")
+    if len(error.args) == 1:
+        error.args = (error.args[0].replace("{tmp}", str(tmp_path)),)
     with pytest.raises(CheckpointError) as found, boundary("can't read a/b"):
         raise error
-    assert str(found.value) == f"can't read a/b: {cause}"
+    assert str(found.value) == f"can't read a/b: {cause}".replace("{tmp}", str(tmp_path))
 
 
 @pytest.mark.parametrize("words", [[], ["--debug"]])
