@@ -63,6 +63,31 @@ def test_a_used_config_does_not_ignore_what_is_set_afterwards(
     assert chosen != first.drop_layers
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"drop": 2}, {"seed": 7, "calibration_samples": 8, "calibration": "text.txt"}),  # which nothing reads here
+        ({"drop": 2, "criterion": "magnitude_l1"}, {"seed": 7}),
+        (
+            {"drop": 2, "repair": "linear", "calibration_samples": 4, "calibration_length": 8},
+            {"calibration_samples": 8},
+        ),
+        ({"drop": 2}, {"tune_layers": 1, "keep_dropped": True}),
+        ({"drop": 2}, {"drop": 0.5, "drop_layers": [1, 2]}),
+    ],
+    ids=str,
+)
+def test_what_does_not_choose_layers_may_change(base: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
+    config = LayerDropConfig(**before)
+    prune_with(config, load(base))
+    for name, value in after.items():
+        setattr(config, name, value)
+    for _ in range(2):
+        used = prune_with(config, load(base)).peft_config["default"]
+        assert {name: getattr(used, name) for name in after} == after
+        assert used.drop_layers == after.get("drop_layers", config.drop_layers)
+
+
 def test_a_size_set_as_text_is_no_change(base: Path) -> None:
     config = LayerDropConfig(drop_layers=[6])
     config.drop_layers, config.target_size = None, "270KB"

@@ -13,6 +13,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from ..errors import CutError
 from ..layer_ranges import MAX_LAYERS
 from ..options import (
+    CalibrationOptions,
     CutOptions,
     TuningOptions,
     check_options,
@@ -24,7 +25,7 @@ from ..options import (
     tuple_of,
 )
 from ..options.kinds import FLAG, TEXT, check_value, quoted
-from ..select import registry  # noqa: F401 (enters the criteria among the choices)
+from ..select import registry
 
 _NAMES = tuple_of(TEXT)
 # The fields that are not options, and may be unset.
@@ -50,9 +51,9 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
     The defaults are the recipe of arXiv:2411.15558: drop the last 25 % of the layers, then tune `lm_head`, the norm
     before it and the last three remaining layers. An `lm_head` tied to the embeddings stays tied and is not tuned
     unless `tune_lm_head=True`, because untying it adds its parameters. Once a model is pruned, `drop_layers` holds the
-    dropped layers, so a saved config makes the same cut again; to choose anew, set it to `None`. Everything else is recorded in the model's own copy,
-    `model.peft_config["default"]`, so one config can prune several models of the same depth. Sizes such as
-    `target_size` may be numbers or strings (`"12GB"`).
+    dropped layers, so a saved config makes the same cut again; to choose again, set it to `None`. Everything else is
+    recorded in the model's own copy, `model.peft_config["default"]`, so one config can prune several models of the same
+    depth. Sizes such as `target_size` may be numbers or strings (`"12GB"`).
     """
 
     tune_final_norm: bool = option(
@@ -119,25 +120,36 @@ class LayerDropConfig(TuningOptions, CutOptions, PeftConfig):
         self._check_choice()
 
     def check_again(self) -> None:
-        """Check fields that were set since this was made, and remember with which of them layers will be chosen, if they will.
+        """Check fields that were set since this was made, and remember those by which layers will be chosen, if they will.
 
         Raises:
             CutError: A field is not accepted.
         """
+        if self._chosen_with.get("drop_layers") not in (None, self.drop_layers):  # other layers were set since
+            self._chosen_with = {}
         check_options(self)
         if self.drop_layers is None:
-            self._chosen_with = {name: getattr(self, name) for name in option_fields(CutOptions)}
+            self._chosen_with = {name: getattr(self, name) for name in self._deciding_options()}
 
     def take_cut(self, used: LayerDropConfig) -> None:
         """Take over the cut from a copy of this config that has pruned a model."""
         self.drop_layers, self.num_base_layers = used.drop_layers, used.num_base_layers
-        self._chosen_with = used._chosen_with
+        self._chosen_with = used._chosen_with and used._chosen_with | {"drop_layers": used.drop_layers}
+
+    def _deciding_options(self) -> list[str]:
+        """The options that decide which layers are chosen."""
+        unused = {"repair"}
+        if self.budget is None and registry.find_criterion(self.criterion).needs != "text":
+            unused |= option_fields(CalibrationOptions).keys()
+        if self.criterion == "random":
+            unused.discard("seed")
+        return [name for name in option_fields(CutOptions) if name not in unused]
 
     def _check_choice(self) -> None:
         changed = [
             f"{name}={quoted(getattr(self, name))}"
             for name, value in self._chosen_with.items()
-            if name not in ("drop_layers", "repair") and getattr(self, name) != value
+            if name != "drop_layers" and getattr(self, name) != value
         ]
         if changed and self.drop_layers is not None:
             raise CutError(
