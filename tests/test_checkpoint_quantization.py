@@ -158,6 +158,19 @@ def test_a_name_that_begins_those_of_other_layers():
     for names, cut in (((1,), CUT), ((1, 11), CUT), ((2,), Cut((0, *range(2, 14)), 14))):
         with pytest.raises(CutError, match=r"some loaders also take it for 'model\.layers\.10'"):
             skip(*names, cut=cut)
+    # Whether or not 10 to 19 are meant, the same layers are before and after.
+    for names, left, cut in (
+        ((1,), (1,), Cut(tuple(range(12)), 14)),
+        ((1, 3), (0, 2), Cut((1, 2, 3), 4)),
+        ((12,), (11,), Cut((0, *range(2, 14)), 14)),
+    ):
+        assert skip(*names, cut=cut) == [f"model.layers.{i}" for i in left]
+    with pytest.raises(
+        CutError, match=r"some loaders also take it for 'model\.layers\.10', but would not after the cut"
+    ):
+        skip(1, cut=Cut((0, 1, *range(4, 12)), 12))
+    with pytest.raises(CutError, match=r"by 'model\.layers\.1', .* 'model\.layers\.10', but only after the cut"):
+        skip(2, cut=Cut((0, *range(2, 14)), 14))
     assert rewrite_quantization({"skip": ["visual.blocks.1"]}, CUT) == {"skip": ["visual.blocks.1"]}
     assert rewrite_quantization({"producer": {}, "skip": ["model.layers.1"]}, CUT)["skip"] == ["model.layers.1"]
 

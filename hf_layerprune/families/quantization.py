@@ -10,7 +10,7 @@ like a layer's index, is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ..errors import CutError
@@ -28,7 +28,7 @@ _PLAIN = ("model", "transformer", "thinker.model")
 # A layer's index in a form that is not a module's name, such as `layer_3`, `blk.3` or `3.mlp`.
 _INDEX = re.compile(r"(?<![a-z])(?:layers?|blocks?|blk)[\W_]*[0-9]|^[0-9]+\.(?!dev|post|rc)[a-z_]", re.IGNORECASE)
 # All of a layer, by an index with which those of others may begin: `model.layers.1`.
-_WHOLE_LAYER = re.compile(rf"(?:.*\.)?(?:{'|'.join(LIST_NAMES)})\.([1-9][0-9]{{0,8}})")
+_WHOLE_LAYER = re.compile(rf"((?:.*\.)?(?:{'|'.join(LIST_NAMES)})\.)([0-9]{{1,9}})")
 _INDICES = re.compile(r"[0-9][0-9\s,:;-]*")
 _ANY_DIGIT = re.compile(r"(?<!\{)(?<!,)(?:\\d|[0-9]+)")
 # A segment that matches any index. A second dot beside it could stand for one of the digits.
@@ -75,6 +75,14 @@ def _is_outside_decoder(pattern: str) -> bool:
     return not re.search(r"!|\)[?*{]", before) and all(NOT_TEXT.search(part) for part in before.split("|"))
 
 
+def _begun_by(names: Iterable[Any], num_layers: int) -> Iterator[tuple[str, int, str]]:
+    """Layers of the decoder whose name begins with one of these names: what precedes the index, the index, and that name."""
+    for name in names:
+        match = _WHOLE_LAYER.fullmatch(name) if isinstance(name, str) and not NOT_TEXT.search(name) else None
+        if match:
+            yield from ((match[1], i, name) for i in range(num_layers) if str(i).startswith(match[2]))
+
+
 class _Rewriter:
     def __init__(self, cut: Cut, name: str, several_stacks: bool, wildcards: bool) -> None:
         self._cut = cut
@@ -92,8 +100,7 @@ class _Rewriter:
             new: list[Any] = []
             for item in value:
                 new += self._rewrite_text(item, where) if isinstance(item, str) else [self.walk(item, where)]
-            self._check_beginnings(value, self._cut.num_layers)
-            self._check_beginnings(new, len(self._cut.keep))
+            self._check_beginnings(value, new)
             return new
         if isinstance(value, str):
             texts = self._rewrite_text(value, where)
@@ -186,13 +193,21 @@ class _Rewriter:
     def _new_indices(self, layers: Iterable[int]) -> list[int]:
         return [self._cut.new_index[i] for i in layers if i in self._cut.new_index]
 
-    def _check_beginnings(self, names: Sequence[Any], num_layers: int) -> None:
-        """Refuse `layers.1` where `layers.10` is another layer: older versions of transformers take both for the same."""
-        for name in () if self._wildcards else names:
-            match = _WHOLE_LAYER.fullmatch(name) if isinstance(name, str) and not NOT_TEXT.search(name) else None
-            longer = [f"{name}{digit}" for digit in range(10) if match and int(f"{match[1]}{digit}") < num_layers]
-            if other := next((one for one in longer if one not in names), None):
-                raise self._refusal(name, f"after the cut or before, some loaders also take it for {other!r}")
+    def _check_beginnings(self, old: Sequence[Any], new: Sequence[Any]) -> None:
+        """Refuse a list that means other layers after the cut where `layers.1` means `layers.10`, too.
+
+        That is so in older versions of transformers.
+        """
+        if self._wildcards:
+            return
+        index = self._cut.new_index
+        before = {(stem, index[i]): (name, i) for stem, i, name in _begun_by(old, self._cut.num_layers) if i in index}
+        after = {(stem, i): (name, i) for stem, i, name in _begun_by(new, len(self._cut.keep))}
+        if differing := before.keys() ^ after.keys():
+            place = min(differing)
+            name, i = (before | after)[place]
+            when = "but would not after the cut" if place in before else "but only after the cut"
+            raise self._refusal(name, f"some loaders also take it for {place[0] + str(i)!r}, {when}")
 
     def _check_stack(self, text: str, before: str, wild: bool) -> None:
         if self._several_stacks and not _TEXT.search(before) and (wild or before not in _PLAIN):
