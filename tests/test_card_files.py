@@ -457,6 +457,15 @@ def test_a_licence_that_asks_for_a_notice(tmp_path: Path) -> None:
     assert (folder / "NOTICE.txt").read_text().startswith("Of the base.\n\nLlama 3.1")
 
 
+def test_a_notice_that_is_no_text_stays(tmp_path: Path) -> None:
+    folder = make(tmp_path, license="llama3.1")
+    for name in ("NOTICE.pdf", "Notices.PDF"):
+        (folder / name).write_bytes(b"%PDF-1.7\n\xff\x00")
+    assert {"NOTICE", "NOTICE.pdf", "Notices.PDF"} & {*write_card(folder, weights=False)} == {"NOTICE"}
+    assert (folder / "NOTICE").read_text().startswith("Llama 3.1")
+    assert (folder / "NOTICE.pdf").read_bytes() == b"%PDF-1.7\n\xff\x00"
+
+
 def test_a_notice_follows_the_records(tmp_path: Path) -> None:
     folder = make(tmp_path, license="llama3.1")
     notice = folder / "NOTICE"

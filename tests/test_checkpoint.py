@@ -243,7 +243,8 @@ def test_the_other_files_of_a_model_go_along(tmp_path):
     base = sharded(tmp_path / "base")
     goes = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "LICENSE",
             "NOTICE", "USE_POLICY.md", "merges.txt", "tokenizer.model", "additional_chat_templates/rag.jinja",
-            "MODEL_LICENSE", "third_party_notices.txt", "spm.model", "own.tiktoken"]  # fmt: skip
+            "additional_chat_templates/.x.jinja", "MODEL_LICENSE", "third_party_notices.txt", "Model License.pdf",
+            "spm.model", "own.tiktoken", "tekken.json", "tokenizer.model.v3", "tokenizer.4.0.json", "nmt.spm"]  # fmt: skip
     stays = ["README.md", "pytorch_model.bin", "pytorch_model.bin.index.json", "a.pt", "a.pth", "a.gguf", "metrics.json",
              "consolidated.00.pth", "consolidated.safetensors", "original/params.json", ".git/config", ".gitattributes",
              "optimizer.pt", "training_args.bin", "trainer_state.json", "rng_state.pth", "params.json",
@@ -262,6 +263,7 @@ def test_the_other_files_of_a_model_go_along(tmp_path):
     assert (target / "vocab.txt").read_text() == "from elsewhere in the folder"
     assert not (target / "vocab.txt").is_symlink()
     assert (target / "LICENSE").read_text() == "LICENSE"
+    cut_checkpoint(base, target, [1], force=True)  # none of them may be somebody's own
 
 
 def test_an_index_without_metadata_gets_it_as_transformers_does_not_load_it_otherwise(tmp_path):

@@ -17,6 +17,7 @@ from hf_layerprune.errors import CheckpointError
 from hf_layerprune.files import copy as files, folders
 from hf_layerprune.files.copy import check_inside, write_bytes
 from hf_layerprune.options import format_bytes
+from hf_layerprune.records import fingerprints
 from hf_layerprune.records.licences import copy_licence
 
 from .cutting import cut_checkpoint, write_checkpoint
@@ -415,6 +416,13 @@ def test_peak_memory_does_not_depend_on_the_size(tmp_path):
     assert max(growth) < 60, growth
     assert max(growth) - min(growth) < 10, growth
     assert max(peaks) - min(peaks) < 20, peaks
+
+
+def test_every_part_of_a_model_may_be_replaced(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for name in fingerprints._PARTS:
+        (tmp_path / name).write_text("")
+    folders.check_target(tmp_path, None, force=True)
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,7 @@ def test_all_that_a_tokenizer_of_transformers_reads_is_part_of_a_model() -> None
         ("assets/plot.png", True, False, False), ("assets/code.py", False, False, False), ("docs/plot.png", False, False, False),
         ("LICENSE.Apache", True, False, True), ("Tongyi LICENSE.gguf", False, True, False), ("NOTICE.safetensors", False, True, False),
         ("LICENSE.jinja", False, True, False), (".git/config", True, False, False), ("sub/._config.json", True, False, False),
-        ("additional_chat_templates/tool.jinja", False, True, True), ("additional_chat_templates/.tool.jinja", False, True, False),
+        ("additional_chat_templates/tool.jinja", False, True, True), ("additional_chat_templates/.tool.jinja", False, True, True),
         ("additional_chat_templates/README.md", False, True, False), ("chat_template.jinja", False, True, True),
         ("MODEL.GGUF", False, True, False), ("sub/model.safetensors", False, False, False), ("modeling.py", False, True, False),
         ("spiece.model", False, True, True), ("._spiece.model", True, False, False), ("sub/tool.jinja", False, False, False),

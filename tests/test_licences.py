@@ -7,16 +7,27 @@ from typing import Any
 
 import pytest
 
-from hf_layerprune.records.licences import DeclaredLicence, copy_licence, is_licence_file
+from hf_layerprune.files.folders import check_target
+from hf_layerprune.records.licences import DeclaredLicence, copy_licence, is_licence_file, is_licence_text
 
 
 @pytest.mark.parametrize("name", [
     "LICENSE", "LICENCE.txt", "license.md", "LICENSES.html", "License.TXT", "LICENSE.Apache", "LICENSE-2.0", "LICENSE_CODE",
     "LICENSE AGREEMENT.pdf", "MODEL_LICENSE.pdf", "Model License.rst", "THIRD_PARTY_NOTICES.txt", "ThirdPartyNotices.txt",
     "NOTICE", "Notice.txt", "USE_POLICY.md", "USAGE_POLICY", "Acceptable-Use-Policy.txt", "COPYING", "COPYRIGHT.txt",
+    "AcceptableUsePolicy.md",
 ])  # fmt: skip
-def test_files_that_go_with_every_copy(name: str) -> None:
+def test_files_that_go_with_every_copy(name: str, tmp_path: Path) -> None:
     assert is_licence_file(name)
+    for one in ("config.json", name):
+        (tmp_path / one).write_text("{}")
+    check_target(tmp_path, None, force=True)  # it is not taken for somebody's own
+
+
+def test_which_of_them_is_the_licence() -> None:
+    names = ["NOTICE", "USE_POLICY.md", "ThirdPartyLicenses.txt", "COPYRIGHT", "LICENSE.gguf"]
+    licences = ["LICENSE", "licence.txt", "ModelLicense.txt", "Model License.pdf", "COPYING"]
+    assert [name for name in names + licences if is_licence_text(name)] == licences
 
 
 @pytest.mark.parametrize("name", [

@@ -527,10 +527,15 @@ def test_a_gguf_file_instead_of_the_base(tmp_path: Path, cut: Path) -> None:
     assert "small.gguf is a GGUF file, and the model was cut from a folder" in said(found)
 
 
-def test_what_was_unpacked_from_gguf(tmp_path: Path) -> None:
+def test_what_was_unpacked_from_gguf(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Packed in 4 bits: no bytes to compare, so the cut is made again."""
     write_gguf(tmp_path / "small.gguf", packed=GGMLQuantizationType.Q4_0)
+    for name in ("LICENSE", "NOTICE", "notes.txt"):
+        (tmp_path / name).write_text("Of another model, perhaps.")
     assert main(["prune", str(tmp_path / "small.gguf"), str(tmp_path / "cut"), "--drop-layers", "1"]) == 0
+    assert "not copied: LICENSE and NOTICE beside small.gguf, which may" in caplog.text
+    assert f"copy into {tmp_path / 'cut'} what belongs to the model" in caplog.text
+    assert not (tmp_path / "cut" / "LICENSE").exists()
     found = verify(tmp_path / "cut")
     assert found.good, said(found)
     assert "small.gguf: layer 1 of 4 dropped, 3 left (prune, converted to bfloat16)" in said(found)

@@ -15,20 +15,26 @@ from ..errors import CheckpointError, ExistingOutputError, LayerPruneError
 from .copy import check_no_overlap, sync_folder, write_error
 from .json_file import read_object
 
+# The names of licences, notices and use policies, without what may follow, for patterns that ignore case.
+LICENCE = (
+    r"((MODEL|THIRD[ _-]?PARTY|ACCEPTABLE)[ _-]?)?(LICEN[CS]ES?|NOTICES?|US(E|AGE)[ _-]?POLICY|COPYING|COPYRIGHT)"
+)
 # What transformers, PEFT, TRL and this package write into a model folder. Only a folder that holds nothing else may be
 # replaced; any other file may be a user's own work.
 _MODEL_FILES = re.compile(
-    r"""
+    rf"""
     ((adapter|checkpoint-\d+|runs(/[\w.-]+)?|additional_chat_templates|assets|\.eval_results)/)?
     (
-    (config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template
-     |preprocessor_config|processor_config|video_preprocessor_config|quant(ize)?_config|hf_quant_config
+    (config|generation_config|adapter_config|tokenizer(\.\d[\d.]*)?|(audio_)?tokenizer_config|special_tokens_map|added_tokens
+     |vocab(-src|-tgt)?|(target|entity)_vocab|tekken|byte_maps|emoji|normalizer|word_(pronunciation|shape)|chat_template
+     |((image|video)_)?(pre)?processor_config|quant(ize)?_config|hf_quant_config
      |trainer_state|(all|train|eval)_results|lineage|metrics)\.json
     | (model|pytorch_model|adapter_model|consolidated)([-.][\w.-]+)?\.(safetensors|bin|gguf)(\.index(\.\w+)?\.json)?
     | model\.safetensors\.index(\.\w+)?\.json
-    | (vocab|merges)\.txt | [\w.-]+\.(model|tiktoken) | chat_template\.jinja
+    | (vocab|merges|dict)\.txt | vocab\.bpe | bpe\.codes | prophetnet\.tokenizer | [\w.-]+\.(model|tiktoken|spm)
+    | tokenizer(\.mm)?\.model\.v\w+ | chat_template\.jinja | (?<=additional_chat_templates/)[^/]+\.jinja
     | (optimizer|scheduler|rng_state(_\d+)?|scaler)\.(pt|pth|bin) | training_args\.bin | events\.out\.tfevents\.[\w.-]+
-    | (licen[cs]e|notice|use_policy|copying)([.-][\w-]+)*(\.(txt|md))? | \.gitattributes
+    | {LICENCE}([ ._-][ .\w-]*)? | \.gitattributes
     )
     """,
     re.VERBOSE | re.IGNORECASE,

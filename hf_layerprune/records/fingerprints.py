@@ -153,10 +153,10 @@ def is_part(name: str) -> bool:
     These are its settings, what its tokenizer reads, its chat templates, and its licence.
     """
     folder, _, base = name.rpartition("/")
+    if folder:
+        return folder == TEMPLATES and base.endswith(".jinja")  # also if hidden: transformers loads these, too
     if base.startswith("."):
         return False
-    if folder:
-        return folder == TEMPLATES and base.endswith(".jinja")
     is_vocabulary = base.endswith(_VOCABULARIES) or _VERSIONED.fullmatch(base)
     return base in _PARTS or bool(is_vocabulary) or is_licence_file(base)
 

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ..files.copy import copy_model_file
+from ..files.folders import LICENCE
 
-_FILES = re.compile(
-    r"((MODEL|THIRD[ _-]?PARTY|ACCEPTABLE)[ _-]?)?(LICEN[CS]ES?|NOTICES?|US(E|AGE)[ _-]POLICY|COPYING|COPYRIGHT)([ ._-].*)?",
-    re.IGNORECASE,
-)
+_FILES = re.compile(rf"{LICENCE}([ ._-].*)?", re.IGNORECASE)
+_TEXTS = re.compile(r"(MODEL[ _-]?)?LICEN|COPYING", re.IGNORECASE)
 # The text of a licence, as opposed to a licence key, or to weights, which some engines load whatever their name.
 _ENDS = re.compile(r"|\.(md|txt|rst|pdf|html|\d+)", re.IGNORECASE)
 NOTICE = "NOTICE"
@@ -132,8 +131,18 @@ def is_licence_file(name: str) -> bool:
     return _FILES.fullmatch(name) is not None and (named or _ENDS.fullmatch(end) is not None)
 
 
+def is_licence_text(name: str) -> bool:
+    """Whether such a file is the licence itself, rather than a notice or a use policy."""
+    return is_licence_file(name) and _TEXTS.match(name) is not None
+
+
+def licence_files(folder: Path) -> list[Path]:
+    """The files of a folder that every copy of its model must include."""
+    return sorted(path for path in folder.iterdir() if is_licence_file(path.name) and path.is_file())
+
+
 def copy_licence(source: Path, folder: Path) -> None:
     """Copy the licence and its notices from one folder to another that lacks them; raises as `copy_model_file` does."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and is_licence_file(path.name) and not (folder / path.name).exists():
+    for path in licence_files(source):
+        if not (folder / path.name).exists():
             copy_model_file(path, source, folder / path.name)

@@ -10,9 +10,10 @@ from ..calibration.documents import split_source
 from ..cut.gguf import gguf_text_metadata
 from ..errors import CheckpointError
 from ..files.hub import Repo
+from ..options import join_words
 from ..records.declared import CARD, declared_fields, declared_gguf_fields
 from ..records.fingerprints import CONFIG, companion_names, fingerprint, holds_weights, weights_hash
-from ..records.licences import copy_licence
+from ..records.licences import copy_licence, licence_files
 from ..records.lineage import FILE_NAME, Lineage
 from ..records.names import last_part
 from ..records.quantized import describe_quantization
@@ -51,6 +52,14 @@ def write_lineage(request: PruneRequest, entry: dict[str, Any], folder: Path, hu
             lineage.base |= _config_facts(read_config_file(source / CONFIG))
     if source.is_dir():
         copy_licence(source, folder)
+    elif found := [path.name for path in licence_files(source.parent)]:
+        logger.warning(
+            "not copied: %s beside %s, which may belong to other files there; copy into %s what belongs to the model, as every "
+            "copy must include it",
+            join_words(found),
+            source.name,
+            request.output,
+        )
     lineage.record(folder, entry)
 
 

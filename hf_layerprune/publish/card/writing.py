@@ -17,7 +17,7 @@ from ...errors import CheckpointError, boundary
 from ...files import text_file
 from ...files.copy import write_text
 from ...records.declared import CARD, LICENCE_FIELDS, split_front_matter
-from ...records.licences import NOTICE, TABLE, is_licence_file
+from ...records.licences import NOTICE, TABLE, licence_files
 from ...records.lineage import Lineage
 from ...records.metrics import Metrics
 from ...records.names import base_name, is_hub_name
@@ -214,8 +214,8 @@ def _write_notice(card: Card, folder: Path) -> list[str]:
     change = f"This model is a modified copy of {base}: {count} of its decoder layers {'was' if count == 1 else 'were'} removed."
     ours = f"{sentence}\n\n{change}" if sentence else ""
     before: dict[str, str] = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and is_licence_file(path.name) and path.name.upper().startswith(NOTICE):
+    for path in licence_files(folder):
+        if path.name.upper().startswith(NOTICE) and path.suffix.lower() != ".pdf":
             with nullcontext() if sentence else suppress(CheckpointError):
                 before[path.name] = read_text(path) or ""
     after = {name: _NOTICES.sub(lambda old: ours and ours + old[1], text) for name, text in before.items()}

@@ -23,7 +23,7 @@ from ...records.fingerprints import (
     weights_hash,
 )
 from ...records.history import read_history
-from ...records.licences import DeclaredLicence, is_licence_file
+from ...records.licences import DeclaredLicence, is_licence_text
 from ...records.lineage import FILE_NAME as LINEAGE, Lineage
 from ...records.metrics import FILE_NAME as METRICS, Metrics
 from ...records.names import check_repository, is_gguf_name, is_hub_name, is_local
@@ -187,10 +187,7 @@ def _check_licence(contents: Contents, request: PushRequest) -> Outcome:
             f"{namespace}/{row.prefix.replace(' ', '-')}-..."
         )
         yield REFUSAL, text
-    files = [path for path in contents.files if is_licence_file(path)]
-    if not any(
-        path.upper().startswith(("LICEN", "MODEL_LICEN", "MODEL-LICEN", "MODEL LICEN", "COPYING")) for path in files
-    ):
+    if not any(map(is_licence_text, contents.files)):
         text = f"a copy of it must accompany the model, and there is none; put it into the folder as LICENSE{at}"
         yield REFUSAL if row.needs_text and not request.private else WARNING, f"{row.title}: {text}"
     if row.non_commercial:
