@@ -317,6 +317,21 @@ def test_an_adapter_on_a_pruned_model(cut: Path, tmp_path: Path) -> None:
     assert f"names the base {cut}, which is not proven" in said(verify(tmp_path / "small"), False)
 
 
+def test_an_adapter_on_a_healed_model(cut: Path, tmp_path: Path) -> None:
+    """What was healed before may not change again without a record."""
+    small, name = tmp_path / "small", "model.norm.weight"
+    edit(cut, lambda tensors: tensors[name].add_(1), record={"changed_tensors": [name]})
+    assert main(["prune", str(cut), str(small), "--drop-layers", "1", "--adapter", "--tune-layers", "1"]) == 0
+    found = verify(small)
+    assert found.recorded == {"heal": 1}, said(found)
+    assert found.consistent, said(found)
+    path = small / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {f"base_model.model.{name}": tensors[f"base_model.model.{name}"] + 1}, path)
+    claim(small)
+    assert f"tensors: {name} differs from the base's" in said(verify(small), False)
+
+
 def test_an_adapter_on_a_pruned_model_of_another_base(place: Path, cut: Path, tmp_path: Path) -> None:
     """Its records agree with it, but not with the base that the adapter names in the end."""
     words = ["--adapter", "--tune-layers", "1"]

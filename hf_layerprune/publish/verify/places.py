@@ -151,6 +151,13 @@ class Base:
         repo.fetch(file for file in recorded.get("files") or () if file in repo.files and file.endswith(".json"))
         return cls(name, repo.commit, repo.fingerprint(), token)
 
+    @classmethod
+    def of_model(cls, model: ModelLocation, token: str | bool | None) -> Base:
+        """A model that is itself the base of an adapter."""
+        if model.repo is None:
+            return cls(model.folder, None, fingerprint(model.folder))
+        return cls(model.repo.name, model.repo.commit, model.repo.fingerprint(), token)
+
     @property
     def is_gguf(self) -> bool:
         """Whether the base is a GGUF file."""

@@ -76,12 +76,16 @@ def verify(request: VerifyRequest) -> Verification:
         outcome.without_base, outcome.base = False, str(source)
         _check_base(source, history, outcome)
         if model.hashes or history.form == "model":
+            again = model.is_adapter and sum(stage.name == "prune" for stage in history.stages) > 1
+            if again:
+                part = "adapter"
+                history, source = _check_pruned_base(model, history, request, outcome)
             expected = rebuild(history, source)
             part, modules = "adapter" if model.is_adapter else "config", None
             if not model.hashes:
                 _check_recorded_cut(history, expected, outcome)
             elif model.is_adapter:
-                modules = _check_adapter(model, history, source, expected, request, outcome)
+                modules = _check_adapter(model, history, None if again else source, expected, outcome)
             else:
                 _check_config(model, history, expected, outcome)
             part = "tensors"
@@ -245,20 +249,15 @@ def _check_config(model: ModelLocation, history: History, expected: Expected, ou
 
 
 def _check_adapter(
-    model: ModelLocation,
-    history: History,
-    source: Base,
-    expected: Expected,
-    request: VerifyRequest,
-    outcome: Verification,
+    model: ModelLocation, history: History, source: Base | None, expected: Expected, outcome: Verification
 ) -> dict[str, TensorHash]:
-    """Check that an adapter names its base, this cut and this method, and loads what the cut wrote. Returns its tensors."""
+    """Check that an adapter names its base, this cut and this method, and loads what the cut wrote. Returns its tensors.
+
+    `source` is the base, unless it was found by the name that the adapter gives it.
+    """
     config = read_object(model.path(ADAPTER_CONFIG))
     _check_cut(config, ADAPTER_CONFIG, history, outcome)
-    if sum(stage.name == "prune" for stage in history.stages) > 1:
-        text = _check_pruned_base(config, history, request, outcome)
-    else:
-        text = base_difference(config, history, source)
+    text = None if source is None else base_difference(config, history, source)
     modules = adapter_tensors(model, expected)
     wrong = [text] if text else adapter_differences(config, history, expected, modules.keys())
     good = f"{ADAPTER_CONFIG} names this base, and loads this cut"
@@ -267,21 +266,30 @@ def _check_adapter(
 
 
 def _check_pruned_base(
-    config: dict[str, Any], history: History, request: VerifyRequest, outcome: Verification
-) -> str | None:
-    """Verify the pruned model that an adapter is applied to: it must be what the stages before the adapter's cut made."""
+    model: ModelLocation, history: History, request: VerifyRequest, outcome: Verification
+) -> tuple[History, Base]:
+    """Verify the pruned model that an adapter is put on. Returns the history from then on, with that model as its base.
+
+    Raises:
+        CheckpointError: It is not what the stages before the adapter's cut made.
+    """
+    config = read_object(model.path(ADAPTER_CONFIG))
     name, revision = str(config.get("base_model_name_or_path")), config.get("revision")
-    before = history.lineage.entries[: history.lineage.entries.index(history.since_last_cut[0].entry)]
     pruned = ModelLocation.open(name, revision, request.token)
-    if Lineage.load_required(pruned.folder, pruned.name).entries != before:
-        return f"names the base {name}, which is not the model that {LINEAGE} says was cut again"
+    lineage, start = history.lineage, history.lineage.entries.index(history.since_last_cut[0].entry)
+    if Lineage.load_required(pruned.folder, pruned.name).entries != lineage.entries[:start]:
+        raise CheckpointError(
+            f"{ADAPTER_CONFIG} names the base {name}, which is not the model that {LINEAGE} says was cut again"
+        )
     found = verify(replace(request, model=name, revision=revision if pruned.repo else None))
     if not found.consistent or found.without_weights or found.base != outcome.base:
-        return f"names the base {name}, which is not proven; see what is wrong: hf-layerprune verify {name}"
+        raise CheckpointError(
+            f"{ADAPTER_CONFIG} names the base {name}, which is not proven; see what is wrong: hf-layerprune verify {name}"
+        )
     outcome.add(True, "adapter", f"is put on {name}, which is verified too")
     outcome.recorded.update(found.recorded)
     outcome.lacked, outcome.same = found.lacked, found.same
-    return None
+    return read_history(Lineage({}, lineage.entries[start:])), Base.of_model(pruned, request.token)
 
 
 def _check_files(model: ModelLocation, history: History, expected: Expected, outcome: Verification) -> None:
