@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError as error:
             # Where Python would write the rest at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise LayerPruneError(f"the command succeeded, but its result can't be shown: {error.strerror}") from error
+            raise LayerPruneError(f"the command is done, but its result can't be shown: {error.strerror}") from error
     except (Exception, KeyboardInterrupt) as error:
         if display.debug or wants_traceback():
             print(sanitize(traceback.format_exc()), file=sys.stderr)

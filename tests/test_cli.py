@@ -333,7 +333,7 @@ def test_a_reader_that_has_read_enough(base: Path) -> None:
         (
             ">/dev/full",
             1,
-            "hf-layerprune: the command succeeded, but its result can't be shown: No space left on device\n",
+            "hf-layerprune: the command is done, but its result can't be shown: No space left on device\n",
         ),
     ],
 )

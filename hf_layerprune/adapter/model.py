@@ -47,8 +47,8 @@ class LayerDropModel(BaseTuner):
 
     Where transformers has loaded the adapter (its `load_adapter`, or `from_pretrained` with an adapter's name), the model can be
     run; to disable, save or merge the adapter, load it with [`~peft.PeftModel.from_pretrained`]. To load one with other settings,
-    such as `keep_dropped`, change those of `PeftConfig.from_pretrained(adapter)`, and pass it as `config`. Weights that replace those
-    of an adapter (`load_adapter` with its name, `set_peft_model_state_dict`) must be of the same cut: PEFT loads them without
+    such as `keep_dropped`, change those of `PeftConfig.from_pretrained(adapter)`, and pass it as `config`: a new config is refused
+    or, with `is_trainable=True`, makes its own cut, for which the weights are not. Weights that replace those of an adapter (`load_adapter` with its name, `set_peft_model_state_dict`) must be of the same cut: PEFT loads them without
     their config.
 
     Attributes:

@@ -74,8 +74,8 @@ def warn_about_untying(added: int, saved: int | None) -> None:
     if saved is not None and added >= saved:
         more = f", more than the {saved:,} that the dropped layers save: the pruned model is larger than its base"
     logger.warning(
-        "lm_head is tied to the embeddings; tuning one of them unties it, which adds %s parameters%s. Use tune_lm_head=False "
-        "(--no-tune-lm-head) and no modules_to_save with either to keep it tied.",
+        "lm_head is tied to the embeddings; tuning one of them unties it, which adds %s parameters%s. To keep it tied, use "
+        "tune_lm_head=False (--no-tune-lm-head), and leave both out of modules_to_save.",
         f"{added:,}",
         more,
     )

@@ -29,6 +29,7 @@ def load_dtype(request: PruneRequest) -> str:
 
 
 def to_config(request: PruneRequest, dropped: list[int] | None) -> LayerDropConfig:
+    """The request as the config of an adapter; of a whole model, nothing is tuned."""
     from ..adapter.config import LayerDropConfig
 
     return copy_fields(
@@ -37,7 +38,6 @@ def to_config(request: PruneRequest, dropped: list[int] | None) -> LayerDropConf
         base_model_name_or_path=request.base,
         drop_layers=dropped,
         target_dtype=request.target_dtype if request.target_dtype != "auto" else load_dtype(request),
-        # Of a whole model, nothing is tuned, and the head is not untied.
         tune_layers=request.tune_layers if request.adapter else 0,
         tune_lm_head=request.tune_lm_head if request.adapter else False,
     )
