@@ -52,6 +52,7 @@ def test_other_files(name: str) -> None:
         ({"license": "mit", "license_link": "LICENSE"}, True, "MIT License", "LICENSE"),
         ({"license": "other", "license_name": " Open_RAIL++ "}, True, " Open_RAIL++ ", None),
         ({"license": "openrail++"}, True, "an OpenRAIL licence", None),
+        ({"license_name": "deepseek-community-license"}, True, "deepseek-community-license", None),  # not DeepSeek's
     ],
 )
 def test_what_a_base_declares(declared: dict[str, Any], known: bool, title: str, link: str | None) -> None:

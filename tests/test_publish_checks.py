@@ -192,7 +192,7 @@ def test_every_licence_of_the_table() -> None:
         is not None
     )
     for name, row in (
-        ("Meta Llama 3 Community License Agreement", "llama3"), ("llama-3.1-community-license", "llama3.1"),
+        ("Meta Llama 3 Community License Agreement", "llama3"), ("llama-3.1-community-license", "llama3.1"), ("Llama 4 Community", "llama4"),
         ("gemma-terms-of-use", "gemma"), ("deepseek-license", "deepseek"),
     ):  # fmt: skip
         for declared in ("other", "unknown"):

@@ -311,7 +311,7 @@ class LayerDropModel(BaseTuner):
         listed = [names] if isinstance(names, str) else names
         if len(listed) != 1 or listed[0] not in self.peft_config:
             raise CutError(
-                f"{quoted(names)} must be the name of one adapter, of {list(self.peft_config)}: each is whole layers, so only one "
+                f"{quoted(names)} must be the name of one adapter, of {list(self.peft_config)}: each consists of whole layers, so only one "
                 "can be active"
             )
         return listed[0]
@@ -357,5 +357,5 @@ def _check_adapter_name(name: str, model: nn.Module) -> None:
     if name in parts or "." in name or hasattr(nn.ModuleDict(), name) or not name:
         raise CutError(
             f"adapter_name={quoted(name)} can't be saved by PEFT: it is empty, has a dot, or is also the name of a part of the "
-            "model; choose another name"
+            "model or of torch's ModuleDict; choose another name"
         )

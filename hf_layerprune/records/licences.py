@@ -117,8 +117,8 @@ def _key(text: str) -> str:
     """A name in the spelling by which it is looked up: `Qwen LICENSE AGREEMENT` is `qwen`, and `llama-3` is `llama3`, as is
     `Meta Llama 3 Community License`.
     """
-    key = re.sub(r"(-community)?-licen[cs]e(-agreement)?$", "", re.sub(r"[\s_]+", "-", text.strip().lower()))
-    return re.sub(r"^(meta-)?llama-?(?=\d)", "llama", key)
+    key = re.sub(r"-licen[cs]e(-agreement)?$", "", re.sub(r"[\s_]+", "-", text.strip().lower()))
+    return re.sub(r"^(?:meta-)?llama-?(\d[\d.]*)(?:-community)?$", r"llama\1", key)
 
 
 _IDS = {_key(name): name for name in TABLE}
