@@ -98,11 +98,11 @@ def free_bytes(device: torch.device) -> int:
 def _left_in_control_groups() -> Iterator[int]:
     """The bytes that each control group of this process may still take. Cached files don't count, nor do mapped ones."""
     try:
-        groups = _OWN_GROUPS.read_text().splitlines()
+        groups = _OWN_GROUPS.read_text(errors="surrogateescape").splitlines()
     except OSError:  # not Linux
         return
     for line in groups:
-        _, controllers, path = line.split(":", 2)
+        controllers, _, path = line.partition(":")[2].partition(":")
         if not controllers:  # version 2
             root, limit, usage, total = _GROUPS, "memory.max", "memory.current", ""
         elif "memory" in controllers.split(","):
