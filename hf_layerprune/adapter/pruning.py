@@ -100,19 +100,8 @@ def _load_base_for(
     config: LayerDropConfig, kwargs: dict[str, Any], prepared: Prepared | None = None, whole: bool = False
 ) -> PreTrainedModel:
     """Load the base named in a config, already cut where possible."""
+    kwargs = _enter_subfolder(config, kwargs)
     base = config.base_model_name_or_path or ""
-    for part in ("subfolder", "gguf_file"):
-        if not (inside := kwargs.get(part)):
-            continue
-        if is_hub_id(base):
-            files = inside if part == "gguf_file" else f"--include '{inside}/*'"
-            raise CheckpointError(
-                f"{part}={inside!r}: PEFT's configs can't say where in a repository a base is, so a saved adapter would be put on "
-                f"another model; download it (hf download {base} {files} --local-dir FOLDER), then specify FOLDER/{inside} as the base"
-            )
-        if as_path(base).is_dir():
-            base = config.base_model_name_or_path = str(as_path(base) / inside)
-            kwargs = {name: value for name, value in kwargs.items() if name != part}
     if revision := kwargs.get("revision") or config.revision:
         config.revision = revision  # saved with the adapter, which would otherwise be put on the main branch
         kwargs = kwargs | {"revision": revision}
@@ -139,6 +128,28 @@ def _load_base_for(
     if prepared is not None:
         setattr(model, PREPARED, prepared)
     return model
+
+
+def _enter_subfolder(config: LayerDropConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Name a part of a folder as the config's base; returns the arguments without it.
+
+    Raises:
+        CheckpointError: The base is on the Hub.
+    """
+    base = config.base_model_name_or_path or ""
+    for part in ("subfolder", "gguf_file"):
+        if not (inside := kwargs.get(part)):
+            continue
+        if is_hub_id(base):
+            files = inside if part == "gguf_file" else f"--include '{inside}/*'"
+            raise CheckpointError(
+                f"{part}={inside!r}: PEFT's configs can't say where in a repository a base is, so a saved adapter would be put on "
+                f"another model; download it (hf download {base} {files} --local-dir FOLDER), then specify FOLDER/{inside} as the base"
+            )
+        if as_path(base).is_dir():
+            base = config.base_model_name_or_path = str(as_path(base) / inside)
+            kwargs = {name: value for name, value in kwargs.items() if name != part}
+    return kwargs
 
 
 def prepare_from_base(config: LayerDropConfig, kwargs: dict[str, Any]) -> Prepared:

@@ -101,10 +101,7 @@ def score_layers(
     if any(criterion.kind == "states" for criterion in wanted):
         run_pass(walk, text, list(observers.values()), alive)
     else:  # weights can also be read from a model whose layers can't be run one at a time
-        with torch.no_grad():
-            for i in alive:
-                for observer in observers.values():
-                    observer.on_layer_weights(i, layers[i])
+        _read_weights(layers, alive, observers.values())
     if trials:
         deferred |= _score_by_trial(walk, text, trials, variant, alive, lengths)
     for name, compute in deferred.items():
@@ -116,6 +113,13 @@ def score_layers(
                 raise
             logger.warning("%s is left out: %s", name, error)
     return {criterion.name: scores[criterion.name] for criterion in wanted}
+
+
+def _read_weights(layers: nn.ModuleList, alive: Collection[int], observers: Collection[Observer]) -> None:
+    with torch.no_grad():
+        for i in alive:
+            for observer in observers:
+                observer.on_layer_weights(i, layers[i])
 
 
 def _score_by_trial(
