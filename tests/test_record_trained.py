@@ -341,6 +341,18 @@ def test_settings_and_data_are_recorded_without_local_paths(
     assert Lineage.load_required(tmp_path / "b").entries[-1]["data"] == [{"name": "org/pairs", "id": "org/pairs"}]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"settings": "DPO"}, "settings is a str; pass a dict"),
+        ({"data": [{"text": "a row"}]}, "data must be the names"),
+    ],
+)
+def test_settings_and_data_of_another_kind_are_refused(tmp_path: Path, words: Any, said: str) -> None:
+    with pytest.raises(LayerPruneError, match=said):
+        record_trained("pruned", "trained", tmp_path / "out", **words)
+
+
 def test_what_the_card_says_of_training_that_nobody_describes_or_that_came_first(place: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(place / "cut", dtype="auto")
     model.model.norm.weight.data.add_(0.5)

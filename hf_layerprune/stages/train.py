@@ -15,7 +15,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, boundary
+from ..errors import CheckpointError, LayerPruneError, boundary
 from ..families import MARKER
 from ..options.quantities import join_words
 from ..records.fingerprints import ADAPTER_CONFIG, CONFIG
@@ -64,11 +64,18 @@ def record_trained(
     Raises:
         CheckpointError: A folder is not such a model folder, the source is quantised, the output exists, or the model was
             trained with a config, vocabulary or chat template other than the source's, or has a history that the source lacks.
-        LayerPruneError: Training changed nothing, or a trained weight is not finite.
+        LayerPruneError: Training changed nothing, a trained weight is not finite, or `settings` or `data` is something else.
     """
     from ..heal.stage import write_healed
     from ..heal.student import Student
 
+    if settings is not None and not isinstance(settings, Mapping):
+        raise LayerPruneError(
+            f"settings is a {type(settings).__name__}; pass a dict of what to record, such as {{'learning_rate': 5e-7}}"
+        )
+    names = [data] if isinstance(data, str | Path) else [*data]
+    if not all(isinstance(name, str | Path) for name in names):
+        raise LayerPruneError("data must be the names of data sets, such as ['org/name']")
     student, after = Student.load(source), Path(trained).expanduser()
     lineage = load_lineage_of_weights(student.folder, str(source))
     _check_trained(student, after)
@@ -82,7 +89,7 @@ def record_trained(
         "stage": TRAIN,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": _to_json(dict(settings or {})),
-        "data": [_describe_data(name) for name in ([data] if isinstance(data, str) else data)],
+        "data": [_describe_data(name) for name in names],
     }
     write_healed(student, after, Path(output).expanduser(), entry)
 
