@@ -419,12 +419,15 @@ def test_an_adapter_without_what_was_trained(adapter: Path, capsys: pytest.Captu
     save_file(tensors, path, metadata={"format": "pt"})
     Lineage.load(adapter).record(adapter, {"stage": "heal", "settings": {}, "changed_tensors": [NORM]})
     assert says(adapter, capsys, "--accept-trained")[0] == 0
-    del tensors[name]
-    save_file(tensors, path, metadata={"format": "pt"})
-    forge(adapter)
-    code, said = says(adapter, capsys, "--accept-trained")
-    assert code == 1
-    assert f"{NORM} is missing" in said
+    for change, message in (
+        ({name: torch.ones(7)}, f"{NORM} is F32[7], and the base's is F32[32]"),
+        ({name: torch.ones(32, dtype=torch.int32)}, f"{NORM} is I32[32], and the base's is F32[32]"),
+        ({}, f"{NORM} is missing"),
+    ):
+        save_file({one: value for one, value in tensors.items() if one != name} | change, path)
+        forge(adapter)
+        code, said = says(adapter, capsys, "--accept-trained")
+        assert (code, message in said) == (1, True), said
 
 
 def invent(**fields: Any) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def check_tensors(
     if len(found) < len(stored):
         raise CheckpointError(f"{model.name} holds a tensor under two names")
     tied = {in_cut(name): in_cut(other) for name, other in ties.items()}
-    compared = _compare(found, expected, changed, tied, modules is not None)
+    compared = _compare(found, expected, changed, tied)
     if modules is not None:
         missing = {in_cut(name) for stage in history.since_last_cut for name in stage.changed} - found.keys()
     else:
@@ -160,7 +160,6 @@ def _compare(
     expected: Expected,
     changed: Mapping[str, Collection[str]],
     tied: Mapping[str, str],
-    is_adapter: bool,
 ) -> _Comparison:
     """Compare each tensor with the repeated cut's; `changed` has the stages that changed tensors, by name."""
     tensors, plain = expected.tensors, expected.plain
@@ -176,7 +175,7 @@ def _compare(
             continue
         whole = name if name in changed or name in plain else _changed_parameter(name, owners, changed)
         by = changed.get(whole, ())
-        if by and (is_adapter or QUANTIZE in by or _may_be_trained(tensor, wanted)):
+        if by and (QUANTIZE in by or _may_be_trained(tensor, wanted)):
             compared.recorded[whole] = " and ".join(dict.fromkeys(by))
         else:
             quantizer = None if name in plain else expected.quantizer
