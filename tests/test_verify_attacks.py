@@ -508,6 +508,19 @@ def test_a_quantising_that_changed_nothing(cut: Path, method: str, capsys: pytes
     assert "none was changed by the quantising that lineage.json names" in said
 
 
+@pytest.mark.parametrize(("settings", "message"), [
+    ([{"quantization_config": {"quant_method": "gptq"}}] * 2, "the weights were quantised more than once"),
+    ([{}], "lineage.json does not say how the model was quantised"),
+])  # fmt: skip
+def test_a_quantising_that_can_t_be_followed(
+    cut: Path, settings: list[dict[str, Any]], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for one in settings:
+        Lineage.load(cut).record(cut, invent(stage="quantize", settings=one))
+    code, said = says(cut, capsys, "--accept-trained")
+    assert (code, message in said) == (1, True), said
+
+
 def test_a_base_inside_the_model(place: Path, cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = Path(shutil.copytree(place / "base", cut / ".cache" / "SmolLM2-135M"))
     train(base)

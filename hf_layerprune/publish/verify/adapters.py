@@ -57,7 +57,7 @@ def adapter_differences(
         wanted |= {"calibration_samples": source.get("samples"), "calibration_length": source.get("length")}
         wanted |= {"calibration": last_part(str(source.get("source"))), "seed": source.get("seed")}
         config = config | {"calibration": last_part(str(config.get("calibration")))}
-    known = {one.name for one in fields(LayerDropConfig)} - {"peft_type"}
+    known = {one.name for one in fields(LayerDropConfig)}
     try:
         adapter = LayerDropConfig(**{name: value for name, value in config.items() if name in known})
     except (TypeError, ValueError) as error:  # PEFT's own, too
