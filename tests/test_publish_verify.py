@@ -272,12 +272,14 @@ def test_an_adapter_with_a_head_of_its_own(tmp_path: Path) -> None:
     assert "lm_head.weight is not a tensor of the base" in said(verify(tmp_path / "small"), False)
 
 
-@pytest.mark.parametrize(("model_type", "stored_twice"), [("llama", False), ("llama", True), ("gpt_neox", False)])
+@pytest.mark.parametrize(
+    ("model_type", "stored_twice"), [("llama", False), ("llama", True), ("gpt_neox", False), ("gemma3", False)]
+)
 def test_trained_embeddings_of_a_model_with_a_tied_head(model_type: str, stored_twice: bool, tmp_path: Path) -> None:
     """The head keeps the base's values, which the adapter need not hold, and the merged model stores."""
     base, cut, trained, healed, adapter = (tmp_path / one for one in ("base", "cut", "trained", "healed", "adapter"))
     model = tiny_model(model_type)
-    model.config.tie_word_embeddings = True
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = True
     model.tie_weights()
     model.save_pretrained(base)
     (embeddings,) = (name for name, one in model.named_modules() if one is model.get_input_embeddings())
@@ -363,6 +365,18 @@ def test_a_base_that_has_moved(place: Path, cut: Path, tmp_path: Path, monkeypat
     assert found.good, said(found)
     (cut / "model.safetensors").unlink()
     assert verify(cut).verdict.startswith("NO: ")  # a fault of its own is one with and without the base
+
+
+def test_an_adapter_whose_base_has_moved(place: Path, tmp_path: Path) -> None:
+    base, moved, small = (tmp_path / name for name in ("base", "moved", "small"))
+    shutil.copytree(place / "single", base)
+    assert main(["prune", str(base), str(small), "--drop-layers", "2", "--adapter", "--tune-layers", "1"]) == 0
+    base.rename(moved)
+    found = verify(small, base=str(moved))
+    assert found.good, said(found)
+    config = small / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(base), str(tmp_path / "elsewhere")))
+    assert f"elsewhere', and lineage.json says '{base}'" in said(verify(small, base=str(moved)), False)
 
 
 def test_a_base_that_was_cut_from_an_incomplete_copy(place: Path, tmp_path: Path) -> None:

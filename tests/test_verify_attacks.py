@@ -337,6 +337,9 @@ ADAPTER: dict[str, Callable[[Path], object]] = {
     "a module that was not repaired": edit_json("adapter_config.json", repaired_modules=["model.layers.0.mlp"]),
     "more tuned layers": edit_json("adapter_config.json", tune_layers=3),
     "no tuned layers": edit_json("adapter_config.json", tune_layers=0, modules_to_save=["model.norm", "lm_head"]),
+    "a tuned layer that is not there": edit_json(
+        "adapter_config.json", modules_to_save=["model.layers.4", "model.layers.5", "model.norm", "lm_head"]
+    ),
     "no tuned head": edit_json("adapter_config.json", tune_lm_head=False, modules_to_save=["model.layers.5"]),
     "a repair": edit_json("adapter_config.json", repair="linear"),
     "a file to read": edit_json("adapter_config.json", repair="linear", calibration="/etc/hostname"),

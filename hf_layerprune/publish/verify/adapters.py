@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...errors import CutError, boundary
 from ...families.layout import find_decoder_layers
@@ -17,9 +17,6 @@ from ...runtime.loading import is_hub_id
 from ...runtime.model_class import layer_modules, model_without_weights
 from .places import Base
 from .rebuild import Expected
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 # They don't affect the outputs: layers that are named are not chosen again.
 _HARMLESS = {one.name for one in fields(CutOptions)} - {"repair"} | {
@@ -65,13 +62,13 @@ def adapter_differences(
     try:
         if repair.get("changed_tensors") is not None:
             with boundary("no model can be built from the base's config"):
-                wanted["repaired_modules"] = layer_modules(_cut_config(expected), repair["changed_tensors"])
+                wanted["repaired_modules"] = layer_modules(expected.model_config, repair["changed_tensors"])
             config = config | {"repaired_modules": sorted(adapter.repaired_modules or ())}
-        wanted["modules_to_save"] = _saved_modules(adapter, expected)
+        tuned = _tuned_modules(adapter, expected)
     except (CutError, TypeError) as error:
         return [f"can't be loaded: {error}"]
-    if set(wanted["modules_to_save"] or ()) <= set(adapter.modules_to_save or ()):  # more may be tuned
-        wanted["modules_to_save"] = adapter.modules_to_save
+    saved = adapter.modules_to_save  # what was repaired, too, and more may be tuned
+    wanted["modules_to_save"] = saved if set(tuned) <= set(saved or ()) else tuned
     ignored = _CHECKED | _TUNED | (_HARMLESS - wanted.keys())
     differ = sorted(name for name in (config.keys() | wanted.keys()) - ignored if config.get(name) != wanted.get(name))
     texts = [f"has {name}={config.get(name)!r}, and the cut writes {wanted.get(name)!r}"[:300] for name in differ]
@@ -106,23 +103,13 @@ def base_difference(config: dict[str, Any], history: History, compared: Base) ->
     return None
 
 
-def _saved_modules(adapter: Any, expected: Expected) -> list[str] | None:
-    """The modules that an adapter of this config saves, of the cut model."""
+def _tuned_modules(adapter: Any, expected: Expected) -> list[str]:
+    """The modules that an adapter of this config tunes at least, of the cut model."""
     from ...adapter.resolve import resolved_cut
-    from ...adapter.tail import saved_modules, tuned_modules
+    from ...adapter.tail import tuned_modules
 
     with boundary("no model can be built from the base's config"):
-        model = model_without_weights(_cut_config(expected))
-    tuned = tuned_modules(
+        model = model_without_weights(expected.model_config)
+    return tuned_modules(
         model, replace(adapter, modules_to_save=None), resolved_cut(adapter), find_decoder_layers(model)
     )
-    return saved_modules(tuned, adapter.repaired_modules)
-
-
-def _cut_config(expected: Expected) -> PreTrainedConfig:
-    """The config of the cut model, without what quantised it."""
-    from transformers import CONFIG_MAPPING
-
-    base_fields = {name: value for name, value in expected.config.items() if name != "quantization_config"}
-    config: PreTrainedConfig = CONFIG_MAPPING[base_fields["model_type"]].from_dict(base_fields)
-    return config
