@@ -507,6 +507,14 @@ def test_changes_that_no_stage_tells_of(cut: Path) -> None:
     assert Q4 not in said(found, False)
 
 
+def test_a_bias_beside_a_weight_that_was_trained(tmp_path: Path) -> None:
+    tiny_model("gpt2").save_pretrained(tmp_path / "base")
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--drop-layers", "2"]) == 0
+    weight, bias = "transformer.ln_f.weight", "transformer.ln_f.bias"
+    edit(tmp_path / "cut", lambda tensors: tensors[bias].add_(1), record={"changed_tensors": [weight]})
+    assert f"tensors: {bias} differs from the base's" in said(verify(tmp_path / "cut"), False)
+
+
 def test_a_card_that_was_edited(cut: Path) -> None:
     """It changes no behaviour, but whoever reads it and then a yes must know that nothing in it was checked."""
     measure_by_hand(cut)

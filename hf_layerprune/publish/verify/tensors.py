@@ -109,13 +109,12 @@ def check_tensors(
     tied = {in_cut(name): in_cut(other) for name, other in ties.items()}
     compared = _compare(found, expected, changed, tied)
     if modules is not None:
-        missing = {in_cut(name) for stage in history.since_last_cut for name in stage.changed} - found.keys()
+        missing = changed.keys() - found.keys()
     else:
         missing = _missing(expected, found, tied, changed)
         now = load_config(model.folder)
         if any(unties(path, *values) for path, values in differences(expected.config, now.to_dict()).items()):
             untied = tied.keys() - {in_cut(name) for name in tied_names(now)[0]} - found.keys()
-            missing -= untied
             compared.wrong += [f"{name} is missing, and {CONFIG} no longer ties it to {tied[name]}" for name in untied]
     compared.wrong += [f"{name} is missing" for name in missing]
     quantized = compared.again or any(QUANTIZE in changed[name] for name in compared.recorded)
