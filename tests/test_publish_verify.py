@@ -164,6 +164,21 @@ def test_names_follow_a_later_cut(cut: Path, tmp_path: Path) -> None:
     assert "heal changed model.layers.2.self_attn.q_proj.weight" in said(found)
 
 
+def test_a_tensor_that_no_loader_reads(place: Path, tmp_path: Path) -> None:
+    """Older checkpoints have it, and saving the model again leaves it out."""
+    base, cut, name = (
+        Path(shutil.copytree(place / "single", tmp_path / "base")),
+        tmp_path / "cut",
+        "rotary_emb.inv_freq",
+    )
+    edit(base, lambda tensors: tensors.update({f"model.layers.0.self_attn.{name}": torch.ones(4)}))
+    assert main(["prune", str(base), str(cut), "--drop-layers", "2"]) == 0
+    edit(cut, lambda tensors: [tensors.pop(one) for one in list(tensors) if one.endswith(name)])
+    claim(cut)
+    found = verify(cut)
+    assert found.good, said(found)
+
+
 def test_a_head_that_came_apart_from_the_embeddings(tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.config.tie_word_embeddings = True
