@@ -250,6 +250,10 @@ def test_killed_and_resumed_is_as_if_nothing_had_been(
     running.communicate()
     assert not (output / "model").exists()
     (half / "trainer_state.json").write_text("")  # wherever in the writing the kill came
+    with pytest.raises(
+        CheckpointError, match="checkpoint-4 is of an earlier run; go on with --resume_from_checkpoint true"
+    ):
+        run(recipe, words(base, output, save_steps=4, save_strategy="steps"))
     capsys.readouterr()
     run(recipe, words(base, output, save_steps=4, save_strategy="steps", resume_from_checkpoint="true"))
     assert f"{half} is incomplete and is skipped" in caplog.text
