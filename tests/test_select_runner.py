@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -114,6 +115,20 @@ def test_all_at_once_is_each_alone(model: Any, text: CalibrationSet) -> None:
         alone = score_layers(model, text, [name])[name]
         assert (together[name].layers or []) == pytest.approx(alone.layers or [], rel=1e-6)
         assert together[name].blocks == pytest.approx(alone.blocks, rel=1e-6)
+
+
+def test_a_model_in_training_mode_is_scored_without_dropout(text: CalibrationSet) -> None:
+    """Each of a model's modules is in that mode again afterwards."""
+    model = tiny_model("gpt2")
+    for dropout in (module for module in model.modules() if isinstance(module, nn.Dropout)):
+        dropout.p = 0.5
+    expected = score_layers(model, text)
+    model.train()
+    model.transformer.h[2].eval()
+    modes = [module.training for module in model.modules()]
+    found = score_layers(model, text)
+    assert found == expected
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_all_read_each_layer_a_few_times(model: Any, text: CalibrationSet) -> None:

@@ -59,17 +59,23 @@ def hook_scope(*handles: Any) -> Iterator[None]:
 
 
 @contextmanager
+def without_dropout(*models: nn.Module) -> Iterator[None]:
+    """Put models into evaluation mode inside a `with` block; then restore each module's mode."""
+    training = [module for model in models for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
 def evaluation_mode(*models: nn.Module) -> Iterator[None]:
     """Put models into evaluation mode, without gradients, inside a `with` block; then restore each module's mode."""
-    before = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in before:
-            module.training = training
+    with without_dropout(*models), torch.no_grad():
+        yield
 
 
 def hidden_of(output: Any) -> torch.Tensor:

@@ -38,7 +38,18 @@ from ..families.layout import find_decoder_layers
 from ..families.multimodal import placeholder_tokens
 from .devices import moved_to
 from .memory import free_bytes, free_memory, is_out_of_memory
-from .parts import TrialError, agree, hidden_of, hook_scope, layer_stub, num_values, probe_ids, replace_forward, trial
+from .parts import (
+    TrialError,
+    agree,
+    hidden_of,
+    hook_scope,
+    layer_stub,
+    num_values,
+    probe_ids,
+    replace_forward,
+    trial,
+    without_dropout,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,7 +85,7 @@ class LayerWalk:
     """A causal language model whose decoder layers are run one at a time.
 
     Args:
-        model (`PreTrainedModel`): The model, in evaluation mode. It is not changed.
+        model (`PreTrainedModel`): The model. It is not changed, and runs in evaluation mode, whatever mode it is in.
         device (`str` or `torch.device`, *optional*): Where a layer's weights are moved to while it runs. By default
             layers run where they are.
 
@@ -137,7 +148,7 @@ class LayerWalk:
             after = hidden_of(layer(hidden, *args, **kwargs))
             return after + batch.added_after[index] if index in batch.added_after else after
 
-        with self._on_device(layer):
+        with self._on_device(layer), without_dropout(layer):
             yield run
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -209,7 +220,8 @@ class LayerWalk:
         return value.to(self.device, self.model.dtype) if value.is_floating_point() else value.to(self.device)
 
     def _forward(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return self.model(input_ids=input_ids, use_cache=False, return_dict=True, **kwargs).logits
+        with without_dropout(self.model):
+            return self.model(input_ids=input_ids, use_cache=False, return_dict=True, **kwargs).logits
 
     def _replace_layers(
         self, replacement: Callable[[int, torch.Tensor, tuple, dict], torch.Tensor]
