@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -197,7 +198,10 @@ def test_help_and_list_import_no_torch() -> None:
         (["table7", "--set", "max_length"], "--set max_length must be NAME=VALUE"),
         (["table7", "--model", "llama-9b=x"], "no row has a model 'llama-9b'"),
         (["table7", "--set", "max_lenght=8"], "--set max_lenght: recipes/sft_tail.py has no such setting"),
+        (["table7", "--set", "drop=0.5"], "--set drop: each row has its own"),
+        (["table7", "--set", "output_dir=x"], "--set output_dir: each row has its own"),
         (["table7", "--limit", "0"], "'0' must be a whole number, 1 or more"),
+        (["table7", "--device", "gpu"], "'gpu' is not a device of this machine"),
     ],
 )
 def test_refused_words(tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,6 +211,18 @@ def test_refused_words(tmp_path: Path, words: list[str], message: str, capsys: p
         code = end.code
     assert code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("content", "message"), [("- 1", "has no settings"), ("a: [", "can't read")])
+def test_a_file_that_is_no_config_of_accelerate(
+    tmp_path: Path, content: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "engine.yaml").write_text(content)
+    words = ["--accelerate-config", str(tmp_path / "engine.yaml"), "--output", str(tmp_path / "out")]
+    assert run.main(["table7", *words]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert message in said
+    assert "specify a config file of accelerate" in said
 
 
 def test_damaged_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -438,3 +454,16 @@ def test_settings_file_is_plain_yaml(done: Path) -> None:
     assert {field.name for field in dataclasses.fields(plans.Plan)} == set(
         json.loads((_only_run(done) / "plan.json").read_text())
     )
+
+
+def test_training_that_was_broken_off_goes_on_and_claims_no_time(done: Path, words: list[str]) -> None:
+    results_file, round_folder = done / "results.json", _only_run(done) / "round-1"
+    (whole,) = json.loads(results_file.read_text())["runs"].values()
+    results_file.unlink()
+    (round_folder / "round.json").unlink()
+    for name in ("model", "adapter", "checkpoint-2"):
+        shutil.rmtree(round_folder / "heal" / name)
+    assert run.main(words) == 0
+    (one,) = json.loads(results_file.read_text())["runs"].values()
+    assert one["values"]["trainable_millions"] == whole["values"]["trainable_millions"]
+    assert whole["values"].keys() - one["values"].keys() == {"seconds"}

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,18 @@ from typing import Any
 import yaml
 
 from hf_layerprune.errors import CutError
+from hf_layerprune.options import CutOptions
 from hf_layerprune.records.fingerprints import sha256_of
 from hf_layerprune.select.registry import CRITERIA
 
 HERE = Path(__file__).parent
 ROWS = HERE / "rows"
 CONFIGS = HERE.parent / "configs"
-# Settings in recipes/configs that the row overrides.
-_ROW_SETTINGS = ("model_name_or_path", "drop", "criterion", "datasets", "test_split_size", "output_dir")
+# Settings of recipes/sft_tail.py that follow from the row: those of the cut, which is made before, and of the files.
+ROW_SETTINGS = {field.name for field in fields(CutOptions) if field.name != "seed"} | {
+    "model_name_or_path", "datasets", "dataset_name", "test_split_size", "template", "output_dir",
+    "resume_from_checkpoint",
+}  # fmt: skip
 # The paper's numbers that a row may have, besides those of single tasks.
 FIGURES = ("mean", "wikitext2", "ptb", "trainable_millions", "memory_gb", "seconds")
 
@@ -197,9 +201,9 @@ def read_rows() -> dict[str, Row]:
     rows = {}
     for path in sorted(ROWS.glob("*.yaml"), key=lambda path: path.name.lower()):
         table = yaml.safe_load(path.read_text(encoding="utf-8"))
-        for short, fields in sorted(table.items(), key=lambda item: item[0].lower()):
+        for short, own in sorted(table.items(), key=lambda item: item[0].lower()):
             name = f"{path.stem}/{short}"
-            rows[name] = Row(name=name, **fields | {"texts": tuple(fields.get("texts", ()))})
+            rows[name] = Row(name=name, **own | {"texts": tuple(own.get("texts", ()))})
     return rows
 
 
@@ -310,7 +314,7 @@ def _tune_settings(row: Row, options: Options, with_mistakes: WithMistakes) -> d
     if method is None:
         return None
     settings = yaml.safe_load((CONFIGS / method["settings"]).read_text(encoding="utf-8"))
-    settings = {name: value for name, value in settings.items() if name not in _ROW_SETTINGS}
+    settings = {name: value for name, value in settings.items() if name not in ROW_SETTINGS}
     settings |= common["tune"] | common["data"][row.data].get("tune", {}) | method.get("change", {})
     settings = with_mistakes("tune", settings)
     if options.max_steps is not None:

@@ -27,7 +27,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from plans import HERE, Options, Plan, Row, choose_rows, defaults, make_plan, read_rows, relevant_mistakes
+from plans import (
+    HERE,
+    ROW_SETTINGS,
+    Options,
+    Plan,
+    Row,
+    choose_rows,
+    defaults,
+    make_plan,
+    read_rows,
+    relevant_mistakes,
+)
 from results import NOT_RUN, Results, format_line, make_lines, markdown, mistakes_text
 
 from hf_layerprune.errors import CutError, LayerPruneError, explain, wants_traceback
@@ -140,6 +151,8 @@ def read_options(args: argparse.Namespace) -> Options:
 
         if unknown := settings.keys() - {option.dest for option in make_parser()._actions}:
             raise CutError(f"--set {min(unknown)}: recipes/sft_tail.py has no such setting")
+        if fixed := settings.keys() & ROW_SETTINGS:
+            raise CutError(f"--set {min(fixed)}: each row has its own; name other rows, or use the options of run.py")
     named = tuple(name.strip() for name in args.mistakes.split(",") if name.strip())
     plain = {
         name: getattr(args, name) for name in ("limit", "tasks_from", "windows", "calibration", "data", "max_steps")

@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 from plans import HERE, Plan, hash_json, hash_local_files
-from training import engine_settings, trained_parameters
+from training import engine_settings, read_engine, trained_parameters
 from training_rows import prepare_rows
 
 from hf_layerprune import families
@@ -36,6 +36,7 @@ from hf_layerprune.measure.tasks import PAPER, load_tasks
 from hf_layerprune.measure.texts import find_text
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.records.metrics import Metrics
+from hf_layerprune.runtime.devices import pick_device
 from hf_layerprune.runtime.loading import load_config, load_tokenizer
 from hf_layerprune.runtime.memory import free_memory
 from hf_layerprune.select.sets import drop_count
@@ -56,6 +57,10 @@ class Runner:
         device (`str`, defaults to `"auto"`): The device for evaluation.
         keep_models (`bool`, defaults to `False`): Whether to keep the weights of finished runs.
         lock_fd (`int`, *optional*): A file descriptor, such as that of a lock, that training processes keep open.
+
+    Raises:
+        CutError: This machine has no such device.
+        CheckpointError: The file is no config of accelerate.
     """
 
     def __init__(
@@ -69,7 +74,9 @@ class Runner:
     ) -> None:
         self.output, self.device, self.keep_models, self.lock_fd = output, device, keep_models, lock_fd
         self._checked: set[str] = set()
+        pick_device(device, spread=True)
         self.engine = engine or ENGINES / ("single_gpu.yaml" if has_accelerator() else "cpu.yaml")
+        self.engine_settings = read_engine(self.engine)
 
     def folder(self, plan: Plan) -> Path:
         return self.output / "runs" / plan.folder_name
@@ -101,7 +108,9 @@ class Runner:
         if plan.tune is not None:
             millions = rounds[-1]["trainable"] / 1e6
             outcome["values"]["trainable_millions"] = {"value": millions}
-            outcome["values"]["seconds"] = {"value": sum(one["seconds"] for one in rounds)}
+            seconds = [one.get("seconds") for one in rounds]  # unknown for training that was interrupted
+            if None not in seconds:
+                outcome["values"]["seconds"] = {"value": sum(seconds)}
         metrics = self._measure(plan, model, folder)
         outcome["weights"] = metrics.weights
         outcome["values"] |= paper_values(metrics, plan)
@@ -189,14 +198,13 @@ class Runner:
         if (heal / "model").is_dir():
             return
         heal.mkdir(parents=True, exist_ok=True)
-        engine = yaml.safe_load(self.engine.read_text(encoding="utf-8"))
         settings = (plan.tune or {}) | {
             "model_name_or_path": str(pruned),
             "dataset_name": str(self._prepare_rows(plan)),
             "output_dir": str(heal),
             "resume_from_checkpoint": "true",
         }
-        settings |= engine_settings(settings, engine, has_accelerator())
+        settings |= engine_settings(settings, self.engine_settings, has_accelerator())
         precision = "fp16" if settings.get("fp16") else "bf16" if settings.get("bf16") else "no"
         config = heal / "settings.yaml"
         write_text(config, yaml.safe_dump(settings, sort_keys=False))
@@ -248,8 +256,8 @@ class Runner:
         outcome = {"dropped": list(cut["drop_layers"]), "layers": cut["num_base_layers"]}
         if plan.tune is not None:
             lineage: Any = Lineage.load(round_folder / "heal" / "model")
-            entry = lineage.entries[-1]
-            outcome |= {"seconds": entry["seconds"], "trainable": trained_parameters(round_folder / "heal")}
+            outcome |= {name: value for name, value in lineage.entries[-1].items() if name == "seconds"}
+            outcome["trainable"] = trained_parameters(round_folder / "heal")
         return outcome
 
     # --- measure ----------------------------------------------------------------------------------------------
