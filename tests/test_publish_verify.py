@@ -28,6 +28,7 @@ from hf_layerprune.records.fingerprints import fingerprint, sha256_of, weights_h
 from hf_layerprune.records.lineage import Lineage
 
 from .measure_models import write_gguf
+from .multimodal_makers import write_llava
 from .publish_records import measure_by_hand
 from .tiny_models import tiny_model
 
@@ -134,6 +135,24 @@ def test_weights_that_were_converted(place: Path, tmp_path: Path) -> None:
     claim(tmp_path / "half")
     found = verify(tmp_path / "half")
     assert f"tensors: {Q3} differs from the base's" in said(found, False)
+
+
+def test_a_converted_model_keeps_what_comes_with_its_weights(tmp_path: Path) -> None:
+    """A processor, settings of generation, and a tokenizer's file as its maker wrote it, are copied as for a plain cut."""
+    base, half = write_llava(tmp_path / "base"), tmp_path / "half"
+    (base / "generation_config.json").write_text('{"max_new_tokens": 7}')
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer, indent=1))
+    assert main(["prune", str(base), str(half), "--drop-layers", "3-4", "--dtype", "bfloat16"]) == 0
+    beside = {path.name for path in base.iterdir()} - {"config.json", "model.safetensors"}
+    assert "processor_config.json" in beside
+    assert not [name for name in beside if (half / name).read_bytes() != (base / name).read_bytes()]
+    found = verify(half)
+    assert found.good, said(found)
+    processor = (half / "processor_config.json").read_text()
+    (half / "processor_config.json").write_text(processor.replace("16", "8", 1))
+    claim(half)
+    assert "processor_config.json" in said(verify(half), False)
 
 
 def test_what_stages_changed_is_listed(cut: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from .. import families
@@ -91,16 +91,25 @@ def execute_plan(plan: CheckpointPlan, folder: Path, *, link: bool = False, name
         for shard in plan.shards:
             for count in _write_shard(plan, shard, folder, shard.target in linked):
                 bar.update(count)
-        for companion, size in plan.companions:
-            (folder / companion).parent.mkdir(exist_ok=True)
-            copy_model_file(plan.source / companion, plan.source, folder / companion)
-            bar.update(size)
+        copy_companions(plan.source, folder, [name for name, _ in plan.companions])
+        bar.update(sum(size for _, size in plan.companions))
         for file, content in plan.files.items():
             with (folder / file).open("xb") as output:
                 output.write(content)
             bar.update(len(content))
     if {*read_weights(Base.open(folder)).tensor_names} != {*plan.tensor_names.values()}:
         raise CheckpointError(f"{folder} was not written as planned; check the disk")
+
+
+def copy_companions(source: Path, folder: Path, names: Iterable[str]) -> None:
+    """Copy files of a model, such as those of its tokenizer and its processor, byte for byte, in place of any there.
+
+    Raises:
+        CheckpointError: One can't be read, or it is a link out of the folder.
+    """
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        copy_model_file(source / name, source, folder / name)
 
 
 def _write_shard(plan: CheckpointPlan, shard: ShardPlan, folder: Path, linked: bool) -> Iterator[int]:

@@ -119,7 +119,8 @@ def prune_to(request: PruneRequest) -> Pruned:
 
 def _prune_folder(request: PruneRequest, source: Path, output: Path, curve: dict[str, Any] | None) -> Pruned:
     # Whether tensors are copied byte for byte; otherwise the base is loaded, to convert or unpack its weights.
-    copies = not request.adapter and request.dtype == "auto" and resolve_base(request.base)[1] is None
+    is_gguf = resolve_base(request.base)[1] is not None
+    copies = not request.adapter and request.dtype == "auto" and not is_gguf
     if request.link and (request.repair or not copies):
         raise CutError(
             "link=True shares weight files with the base, but this cut changes or writes them; leave it out"
@@ -151,7 +152,7 @@ def _prune_folder(request: PruneRequest, source: Path, output: Path, curve: dict
             elif request.adapter:
                 write_adapter(request, list(cut.drop), folder, prepared)
             else:
-                write_model(request, list(cut.drop), folder, prepared)
+                write_model(request, None if is_gguf else hub or Base.open(source), list(cut.drop), folder, prepared)
         if request.target_size is not None and not request.adapter:
             _check_size(request, folder, len(dropped))
         if target is not None:

@@ -6,11 +6,12 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cut.disk import execute_plan
+from ..cut.base import Base
+from ..cut.disk import copy_companions, execute_plan
 from ..cut.patch import match_layers, patch_layers
 from ..errors import CheckpointError, CutError
 from ..options import copy_fields
-from ..records.fingerprints import uncached_weights_hash
+from ..records.fingerprints import QUANTISERS, uncached_weights_hash
 from ..runtime.loading import UNPACKED_DTYPE, load_tokenizer, resolve_base
 from .requests import PruneRequest
 
@@ -51,8 +52,10 @@ def prepare_dense(request: PruneRequest, dropped: list[int] | None) -> Prepared:
     return prepare_from_base(to_config(request, dropped), kwargs)
 
 
-def write_model(request: PruneRequest, dropped: list[int], folder: Path, prepared: Prepared | None) -> None:
-    """Load the whole model, cut it, and save it."""
+def write_model(
+    request: PruneRequest, base: Base | None, dropped: list[int], folder: Path, prepared: Prepared | None
+) -> None:
+    """Load the whole model, cut it, and save it; what comes with its weights is copied, or made from a GGUF file."""
     from ..cut.memory import drop_layers
     from ..families.layout import find_decoder_layers
     from ..repair.frozen import repaired_tensors
@@ -75,6 +78,9 @@ def write_model(request: PruneRequest, dropped: list[int], folder: Path, prepare
         stored = stored_tensors(model.config, repaired_tensors(prepared.repair, stack.path, cut))
         prepared.record["repair"]["changed_tensors"] = sorted(stored)
     model.save_pretrained(folder)
+    if base is not None:
+        copy_companions(base.folder, folder, [name for name, _ in base.companions() if name not in QUANTISERS])
+        return
     try:
         load_tokenizer(request.base, revision=request.revision).save_pretrained(folder)
     except CheckpointError as error:

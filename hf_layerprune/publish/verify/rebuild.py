@@ -17,13 +17,22 @@ from packaging.version import InvalidVersion, Version
 
 from ... import families
 from ...cut.base import Base as Checkpoint
-from ...cut.disk import execute_plan, plan_cut
+from ...cut.disk import copy_companions, execute_plan, plan_cut
 from ...cut.header import read_header
 from ...cut.plan import CheckpointPlan
 from ...errors import CheckpointError, boundary
 from ...files.copy import LocalFile
 from ...files.json_file import parse_json
-from ...records.fingerprints import CONFIG, GENERATION, hash_files, holds_weights, is_inert, model_files, sha256_of
+from ...records.fingerprints import (
+    CONFIG,
+    GENERATION,
+    QUANTISERS,
+    hash_files,
+    holds_weights,
+    is_inert,
+    model_files,
+    sha256_of,
+)  # fmt: skip
 from ...records.history import History, Stage
 from ...records.quantized import is_repeatable_method, quantization_method
 from ...runtime.config_file import read_config_file
@@ -227,8 +236,6 @@ def _convert_cut(history: History, base: Base, folder: Path) -> Expected:
     model = load_mapped(base.source, revision=base.commit, dtype=_dtype(history.dtype))
     drop_layers(model, history.dropped)
     model.save_pretrained(folder)
-    with suppress(CheckpointError):  # a base may have no tokenizer
-        load_tokenizer(base.source, revision=base.commit).save_pretrained(folder)
     # The settings of generation name the version of transformers that wrote them, and may do so alone.
     written_by = history.stages[0].entry.get("versions", {}).get("transformers")
     with suppress(FileNotFoundError, InvalidVersion):  # of a text that is more than a version
@@ -236,7 +243,15 @@ def _convert_cut(history: History, base: Base, folder: Path) -> Expected:
         versions = (version("transformers"), Version(str(written_by)))
         ours, theirs = (f'"transformers_version": "{one}"' for one in versions)
         (folder / GENERATION).write_text(settings.replace(ours, theirs))
-    return Expected.from_folder(folder)
+    if base.is_gguf:
+        with suppress(CheckpointError):  # it may have no tokenizer
+            load_tokenizer(base.source, revision=base.commit).save_pretrained(folder)
+        return Expected.from_folder(folder)
+    source = Checkpoint.open(base.source, base.commit, token=base.token)
+    names = [name for name, _ in source.companions() if name not in QUANTISERS and not is_inert(name)]
+    present = history.lineage.base.get("companions", names)
+    copy_companions(source.folder, folder, [name for name in names if name in present])
+    return replace(Expected.from_folder(folder), lacked=tuple(name for name in names if name not in present))
 
 
 def _quantize_cut(history: History, folder: Path, cut: Expected) -> Expected:
