@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from lm_eval._cli import HarnessCLI
+from lm_eval.api.instance import Instance
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from scipy import stats
@@ -30,7 +31,9 @@ from hf_layerprune.records.figures.results import build_results
 from hf_layerprune.records.fingerprints import fingerprint, weights_hash
 from hf_layerprune.records.metrics import Metrics
 
+from .heal_makers import word_tokenizer
 from .measure_models import NAMES, find, measure, write_gguf, write_model
+from .tiny_models import tiny_model
 
 # --- the numbers are right ----------------------------------------------------------------------------------
 
@@ -357,3 +360,16 @@ def test_a_row_in_two_types_is_like_the_others_until_a_model_is_measured_in_anot
         "perplexity": {"float32 and float16, 8 windows", "bfloat16, 4 windows"},
         "kl": {"float16, 8 windows", "bfloat16, 4 windows"},
     }
+
+
+@pytest.mark.parametrize("model_type", ["bart", "voxtral"])
+def test_a_decoder_whose_type_has_an_encoder_too_is_scored_as_a_decoder(model_type: str) -> None:
+    """The harness by itself would give it the question and the answer as two sequences."""
+    model, tokenizer = tiny_model(model_type), word_tokenizer()
+    question, answer = "w5 w6 w7", " w8 w9 w10"
+    asked = Instance(request_type="loglikelihood", doc={}, arguments=(question, answer), idx=0)
+    ((score, _),) = Harness(model, tokenizer, 1).loglikelihood([asked], disable_tqdm=True)
+    ids = tokenizer(question + answer, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logits = model(ids).logits[0, 2:-1].log_softmax(-1)
+    assert score == pytest.approx(logits.gather(1, ids[0, 3:, None]).sum().item(), rel=1e-4)

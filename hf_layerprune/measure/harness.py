@@ -110,7 +110,9 @@ class Harness(TaskRunner, HFLM):
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | str = "auto"
     ) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=_initial_batch_size(model, batch_size))
+        batch = _initial_batch_size(model, batch_size)
+        # By itself, the harness takes types that also exist as encoder-decoders, and some that hear, for such.
+        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch)
 
     def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> Any:
         while True:
