@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from hf_layerprune.cli import main
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.runtime.loading import load_base, load_processor, load_tokenizer
 
+from .heal_makers import word_tokenizer
 from .measure_models import write_model
-from .multimodal_makers import lay_postscript, noise, words, write_llava, write_rows
+from .multimodal_makers import TEMPLATE, lay_postscript, noise, words, write_llava, write_rows
+from .tiny_models import tiny_config
 
 IMAGE_TOKENS = 16
 
@@ -183,6 +186,30 @@ def test_a_text_model_takes_no_images(tmp_path: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr().err.strip().splitlines()
     assert said[-1].startswith(f"hf-layerprune: {rows} has images, but ")
     assert "is a llama model that reads only text; specify a data set without images" in said[-1]
+
+
+def test_a_conversation_for_a_processor_without_a_chat_template(base: Path, model: Any, tmp_path: Path) -> None:
+    bare = Path(shutil.copytree(base, tmp_path / "bare"))
+    (bare / "chat_template.jinja").unlink()
+    rows = write_rows(tmp_path / "rows", 2)
+    chats = [json.loads(line) for line in rows.read_text().splitlines()]
+    chats = [{"messages": [{"role": "user", "content": row["text"]}], "image": row["image"]} for row in chats]
+    (rows.parent / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    assert len(loaded(bare, model, f"{rows}:text", samples=2).input_ids) == 2
+    with pytest.raises(
+        CheckpointError, match=r"line \d is a conversation, .* no chat template for it; specify a column"
+    ):
+        loaded(bare, model, f"{rows.parent / 'chats.jsonl'}:messages", samples=2)
+
+
+def test_a_processor_for_audio(tmp_path: Path) -> None:
+    extractor = transformers.WhisperFeatureExtractor(feature_size=16)
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    transformers.Qwen2AudioProcessor(extractor, tokenizer, chat_template=TEMPLATE).save_pretrained(tmp_path)
+    tiny_config("qwen2_audio").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="has a processor for audio, and none for images; specify data without"):
+        load_processor(tmp_path)
 
 
 def test_a_folder_without_a_processor(base: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

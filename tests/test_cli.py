@@ -378,6 +378,7 @@ def test_inspect_tells_of_tied_heads_and_protected_layers(tmp_path: Path, capsys
         ("mamba", "a cut of it can be repaired by linear, refit, magnitude"),
         ("mixtral", "a cut of it can be repaired by linear, magnitude"),
         ("bert", "model type 'bert' can't be repaired: "),
+        ("mllama", "an image; leave the repair out, and train the pruned model with transformers' Trainer"),
     ],
 )
 def test_inspect_tells_of_repairs(

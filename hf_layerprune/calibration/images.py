@@ -55,6 +55,11 @@ def image_rows(
     rows: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
     longest = left_out = 0
     for document in documents:
+        if not isinstance(document.text, str) and not has_chat_template(processor):
+            raise CheckpointError(
+                f"{document.where} is a conversation, and the processor of {model.name_or_path or 'the model'} has no chat "
+                "template for it; specify a column of plain text (FILE:COLUMN)"
+            )
         with boundary(f"the processor can't read {document.where}"):
             ids, media = _process(processor, document)
         places = torch.isin(ids[0], torch.tensor(tokens)).nonzero()

@@ -14,7 +14,7 @@ from ..errors import CutError, UnsupportedModelError
 from ..records.quantized import describe_quantization
 from ..versions import installed_version
 from .fields import COUNT_FIELDS, Cut, cut_without, rewrite_fields
-from .multimodal import path_to_text, protected_by_towers, rewrite_outer_fields
+from .multimodal import check_images_read, path_to_text, protected_by_towers, rewrite_outer_fields
 from .quantization import names_layers, rewrite_quantization
 from .special import SPECIAL, Family, WideTensor
 from .types import (
@@ -120,8 +120,10 @@ def check_stage(config: PreTrainedConfig, stage: str) -> None:
     for part in path_to_text(config):
         if reason := REFUSED_AT[stage].get(part.model_type):
             refused = STAGES[stage]
+            unhealed = stage == "repair" and part.model_type in REFUSED_AT["heal"]  # which other ways out rely on
+            instead = f"leave the repair out, and {STAGES['heal'].instead}" if unhealed else refused.instead
             raise UnsupportedModelError(
-                f"model type {part.model_type!r} can't be {refused.can_not}: {reason}; {refused.instead}"
+                f"model type {part.model_type!r} can't be {refused.can_not}: {reason}; {instead}"
             )
 
 
@@ -182,6 +184,7 @@ def cut_config(config: PreTrainedConfig, cut: Cut) -> PreTrainedConfig:
     if family.check:
         family.check(fields, cut)
     _check_attention_left(old_part, cut)
+    check_images_read(config, cut)
     changed = rewrite_fields(fields, cut, family.rules, skip=(count,))
     if family.rewrite_together:
         changed |= family.rewrite_together(fields, cut)

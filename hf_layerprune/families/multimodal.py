@@ -92,6 +92,21 @@ def protected_by_towers(config: PreTrainedConfig) -> dict[int, str]:
     return found
 
 
+def check_images_read(config: PreTrainedConfig, cut: Cut) -> None:
+    """Refuse to drop all layers in which the decoder attends to images: it would ignore them without a word.
+
+    Raises:
+        CutError: None of them would be left.
+    """
+    *outer, part = path_to_text(config)
+    readers = getattr(part, "cross_attention_layers", None) or []
+    if outer and readers and not any(i in cut.new_index for i in readers):
+        raise CutError(
+            f"no layer that attends to images would be left, and this {outer[0].model_type} model would ignore them; keep one "
+            f"of {list(readers)}"
+        )
+
+
 def rewrite_outer_fields(config: PreTrainedConfig, cut: Cut) -> None:
     """Rewrite, in place, the fields of a composite config that refer to decoder layers outside the decoder's section.
 

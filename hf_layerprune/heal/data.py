@@ -211,8 +211,9 @@ def shape_rows(
     conversation = next((name for name in ("messages", "conversations") if name in columns), None)
     if conversation is not None:
         if not chatting:
+            other = "prompt and completion" if images else "plain text"
             raise CutError(
-                f"{name} has {conversation}, but the tokenizer has no chat template for them; specify a set with plain text"
+                f"{name} has {conversation}, but the tokenizer has no chat template for them; specify a set with {other}"
             )
         _log_unused_columns(columns, conversation)
         with _row_errors(name):

@@ -286,6 +286,10 @@ def load_processor(model: str | Path, **kwargs: Any) -> ProcessorMixin:
 
     with boundary(f"{model} has no processor that can be loaded", "copy the processor files of its base into it"):
         processor = AutoProcessor.from_pretrained(str(model), trust_remote_code=False, **kwargs)
+        if hasattr(processor, "feature_extractor") and not hasattr(processor, "image_processor"):
+            raise CheckpointError(
+                f"{model} has a processor for audio, and none for images; specify data without images"
+            )
         if not hasattr(processor, "image_processor"):  # in place of a processor, transformers loads a tokenizer
             raise CheckpointError(f"{model} has no processor for images; copy the processor files of its base into it")
     return processor
