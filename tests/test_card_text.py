@@ -232,6 +232,11 @@ def test_the_adapter_form() -> None:
     text = Card.from_records(lineage).render()
     assert "pip install hf-layerprune 'bitsandbytes>=0.50'\n" in text
     assert "need torchvision as well" in text
+    assert 'Before the text, {"type": "image", "path": "image.png"} adds an image' in text
+    lineage.base["pipeline_tag"] = "audio-text-to-text"
+    text = Card.from_records(lineage).render()
+    assert "torchvision" not in text
+    assert 'Before the text, {"type": "audio", "path": "audio.wav"} adds a recording' in text
 
 
 def test_a_base_on_somebodys_disk_is_named_by_its_last_part() -> None:

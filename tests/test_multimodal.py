@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from . import chat_server  # noqa: F401 (makes the Space's files importable)
 from .heal_makers import word_tokenizer
 from .matrix import identities
 from .multimodal_makers import noise, write_llava, write_qwen2_vl, write_rows
+from .publish_multimodal import run_card
 from .tiny_models import EAGER, tiny_config, tiny_input, tiny_model
 from .tiny_multimodal import multimodal_config
 
@@ -178,6 +180,33 @@ def test_an_unknown_field_is_refused() -> None:
         setattr(config, name, value)
         with pytest.raises(CutError, match=f"config field '{name}' of the llava model may refer to layers"):
             families.cut_config(config, families.make_cut(config, DROP))
+
+
+def test_a_model_keeps_a_layer_that_attends_to_images() -> None:
+    """Without any, it would run, and ignore images."""
+    config = multimodal_config("mllama")
+    for drop, left in (([1], [3]), ([4, 5], [1])):
+        cut = families.make_cut(config, drop)
+        assert families.cut_config(config, cut).text_config.cross_attention_layers == left
+    with pytest.raises(CutError, match=r"no layer that attends to images would be left, .* keep one of \[1, 4\]"):
+        families.cut_config(config, families.make_cut(config, [1, 4, 5]))
+    text = config.text_config  # which reads no images
+    assert families.cut_config(text, families.make_cut(text, [1, 4])).cross_attention_layers == []
+
+
+def test_the_code_of_a_card_without_a_chat_template_shows_an_image(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PaliGemma's processor, for one, takes no text alone."""
+    bare, folder = Path(shutil.copytree(base, tmp_path / "bare")), tmp_path / "cut"
+    (bare / "chat_template.jinja").unlink()
+    assert main(["prune", str(bare), str(folder), "--drop-layers", "3"]) == 0
+    assert main(["card", str(folder), "--license", "mit"]) == 0
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"image\.png"):
+        run_card(folder)
+    noise(0).save("image.png")
+    run_card(folder)
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,11 @@ class Card:
         return "pipeline_tag" in self.history.lineage.base
 
     @property
+    def medium(self) -> str:
+        """What the base takes besides text: `"image"`, `"audio"`, or nothing."""
+        return str(self.history.lineage.base.get("pipeline_tag", "")).partition("-text-to-text")[0]
+
+    @property
     def has_input(self) -> bool:
         """Whether the model comes with what makes its input: a tokenizer, or a processor if it takes more than text."""
         base, last = self.history.lineage.base, self.history.lineage.entries[-1]

@@ -32,7 +32,7 @@ from ...records.fingerprints import (
     is_inert,
     model_files,
     sha256_of,
-)  # fmt: skip
+)
 from ...records.history import History, Stage
 from ...records.quantized import is_repeatable_method, quantization_method
 from ...runtime.config_file import read_config_file
