@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,19 @@ def test_the_code_of_a_card_runs_without_a_tokenizer_or_processor(
         word_tokenizer().save_pretrained("base")
     assert main(["prune", "base", "out", "--drop", "2", *more]) == main(["card", "out"]) == 0
     assert run_card(Path("out"))[1] is False
+
+
+@pytest.mark.parametrize("words", ["--tune-layers cut --no-tune-lm-head", "--tune-layers 2-2", "--tune-layers 1", ""])
+def test_the_command_of_an_adapters_card_makes_it_again(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_model("llama").save_pretrained("base")
+    assert main(["prune", "base", "out", "--drop-layers", "3", "--adapter", *words.split()]) == 0
+    (command,) = read_history(Lineage.load(Path("out")) or Lineage({})).commands()
+    assert main(shlex.split(command.replace("\\\n", " "))[1:]) == 0
+    made, again = (json.loads(Path(name, "adapter_config.json").read_text()) for name in ("out", "pruned"))
+    assert made["modules_to_save"] == again["modules_to_save"]
 
 
 @pytest.mark.parametrize(("words", "fields"), [

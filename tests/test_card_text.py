@@ -146,6 +146,13 @@ def test_only_a_missed_requirement_is_called_missed() -> None:
     assert requirements() == ""
 
 
+def test_images_are_told_beside_the_data() -> None:
+    lineage = lineage_of()
+    data = next(entry["data"] for entry in lineage.entries if entry.get("data"))[0]
+    data["images"] = True
+    assert f"{data['name']}`, with images " in Card.from_records(lineage).render()
+
+
 def test_rewritten_answers_are_told_beside_the_data() -> None:
     lineage = lineage_of()
     data = next(entry["data"] for entry in lineage.entries if entry.get("data"))

@@ -188,6 +188,16 @@ class History:
             arguments += _arguments({"calibration": name, **sizes, "seed": text.get("seed")})
         if settings.get("form") == "adapter":
             arguments.append("--adapter")
+            if (tuned := settings.get("tune_layers")) is not None:
+                # A single number would be that of the last layers.
+                indices = (
+                    (format_layers(tuned) if len(tuned) > 1 else f"{tuned[0]}-{tuned[0]}")
+                    if isinstance(tuned, list)
+                    else tuned
+                )
+                arguments += ["--tune-layers", str(indices)]
+            if (head := settings.get("tune_lm_head")) is not None:
+                arguments.append("--tune-lm-head" if head else "--no-tune-lm-head")
         if source is None and base.get("commit"):
             arguments += ["--revision", str(base["commit"])]
         return arguments

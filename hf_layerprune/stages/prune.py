@@ -61,6 +61,9 @@ def prune_settings(request: PruneRequest, dropped: Sequence[int]) -> dict[str, A
         settings |= {name: getattr(request, name) for name in names} | {"protect_first": first, "protect_last": last}
     if request.repair is not None:
         settings["repair"] = request.repair
+    if request.adapter:
+        tuned = {"tune_layers": request.tune_layers, "tune_lm_head": request.tune_lm_head}
+        settings |= {name: value for name, value in tuned.items() if value is not None}
     return settings | {"dtype": request.dtype, "form": "adapter" if request.adapter else "model"}
 
 

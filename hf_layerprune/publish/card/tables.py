@@ -101,6 +101,8 @@ def data_table(stages: Sequence[Stage]) -> Markup:
     for stage in stages:
         for one in stage.data:
             name = hub_link(str(one["id"]), "datasets") if one.get("id") else code_span(one.get("name", "unnamed"))
+            if one.get("images"):
+                name = Markup(f"{name}, with images")
             if one.get("answers"):
                 name = Markup(f"{name}, answers {escape_text(str(one['answers']))}")
             pin = one.get("revision") or one.get("sha256")
