@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from copy import deepcopy
+from importlib.resources import files
 from typing import Any
 
 import jinja2
@@ -26,6 +27,8 @@ from hf_layerprune.records.history import Stage, read_history
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.records.metrics import Metrics
 from hf_layerprune.records.requirements import parse_bounds
+from hf_layerprune.repair.registry import REPAIRS
+from hf_layerprune.select.registry import CRITERIA
 from hf_layerprune.stages.requests import PruneRequest
 
 from .publish_records import BASE, EXPECTED, ROLES, example_card, lineage_of, metrics_of
@@ -551,3 +554,11 @@ def test_what_ended_training(steps: int, shown: str) -> None:
     """`max_steps` overrides the epochs."""
     stage = Stage("heal", {"settings": {"num_train_epochs": 3.0, "max_steps": steps}}, frozenset())
     assert re.findall("epochs|steps", tables.training_table(stage)) == [shown]
+
+
+def test_every_paper_of_a_criterion_or_a_repair_can_be_cited() -> None:
+    sources = " ".join(one.source for one in (*CRITERIA.values(), *REPAIRS.values()))
+    papers = files("hf_layerprune.publish.card").joinpath("papers.bib").read_text(encoding="utf-8")
+    named = set(re.findall(r"arXiv:([\d.]+)", sources))
+    assert len(named) > 5
+    assert not named - set(re.findall(r"eprint += {(.+)}", papers)), "add them to publish/card/papers.bib"

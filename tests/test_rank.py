@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,13 +20,14 @@ from hf_layerprune import quality_curve, rank_layers
 from hf_layerprune.calibration.rows import CalibrationSet
 from hf_layerprune.cli import main
 from hf_layerprune.cut.sizes import Sizes
-from hf_layerprune.errors import UnsupportedModelError
+from hf_layerprune.errors import CutError, UnsupportedModelError
 from hf_layerprune.options import format_bytes
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.runtime.loading import load_config
-from hf_layerprune.select import ALL
+from hf_layerprune.select import ALL, CRITERIA
+from hf_layerprune.select.registry import Criterion
 from hf_layerprune.select.runner import score_layers
-from hf_layerprune.select.scores import Scores
+from hf_layerprune.select.scores import Choice, Scores
 from hf_layerprune.stages.rank import Ranking, draw_ranking
 
 from .limits import largest_file
@@ -73,6 +75,23 @@ def test_in_python(base: Path, text: Path) -> None:
     scores = ranking.scores["kl"].layers
     assert scores is not None
     assert ranking.drops["kl"] == sorted(sorted(range(8), key=scores.__getitem__)[:3])
+
+
+def test_any_criterion_that_chooses_without_scores(base: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` is not the only one that may be registered."""
+    module = ModuleType("hf_layerprune.select.first")
+    module.choose = lambda walk, calibration, count, free, choice: Choice(
+        sorted(free)[:count], "first", "they are first"
+    )
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(CRITERIA, "first", Criterion("first", "first", "choice", "the first", "here", "none"))
+    few = {"calibration": str(text), "calibration_samples": 8, "calibration_length": 16}
+    ranking = rank_layers(str(base), criteria=["first", "kl"], drop=3, protect_first=1, **few)
+    assert ranking.drops["first"] == [1, 2, 3]
+    assert ranking.why == {"first": "they are first"}
+    assert list(ranking.scores) == ["kl"]
+    with pytest.raises(CutError, match="criterion 'first' gives no scores"):
+        score_layers(tiny_model("llama"), None, ["first"])
 
 
 @pytest.mark.parametrize("amount", [["--drop", "3"], ["--target-params", "51k"]])

@@ -71,8 +71,9 @@ def score_layers(
     """
     check_choice("variant", variant, VARIANTS)
     wanted = [find_criterion(name) for name in dict.fromkeys(criteria)]
-    if any(criterion.kind == "choice" for criterion in wanted):
-        raise CutError("criterion 'auto' gives no scores; use choose_layers")
+    for criterion in wanted:
+        if criterion.kind == "choice":
+            raise CutError(f"criterion {criterion.name!r} gives no scores; use choose_layers")
     layers = _decoder_layers(model)
     num_layers, count = len(layers), drop_count(drop, len(layers))
     alive = [i for i in range(num_layers) if i not in set(dropped)]

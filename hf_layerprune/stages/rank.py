@@ -161,15 +161,16 @@ def rank(request: RankRequest) -> Ranking:
     if any(CRITERIA[name].needs == "text" for name in free):
         model = open_walk(request, dense, device)
         calibration = load_calibration_for(request, model, request.revision)
-        runs = count_runs(n, [name for name in free if name != "auto"], count, lengths)
+        runs = count_runs(n, _scored(free), count, lengths)
         log_estimate(model, calibration, "scoring", *(len(calibration) * each for each in runs))
     scores, drops = _score_and_pick(request, model, calibration, target, n, count, free, lengths)
     why: dict[str, str] = {}
     found = {name: score.record() for name, score in scores.items()}
-    if "auto" in free:
-        by_auto = copy_fields(CutOptions, request, criterion="auto")
-        choice = choose_layers(model, calibration, by_auto, protected=protected, target=target)
-        drops["auto"], why["auto"], found["auto"] = choice.drop_layers, choice.why, choice.record()
+    for name in free:
+        if CRITERIA[name].kind == "choice":
+            by_name = copy_fields(CutOptions, request, criterion=name)
+            choice = choose_layers(model, calibration, by_name, protected=protected, target=target)
+            drops[name], why[name], found[name] = choice.drop_layers, choice.why, choice.record()
     record = {
         "schema_version": SCHEMA_VERSION,
         "base": request.base,
@@ -240,6 +241,11 @@ def _usable_criteria(request: RankRequest, config: PreTrainedConfig) -> list[Cri
     return criteria
 
 
+def _scored(criteria: Collection[str]) -> list[str]:
+    """The criteria that give scores."""
+    return [name for name in criteria if CRITERIA[name].kind != "choice"]
+
+
 def _score_and_pick(
     request: RankRequest,
     model: Any,
@@ -250,12 +256,11 @@ def _score_and_pick(
     free: Mapping[str, set[int]],
     lengths: list[int] | None,
 ) -> tuple[dict[str, Scores], dict[str, list[int]]]:
-    """The scores by all criteria but `auto`, and what each would drop."""
+    """The scores by all criteria that give some, and what each would drop."""
     from ..select.runner import score_layers
 
-    names = [name for name in free if name != "auto"]
     scores = score_layers(
-        model, calibration, names, variant=request.variant, drop=count, lengths=lengths, seed=request.seed
+        model, calibration, _scored(free), variant=request.variant, drop=count, lengths=lengths, seed=request.seed
     )
 
     def pick(name: str, count: int) -> list[int]:
@@ -271,7 +276,7 @@ def _score_and_pick(
             number = target.choose_count(n, free[name], partial(pick, name)) if target else count
             drops[name] = pick(name, number)
         except CutError as error:
-            if not drops and name == [*scores][-1] and "auto" not in free:
+            if not drops and name == [*scores][-1] and _scored(free) == [*free]:
                 raise
             logger.warning("%s is left out: %s", name, error)
     return {name: scores[name] for name in drops}, drops
