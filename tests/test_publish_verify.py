@@ -426,6 +426,11 @@ def test_a_base_that_was_cut_from_an_incomplete_copy(place: Path, tmp_path: Path
     assert found.verdict.startswith("IN PART: the rest of ")
     assert lacked in found.verdict
     assert lacked in verify(tmp_path / "cut", base=str(complete), accept_trained=True).verdict.removeprefix("YES, as")
+    words = ["--drop-layers", "1", "--adapter", "--tune-layers", "1"]
+    assert main(["prune", str(tmp_path / "cut"), str(tmp_path / "small"), *words]) == 0
+    found = verify(tmp_path / "small", base=str(complete))  # through the model that it is put on
+    assert found.verdict.startswith("IN PART: the rest of "), said(found)
+    assert lacked in found.verdict
     (tmp_path / "cut" / "merges.txt").write_text("{}")
     assert "merges.txt is not a file that the cut leaves" in said(verify(tmp_path / "cut", base=str(complete)), False)
     (tmp_path / "cut" / "merges.txt").unlink()

@@ -19,7 +19,7 @@ from hf_layerprune.publish.verify.fields import agrees_with_renamed, reads_anoth
 from hf_layerprune.records.fingerprints import behaviour_hashes, fingerprint, weights_hash
 from hf_layerprune.records.lineage import Lineage
 
-from .tiny_models import tiny_model
+from .tiny_models import randomize, tiny_model
 
 NORM = "model.norm.weight"
 
@@ -378,17 +378,56 @@ def test_an_adapter_with_its_base_s_tokenizer(adapter: Path, capsys: pytest.Capt
     assert (code, "YES:" in said) == (0, True), said
 
 
+REPAIR = ["--adapter", "--repair", "linear", "--calibration-samples", "4", "--calibration-length", "16"]
+
+
 def test_an_adapter_with_a_repair(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--adapter", "--repair", "linear", "--calibration-samples", "4", "--calibration-length", "16"]
-    assert main(["prune", str(place / "base"), str(tmp_path / "small"), "--drop-layers", "3-4", *words]) == 0
-    assert says(tmp_path / "small", capsys, "--accept-trained")[0] == 0
-    path = tmp_path / "small" / "adapter_config.json"
-    text = path.read_text()
+    text, small = tmp_path / "text.txt", tmp_path / "small"
+    text.write_text(" ".join(f"w{index % 97}" for index in range(999)))
+    words = ["--drop-layers", "3-4", *REPAIR, "--calibration", str(text)]
+    assert main(["prune", str(place / "base"), str(small), *words]) == 0
+    assert says(small, capsys, "--accept-trained")[0] == 0
+    path = small / "adapter_config.json"
+    told = path.read_text()
     for name, value in {"repair": None, "repaired_modules": None, "calibration": "/etc/hostname", "seed": 7}.items():
-        path.write_text(json.dumps(json.loads(text) | {name: value}))
-        forge(tmp_path / "small")
-        code, said = says(tmp_path / "small", capsys, "--accept-trained")
+        path.write_text(json.dumps(json.loads(told) | {name: value}))
+        forge(small)
+        code, said = says(small, capsys, "--accept-trained")
         assert (code, f"adapter_config.json has {name}=" in said) == (1, True), said
+
+
+def test_an_adapter_with_repairs_before_and_after_layer_10(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its config lists what was repaired in the order of the layers, which is not that of their names."""
+    base, small = write_base(tmp_path / "base"), tmp_path / "small"
+    model = AutoModelForCausalLM.from_pretrained(base, num_hidden_layers=14)
+    randomize(model)
+    model.save_pretrained(base)
+    assert main(["prune", str(base), str(small), "--drop-layers", "3,12", *REPAIR, "--calibration-samples", "32"]) == 0
+    repaired = json.loads((small / "adapter_config.json").read_text())["repaired_modules"]
+    assert [name.split(".")[2] for name in repaired] == ["2", "10"]
+    code, said = says(small, capsys, "--accept-trained")
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("recorded", [[], None])
+def test_an_adapter_that_would_be_repaired_when_it_is_loaded(
+    adapter: Path, recorded: list[str] | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its repair changed nothing, so its weights are the base's; but its config has no list that says so."""
+    lineage = Lineage.load(adapter)
+    repair = {"method": "linear"} | ({} if recorded is None else {"changed_tensors": recorded})
+    text = {"source": "self", "samples": 4, "length": 16, "seed": 42}
+    lineage.entries[0] |= {"repair": repair, "calibration": text}
+    lineage.write(adapter)
+    fields = {"repair": "linear", "calibration_samples": 4, "calibration_length": 16, "seed": 42}
+    edit_json("adapter_config.json", **fields, repaired_modules=[])(adapter)
+    forge(adapter)
+    code, said = says(adapter, capsys)
+    assert (code, "YES:" in said) == (0, True), said
+    edit_json("adapter_config.json", repaired_modules=None)(adapter)
+    forge(adapter)
+    code, said = says(adapter, capsys)
+    assert (code, "has repaired_modules=None, and the cut writes []" in said) == (1, True), said
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "generation_config.json", "chat_template.jinja"])

@@ -60,10 +60,11 @@ def adapter_differences(
     except (TypeError, ValueError) as error:  # PEFT's own, too
         return [f"can't be loaded: {error}"]
     try:
-        if repair.get("changed_tensors") is not None:
+        if repair:
             with boundary("no model can be built from the base's config"):
-                wanted["repaired_modules"] = layer_modules(expected.model_config, repair["changed_tensors"])
-            config = config | {"repaired_modules": sorted(adapter.repaired_modules or ())}
+                wanted["repaired_modules"] = layer_modules(expected.model_config, repair.get("changed_tensors") or ())
+            # Without a list, even an empty one, loading would repair again.
+            config = config | {"repaired_modules": adapter.repaired_modules and sorted(adapter.repaired_modules)}
         tuned = _tuned_modules(adapter, expected)
     except (CutError, TypeError) as error:
         return [f"can't be loaded: {error}"]

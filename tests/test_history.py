@@ -1,0 +1,68 @@
+"""What a lineage says of the layers that are left, of what each stage changed, and of the form of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hf_layerprune.errors import CheckpointError
+from hf_layerprune.records.history import read_history
+from hf_layerprune.records.lineage import Lineage
+
+
+def cut(*drop: int, of: int | None = 8, **more: Any) -> dict[str, Any]:
+    layers = {} if of is None else {"layers": {"base": of, "left": of - len(drop)}}
+    return {"stage": "prune", "settings": {"drop_layers": [*drop]}} | layers | more
+
+
+def stage(name: str, *changed: str, **settings: Any) -> dict[str, Any]:
+    return {"stage": name, "settings": settings, "changed_tensors": [*changed]}
+
+
+def form(name: str) -> dict[str, Any]:
+    return cut(0) | {"layers": {}, "settings": {"drop_layers": [0], "form": name}}
+
+
+@pytest.mark.parametrize(("entries", "expected"), [
+    ([], "model"),
+    ([form("adapter")], "adapter"),
+    ([form("model"), form("adapter")], "adapter"),
+    ([form("adapter"), form("model")], "model"),
+    ([form("adapter"), form("model"), stage("heal", form="adapter")], "adapter"),
+    ([form("adapter"), stage("heal")], "adapter"),
+    ([form("model"), stage("train", form="adapter")], "model"),
+])  # fmt: skip
+def test_the_last_stage_that_names_a_form_decides(entries: list[dict[str, Any]], expected: str) -> None:
+    assert read_history(Lineage({}, [cut(), *entries])).form == expected
+
+
+def test_layers_and_tensors_are_followed_through_several_cuts() -> None:
+    entries = [
+        cut(1, repair={"changed_tensors": ["h.0.w", "h.6.w"]}),
+        stage("heal", "h.3.w", "h.4.w", "head.weight"),
+        cut(0, 4, of=7),
+        stage("heal", "h.1.w"),
+        cut(2, of=None),
+    ]
+    history = read_history(Lineage({}, entries))
+    assert (history.num_base_layers, history.kept, history.dropped) == (8, (2, 3, 6, 7), (0, 1, 4, 5))
+    assert [one.name for one in history.stages] == ["prune", "repair", "heal", "prune", "heal", "prune"]
+    assert [sorted(one.changed) for one in history.stages] == [[], ["h.3.w"], ["head.weight"], [], ["h.1.w"], []]
+    assert [one.name for one in history.since_last_cut] == ["prune"]
+    assert history.layers_changed("heal") == {3}
+    assert history.changed() == {"h.3.w": ["repair"], "head.weight": ["heal"], "h.1.w": ["heal"]}
+
+
+@pytest.mark.parametrize(("entries", "message"), [
+    ([stage("heal")], "does not say how many layers the base has"),
+    ([cut(1, of=None)], r"drops layers \[1\] of \?, and 0 were left"),
+    ([cut(8)], r"drops layers \[8\] of 8, and 8 were left"),
+    ([cut(1), cut(7, of=None)], r"drops layers \[7\] of \?, and 7 were left"),
+    ([cut(1), cut(1)], r"drops layers \[1\] of 8, and 7 were left"),
+    ([cut(1, layers={"base": 8, "left": 8})], "says that 8 layers were left and drops all but 7"),
+    ([cut(1), stage("heal") | {"layers": {"left": 6}}], "does not say which layers were dropped"),
+])  # fmt: skip
+def test_a_history_that_contradicts_itself(entries: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read_history(Lineage({}, entries))
