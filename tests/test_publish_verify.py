@@ -693,3 +693,14 @@ def test_records_without_a_model_are_only_that(
     assert "does not record the weights" in broken(lambda entry: entry.pop("files"))
     shutil.copyfile(place / "single-cut" / "config.json", card / "config.json")  # a model, but not all of it
     assert verify(card).verdict.startswith("NO: ")
+
+
+def test_records_of_an_adapter(place: Path, tmp_path: Path) -> None:
+    """They need not tell of the base's tokenizer or config, as those of a model do."""
+    small, card = tmp_path / "small", tmp_path / "card"
+    assert main(["prune", str(place / "single"), str(small), "--drop-layers", "2", "--adapter"]) == 0
+    card.mkdir()
+    shutil.copyfile(small / "lineage.json", card / "lineage.json")
+    found = verify(card)
+    assert found.consistent, said(found)
+    assert found.verdict.startswith("RECORDS ONLY: ")
