@@ -40,18 +40,19 @@ def test_the_last_stage_that_names_a_form_decides(entries: list[dict[str, Any]],
 def test_layers_and_tensors_are_followed_through_several_cuts() -> None:
     entries = [
         cut(1, repair={"changed_tensors": ["h.0.w", "h.6.w"]}),
-        stage("heal", "h.3.w", "h.4.w", "head.weight"),
+        stage("heal", "h.3.w", "h.4.w", "h.6.w", "head.weight"),
         cut(0, 4, of=7),
         stage("heal", "h.1.w"),
-        cut(2, of=None),
+        cut(2, of=None, repair={"changed_tensors": []}),
     ]
     history = read_history(Lineage({}, entries))
     assert (history.num_base_layers, history.kept, history.dropped) == (8, (2, 3, 6, 7), (0, 1, 4, 5))
     assert [one.name for one in history.stages] == ["prune", "repair", "heal", "prune", "heal", "prune"]
-    assert [sorted(one.changed) for one in history.stages] == [[], ["h.3.w"], ["head.weight"], [], ["h.1.w"], []]
+    changed = [sorted(one.changed) for one in history.stages]
+    assert changed == [[], ["h.3.w"], ["h.3.w", "head.weight"], [], ["h.1.w"], []]
     assert [one.name for one in history.since_last_cut] == ["prune"]
-    assert history.layers_changed("heal") == {3}
-    assert history.changed() == {"h.3.w": ["repair"], "head.weight": ["heal"], "h.1.w": ["heal"]}
+    assert history.layers_changed("heal") == {3, 7}
+    assert history.changed() == {"h.3.w": ["repair", "heal"], "head.weight": ["heal"], "h.1.w": ["heal"]}
 
 
 @pytest.mark.parametrize(("entries", "message"), [
@@ -66,3 +67,12 @@ def test_layers_and_tensors_are_followed_through_several_cuts() -> None:
 def test_a_history_that_contradicts_itself(entries: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         read_history(Lineage({}, entries))
+
+
+def test_commands_of_several_cuts_with_training_before_and_between() -> None:
+    entries = [stage("train", "h.0.w"), cut(1), stage("train", "h.0.w"), cut(2, of=7), cut(of=6)]
+    assert read_history(Lineage({"id": "org/base", "commit": "a" * 7}, entries)).commands() == [
+        "hf-layerprune prune org/base pruned --drop-layers 1 --revision aaaaaaa",
+        "# Here, the model was trained with other software.",
+        "hf-layerprune prune pruned pruned-again --drop-layers 2",
+    ]
