@@ -704,3 +704,20 @@ def test_records_of_an_adapter(place: Path, tmp_path: Path) -> None:
     found = verify(card)
     assert found.consistent, said(found)
     assert found.verdict.startswith("RECORDS ONLY: ")
+
+
+def test_records_of_a_repair_and_of_several_cuts(cut: Path, tmp_path: Path) -> None:
+    card = tmp_path / "card"
+    card.mkdir()
+    assert main(["prune", str(cut), str(tmp_path / "again"), "--drop-layers", "1"]) == 0
+    shutil.copyfile(tmp_path / "again" / "lineage.json", card / "lineage.json")
+    assert verify(card).consistent
+    lineage = Lineage.load(cut)
+    (entry,) = lineage.entries
+    repair = {"method": "linear", "changed_tensors": [Q3], "input_weights": entry["weights"]}
+    entry |= {"repair": repair, "weights": "1" * 64}  # of the repaired model
+    lineage.write(card)
+    assert verify(card).consistent
+    repair["input_weights"] = "1" * 64
+    lineage.write(card)
+    assert "cut: repeated from the base" in said(verify(card), False)

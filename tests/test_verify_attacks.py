@@ -184,6 +184,9 @@ CONFIG: dict[str, Callable[[Path], object]] = {
         "config.json", layer_drop={"drop_layers": [2, 5], "num_base_layers": 8, "x": 1}
     ),
     "the cut": edit_json("config.json", layer_drop={"drop_layers": [1, 5], "num_base_layers": 8}),
+    "a longer base in the mark of the cut": edit_json(
+        "config.json", layer_drop={"drop_layers": [2, 5], "num_base_layers": 9}
+    ),
     "a longer base": lambda folder: lengthen(folder),
     "a section of what saving sets": edit_json("config.json", text_config={"_name_or_path": "x", "use_cache": True}),
 }
@@ -350,6 +353,7 @@ ADAPTER: dict[str, Callable[[Path], object]] = {
     "a field of nobody's": edit_json("adapter_config.json", runtime_config={"x": 1}),
     "a pickle beside it": write("adapter_model.bin", b"\x80\x04."),
     "stray weights beside it": lambda folder: save_file(TENSOR, folder / "model.safetensors"),
+    "an index beside it": write("model.safetensors.index.json", "{}"),
     "a chat template": write("chat_template.jinja", "{{ 'evil' }}"),
     "a part of the base's tokenizer": lambda folder: copy_tokenizer(folder, "tokenizer.json"),
 }
