@@ -305,6 +305,30 @@ def test_a_config_in_the_words_of_an_older_transformers(cut: Path, capsys: pytes
     assert (code, "YES:" in said) == (0, True), said
 
 
+@pytest.mark.parametrize(
+    ("fields", "differs"),
+    [
+        ({"dtype": "float32"}, None),
+        ({"dtype": "bfloat16"}, "dtype is 'bfloat16' and was None"),
+        ({"dtype": "float32", "rms_norm_eps": 0.5}, "rms_norm_eps is 0.5"),
+    ],
+)
+def test_the_type_of_the_weights_in_a_config_that_had_none(
+    place: Path, tmp_path: Path, fields: dict[str, Any], differs: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Saving a model records it, and nothing else."""
+    base, cut = shutil.copytree(place / "base", tmp_path / "base"), tmp_path / "cut"
+    settings = json.loads((base / "config.json").read_text())
+    del settings["dtype"]
+    (base / "config.json").write_text(json.dumps(settings))
+    assert main(["prune", str(base), str(cut), "--drop-layers", "2,5"]) == 0
+    edit_json("config.json", **fields)(cut)
+    forge(cut)
+    code, said = says(cut, capsys)
+    assert code == (0 if differs is None else 1), said
+    assert (differs or "YES:") in said
+
+
 @pytest.mark.parametrize(("told", "same"), [
     ({"type": "mrope"}, True), ({"type": "default"}, False), ({"rope_type": "default", "type": "mrope"}, True),
     ({"type": "linear"}, False), ({"rope_type": "mrope"}, False), ({"type": "mrope", "factor": 2.0}, False),
