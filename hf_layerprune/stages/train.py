@@ -96,7 +96,8 @@ def record_trained(
 
 def _stages(lineage: Lineage) -> list[Any]:
     """What was done, whenever that was, and whether an adapter or the whole model was written."""
-    return [(one["stage"], {**one.get("settings", {}), "form": None}) for one in lineage.entries]
+    only_of_adapters = dict.fromkeys(("form", "tune_layers", "tune_lm_head"))
+    return [(one["stage"], one.get("settings", {}) | only_of_adapters) for one in lineage.entries]
 
 
 def _check_trained(student: Student, folder: Path) -> None:
