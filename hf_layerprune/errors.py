@@ -30,7 +30,6 @@ _MAX_MESSAGE = 300  # characters to keep of a library's message
 _PLAIN = (OSError, ValueError, RuntimeError, ImportError)
 # What torch says of a file that it could not write, as on a full disk: the system's error is lost in its writer.
 _TRUNCATED = re.compile(r"inline_container\S* \. unexpected pos|PytorchStreamWriter failed writing|basic_ios::clear")
-_NOT_FOUND = re.compile(r"No such file or directory: (.+)")
 # The package of a file of installed code; this one may be installed, too.
 _PACKAGE = re.compile(r"[\\/]site-packages[\\/](?!hf_layerprune)(\w+)")
 DEBUG = "HF_LAYERPRUNE_DEBUG"
@@ -119,8 +118,9 @@ def _system_message(error: BaseException, what: str = "") -> str | None:
     if not isinstance(error, OSError):
         return None
     if not isinstance(error.errno, int):  # not the system's own
-        found = _NOT_FOUND.fullmatch(str(error))  # as safetensors raises it, also for a file that may not be read
-        return f"{found[1]}: Permission denied" if found and os.path.exists(found[1]) else None
+        # As safetensors raises it, also for a file that may not be read.
+        path = str(error).removeprefix("No such file or directory: ")
+        return f"{path}: Permission denied" if path != str(error) and os.path.exists(path) else None
     reason, file = error.strerror, error.filename
     named = isinstance(file, str | bytes) and os.fsdecode(file) not in what
     return f"{os.fsdecode(file)}: {reason}" if named else reason

@@ -251,7 +251,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_been(
     assert not (output / "model").exists()
     (half / "trainer_state.json").write_text("")  # wherever in the writing the kill came
     with pytest.raises(
-        CheckpointError, match="checkpoint-4 is of an earlier run; go on with --resume_from_checkpoint true"
+        CheckpointError, match="checkpoint-4 is from an earlier run; resume it with --resume_from_checkpoint true"
     ):
         run(recipe, words(base, output, save_steps=4, save_strategy="steps"))
     capsys.readouterr()

@@ -130,6 +130,8 @@ def test_the_next_command_has_the_options_of_this_one() -> None:
     for cls, request, place in (
         (AdviseRequest, AdviseRequest("b", target_size="2GB", revision="v1.0"), ["b"]),
         (PruneRequest, PruneRequest("b", "o", drop_layers=[2, 3, 5], tune_lm_head=False), ["b", "o"]),
+        (PruneRequest, PruneRequest("b", "o", drop_layers=[2], tune_layers=[5]), ["b", "o"]),
+        (PruneRequest, PruneRequest("b", "o", drop_layers=[2], tune_layers=[3, 4, 6]), ["b", "o"]),
         (PushRequest, said, ["model", "me/model"]),
     ):
         parser = argparse.ArgumentParser()

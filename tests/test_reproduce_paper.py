@@ -213,8 +213,8 @@ def test_refused_words(tmp_path: Path, words: list[str], message: str, capsys: p
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("content", "message"), [("- 1", "has no settings"), ("a: [", "can't read")])
-def test_a_file_that_is_no_config_of_accelerate(
+@pytest.mark.parametrize(("content", "message"), [("- 1", "must be a mapping"), ("a: [", "is not valid YAML")])
+def test_a_file_that_is_not_an_accelerate_config(
     tmp_path: Path, content: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "engine.yaml").write_text(content)
@@ -222,7 +222,7 @@ def test_a_file_that_is_no_config_of_accelerate(
     assert run.main(["table7", *words]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert message in said
-    assert "specify a config file of accelerate" in said
+    assert "specify an accelerate config" in said
 
 
 def test_damaged_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,11 +45,13 @@ class LayerDropModel(BaseTuner):
         config ([`LayerDropConfig`]): What to drop and what to tune.
         adapter_name (`str`, defaults to `"default"`): The name of the adapter.
 
-    Where transformers has loaded the adapter (its `load_adapter`, or `from_pretrained` with an adapter's name), the model can be
-    run; to disable, save or merge the adapter, load it with [`~peft.PeftModel.from_pretrained`]. To load one with other settings,
-    such as `keep_dropped`, change those of `PeftConfig.from_pretrained(adapter)`, and pass it as `config`: a new config is refused
-    or, with `is_trainable=True`, makes its own cut, for which the weights are not. Weights that replace those of an adapter (`load_adapter` with its name, `set_peft_model_state_dict`) must be of the same cut: PEFT loads them without
-    their config.
+    An adapter that transformers loaded (by its `load_adapter`, or by `from_pretrained` with an adapter's name) can be run. To
+    disable, save or merge it, load it with [`~peft.PeftModel.from_pretrained`].
+
+    To load an adapter with other settings, such as `keep_dropped`, change those of `PeftConfig.from_pretrained(adapter)`, and
+    pass the result as `config`. A new config is refused, or with `is_trainable=True`, makes a cut of its own, which the
+    adapter's weights do not fit. Weights that replace an adapter's (`load_adapter` with its name,
+    `set_peft_model_state_dict`) must come from the same cut: PEFT loads them without their config.
 
     Attributes:
         prepared (`Prepared`, *optional*): The choice of layers and the repair, as computed from the dense model.

@@ -99,7 +99,7 @@ class LayerCut:
             self._capture_again()
 
     def _capture_again(self) -> None:
-        """Let transformers install the hooks for `output_hidden_states` and the like anew: layers that come back have none."""
+        """Have transformers install its hooks for `output_hidden_states` and the like again: restored layers lack them."""
         owners = [change.owner for change in self.changes if isinstance(change.owner, nn.Module)]
         for module in {id(m): m for top in (*owners, self.inactive_modules()) for m in top.modules()}.values():
             vars(module).pop("_output_capturing_hooks_installed", None)

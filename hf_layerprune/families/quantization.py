@@ -27,8 +27,6 @@ _TEXT = re.compile(r"language|text|decoder|llm")
 _PLAIN = ("model", "transformer", "thinker.model")
 # A layer's index in a form that is not a module's name, such as `layer_3`, `blk.3` or `3.mlp`.
 _INDEX = re.compile(r"(?<![a-z])(?:layers?|blocks?|blk)[\W_]*[0-9]|^[0-9]+\.(?!dev|post|rc)[a-z_]", re.IGNORECASE)
-# All of a layer, by an index with which those of others may begin: `model.layers.1`.
-_WHOLE_LAYER = re.compile(rf"((?:.*\.)?(?:{'|'.join(LIST_NAMES)})\.)([0-9]{{1,9}})")
 _INDICES = re.compile(r"[0-9][0-9\s,:;-]*")
 _ANY_DIGIT = re.compile(r"(?<!\{)(?<!,)(?:\\d|[0-9]+)")
 # A segment that matches any index. A second dot beside it could stand for one of the digits.
@@ -78,9 +76,9 @@ def _is_outside_decoder(pattern: str) -> bool:
 def _begun_by(names: Iterable[Any], num_layers: int) -> Iterator[tuple[str, int, str]]:
     """Layers of the decoder whose name begins with one of these names: what precedes the index, the index, and that name."""
     for name in names:
-        match = _WHOLE_LAYER.fullmatch(name) if isinstance(name, str) and not NOT_TEXT.search(name) else None
-        if match:
-            yield from ((match[1], i, name) for i in range(num_layers) if str(i).startswith(match[2]))
+        stem, _, index = name.rpartition(".") if isinstance(name, str) else ("", "", "")
+        is_layer = stem.rpartition(".")[2] in LIST_NAMES and index.isdecimal() and not NOT_TEXT.search(name)
+        yield from ((f"{stem}.", i, name) for i in range(num_layers) if is_layer and str(i).startswith(index))
 
 
 class _Rewriter:

@@ -65,8 +65,8 @@ def check_run(
         LayerPruneError: As the other checks raise it, or the output folder holds another run.
     """
     model, adapter, pruned = (Path(str(args.output_dir)) / name for name in ("model", "adapter", "pruned"))
-    goes_on = str(args.resume_from_checkpoint).lower() == "true"
-    is_finished = goes_on and os.path.lexists(model)
+    resumes = str(args.resume_from_checkpoint).lower() == "true"
+    is_finished = resumes and os.path.lexists(model)
     if (model.parent / CONFIG).is_file():  # a model folder would get others into it
         raise CheckpointError(f"{model.parent} is a model folder; choose another --output_dir")
     for folder in (model, adapter):
@@ -78,11 +78,11 @@ def check_run(
         raise CutError("specify the model with --model_name_or_path")
     if not is_finished:
         args.resume_from_checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, str(args.output_dir))
-        begins = args.resume_from_checkpoint is None and not goes_on
-        if begins and (earlier := last_checkpoint(str(args.output_dir))) is not None:  # it would be written over
+        begins = args.resume_from_checkpoint is None and not resumes
+        if begins and (earlier := last_checkpoint(str(args.output_dir))) is not None:  # it would be overwritten
             raise CheckpointError(
-                f"{earlier} is of an earlier run; go on with --resume_from_checkpoint true, choose another --output_dir, or remove "
-                f"{args.output_dir}"
+                f"{earlier} is from an earlier run; resume it with --resume_from_checkpoint true, choose another --output_dir, or "
+                f"remove {args.output_dir}"
             )
     check_training(args)
     check_data(script_args, dataset_args, row_args, args)

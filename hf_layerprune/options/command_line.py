@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from ..errors import CutError
 from ..layer_ranges import format_layers
 from .declare import Option, help_of, option_fields
-from .kinds import FLAG, LAYERS, TEXT, quoted
+from .kinds import FLAG, LAYERS, TEXT, TUNE_LAYERS, quoted
 from .spelling import spell_options
 
 T = TypeVar("T")
@@ -122,8 +122,11 @@ def to_arguments(values: Any, *without: str) -> list[str]:
             arguments.append(flag if value else flag.replace("--", "--no-", 1))
         elif option.kind.repeated:
             arguments += [word for one in value for word in (flag, _format_value(one))]
-        elif option.kind is LAYERS:
-            arguments += [flag, format_layers(value)]
+        elif option.kind in (LAYERS, TUNE_LAYERS) and isinstance(value, list):
+            layers = format_layers(value)
+            # Of the layers to tune, a number alone would be how many.
+            single = option.kind is TUNE_LAYERS and layers.isdecimal()
+            arguments += [flag, f"{layers}-{layers}" if single else layers]
         else:
             several = isinstance(value, list | tuple)
             arguments += [flag, ",".join(map(_format_value, value)) if several else _format_value(value)]

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..layer_ranges import format_layers
-from ..options import BUDGETS, CutOptions, option_fields
+from ..options import BUDGETS, CutOptions, TuningOptions, option_fields, to_arguments
 from .lineage import Lineage
 from .names import base_name, hub_base, is_gguf_name, is_hub_name, last_part
 
@@ -188,16 +188,8 @@ class History:
             arguments += _arguments({"calibration": name, **sizes, "seed": text.get("seed")})
         if settings.get("form") == "adapter":
             arguments.append("--adapter")
-            if (tuned := settings.get("tune_layers")) is not None:
-                # A single number would be that of the last layers.
-                indices = (
-                    (format_layers(tuned) if len(tuned) > 1 else f"{tuned[0]}-{tuned[0]}")
-                    if isinstance(tuned, list)
-                    else tuned
-                )
-                arguments += ["--tune-layers", str(indices)]
-            if (head := settings.get("tune_lm_head")) is not None:
-                arguments.append("--tune-lm-head" if head else "--no-tune-lm-head")
+            tuned = {name: settings[name] for name in option_fields(TuningOptions) if name in settings}
+            arguments += to_arguments(TuningOptions(**tuned))
         if source is None and base.get("commit"):
             arguments += ["--revision", str(base["commit"])]
         return arguments

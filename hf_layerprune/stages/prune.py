@@ -180,10 +180,8 @@ def _check_size(request: PruneRequest, folder: Path, count: int) -> None:
     wanted, written = request.target_dtype, cast("torch.dtype | None", load_config(folder).dtype)
     if wanted not in ("auto", request.dtype) and (not written or written.itemsize > getattr(torch, wanted).itemsize):
         return  # files of a wider type are to be converted later
-    size, limit = (
-        sum(path.stat().st_size for path in folder.glob("*.safetensors")),
-        int(cast("int", request.target_size)),
-    )
+    limit = int(cast("int", request.target_size))
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if size > limit:
         raise CutError(
             f"the weight files take {format_bytes(size)}, which is more than was estimated, and {format_bytes(size - limit)} more "

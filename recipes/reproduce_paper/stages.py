@@ -24,12 +24,13 @@ from typing import Any
 
 import yaml
 from plans import HERE, Plan, hash_json, hash_local_files
-from training import engine_settings, read_engine, trained_parameters
+from training import engine_settings, trained_parameters
 from training_rows import prepare_rows
 
 from hf_layerprune import families
-from hf_layerprune.errors import LayerPruneError
+from hf_layerprune.errors import CheckpointError, LayerPruneError
 from hf_layerprune.files.copy import write_text
+from hf_layerprune.files.text_file import read_yaml
 from hf_layerprune.layer_ranges import format_layers
 from hf_layerprune.measure.evaluate import EvalRequest, evaluate
 from hf_layerprune.measure.tasks import PAPER, load_tasks
@@ -60,7 +61,7 @@ class Runner:
 
     Raises:
         CutError: This machine has no such device.
-        CheckpointError: The file is no config of accelerate.
+        CheckpointError: The accelerate config can't be read.
     """
 
     def __init__(
@@ -76,7 +77,10 @@ class Runner:
         self._checked: set[str] = set()
         pick_device(device, spread=True)
         self.engine = engine or ENGINES / ("single_gpu.yaml" if has_accelerator() else "cpu.yaml")
-        self.engine_settings = read_engine(self.engine)
+        try:
+            self.engine_settings = read_yaml(self.engine)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; specify an accelerate config") from error
 
     def folder(self, plan: Plan) -> Path:
         return self.output / "runs" / plan.folder_name

@@ -6,24 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import safe_open
 
-from hf_layerprune.errors import CheckpointError, LayerPruneError, boundary
+from hf_layerprune.errors import LayerPruneError
 from hf_layerprune.records.lineage import Lineage
-
-
-def read_engine(path: Path) -> dict[str, Any]:
-    """Read a config file of accelerate.
-
-    Raises:
-        CheckpointError: It is none.
-    """
-    with boundary(f"can't read {path}", "specify a config file of accelerate"):
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path} has no settings; specify a config file of accelerate")
-    return settings
 
 
 def engine_settings(settings: dict[str, Any], engine: dict[str, Any], accelerator: bool) -> dict[str, Any]:
