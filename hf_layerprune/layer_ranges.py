@@ -1,4 +1,4 @@
-"""Sets of layers as people write them, such as `20-26,29`."""
+"""Layers in names and in text: what lists of them are called, and sets of them as people write them, such as `20-26,29`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from collections.abc import Collection
 
 from .errors import CutError
 
+# Names of lists of whole layers; lists of parts of layers (`attentions`, `ffns`) are not included.
+LIST_NAMES = ("layers", "layer", "h", "blocks", "block")
+# Marks stacks for modalities other than text, which may have as many layers as the decoder.
+NOT_TEXT = re.compile(r"vision|visual|image|img|audio|speech|video")
 MAX_LAYERS = 1_000  # far above any real model; limits what a damaged or hostile file can request
 _PART = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?", re.ASCII)
 

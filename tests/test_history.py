@@ -55,6 +55,13 @@ def test_layers_and_tensors_are_followed_through_several_cuts() -> None:
     assert history.changed() == {"h.3.w": ["repair", "heal"], "head.weight": ["heal"], "h.1.w": ["heal"]}
 
 
+def test_layers_of_other_stacks_are_not_the_decoder_s() -> None:
+    names = ["vision_tower.encoder.layers.1.w", "audio.layers.9.w", "language_model.layers.2.w"]
+    history = read_history(Lineage({}, [cut(7), stage("heal", *names), cut(1, of=7)]))
+    assert history.changed() == {name.replace("2.w", "1.w"): ["heal"] for name in names}
+    assert history.layers_changed("heal") == {2}
+
+
 @pytest.mark.parametrize(("entries", "message"), [
     ([stage("heal")], "does not say how many layers the base has"),
     ([cut(1, of=None)], r"drops layers \[1\] of \?, and 0 were left"),

@@ -9,18 +9,12 @@ and the list takes precedence.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CutError
 from ..options.kinds import as_integer
-
-# Names of lists of whole layers; lists of parts of layers (`attentions`, `ffns`) are not included.
-LIST_NAMES = ("layers", "layer", "h", "blocks", "block")
-# Marks stacks for modalities other than text, which may have as many layers as the decoder.
-NOT_TEXT = re.compile(r"vision|visual|image|img|audio|speech|video")
 
 
 @dataclass(frozen=True)

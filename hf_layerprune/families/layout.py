@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedModelError
+from ..layer_ranges import LIST_NAMES, NOT_TEXT
 from . import layer_count, text_config
-from .fields import LIST_NAMES, NOT_TEXT
 
 if TYPE_CHECKING:
     from torch import nn

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ..errors import CutError
-from .fields import LIST_NAMES, NOT_TEXT, Cut, looks_per_layer
+from ..layer_ranges import LIST_NAMES, NOT_TEXT
+from .fields import Cut, looks_per_layer
 
 # Characters that distinguish a regular expression from a module name, with or without wildcards.
 _REGEX = re.compile(r"[\\^$()|+{\[]")

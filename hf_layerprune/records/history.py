@@ -10,12 +10,12 @@ from pathlib import PurePath
 from typing import Any
 
 from ..errors import CheckpointError
-from ..layer_ranges import format_layers
+from ..layer_ranges import LIST_NAMES, NOT_TEXT, format_layers
 from ..options import BUDGETS, CutOptions, TuningOptions, option_fields, to_arguments
 from .lineage import Lineage
 from .names import base_name, hub_base, is_gguf_name, is_hub_name, last_part
 
-_LAYER = re.compile(r"(?P<before>.*?\b(?:layers|layer|h|blocks|block)\.)(?P<index>\d+)(?P<after>\..*)")
+_LAYER = re.compile(rf"(?P<before>.*?\b(?:{'|'.join(LIST_NAMES)})\.)(?P<index>\d+)(?P<after>\..*)")
 # The stages in which other programs made the weights.
 QUANTIZE, TRAIN = "quantize", "train"
 _LINE = 80
@@ -131,7 +131,7 @@ class History:
         """Base indices of the layers that stages of this name changed."""
         layers = set()
         for one in self.stages:
-            for match in map(_LAYER.fullmatch, one.changed if one.name == stage else ()):
+            for match in map(_match_layer, one.changed if one.name == stage else ()):
                 if match and int(match["index"]) < len(self.kept):
                     layers.add(self.kept[int(match["index"])])
         return layers
@@ -295,11 +295,17 @@ def _calibration_data(record: dict[str, Any]) -> dict[str, Any]:
     return text
 
 
+def _match_layer(name: str) -> re.Match[str] | None:
+    """The parts of the name of a decoder layer's tensor; `None` for others, such as those of a vision tower's layers."""
+    match = _LAYER.fullmatch(name)
+    return match if match and not NOT_TEXT.search(match["before"]) else None
+
+
 def _rename_after_cuts(cuts: list[list[int]], names: list[str]) -> Iterator[str]:
     """Names of tensors after further cuts, without those of dropped layers."""
     for name in names:
         for stay in cuts:
-            match = _LAYER.fullmatch(name)
+            match = _match_layer(name)
             if match is None:
                 continue
             if int(match["index"]) not in stay:
