@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import sys
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, PreTra
 
 from hf_layerprune.cli import main
 from hf_layerprune.cut.gguf import cut_gguf
+from hf_layerprune.files.gguf_header import read_header
 from hf_layerprune.measure.engine_bench import _cost
 from hf_layerprune.measure.engines.llama_cpp import LlamaCpp
 from hf_layerprune.measure.report import report
@@ -25,6 +27,7 @@ from hf_layerprune.records.figures.results import build_results
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.records.metrics import Metrics
 
+from .gguf_makers import all_of, make_gguf, number
 from .measure_models import byte_tokenizer, write_gguf
 
 pytestmark = pytest.mark.processes
@@ -151,6 +154,19 @@ def test_no_bytes_are_expected_of_a_quantised_folder(tmp_path):
     assert costs[0][0] == costs[1][0]
     assert costs[0][1] > 0
     assert costs[1][1] is None
+
+
+def test_of_a_mixture_the_experts_in_use_count(tmp_path):
+    """Two of eight; only for reading weights does it matter how many sequences there are."""
+    few = all_of(number("llama.expert_count", 8), number("llama.expert_used_count", 2))
+    dense, mixture = (_cost(make_gguf(tmp_path / f"{n}.gguf", more=more)) for n, more in enumerate((None, few)))
+    experts = [one for one in read_header(tmp_path / "0.gguf").tensors if "_exps." in one.name]
+    bytes_idle = 0.75 * sum(one.size for one in experts)
+    weights_idle = 0.75 * sum(prod(one.dimensions) for one in experts)
+    for batch, idle in ((1, 1), (2, 0.75)):
+        work = Workload(batch, 8, 4)
+        assert mixture.estimate("decode", work) == dense.estimate("decode", work) - bytes_idle * idle
+        assert mixture.estimate("prefill", work) == dense.estimate("prefill", work) - weights_idle
 
 
 # Heads of 32, as its kernels want.

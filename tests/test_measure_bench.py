@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import sdpa_flop_count
+from transformers import MixtralConfig
 
 from hf_layerprune import LayerPruneError, drop_layers
 from hf_layerprune.adapter.loading import load_model
 from hf_layerprune.cli import main
 from hf_layerprune.measure import cost
 from hf_layerprune.measure.bench import BenchRequest, bench, operations
-from hf_layerprune.measure.cost import cache_bytes, decode_bytes, empty_model, prefill_flops
+from hf_layerprune.measure.cost import active_parameters, cache_bytes, decode_bytes, empty_model, prefill_flops
 from hf_layerprune.measure.probe import probe
 from hf_layerprune.measure.requests import Workload
 from hf_layerprune.measure.speed import time_models
@@ -195,6 +196,41 @@ def test_bytes_are_counted() -> None:
         == sum(p.numel() * 4 for p in text.values())
         < seeing.get_memory_footprint(return_buffers=False)
     )
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "mixtral"])
+def test_only_the_experts_in_use_count(model_type: str) -> None:
+    """Each token uses two of four: half of them for one sequence, and 15 in 16 for four, by chance alone."""
+    model = tiny_model(model_type)
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    assert active_parameters(model) == model.num_parameters() - experts / 2
+    assert active_parameters(empty_model(model.config, torch.float32)) == active_parameters(model)
+    other = decode_bytes(model, 1, 0) - experts * 4 / 2
+    assert decode_bytes(model, 4, 0) == other + experts * 4 * 15 / 16
+
+
+def test_active_parameters_are_those_that_are_published() -> None:
+    """Mixtral 8x7B has 46.7 billion parameters, of which a token uses 12.9 billion (arXiv:2401.04088)."""
+    model = empty_model(MixtralConfig(), torch.bfloat16)
+    assert round(model.num_parameters() / 1e9, 1) == 46.7
+    assert round(active_parameters(model) / 1e9, 1) == 12.9
+
+
+@pytest.mark.parametrize("model_type", ["llama", "recurrent_gemma", "llama4_text", "mamba"])
+def test_what_every_token_uses_counts_as_a_whole(model_type: str) -> None:
+    """Convolutions, gates of several heads, and Llama 4's experts, which transformers runs for every token."""
+    model = tiny_model(model_type)
+    assert active_parameters(model) == model.num_parameters()
+
+
+def test_active_parameters_are_recorded(tmp_path: Path) -> None:
+    base, cut = tmp_path / "base", tmp_path / "cut"
+    tiny_model("mixtral").save_pretrained(base)
+    assert main(["prune", str(base), str(cut), "--drop-layers", "4-7"]) == 0
+    found = bench(BenchRequest(str(cut), base=str(base), load_repeats=0, **SMALL))
+    recorded = find(found, found.weights, "active_parameters")["value"]
+    assert recorded == active_parameters(load_model(cut)) < find(found, found.weights, "parameters")["value"]
+    assert next(one for one in found.comparisons if one["metric"] == "active_parameters")["share"] < 1
 
 
 def test_turns_and_times() -> None:

@@ -18,7 +18,7 @@ from ..errors import CutError, LayerPruneError, boundary
 from ..records.metrics import Metrics
 from ..runtime.windows import max_positions
 from ..screen import progress_bar
-from .cost import cache_bytes, decode_bytes, empty_model, prefill_flops
+from .cost import active_parameters, cache_bytes, decode_bytes, empty_model, prefill_flops
 from .engine_bench import EngineBench
 from .measurement import Measurement
 from .paired import compare_values
@@ -116,8 +116,11 @@ class _Bench(Measurement):
                 self.record(kind, metric, settings, values, cost)
 
     def _record_size(self, models: Mapping[str, PreTrainedModel]) -> None:
+        total = {w: model.num_parameters() for w, model in models.items()}
+        active = {w: active_parameters(model) for w, model in models.items()}
         for kind, metric, sizes in (
-            ("size", "parameters", {w: model.num_parameters() for w, model in models.items()}),
+            ("size", "parameters", total),
+            ("size", "active_parameters", active if active != total else {}),
             ("size", "bytes_on_disk", {subject.weights: subject.bytes_on_disk for subject in self.subjects}),
             ("memory", "kv_cache_bytes_per_token", {w: cache_bytes(model) for w, model in models.items()}),
         ):

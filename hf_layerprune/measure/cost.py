@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..families.layout import text_model
@@ -69,14 +70,54 @@ def decode_bytes(model: PreTrainedModel, batch: int, tokens: int) -> float:
     """Bytes that are read to decode one token for each of `batch` sequences with `tokens` tokens in the cache.
 
     That is the size of the cache and of the weights, without embeddings that are not tied to the head and without what
-    only images or audio pass through. All experts of a mixture are counted, although a small batch reads only some.
+    only images or audio pass through. Of the experts of a mixture, it is those that at least one token of the batch
+    is expected to use (`share_in_use`).
     """
     head: Any = model.get_output_embeddings()
     table: Any = model.get_input_embeddings()
-    read = {id(one): one.nbytes for part in (text_model(model), head) if part is not None for one in part.parameters()}
+    shares = {parameter: share_in_use(share, batch) for parameter, share in expert_shares(model).items()}
+    parts = [part for part in (text_model(model), head) if part is not None]
+    read = {one: one.nbytes * shares.get(one, 1) for part in parts for one in part.parameters()}
     if head is None or getattr(head, "weight", None) is not table.weight:
-        read.pop(id(table.weight), None)
+        read.pop(table.weight, None)
     return sum(read.values()) + (batch * tokens * cache_bytes(model, tokens) if tokens else 0)
+
+
+def share_in_use(share: float, batch: int) -> float:
+    """The expected share of experts that some token of a batch uses, if each uses a `share` of them, all equally likely."""
+    return 1 - (1 - share) ** batch
+
+
+def active_parameters(model: PreTrainedModel) -> int:
+    """The parameters that one token uses: all but those of experts that it is not routed to."""
+    idle = sum(one.numel() * (1 - share) for one, share in expert_shares(model).items())
+    return model.num_parameters() - round(idle)
+
+
+@torch.no_grad()
+def expert_shares(model: PreTrainedModel) -> dict[nn.Parameter, float]:
+    """The share of the experts that a token is routed to, by each parameter that holds the weights of several.
+
+    It is the number of experts that the router passes on for each token during a prefill, over the number that there
+    are. Experts that are called in another way, as Llama 4's, which all run for every token, are not listed.
+    """
+    shares: dict[nn.Parameter, float] = {}
+
+    def note(bank: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for chosen in (*args, *kwargs.values()):
+            whole = isinstance(chosen, torch.Tensor) and not (chosen.is_floating_point() or chosen.dtype == torch.bool)
+            if whole and chosen.shape[:-1].numel() == _TOKENS:  # not the positions, `[batch, seq]`
+                shares.update((held, chosen.shape[-1] / len(held)) for held in bank.parameters(recurse=False))
+
+    banks = [one for one in model.modules() if any(held.ndim == 3 for held in one.parameters(recurse=False))]
+    hooks = [bank.register_forward_pre_hook(note, with_kwargs=True) for bank in banks]
+    try:
+        if banks:
+            prefill(model, torch.ones(1, _TOKENS, dtype=torch.long, device=model.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return shares
 
 
 @torch.no_grad()

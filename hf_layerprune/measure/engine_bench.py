@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from ..cut.gguf import gguf_layer_count
 from ..errors import CutError, LayerPruneError
 from ..families import layer_count
-from ..files.gguf_header import read_header
+from ..files.gguf_header import architecture_of, integer_value, read_header
 from ..runtime.loading import load_config
-from .cost import decode_bytes, empty_model, prefill_flops
+from .cost import decode_bytes, empty_model, prefill_flops, share_in_use
 from .engines import EngineError, EngineTimings
 from .engines.llama_cpp import LlamaCpp
 from .engines.vllm import Vllm
@@ -123,18 +123,9 @@ class _Cost(NamedTuple):
 
 
 def _cost(path: Path) -> _Cost:
-    """For a GGUF file, all layer parameters per prompt token and all bytes per generated token; for a model folder,
-    operations and bytes, counted on a model without weights; of a quantised one, no bytes.
-    """
+    """Of a model folder, operations and bytes, counted on a model without weights; of a quantised one, no bytes."""
     if path.is_file():
-        tensors = read_header(path).tensors
-        sizes = {tensor.name: math.prod(tensor.dimensions) for tensor in tensors}
-        tied = "output.weight" not in sizes
-        read = float(sum(size for name, size in sizes.items() if name.startswith("blk.")))
-        written = float(sum(tensor.size for tensor in tensors if tied or tensor.name != "token_embd.weight"))
-        return _Cost(
-            gguf_layer_count(path), sum(sizes.values()), lambda kind, _: written if kind == "decode" else read
-        )
+        return _gguf_cost(path)
     import torch
 
     config = load_config(path)
@@ -151,3 +142,22 @@ def _cost(path: Path) -> _Cost:
         return None
 
     return _Cost(layer_count(config), model.num_parameters(), estimate)
+
+
+def _gguf_cost(path: Path) -> _Cost:
+    """The layers' parameters per prompt token, and the bytes per generated token; of experts, those in use."""
+    header = read_header(path)
+    architecture = architecture_of(header)
+    keys = (f"{architecture}.expert_used_count", f"{architecture}.expert_count")
+    used, experts = (integer_value(header, header.keys[key]) if key in header.keys else 1 for key in keys)
+    sizes = {tensor.name: math.prod(tensor.dimensions) for tensor in header.tensors}
+    tied = "output.weight" not in sizes
+    layers = {name: float(size) for name, size in sizes.items() if name.startswith("blk.")}
+    read = {one.name: float(one.size) for one in header.tensors if tied or one.name != "token_embd.weight"}
+
+    def estimate(kind: str, work: Workload) -> float:
+        counted, batch = (read, work.batch) if kind == "decode" else (layers, 1)
+        in_use = share_in_use(used / max(experts, 1), batch)
+        return sum(size * (in_use if "_exps." in name else 1) for name, size in counted.items())
+
+    return _Cost(gguf_layer_count(path), sum(sizes.values()), estimate)

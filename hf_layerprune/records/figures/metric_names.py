@@ -45,6 +45,7 @@ METRICS: dict[str, Metric] = {
     "kl": Metric("KL divergence from dense, nats per token"),  # of the distributions of the next token
     "top1_agreement": Metric("top-1 agreement with dense", SHARE, True),  # of the likeliest next token
     "parameters": Metric("parameters", COUNT),
+    "active_parameters": Metric("active parameters", COUNT),  # those that a token of a mixture of experts uses
     "bytes_on_disk": Metric("size on disk", BYTES, depends_on_file=True),  # of the weight files
     "prefill_tokens_per_second": Metric("prefill throughput, tokens/s", NUMBER, True),
     "decode_tokens_per_second": Metric("decode throughput, tokens/s", NUMBER, True),
