@@ -167,6 +167,7 @@ CONFIG: dict[str, Callable[[Path], object]] = {
     "auto_map": edit_json("config.json", auto_map={"AutoModelForCausalLM": "evil.Evil"}),
     "bias": edit_json("config.json", attention_bias=True),
     "quantization_config": edit_json("config.json", quantization_config={"quant_method": "bitsandbytes"}),
+    "a field that says null": edit_json("config.json", is_causal=None),
     "attention": edit_json("config.json", _attn_implementation="paged|eager"),
     "attention from a repository": edit_json("config.json", attn_implementation="kernels-community/evil"),
     "experts": edit_json("config.json", _experts_implementation="eager"),

@@ -21,6 +21,19 @@ _OLD_NAMES = {"torch_dtype": "dtype", "rope_theta": "rope_parameters", "rope_sca
 Path = tuple[str, ...]
 
 
+class _Absent:
+    """In place of a value. A field that says null is another than none at all: models read `is_causal` as true if absent."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return "absent"
+
+
+ABSENT = _Absent()
+
+
 def flatten(fields: dict[str, Any], path: Path = ()) -> dict[Path, Any]:
     """The values of a config by their paths; sections are not values themselves, unless they are empty."""
     values: dict[Path, Any] = {}
@@ -31,7 +44,7 @@ def flatten(fields: dict[str, Any], path: Path = ()) -> dict[Path, Any]:
 
 
 def differences(was: dict[str, Any], has: dict[str, Any]) -> dict[Path, tuple[Any, Any]]:
-    """Where two loaded configs differ: both values by path, `None` for one that is absent."""
+    """Where two loaded configs differ: both values by path, `ABSENT` for one that is absent."""
     old, new = flatten(was), flatten(has)
     sections = {path[:-1] for path in old} & {path[:-1] for path in new}  # a section of its own may replace a loader's
 
@@ -39,7 +52,8 @@ def differences(was: dict[str, Any], has: dict[str, Any]) -> dict[Path, tuple[An
         return path[0] not in _VOLATILE and not (path[-1] in _VOLATILE and path[:-1] in sections)
 
     paths = filter(counts, old.keys() | new.keys())
-    return {path: (old.get(path), new.get(path)) for path in sorted(paths) if not _equal(old.get(path), new.get(path))}
+    pairs = {path: (old.get(path, ABSENT), new.get(path, ABSENT)) for path in sorted(paths)}
+    return {path: pair for path, pair in pairs.items() if not _equal(*pair)}
 
 
 def unties(path: Path, was: Any, has: Any) -> bool:
