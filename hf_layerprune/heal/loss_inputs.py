@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import LayerPruneError
-from ..runtime.head import Head, OutputHead
+from ..runtime.head import OutputHead
 from .losses import Distillation, head_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .config import HealConfig
     from .trainer import HealTrainer
 
 
@@ -26,12 +25,10 @@ class LossInputs(types.SimpleNamespace):
     Neither a dict nor a dataclass: FSDP rounds the tensors in those, and in whatever `forward` returns, to 16 bits.
 
     Args:
-        labels (`torch.Tensor`): The next token at each position, `[batch, seq - 1]`, or -100.
         keep (`torch.Tensor`): The positions whose logits are needed, boolean `[batch, seq - 1]`.
+        labels (`torch.Tensor`): The next token at each of them, or -100.
         ce_weight (`torch.Tensor`, *optional*): Weight of the cross-entropy of a labelled token.
-        kd_mask (`torch.Tensor`): The positions to distil on, boolean `[batch, seq - 1]`.
-        kd_weight (`torch.Tensor`): Weight of each of them.
-        teacher_states (`torch.Tensor`, *optional*): The dense model's last hidden states, `[batch, seq, hidden]`.
+        distillation (`Distillation`, *optional*): The dense model's side, at the same positions.
         features (`torch.Tensor`, *optional*): The dense model's hidden states to reproduce,
             `[batch, seq, blocks * hidden]`; if there are any, nothing else is trained on.
         feature_mask (`torch.Tensor`): The positions at which they count, boolean `[batch, seq]`.
@@ -42,24 +39,15 @@ class LossInputs(types.SimpleNamespace):
         sums (`dict[str, torch.Tensor]`): By the name of a metric, its sum over tokens.
     """
 
-    labels: torch.Tensor
     keep: torch.Tensor
+    labels: torch.Tensor
     ce_weight: torch.Tensor | None
-    kd_mask: torch.Tensor
-    kd_weight: torch.Tensor
-    teacher_states: torch.Tensor | None
+    distillation: Distillation | None
     features: torch.Tensor | None
     feature_mask: torch.Tensor
     feature_weight: torch.Tensor
     loss: torch.Tensor
     sums: dict[str, torch.Tensor]
-
-    def distillation(self, head: Head | None, args: HealConfig) -> Distillation | None:
-        """The dense model's side of the loss, with its head; `None` without its states."""
-        if self.teacher_states is None or head is None:
-            return None
-        mask, states = self.kd_mask[self.keep], self.teacher_states[:, :-1][self.keep]
-        return Distillation(states, head, mask, self.kd_weight, args.kd_temperature, args.kd_direction)
 
 
 def compute_in_forward(trainer: HealTrainer, output: OutputHead) -> None:
@@ -75,10 +63,8 @@ def compute_in_forward(trainer: HealTrainer, output: OutputHead) -> None:
             return type(self_).forward(self_, *args, **kwargs)
         if (trainer := owner()) is None:
             return plain_forward(*args, **kwargs)
-        precomputed = trainer.data_collator.precomputed
-        if precomputed.prefix is not None and not precomputed.prefix.holds_output_for(
-            args[0] if args else kwargs.get("input_ids")
-        ):
+        prefix = trainer.data_collator.precomputed.prefix
+        if prefix is not None and not prefix.holds_output_for(args[0] if args else kwargs.get("input_ids")):
             raise LayerPruneError(
                 "in training, the frozen layers are unloaded, and only rows of train_dataset and eval_dataset can be run; "
                 "use cache=off to generate text or to evaluate other rows meanwhile"
@@ -90,14 +76,11 @@ def compute_in_forward(trainer: HealTrainer, output: OutputHead) -> None:
             heal.loss, heal.sums = total * heal.feature_weight, {"features": total}
             return {"loss": heal.loss}
         states = output.states(*args, run=plain_forward, **kwargs)[:, :-1]
-        distillation = heal.distillation(precomputed.teacher_head, trainer.args)
         accumulate = trainer.can_add_gradients_in_forward and torch.is_grad_enabled()
-        labels = heal.labels[heal.keep]
-        losses = head_loss(
-            states[heal.keep], output.head(), labels, heal.ce_weight, distillation, accumulate=accumulate
-        )
+        of_tokens = states[heal.keep], output.head(), heal.labels, heal.ce_weight, heal.distillation
+        losses = head_loss(*of_tokens, accumulate=accumulate)
         heal.loss, heal.sums = losses.loss, {"ce": losses.ce, "correct": losses.correct}
-        if distillation is not None:
+        if heal.distillation is not None:
             heal.sums["kd"] = losses.kd
         return {"loss": heal.loss}
 

@@ -135,21 +135,20 @@ def check_teacher_config(dense: PreTrainedConfig, config: PreTrainedConfig, name
         CutError: It has more layers than hidden states can be taught for.
     """
     cut = recorded_cut(config)
-    layers = families.layer_count(config) if cut is None else cut.num_layers
-    own = families.layer_count(dense)
+    layers, own = cut.num_layers if cut else families.layer_count(config), families.layer_count(dense)
+    if features and own > layers:
+        raise CutError(
+            f"features=... reproduces hidden states of the model that the last cut began with, which had {layers} layers, and "
+            f"the teacher {name} has {own}; specify that model with teacher=..., or use features=0"
+        )
+    fields = {"tokens in its vocabulary": "vocab_size"}
+    if features:
+        fields["values in a hidden state"] = "hidden_size"
+    texts = dense.get_text_config(), config.get_text_config()
     # The base of a model that was cut more than once has more layers than the last cut began with.
-    sizes: dict[str, tuple[Any, Any]] = {"layers": (own, layers if features else max(own, layers))}
-    fields = {"tokens in its vocabulary": "vocab_size", "values in a hidden state": "hidden_size"}
-    for what, field in fields.items():
-        if field == "vocab_size" or features:
-            found, wanted = (getattr(one.get_text_config(), field, None) for one in (dense, config))
-            sizes[what] = found, wanted
+    sizes: dict[str, tuple[Any, ...]] = {"layers": (min(own, layers), layers)}
+    sizes |= {what: tuple(getattr(text, field, None) for text in texts) for what, field in fields.items()}
     for what, (found, wanted) in sizes.items():
-        if found != wanted and what == "layers" and own > layers:
-            raise CutError(
-                f"features=... reproduces hidden states of the model that the last cut began with, which had {layers} layers, and "
-                f"the teacher {name} has {own}; specify that model with teacher=..., or use features=0"
-            )
         if found != wanted:
             raise CheckpointError(
                 f"the teacher {name} has {found} {what}, but this model is cut from one with {wanted}; specify the dense "

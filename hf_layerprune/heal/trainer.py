@@ -30,6 +30,7 @@ from .data import has_images
 from .features import FeaturePhase, allow_unused_parameters, phased_schedule
 from .halving import BatchHalving
 from .loss_inputs import LossInputs, compute_in_forward, log_batch
+from .losses import Distillation
 from .methods import parse_method
 from .placement import (
     autocast_on_model_device,
@@ -273,22 +274,28 @@ class HealTrainer(SavingTrainer):
                 return found
             outputs = found[1]
         labels = inputs.pop("labels")[:, 1:]
-        share = 0.0 if teacher_states is None else self._kd_share
-        if teacher_states is None and self._kd_share:
-            self._handle_missing_teacher()
-        nowhere = torch.zeros_like(labels, dtype=torch.bool)
-        kd_mask = distillation_mask(inputs, labels, self.args) if share else nowhere
         counts = local if num_items_in_batch is None else num_items_in_batch
+        labelled, distilled, seen = counts.clamp(min=1)
+        keep, distillation, share = labels != -100, None, self._kd_share
+        head = self.data_collator.precomputed.teacher_head
+        if teacher_states is None or head is None:
+            if share:
+                self._handle_missing_teacher()
+            share = 0.0
+        elif share:
+            mask = distillation_mask(inputs, labels, self.args)
+            keep = keep | mask
+            hidden, weight = teacher_states[:, :-1][keep], share / distilled
+            how = self.args.kd_temperature, self.args.kd_direction
+            distillation = Distillation(hidden, head, mask[keep], weight, *how)
         heal = LossInputs(
-            labels=labels,
-            keep=(labels != -100) | kd_mask,
-            ce_weight=None if share == 1 else (1 - share) / counts[0].clamp(min=1),
-            kd_mask=kd_mask,
-            kd_weight=share / counts[1].clamp(min=1),
-            teacher_states=teacher_states if share else None,
+            keep=keep,
+            labels=labels[keep],
+            ce_weight=None if share == 1 else (1 - share) / labelled,
+            distillation=distillation,
             features=features,
             feature_mask=feature_mask,
-            feature_weight=1 / counts[2].clamp(min=1),
+            feature_weight=1 / seen,
         )
         # The engine's gradients start from what it returns, which may be rounded.
         loss = model(**inputs, use_cache=False, heal=heal)["loss"]
