@@ -19,8 +19,15 @@ from hf_layerprune import LayerPruneError, drop_layers
 from hf_layerprune.adapter.loading import load_model
 from hf_layerprune.cli import main
 from hf_layerprune.measure import cost
-from hf_layerprune.measure.bench import BenchRequest, bench, operations
-from hf_layerprune.measure.cost import active_parameters, cache_bytes, decode_bytes, empty_model, prefill_flops
+from hf_layerprune.measure.bench import BenchRequest, bench
+from hf_layerprune.measure.cost import (
+    active_parameters,
+    cache_bytes,
+    decode_bytes,
+    empty_model,
+    prefill_flops,
+    theoretical_cost,
+)
 from hf_layerprune.measure.probe import probe
 from hf_layerprune.measure.requests import Workload
 from hf_layerprune.measure.speed import time_models
@@ -146,7 +153,7 @@ def test_theory_knows_a_quantised_model() -> None:
     model.model.layers[0].mlp.down_proj.__class__ = Unseen
     assert prefill_flops(model, 2, 24) < real
     model.is_quantized = True
-    assert operations(model, work) == real
+    assert theoretical_cost(model, "prefill", work) == real
 
 
 @pytest.mark.parametrize("model_type", ["dbrx", "biogpt"])
@@ -154,7 +161,7 @@ def test_a_quantised_model_whose_operations_depend_on_values_is_benched_without(
     model = tiny_model(model_type)
     model.config._attn_implementation = "sdpa"
     model.is_quantized = True
-    assert operations(model, Workload(2, 24, 4)) is None
+    assert theoretical_cost(model, "prefill", Workload(2, 24, 4)) is None
 
 
 def test_shared_heads_are_counted_as_if_each_query_head_had_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from ..errors import CutError, LayerPruneError, boundary
 from ..records.metrics import Metrics
 from ..runtime.windows import max_positions
 from ..screen import progress_bar
-from .cost import active_parameters, cache_bytes, decode_bytes, empty_model, prefill_flops
+from .cost import active_parameters, cache_bytes, theoretical_cost
 from .engine_bench import EngineBench
 from .measurement import Measurement
 from .paired import compare_values
@@ -72,15 +71,7 @@ class _Bench(Measurement):
         start = perf_counter()
         with boundary("the models can't be timed", kind=LayerPruneError):
             timed = time_models(models, request.workloads, repeats=request.repeats)
-        seconds = round((perf_counter() - start) / max(1, len(timed)), 3)
-        for work, timings in timed.items():
-            flops = {w: operations(model, work) for w, model in models.items()}
-            held = work.prompt_tokens + work.new_tokens // 2
-            read = {w: decode_bytes(model, work.batch, held) for w, model in models.items()}
-            for metric in timings[self.model.weights][0]:
-                values = {w: [run[metric] for run in runs] for w, runs in timings.items()}
-                cost: Mapping[str, float | None] = read if metric.startswith("decode") else flops
-                self.record("speed", metric, asdict(work), values, cost, seconds)
+        self.record_speeds(timed, lambda weights, phase, work: theoretical_cost(models[weights], phase, work), start)
 
     @property
     def _largest_workload(self) -> Workload:
@@ -129,12 +120,3 @@ class _Bench(Measurement):
             if self.base is not None and len(values) == 2:
                 difference = compare_values(values[self.model.weights], values[self.base.weights])
                 self.compare(kind, metric, {}, difference)
-
-
-def operations(model: PreTrainedModel, work: Workload) -> float | None:
-    """Operations of a prefill; `None` for those quantised models that can't be counted."""
-    if not getattr(model, "is_quantized", False):
-        return float(prefill_flops(model, work.batch, work.prompt_tokens))
-    with suppress(RuntimeError):  # torch's counter knows no quantiser's kernels, and some models need values
-        return float(prefill_flops(empty_model(model.config, model.dtype), work.batch, work.prompt_tokens))
-    return None

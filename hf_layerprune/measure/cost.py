@@ -6,6 +6,7 @@ every weight once, so its ideal time is proportional to the bytes read.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,8 @@ from ..runtime.parts import cache_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from .requests import Workload
 
 
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
@@ -40,6 +43,17 @@ _KERNELS = {
     torch.ops.aten._scaled_dot_product_efficient_attention: _attention_flops,
     torch.ops.aten._scaled_dot_product_cudnn_attention: _attention_flops,
 }
+
+
+def theoretical_cost(model: PreTrainedModel, phase: str, work: Workload) -> float | None:
+    """Operations of a workload's `"prefill"`, or bytes to `"decode"` a token halfway; `None` where they can't be counted."""
+    if phase == "decode":
+        return decode_bytes(model, work.batch, work.prompt_tokens + work.new_tokens // 2)
+    if not getattr(model, "is_quantized", False):
+        return float(prefill_flops(model, work.batch, work.prompt_tokens))
+    with suppress(RuntimeError):  # torch's counter knows no quantiser's kernels, and some models need values
+        return float(prefill_flops(empty_model(model.config, model.dtype), work.batch, work.prompt_tokens))
+    return None
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

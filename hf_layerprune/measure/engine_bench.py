@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from ..errors import CutError, LayerPruneError
 from ..families import layer_count
 from ..files.gguf_header import architecture_of, integer_value, read_header
 from ..runtime.loading import load_config
-from .cost import decode_bytes, empty_model, prefill_flops, share_in_use
+from .cost import empty_model, share_in_use, theoretical_cost
 from .engines import EngineError, EngineTimings
 from .engines.llama_cpp import LlamaCpp
 from .engines.vllm import Vllm
@@ -50,20 +49,15 @@ class EngineBench(Measurement):
                 )
         start = perf_counter()
         timed = self._time(workloads)
-        seconds = round((perf_counter() - start) / len(workloads), 3)
-        cost = {one.weights: _cost(self.paths[one.weights]) for one in self.subjects}
-        for subject in self.subjects:
-            found = cost[subject.weights]
-            self.add_model(subject, found.layers, found.parameters, {"dtype": timed.dtype, "device": timed.device})
+        costs = {one.weights: _cost(self.paths[one.weights]) for one in self.subjects}
+        for one in self.subjects:
+            cost = costs[one.weights]
+            self.add_model(one, cost.layers, cost.parameters, {"dtype": timed.dtype, "device": timed.device})
         self.store.versions[self.engine.name] = timed.version
         self.machine = {"engine": self.engine.name, "weights": timed.dtype, **timed.settings}
-        for work, runs in timed.runs.items():
-            by_weights = {one.weights: runs[str(self.paths[one.weights])] for one in self.subjects}
-            for metric in by_weights[self.model.weights][0]:
-                values = {weights: [run[metric] for run in found] for weights, found in by_weights.items()}
-                kind = "decode" if metric.startswith("decode") else "prefill"
-                theory = {weights: found.estimate(kind, work) for weights, found in cost.items()}
-                self.record("speed", metric, asdict(work), values, theory, seconds)
+        weights = {str(path): weights for weights, path in self.paths.items()}
+        runs = {work: {weights[path]: found[path] for path in found} for work, found in timed.runs.items()}
+        self.record_speeds(runs, lambda weights, phase, work: costs[weights].estimate(phase, work), start)
 
     def _time(self, workloads: list[Workload]) -> EngineTimings:
         where: dict[str, Any] = {"dtype": self.request.dtype, "device": self.device}
@@ -132,13 +126,11 @@ def _cost(path: Path) -> _Cost:
     dtype = getattr(torch, str(config.dtype).removeprefix("torch."), torch.float32)
     model = empty_model(config, dtype)
 
-    def estimate(kind: str, work: Workload) -> float | None:
+    def estimate(phase: str, work: Workload) -> float | None:
+        if phase == "decode" and getattr(config, "quantization_config", None):
+            return None
         with suppress(RuntimeError):  # some models need values
-            if kind == "decode":
-                if getattr(config, "quantization_config", None):
-                    return None
-                return decode_bytes(model, work.batch, work.prompt_tokens + work.new_tokens // 2)
-            return float(prefill_flops(model, work.batch, work.prompt_tokens))
+            return theoretical_cost(model, phase, work)
         return None
 
     return _Cost(layer_count(config), model.num_parameters(), estimate)

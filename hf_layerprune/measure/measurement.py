@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LayerPruneError
@@ -12,7 +13,7 @@ from ..families import layer_count
 from ..records.figures.metric_names import BYTES, SECONDS, get_metric
 from ..runtime.devices import pick_device
 from .paired import PairedDifference, compare_pairs, require_scipy
-from .requests import BenchRequest, EvalRequest
+from .requests import BenchRequest, EvalRequest, Workload
 from .store import Store, check_output
 from .subject import Subject, describe_placement, identify
 
@@ -88,6 +89,26 @@ class Measurement:
             return
         record = {"weights": self.model.weights, "base": self.base.weights, "kind": kind, "metric": metric}
         self.store.add(comparisons=[record | {"settings": settings} | asdict(difference) | more])
+
+    def record_speeds(
+        self,
+        timed: Mapping[Workload, Mapping[str, Sequence[Mapping[str, float]]]],
+        theory: Callable[[str, str, Workload], float | None],
+        started: float,
+    ) -> None:
+        """Record the runs of workloads, which were timed since a time: the metrics of each, by the hash of the weights.
+
+        `theory` is the cost of a workload in any unit, for the hash of the weights and `"prefill"` or `"decode"`.
+        """
+        seconds = round((perf_counter() - started) / max(1, len(timed)), 3)
+        for work, runs in timed.items():
+            costs = {
+                phase: {weights: theory(weights, phase, work) for weights in runs} for phase in ("prefill", "decode")
+            }
+            for metric in runs[self.model.weights][0]:
+                values = {weights: [run[metric] for run in repeats] for weights, repeats in runs.items()}
+                phase = "decode" if metric.startswith("decode") else "prefill"
+                self.record("speed", metric, asdict(work), values, costs[phase], seconds)
 
     def record(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ...errors import LayerPruneError
 from ..requests import Workload
@@ -33,4 +33,4 @@ class EngineTimings:
     dtype: str
     device: str
     version: str
-    settings: dict[str, int | str] = field(default_factory=dict)
+    settings: dict[str, int | str]
