@@ -67,7 +67,7 @@ def test_computed_once_with_other_batches(llama: Bench, settings: dict[str, Any]
 def test_workers_that_are_not_forked_get_the_same_batches(llama: Bench) -> None:
     trainer = llama.trainer(cache="on", loss="kd")
     collator, rows = trainer.data_collator, [trainer.train_dataset[i] for i in (3, 0)]
-    collator.precomputed = precompute(trainer, llama.dense)
+    collator.precomputed = precompute(trainer)
     try:
         copy = pickle.loads(pickle.dumps(collator))
         batch, other = collator(rows), copy(rows)

@@ -124,7 +124,7 @@ def test_other_losses_are_left_to_trl(llama: Bench, settings: dict[str, Any]) ->
 def test_an_engine_that_rounds_what_passes_it(llama: Bench) -> None:
     """As FSDP does in bfloat16: the loss and the metrics are exact all the same, and the gradients are those of the loss."""
     trainer = llama.trainer(loss="ce+kd")
-    trainer.data_collator.precomputed = precompute(trainer, llama.dense)
+    trainer.data_collator.precomputed = precompute(trainer)
     batch = next(iter(trainer.get_train_dataloader()))
 
     def rounded(tensor: torch.Tensor) -> torch.Tensor:
@@ -296,6 +296,14 @@ def test_rows_that_are_all_too_long(llama: Bench) -> None:
     assert len(llama.trainer(eval_rows=concatenate_datasets([rows(4), long]), eval_strategy="steps").eval_dataset) == 4
 
 
+@pytest.mark.parametrize("max_length", [None, 32])
+def test_rows_without_tokens_are_left_out(llama: Bench, max_length: int | None) -> None:
+    """Nothing could be computed for a batch of them."""
+    ids = [[3, 4, 5]] * 4 + [[]] * 5
+    trainer = llama.trainer(rows_=Dataset.from_dict({"input_ids": ids, "labels": ids}), max_length=max_length)
+    assert trainer.train_dataset["input_ids"][:] == ids[:4]
+
+
 def test_what_is_no_config_or_no_model(llama: Bench, tmp_path: Path) -> None:
     for model, args in ((llama.dense, trl.SFTConfig), ("org/model", HealConfig)):
         with pytest.raises(LayerPruneError, match="takes a loaded model, and a HealConfig"):
@@ -311,14 +319,14 @@ def test_rows_that_fill_no_batch(llama: Bench) -> None:
 
 def test_teacher_of_another_depth(llama: Bench) -> None:
     trainer = llama.trainer(loss="kd")
-    trainer._teacher_model = AutoModelForCausalLM.from_pretrained(llama.pruned)
+    trainer.teacher_model = AutoModelForCausalLM.from_pretrained(llama.pruned)
     with pytest.raises(CheckpointError, match=r"the teacher .* has 6 layers, but this model is cut from one with 8"):
         trainer.train()
 
 
 def test_no_teacher(llama: Bench) -> None:
     trainer = llama.trainer(loss="kd")
-    trainer._teacher_model = None
+    trainer.teacher_model = None
     with pytest.raises(LayerPruneError, match="needs the dense model; specify it with teacher="):
         trainer.train()
 

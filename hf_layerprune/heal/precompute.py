@@ -40,7 +40,7 @@ _CPU_TOKENS, _DEVICE_TOKENS = 4096, 32768
 _Pass = Callable[[dict[str, Any], Sequence[int]], torch.Tensor]
 
 
-def precompute(trainer: HealTrainer, teacher: PreTrainedModel | None = None) -> Precomputed:
+def precompute(trainer: HealTrainer) -> Precomputed:
     """Compute the states that training does not change, and unload the frozen layers from the trainer's model.
 
     Raises:
@@ -54,7 +54,7 @@ def precompute(trainer: HealTrainer, teacher: PreTrainedModel | None = None) -> 
             "the rows have images: TRL's own loss is used, all layers run in every step, and nothing is cached"
         )
         return Precomputed()
-    return _Precomputation(trainer).run(teacher)
+    return _Precomputation(trainer).run()
 
 
 class _Precomputation:
@@ -73,7 +73,7 @@ class _Precomputation:
         self.obstacle = _find_obstacle(trainer)
         self.state_bytes = 0  # size of the prefix's output for a token
 
-    def run(self, model: PreTrainedModel | None) -> Precomputed:
+    def run(self) -> Precomputed:
         args, caches, features = self.args, dict[str, StateCache](), 0
         prefix = self._find_prefix() if args.cache != "off" else None
         if prefix is None and args.cache == "on":
@@ -93,7 +93,7 @@ class _Precomputation:
             caches["prefix"] = self._make_cache("prefix", self.state_bytes, source)
         teacher = None
         if args.distils:
-            dense = model if model is not None else args.teacher
+            dense = self.trainer.teacher_model or args.teacher
             if dense is None:
                 raise CutError(f"{args.teacher_setting} needs the dense model; specify it with teacher=...")
             depths = self.trainer.feature_phase.teacher_depths if self.trainer.feature_phase else ()

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def keep_labelled_rows(rows: Any, args: HealConfig, given: Any, what: str = "training") -> Any:
-    """The rows with a labelled token; logs how many of the `given` rows are truncated or left out.
+    """The rows with a labelled token; logs how many of the `given` rows are left out, and how many may be truncated.
 
     Both may be several sets by name: the `given` rows, and what they became when they were prepared. Streamed rows are
     returned as they are. `what` says in messages what they are for.
@@ -35,33 +35,34 @@ def keep_labelled_rows(rows: Any, args: HealConfig, given: Any, what: str = "tra
     if not isinstance(rows, Dataset):
         return rows
     limit, count = args.max_length, len(given)
-    masks = [name for name in ("completion_mask", "assistant_masks") if name in rows.column_names]
-    if limit is not None and masks and not trl_drops_rows_without_labels():
-        rows = rows.filter(lambda row: any(map(all, zip(*(row[name][:limit] for name in masks), strict=True))))
-    column = "labels" if "labels" in rows.column_names else "input_ids"
-    if not any(token != -100 for tokens in rows[column] for token in tokens[1:]):  # nothing predicts the first
+
+    def is_labelled(row: dict[str, Any]) -> bool:
+        """Whether a token has a label, apart from the first, which nothing predicts."""
+        if "labels" in row:
+            return any(label != -100 for label in row["labels"][1:limit])
+        masks = [row[name][1:limit] for name in ("completion_mask", "assistant_masks") if name in row]
+        return any(map(all, zip(*masks, strict=True))) if masks else len(row["input_ids"]) > 1
+
+    if limit is None or not trl_drops_rows_without_labels():
+        rows = rows.filter(is_labelled)
+    if not any(map(is_labelled, rows)):
+        within, way_out = ("", "") if limit is None else (f" within max_length={limit}", "raise max_length, or ")
         raise CutError(
-            f"none of the {count} {what} rows has a labelled token within max_length={limit}, after its first token: they "
-            "are empty, or their prompts are longer; raise max_length, or check the rows"
+            f"none of the {count} {what} rows has a labelled token{within}, after its first token: they are empty, or "
+            f"their prompts are longer; {way_out}check the rows"
         )
     packed = args.packing if what == "training" or args.eval_packing is None else args.eval_packing
+    if not packed and len(rows) < count:
+        logger.info("left out: %d of %d %s rows, which have no labelled token", count - len(rows), count, what)
     if limit is not None and not packed:
         least, known = (limit + 1, given) if "input_ids" in given.column_names else (limit, rows)
-        cut = sum(len(ids) >= least for ids in known["input_ids"])
-        if cut or len(rows) < count:
-            logger.info(
-                "of %d %s rows, %d reach max_length=%d and may have been cut%s", count, what, cut, limit,
-                f"; left out, as their prompts reach it: {count - len(rows)}" if len(rows) < count else "",
-            )  # fmt: skip
+        if cut := sum(len(ids) >= least for ids in known["input_ids"]):
+            logger.info("of %d %s rows, %d reach max_length=%d and may have been cut", count, what, cut, limit)
     return rows
 
 
 def check_lengths(train: Dataset, evaluated: Any, config: PreTrainedConfig, args: HealConfig) -> None:
-    """Refuse prepared rows, in any set that is not streamed, that are longer than a model's context.
-
-    Raises:
-        CutError: A row, or a text packed into one, has more tokens than the model has positions.
-    """
+    """Refuse prepared rows, in any set that is not streamed, that are longer than a model's context."""
     others = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
     most, limit = max_positions(config), None if args.padding_free else args.max_length
     for rows in (train, *others):

@@ -102,7 +102,7 @@ class HealTrainer(SavingTrainer):
             disable_input_require_grads(model)
         super().__init__(model, args, **kwargs)
         check_not_offloaded(self.model)
-        self._teacher_model, self._warned_no_teacher, self.resumed = teacher, False, False
+        self.teacher_model, self._warned_no_teacher, self.resumed = teacher, False, False
         self.feature_phase: FeaturePhase | None = None
         if args.features:
             fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
@@ -159,11 +159,7 @@ class HealTrainer(SavingTrainer):
         return self.uses_model_parallelism or smoothed or other or self._split or is_prompt_tuned(self.model)
 
     def check_loss(self) -> None:
-        """Refuse settings of which some need the dense model, and others a loss that only TRL computes.
-
-        Raises:
-            CutError: There are such settings.
-        """
+        """Refuse settings of which some need the dense model, and others a loss that only TRL computes."""
         if self.leaves_loss_to_trl and self.args.distils:
             raise CutError(
                 f"{self.args.teacher_setting} can't be combined with loss_type, label smoothing, a router loss, images, prompt "
@@ -180,16 +176,9 @@ class HealTrainer(SavingTrainer):
     # --- training ----------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; see [`~transformers.Trainer.train`].
+        """Train; see [`~transformers.Trainer.train`], which gets the other arguments and whose result is returned.
 
-        Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint to resume from; `True` for the last
-                complete one in the output folder, if there is one.
-            args: Passed on to [`~transformers.Trainer.train`].
-            kwargs: Passed on to [`~transformers.Trainer.train`].
-
-        Returns:
-            `TrainOutput`: The result of [`~transformers.Trainer.train`].
+        The checkpoint to resume from is a folder, or `True` for the last complete one in the output folder, if there is one.
 
         Raises:
             LayerPruneError: The loss, or a weight of a checkpoint, is not finite.
@@ -200,7 +189,7 @@ class HealTrainer(SavingTrainer):
         if resume_from_checkpoint is not None:
             self.check_resumable(resume_from_checkpoint)
         self._batch_halving = BatchHalving(self)
-        precomputed = self.data_collator.precomputed = precompute(self, self._teacher_model)
+        precomputed = self.data_collator.precomputed = precompute(self)
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
