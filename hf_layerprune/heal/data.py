@@ -74,22 +74,19 @@ def load_rows(name: str, *, config: str | None = None, streaming: bool = False) 
         if saved:  # by `save_to_disk`; `load_dataset` would also read what `map` has cached there
             stored = load_from_disk(path)
             splits = stored if isinstance(stored, DatasetDict) else {"train": stored}
-            return (
-                DatasetDict(splits)
-                if not streaming
-                else IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in splits.items()})
-            )
+            if streaming:
+                return IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in splits.items()})
+            return DatasetDict(splits)
         if files := find_json_files(str(path), name=config):
             return read_json_files(files, streaming=streaming)
         if kind in FILES:
-            rows = {"train": glob.escape(str(path))}
-            if kind == ".txt":
-                logger.info("each line of %s is a row; texts of several lines need a .jsonl file", path)
-                lines = load_dataset(
-                    "text", data_files=rows, encoding="utf-8-sig", streaming=streaming, trust_remote_code=False
-                )
-                return lines.filter(str.strip, input_columns=[TEXT])
-            return load_dataset(kind[1:], data_files=rows, streaming=streaming, trust_remote_code=False)
+            reader, more = ("text", {"encoding": "utf-8-sig"}) if kind == ".txt" else (kind[1:], {})
+            where = {"train": glob.escape(str(path))}
+            rows = load_dataset(reader, data_files=where, streaming=streaming, trust_remote_code=False, **more)
+            if kind != ".txt":
+                return rows
+            logger.info("each line of %s is a row; texts of several lines need a .jsonl file", path)
+            return rows.filter(str.strip, input_columns=[TEXT])
         source = str(path) if path.is_dir() else name
         return load_dataset(source, name=config, streaming=streaming, trust_remote_code=False)
 
@@ -193,11 +190,15 @@ def shape_rows(
             rows = _open_images(rows, images, folder)
         _check_images(rows, images, name)
         columns = [column for column in columns if column not in images]
-    shaped = {"prompt", "completion"} <= set(columns) or {"input_ids", "messages", "conversations"} & set(columns)
-    names = next((names for names in _INSTRUCTIONS if {names[0], names[2]} <= set(columns)), None)
-    if template != "auto" and (names is None or shaped or (text_field != TEXT and not images)):
+    named = text_field != TEXT and not images
+    is_paired = {"prompt", "completion"} <= set(columns)
+    conversation = next((column for column in ("messages", "conversations") if column in columns), None)
+    instruction = next((names for names in _INSTRUCTIONS if {names[0], names[2]} <= set(columns)), None)
+    if named or "input_ids" in columns or is_paired or conversation:
+        instruction = None
+    if template != "auto" and instruction is None:
         logger.info("template=%s has no effect on %s, whose rows are no instructions", template, name)
-    if text_field != TEXT and not images:
+    if named:
         if text_field not in columns:
             raise CutError(
                 f"{name} has no column {text_field}, which --dataset_text_field names; it has {', '.join(columns)}"
@@ -205,10 +206,9 @@ def shape_rows(
         return rows.select_columns([text_field])
     if "input_ids" in columns:
         return rows
-    if {"prompt", "completion"} <= set(columns):
+    if is_paired:
         _log_unused_columns(columns, "prompt", "completion")
         return rows
-    conversation = next((name for name in ("messages", "conversations") if name in columns), None)
     if conversation is not None:
         if not chatting:
             other = "prompt and completion" if images else "plain text"
@@ -218,14 +218,14 @@ def shape_rows(
         _log_unused_columns(columns, conversation)
         with _row_errors(name):
             return _split_conversations(rows, conversation, columns, whole)
-    if names is not None:
+    if instruction is not None:
         if template == "chat" and not chatting:
             raise CutError("template=chat, but the tokenizer has no chat template; use template=alpaca")
         make = _chat_row if template != "alpaca" and chatting else alpaca_row
-        check_text(rows, name, (names[0], names[2]))
-        _log_unused_columns(columns, *names)
+        check_text(rows, name, (instruction[0], instruction[2]))
+        _log_unused_columns(columns, *instruction)
         with _row_errors(name):
-            return rows.map(lambda row: make(*(row.get(key) or "" for key in names)), remove_columns=columns)
+            return rows.map(lambda row: make(*(row.get(key) or "" for key in instruction)), remove_columns=columns)
     if text_field in columns and not images:
         _log_unused_columns(columns, text_field)
         return rows

@@ -32,12 +32,10 @@ def cut_boundaries(cut: Cut) -> dict[int, int]:
 
     For each block, ascending: how many layers of the pruned model and of the dense model are before that place.
     """
-    kept, found = set(cut.keep), {}
-    for last in cut.drop:
-        front = sum(layer < last for layer in cut.keep)
-        if front and (last + 1 in kept or last + 1 == cut.num_layers):
-            found[front] = last + 1
-    return found
+    ends = {
+        sum(layer < dropped for layer in cut.keep): dropped + 1 for dropped in cut.drop
+    }  # of a block, its last remains
+    return {front: dense for front, dense in ends.items() if front}
 
 
 def trained_boundaries(cut: Cut, first: int) -> dict[int, int]:

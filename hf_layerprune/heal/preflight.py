@@ -59,31 +59,12 @@ def check_run(
     cut_args: CutOptions,
     row_args: RowOptions,
 ) -> Student | None:
-    """Refuse what would fail, or have no effect, after hours. Returns the model if it is pruned already.
-
-    Raises:
-        LayerPruneError: As the other checks raise it, or the output folder holds another run.
-    """
-    model, adapter, pruned = (Path(str(args.output_dir)) / name for name in ("model", "adapter", "pruned"))
-    resumes = str(args.resume_from_checkpoint).lower() == "true"
-    is_finished = resumes and os.path.lexists(model)
-    if (model.parent / CONFIG).is_file():  # a model folder would get others into it
-        raise CheckpointError(f"{model.parent} is a model folder; choose another --output_dir")
-    for folder in (model, adapter):
-        if os.path.lexists(folder) and not is_finished:
-            raise CheckpointError(f"{folder} exists already; choose another --output_dir, or remove it")
+    """Refuse what would fail, or have no effect, after hours. Returns the model if it is pruned already."""
+    is_finished = _check_output(args)
     if any(getattr(one, "trust_remote_code", False) for one in (args, model_args)):
         raise CutError("models that need code of their own can't be healed; leave --trust_remote_code out")
     if model_args.model_name_or_path is None:
         raise CutError("specify the model with --model_name_or_path")
-    if not is_finished:
-        args.resume_from_checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, str(args.output_dir))
-        begins = args.resume_from_checkpoint is None and not resumes
-        if begins and (earlier := last_checkpoint(str(args.output_dir))) is not None:  # it would be overwritten
-            raise CheckpointError(
-                f"{earlier} is from an earlier run; resume it with --resume_from_checkpoint true, choose another --output_dir, or "
-                f"remove {args.output_dir}"
-            )
     check_training(args)
     check_data(script_args, dataset_args, row_args, args)
     name, revision = model_args.model_name_or_path, model_revision_of(model_args)
@@ -94,13 +75,35 @@ def check_run(
     check_cut(cut_args, name, cut is not None)
     check_method(args, model_args, cut_args, config)
     student = None if cut is None else Student.load(name, revision)
-    if is_finished and student is None and not pruned.exists():
+    output = Path(str(args.output_dir))
+    if is_finished and student is None and not (output / "pruned").exists():
         raise CheckpointError(
-            f"{pruned}, which {model} was made of, is gone; use hf-layerprune eval and push, or choose another --output_dir"
+            f"{output / 'pruned'}, which {output / 'model'} was made of, is gone; use hf-layerprune eval and push, or choose "
+            "another --output_dir"
         )
     base, base_revision = (student.base, student.revision) if student else (name, revision)
     check_teacher(args, script_args, row_args, base, base_revision, config)
     return student
+
+
+def _check_output(args: HealConfig) -> bool:
+    """Refuse an output folder that holds something else, and resolve the checkpoint; whether the run was finished before."""
+    output, resumes = Path(str(args.output_dir)), str(args.resume_from_checkpoint).lower() == "true"
+    if (output / CONFIG).is_file():  # a model folder would get others into it
+        raise CheckpointError(f"{output} is a model folder; choose another --output_dir")
+    if resumes and os.path.lexists(output / "model"):
+        return True
+    for folder in (output / "model", output / "adapter"):
+        if os.path.lexists(folder):
+            raise CheckpointError(f"{folder} exists already; choose another --output_dir, or remove it")
+    args.resume_from_checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, str(output))
+    begins = args.resume_from_checkpoint is None and not resumes
+    if begins and (earlier := last_checkpoint(str(output))) is not None:  # it would be overwritten
+        raise CheckpointError(
+            f"{earlier} is from an earlier run; resume it with --resume_from_checkpoint true, choose another --output_dir, or "
+            f"remove {output}"
+        )
+    return False
 
 
 def model_revision_of(model_args: ModelConfig) -> str | None:
@@ -111,11 +114,7 @@ def model_revision_of(model_args: ModelConfig) -> str | None:
 def check_data(
     script_args: ScriptArguments, dataset_args: DatasetMixtureConfig, row_args: RowOptions, args: HealConfig
 ) -> None:
-    """Check the settings that choose the training rows, before any row is read.
-
-    Raises:
-        CutError: No data set is named, or a setting has no effect on these rows or does not work with them.
-    """
+    """Refuse settings that choose no training rows, contradict each other or have no effect, before any row is read."""
     name = script_args.dataset_name
     if not all(is_dataclass(part) for part in dataset_args.datasets):
         raise CutError("each entry of `datasets` is a mapping with a path, such as `- path: rows.jsonl`")
@@ -144,11 +143,7 @@ def check_data(
 
 
 def check_training(args: HealConfig) -> None:
-    """Check the settings of the training itself, before anything is read.
-
-    Raises:
-        CutError: A setting has no effect, trains nothing, or changes a tokenizer that is not kept.
-    """
+    """Refuse settings of the training that have no effect, train nothing, or change a tokenizer that is not kept."""
     for name in _POSITIVE_OPTIONS:
         value = getattr(args, name)
         if value is not None and (value == 0 if name == "max_steps" else value <= 0):  # a negative max_steps is none
@@ -174,11 +169,7 @@ def check_training(args: HealConfig) -> None:
 
 
 def check_cut(cut_args: CutOptions, name: str, pruned: bool) -> None:
-    """Check the options that choose the layers to drop.
-
-    Raises:
-        CutError: The model is pruned already, or two options choose them.
-    """
+    """Refuse to choose layers twice, or on a model that is pruned already."""
     if pruned:
         defaults = replace(CutOptions(), criterion=cut_args.default_criterion)  # which a budget decides
         names = [name for name in option_fields(CutOptions) if getattr(cut_args, name) != getattr(defaults, name)]
@@ -258,9 +249,6 @@ def dry_run_training(
     """Set up the whole training with a model without weights: its rows, adapter, kernels, optimizer and schedule.
 
     The config is that of the model to train, or of its base. `args` are left as they are.
-
-    Raises:
-        LayerPruneError: Something can't be set up.
     """
     from accelerate.state import AcceleratorState, GradientState, PartialState
     from peft import get_peft_model

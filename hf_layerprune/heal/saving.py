@@ -93,9 +93,6 @@ class SavingTrainer(SFTTrainer):
 
         Another optimizer is refused later, by `train`, under FSDP and DeepSpeed, which can't load one yet; and with LOMO, whose
         optimizer has the frozen weights as well, which are not taken out yet.
-
-        Raises:
-            CheckpointError: Training can't go on from it.
         """
         engine = self.is_fsdp_enabled or self.is_deepspeed_enabled
         with boundary(f"can't resume {checkpoint}", _RESUME_HINT):
@@ -119,19 +116,20 @@ class SavingTrainer(SFTTrainer):
         """Refuse the weights of a checkpoint, given by their names and shapes, that are not those that it would be saved with."""
         from peft import get_peft_model_state_dict
 
-        adapted, model = hasattr(self.model, "peft_config"), self.plain_model
-        own = (
-            get_peft_model_state_dict(self.model, adapter_name=self.model.active_adapter)
-            if adapted
-            else model.state_dict()
-        )
+        own: Mapping[str, torch.Tensor]
+        if hasattr(self.model, "peft_config"):
+            own, unsaved = get_peft_model_state_dict(self.model, adapter_name=self.model.active_adapter), set[str]()
+        else:
+            model = self.plain_model
+            own, unsaved = model.state_dict(), {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
         # Split, they have no shapes of their own.
-        shapes = {name: stored.get(name, ()) if self._split else tuple(one.shape) for name, one in own.items()}
-        unsaved = (
-            {} if adapted else {**model.all_tied_weights_keys, **dict.fromkeys(model._keys_to_ignore_on_save or ())}
-        )
+        shapes = {
+            name: stored.get(name, ()) if self._split else tuple(one.shape)
+            for name, one in own.items()
+            if name in stored or name not in unsaved
+        }
         for name in sorted(shapes.keys() | stored.keys()):
-            if stored.get(name) != shapes.get(name) and not (name in unsaved and name not in stored):
+            if stored.get(name) != shapes.get(name):
                 what = "lacks" if name not in stored else "has" if name not in shapes else "has another shape of"
                 raise ValueError(f"it {what} {name}")
 

@@ -105,19 +105,19 @@ class RowWriter:
                 f"no prompt leaves room for rewrite_max_tokens={max_tokens} among the {context} positions of the dense "
                 "model; lower it, or use shorter prompts"
             )
-        # Batch prompts of similar length, to keep padding low.
+        # Prompts of similar length need little padding.
         order = sorted(fitting, key=lambda i: len(prompts[i]))
+        batches = [order[i : i + _ANSWERS_PER_PART] for i in range(0, len(order), _ANSWERS_PER_PART)]
 
         def make(part: int) -> list[tuple[int, str]]:
-            chosen = order[part * _ANSWERS_PER_PART : (part + 1) * _ANSWERS_PER_PART]
+            chosen = batches[part]
             torch.manual_seed(self.seed + part)
             answers = self._generate_answers([prompts[i] for i in chosen], max_tokens, temperature)
             return list(zip(chosen, answers, strict=True))
 
-        parts = -(-len(order) // _ANSWERS_PER_PART)
         kept = [name for name in TEMPLATE_COLUMNS if name in rows.column_names]
         shaped = []
-        made = self._make_parts(parts, make, "answers", prompts, max_tokens, temperature)
+        made = self._make_parts(len(batches), make, "answers", prompts, max_tokens, temperature)
         with self._read_errors():
             answers = sorted((int(i), str(answer)) for i, answer in made)
         for i, answer in answers:
