@@ -20,8 +20,8 @@ _TF32 = 2**-9  # twice the rounding of products in float32 on a GPU, at worst
 class RowIsolation:
     """Tells whether the states of rows depend on the other rows in their batch.
 
-    If they are not the same alone, within the precision of the pass, that may be rounding: it sends tokens to other
-    experts. It is taken for that if noise has as much effect, and no gradient leads from one row to another.
+    A row whose states differ when it runs alone need not see the others: rounding can send tokens to other experts. A
+    difference counts as rounding if noise has as much effect, and no gradient leads from one row to another.
 
     Args:
         states (`Callable`): Runs rows, given by their numbers, as one batch; returns the states `[seq, hidden]` of each.

@@ -89,16 +89,16 @@ def compute_in_forward(trainer: HealTrainer, output: OutputHead) -> None:
 
 
 class _TokenMean(float):
-    """A mean over tokens, to which others can be added: batches differ in how many they have."""
+    """A mean over tokens that remembers their number: TRL logs the mean of batches, and these differ in theirs."""
 
     total: float
     tokens: float
 
 
-def _add_to_mean(means: list[Any], total: float, tokens: float) -> None:
-    """Make the mean in a list of TRL's, which logs the mean of the list, that of these tokens and all before."""
-    before = [mean for mean in means if isinstance(mean, _TokenMean)]
-    total, tokens = total + sum(mean.total for mean in before), tokens + sum(mean.tokens for mean in before)
+def _add_to_mean(means: list[_TokenMean], total: float, tokens: float) -> None:
+    """Replace the mean in one of TRL's lists by that of its tokens and these."""
+    for before in means:
+        total, tokens = total + before.total, tokens + before.tokens
     mean = _TokenMean(total / max(tokens, 1))
     mean.total, mean.tokens = total, tokens
     means[:] = [mean]

@@ -4,8 +4,8 @@ The head runs over a chunk of tokens at a time, and each chunk's gradients are c
 one product for the student's logits, two for the gradients, one for the teacher's logits, and nothing is computed
 twice. Logits stay in the type of the product, and are overwritten by their gradients.
 
-In float16, gradients with weights like one by the tokens of a step would be rounded away before a loss scale could help.
-So they are computed with the weights divided by their sum, which multiplies them in `backward`, in float32.
+In float16, gradients of losses that are divided by the tokens of a step would be rounded away before a loss scale could
+help. So they are computed with weights that are divided by their sum, and `backward` multiplies them by it, in float32.
 """
 
 from __future__ import annotations
@@ -88,9 +88,6 @@ def head_loss(
         accumulate (`bool`, defaults to `False`): Add the gradient of the head's weights to their `grad` directly,
             which saves a second matrix of their size; ignored in float16. Use it only if `backward` is called on this
             loss without scaling it: otherwise `backward` raises a `RuntimeError`.
-
-    Returns:
-        `HeadLoss`: The loss and its parts.
     """
     weight, into = head.weight, None
     if accumulate and weight is not None and weight.requires_grad and weight.is_leaf and torch.is_grad_enabled():

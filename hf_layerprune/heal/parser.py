@@ -24,7 +24,7 @@ class RecipeParser(TrlParser):
         super().__init__(arguments, allow_abbrev=False)
 
     def set_defaults_with_config(self, **settings: Any) -> list[str]:
-        """Read a settings file as the command line is read, where `drop_layers` 3 is a layer, and `cache` on a name.
+        """Read a settings file as the command line is read, where `drop_layers` may be 3, and `on` is a word.
 
         Raises:
             CutError: A setting that has one value is a list, a mapping, or a date.

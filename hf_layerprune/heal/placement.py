@@ -57,11 +57,7 @@ def is_on_several_devices(model: Any) -> bool:
 
 
 def check_not_offloaded(model: Any) -> None:
-    """Refuse to train offloaded weights: accelerate loads them again before each run, so what is learnt is lost.
-
-    Raises:
-        CutError: A trained weight is offloaded.
-    """
+    """Refuse to train offloaded weights: accelerate loads them again before each run, so what is learnt is lost."""
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
         if parameter.requires_grad and parameter.is_meta and is_offloaded(owner):

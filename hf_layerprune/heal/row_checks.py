@@ -44,13 +44,7 @@ def check_rows(rows: Dataset, name: str, text_field: str, vocab_size: int | None
 
 
 def check_chats(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the chat template takes the first 10,000 conversations, if the rows are such.
-
-    They are in a shape that TRL takes.
-
-    Raises:
-        CutError: It does not take one.
-    """
+    """Refuse conversations, in a shape that TRL takes, that the chat template does not; the first 10,000 are tried."""
     from datasets import Dataset
     from trl import is_conversational
 
@@ -65,11 +59,7 @@ def check_chats(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def check_text(rows: Dataset, name: str, columns: Sequence[str], *, messages: bool = False) -> None:
-    """Check that columns hold text or, with `messages`, text or messages.
-
-    Raises:
-        CutError: A value is something else, or missing.
-    """
+    """Refuse columns that hold anything but text or, with `messages`, text or messages."""
     from pyarrow import compute, types
 
     for first, table in _tables(rows, columns):

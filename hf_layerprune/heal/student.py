@@ -102,11 +102,7 @@ class Student:
             args.teacher_revision = args.teacher_revision or self.revision
 
     def check_healed(self, folder: Path, run: RunSettings) -> None:
-        """Check that a folder holds this model after one more stage, which healed it with the run's settings and data.
-
-        Raises:
-            CheckpointError: It holds something else.
-        """
+        """Refuse a folder unless it holds this model, healed with the settings and data of a run, and nothing more."""
         before, after = (Lineage.load(one) or Lineage({}) for one in (self.folder, folder))
         *earlier, last = after.entries or [{}]
         if last.get("stage") != "heal" or earlier != before.entries:

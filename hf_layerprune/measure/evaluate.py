@@ -168,8 +168,6 @@ class _Evaluation(Measurement):
     # --- tasks ----------------------------------------------------------------------------------------------
 
     def _run_tasks(self, subject: Subject, model: PreTrainedModel) -> dict[str, TaskRun]:
-        if not self.tasks:
-            return {}
         harnesses: dict[bool, TaskRunner] = {}
         runs = {}
         for name, task in self.tasks.items():

@@ -76,10 +76,6 @@ def compare_pairs(ours: Sequence[float], theirs: Sequence[float], chance: float 
 
 
 def require_scipy() -> None:
-    """Check, before anything is measured, that models can be compared.
-
-    Raises:
-        LayerPruneError: scipy is not installed.
-    """
+    """Refuse, before anything is measured, to compare models without scipy."""
     if importlib.util.find_spec("scipy") is None:
         raise LayerPruneError('comparing a model with its base needs scipy: pip install "hf-layerprune[eval]"')

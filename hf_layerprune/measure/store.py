@@ -130,12 +130,7 @@ def _finite_fields(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_output(path: Path, *models: str | None) -> None:
-    """Refuse an output that would overwrite something other than numbers, or a file of the models.
-
-    Raises:
-        CheckpointError: It is a link, a device, a folder, or a file of a model.
-        LayerPruneError: It is not a .json file.
-    """
+    """Refuse an output that would overwrite something other than numbers, or a file of the models."""
     check_file_target(path, force=True)
     for model in models:
         if model is not None and path.name != FILE_NAME:

@@ -96,19 +96,11 @@ class Subject:
         return model
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer.
-
-        Raises:
-            CheckpointError: There is none.
-        """
+        """Load the tokenizer."""
         return load_tokenizer(self.source, **self._revision_kwargs)
 
     def processor(self) -> ProcessorMixin:
-        """Load what turns text and images into inputs; that of an adapter is its base's.
-
-        Raises:
-            CheckpointError: There is none.
-        """
+        """Load what turns text and images into inputs; that of an adapter is its base's."""
         name, where = self._base_location()
         return load_processor(name, **where)
 

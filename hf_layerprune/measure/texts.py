@@ -92,11 +92,7 @@ def split_windows(
 
 
 def check_same_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, text: str) -> None:
-    """Refuse to compare models whose tokenizers differ on a text.
-
-    Raises:
-        LayerPruneError: They tokenise it differently.
-    """
+    """Refuse to compare models whose tokenizers differ on a text."""
     sample = text[:_SAMPLE]
     if ours(sample, verbose=False).input_ids != theirs(sample, verbose=False).input_ids:
         raise LayerPruneError(

