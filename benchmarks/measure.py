@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from hf_layerprune.measure.tasks import LocalTask, read_tasks, task_config, task_files
+from hf_layerprune.measure.tasks import LocalTask, read_task, task_config, task_files
 from hf_layerprune.measure.texts import Text, read_text
 
 
@@ -142,7 +142,7 @@ def main() -> None:
     if args.data is None:
         parser.error("specify a folder with --data, or in HF_LAYERPRUNE_DATA")
     with tempfile.TemporaryDirectory() as folder:
-        compare_tasks(args, list(read_tasks(args.data).values()), Path(folder))
+        compare_tasks(args, [read_task(path) for path in task_files(args.data, ".jsonl").values()], Path(folder))
     for path in task_files(args.data, ".txt").values():
         compare_text(args, read_text(path))
 

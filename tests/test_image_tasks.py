@@ -14,7 +14,7 @@ from hf_layerprune import CheckpointError, LayerPruneError
 from hf_layerprune.cli import main
 from hf_layerprune.measure.evaluate import EvalRequest, evaluate
 from hf_layerprune.measure.harness import ImageHarness, prompts_hash
-from hf_layerprune.measure.tasks import load_tasks, read_tasks, task_dataset
+from hf_layerprune.measure.tasks import load_tasks, task_dataset
 from hf_layerprune.runtime.loading import load_base, load_processor
 
 from .measure_models import write_model
@@ -149,7 +149,7 @@ def test_bad_questions(tmp_path: Path, row: dict[str, Any], message: str) -> Non
     folder = write_task(tmp_path / "tasks", [question(0, "w7"), row])
     half_a_jpeg(folder / "pictures" / "half.jpg")
     with pytest.raises(LayerPruneError, match=message) as caught:
-        read_tasks(folder)
+        load_tasks(None, folder)
     assert "line 2" in str(caught.value)
 
 
@@ -161,14 +161,14 @@ def test_images_of_questions_that_are_not_asked_are_not_read(cut: Path, tmp_path
     noise(3).save(folder / "pictures" / "1.png")
     assert task_dataset(load_tasks(None, folder, 2)["seen"]) != two
     with pytest.raises(LayerPruneError, match="line 3"):
-        read_tasks(folder, limit=3)
+        load_tasks(None, folder, 3)
 
 
 def test_questions_with_and_without_images_are_not_mixed(tmp_path: Path) -> None:
     plain = {"query": "w5", "choices": ["a", "b"], "gold": 0}
     folder = write_task(tmp_path / "tasks", [plain, question(0, "w7")])
     with pytest.raises(LayerPruneError, match="into files of their own"):
-        read_tasks(folder)
+        load_tasks(None, folder)
 
 
 def test_no_image_of_the_data_of_a_task_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

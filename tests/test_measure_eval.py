@@ -26,7 +26,7 @@ from hf_layerprune.cli import main
 from hf_layerprune.measure.evaluate import EvalRequest, check_request
 from hf_layerprune.measure.harness import Harness
 from hf_layerprune.measure.subject import identify
-from hf_layerprune.measure.tasks import load_tasks, read_tasks
+from hf_layerprune.measure.tasks import load_tasks, read_task
 from hf_layerprune.records.figures.results import build_results
 from hf_layerprune.records.fingerprints import fingerprint, weights_hash
 from hf_layerprune.records.metrics import Metrics
@@ -42,8 +42,8 @@ from .tiny_models import tiny_model
 def printed(base: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the harness's own command line gives, with the same files."""
     folder = tmp_path_factory.mktemp("harness")
-    for task in read_tasks(tasks).values():
-        write_task(task, folder)
+    for path in tasks.glob("*.jsonl"):
+        write_task(read_task(path), folder)
     words = ["lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={base}", "--include_path", str(folder)]
     words += ["--tasks", ",".join(NAMES), "--batch_size", "1", "--device", "cpu", "--limit", "20"]
     with pytest.MonkeyPatch.context() as patch:

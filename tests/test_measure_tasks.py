@@ -14,7 +14,7 @@ from tokenizers import processors
 
 from hf_layerprune import CutError, LayerPruneError
 from hf_layerprune.measure import harness, tasks
-from hf_layerprune.measure.tasks import PAPER, load_tasks, read_task, read_tasks
+from hf_layerprune.measure.tasks import PAPER, load_tasks, read_task
 from hf_layerprune.measure.texts import check_same_tokens, find_text, split_windows
 from hf_layerprune.runtime.windows import special_prefix
 
@@ -30,11 +30,10 @@ def write(path: Path, *rows: Any) -> Path:
 
 def test_a_folder_of_tasks(tmp_path: Path) -> None:
     write_tasks(tmp_path)
-    found = read_tasks(tmp_path)
-    assert list(found) == ["asked", "begun", "mixed"]
+    assert list(load_tasks(None, tmp_path)) == ["asked", "begun", "mixed"]
     assert list(load_tasks(["mixed", "asked"], tmp_path)) == ["mixed", "asked"]
-    assert found["asked"].fields["doc_to_text"] == "{{query}}\nAnswer:"
-    assert found["begun"].fields["doc_to_text"] == "query"
+    for name, prompt in (("asked", "{{query}}\nAnswer:"), ("begun", "query")):
+        assert read_task(tmp_path / f"{name}.jsonl").fields["doc_to_text"] == prompt
 
 
 def test_a_file_that_is_not_asked_for_is_left_alone(tmp_path: Path) -> None:
@@ -159,9 +158,9 @@ def test_bad_folders(tmp_path: Path, files: dict[str, str | bytes], message: str
     for name, content in files.items():
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(LayerPruneError, match=message):
-        read_tasks(tmp_path)
+        load_tasks(None, tmp_path)
     with pytest.raises(LayerPruneError, match="is not a folder"):
-        read_tasks(tmp_path / "nowhere")
+        load_tasks(None, tmp_path / "nowhere")
 
 
 @given(st.text(), st.lists(st.text(), max_size=4), st.integers() | st.booleans() | st.none() | st.text(max_size=3))
@@ -274,7 +273,7 @@ def test_a_template_of_a_task_runs_no_code(tmp_path: Path, field: str, template:
     write(folder / "one.jsonl", QUESTION)
     (folder / "one.yaml").write_text(yaml.safe_dump({field: template.replace("{proof}", str(proof))}))
     with pytest.raises(LayerPruneError, match=rf"one.yaml: the template {field} can't be used"):
-        read_tasks(folder)
+        load_tasks(None, folder)
     assert not proof.exists()
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -103,7 +103,7 @@ def load_tasks(
     if names is None:
         names = list(paths)
     wanted = list(dict.fromkeys(name for one in names for name in (PAPER if one == "paper" else (one,))))
-    files = read_tasks(folder, wanted, limit) if folder else {}
+    files = {name: read_task(paths[name], limit) for name in wanted if name in paths}
     if not wanted:
         return {}
     require_harness()
@@ -206,16 +206,6 @@ def task_config(task: LocalTask) -> dict[str, Any]:
 
 
 # --- files ------------------------------------------------------------------------------------------------
-
-
-def read_tasks(folder: Path, names: Collection[str] | None = None, limit: int | None = None) -> dict[str, LocalTask]:
-    """Read tasks of a folder, by name, in alphabetical order: those that are named, or all; see [`read_task`].
-
-    Raises:
-        LayerPruneError: The folder has neither tasks nor texts, or a task is invalid; the message names the line.
-    """
-    files = task_files(folder, ".jsonl")
-    return {name: read_task(path, limit) for name, path in files.items() if names is None or name in names}
 
 
 def task_files(folder: Path, suffix: str) -> dict[str, Path]:
