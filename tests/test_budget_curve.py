@@ -263,7 +263,7 @@ def test_too_strict_or_too_few_rows_to_tell(model: Any, text: CalibrationSet) ->
 class FewSets:
     """A search in whose sets as many layers can go, nested or as a block, as given; blocks lose less."""
 
-    dense, fit_rows, judge_rows = None, [], [1, 2]
+    dense, fit_rows, judge_rows, walk = None, [], [1, 2], SimpleNamespace(num_layers=20)
 
     def __init__(self, most: int, nested: int, block: int) -> None:
         self.max_drop, self.deepest = most, {GREEDY: nested, BLOCK: block, "kl": block}
@@ -291,7 +291,7 @@ class FewSets:
 
 @pytest.mark.parametrize("criterion", ["auto", "kl"])
 def test_a_search_ends_at_the_deepest_set_inside(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    walk, rows, choice = SimpleNamespace(num_layers=20), range(16), CutOptions(max_kl=1.0, criterion=criterion)
+    rows, choice = range(16), CutOptions(max_kl=1.0, criterion=criterion)
     search = FewSets(0, 0, 0)
     monkeypatch.setattr(budget, "Search", lambda *args: search)
     pick = (lambda rows, count: search.nested(count)) if criterion == "kl" else None
@@ -301,9 +301,9 @@ def test_a_search_ends_at_the_deepest_set_inside(criterion: str, monkeypatch: py
         fails = "may be dropped" if not most else "overflows" if nested < 0 and not pick else "no layer can go"
         if not deepest or fails == "overflows":
             with pytest.raises(CutError, match=fails):
-                budget.choose(walk, rows, range(20), choice, pick)
+                budget.choose(search.walk, rows, range(20), choice, pick)
             continue
-        drop = budget.choose(walk, rows, range(20), choice, pick).drop_layers
+        drop = budget.choose(search.walk, rows, range(20), choice, pick).drop_layers
         assert len(drop) == deepest
         if pick is None and deepest > 1:  # the better one of a size
             assert (drop[0] > 0) == (search.deepest[BLOCK] == deepest)

@@ -73,71 +73,84 @@ def choose(
     Raises:
         CutError: Dropping one layer passes the budget, or there are too few rows to tell.
     """
-    budget = str(choice.budget)
-    limit: float = getattr(choice, budget)
     check_budget_rows(choice, len(calibration))
-    search = Search(walk, calibration, free, choice)
-    most = search.max_drop
-    if most < 1:
-        raise CutError("no layer of this model may be dropped; protect fewer (protect_first, protect_last)")
-    depth = max(1, walk.num_layers // 4)
-    rounds = depth.bit_length() if pick else 2
-    search.log_estimate("the search within the budget", depth, rounds, depth + rounds)
-    judged: dict[int, tuple[Candidate, Quality]] = {}  # the best cut of each number of layers
+    within = _BudgetSearch(Search(walk, calibration, free, choice), choice, pick)
+    deepest, judged, rows = within.run(), within.judged, len(within.search.judge_rows)
+    if not deepest:
+        raise _too_strict_error(choice, *judged[1], rows)
+    candidate, quality = judged[deepest]
+    why = (
+        f"{describe_layers(candidate.drop)} ({candidate.found_by}): the deepest cut found within {_format_budget(choice)}, at "
+        f"{_format_quality(quality, within.budget)} on {rows} held-out rows"
+        + (f" after the {choice.repair} repair" if choice.repair else "")
+    )
+    if deepest + 1 in judged:
+        why += f"; {deepest + 1} layers have {_format_quality(judged[deepest + 1][1], within.budget)}"
+    details = {
+        "budget": {within.budget: within.limit},
+        "curve": [_curve_point(*judged[count]) for count in sorted(judged)],
+        "fitted_rows": len(within.search.fit_rows),
+        "judged_rows": rows,
+        "repair": choice.repair,
+    }
+    return Choice(list(candidate.drop), str(choice.criterion), why, [], details, candidate.repair)
 
-    def fits_budget(count: int, found_by: str) -> bool:
+
+class _BudgetSearch:
+    """A search for the deepest cut within a budget; `judged` holds the best cut of each number of layers."""
+
+    def __init__(self, search: Search, choice: CutOptions, pick: Pick | None) -> None:
+        self.search, self.choice, self.pick = search, choice, pick
+        self.budget = str(choice.budget)
+        self.limit: float = getattr(choice, self.budget)
+        self.judged: dict[int, tuple[Candidate, Quality]] = {}
+
+    def run(self) -> int:
+        """Search, and return the number of layers of the deepest cut, or 0 if dropping one is outside the budget."""
+        most = self.search.max_drop
+        if most < 1:
+            raise CutError("no layer of this model may be dropped; protect fewer (protect_first, protect_last)")
+        depth = max(1, self.search.walk.num_layers // 4)
+        rounds = depth.bit_length() if self.pick else 2
+        self.search.log_estimate("the search within the budget", depth, rounds, depth + rounds)
+        if self.pick is not None:
+            return _search_deepest(lambda count: self._fits(count, str(self.choice.criterion)), 0, most)
+        nested = 0
+        while nested < most and self._fits(nested + 1, GREEDY):
+            nested += 1
+        deepest = _search_deepest(lambda count: self._fits(count, BLOCK), nested, most)
+        if deepest == nested > 1:
+            self._fits(deepest, BLOCK)
+        return deepest
+
+    def _fits(self, count: int, found_by: str) -> bool:
         """Find a set of a size and judge it; the better one of a size is kept."""
         try:
-            if pick is not None:
-                drop = pick(search.fit_rows, count)
-            elif found_by == GREEDY:
-                drop = search.nested(count)
-            else:
-                drop = search.best_block(search.score_blocks(count), count)
-            if count in judged and judged[count][0].drop == drop:
-                return budget_margin(judged[count][1], budget, limit) >= 0
-            (candidate,) = search.judge([(drop, found_by)])
+            drop = self._find(count, found_by)
+            if count in self.judged and self.judged[count][0].drop == drop:
+                return self._margin(self.judged[count][1]) >= 0
+            (candidate,) = self.search.judge([(drop, found_by)])
         except CutError as error:
             if count == 1:
                 raise
             # No set of that size may be dropped, can be repaired, and has a KL.
             logger.info("%s: %s", pluralize(count, "layer"), error)
             return False
-        quality = candidate.outcome.quality(search.dense)
-        logger.info("without %s: %s", describe_layers(candidate.drop), _format_quality(quality, budget))
-        left = budget_margin(quality, budget, limit)
-        if count not in judged or left > budget_margin(judged[count][1], budget, limit):
-            judged[count] = candidate, quality
-        return left >= 0
+        quality = candidate.outcome.quality(self.search.dense)
+        logger.info("without %s: %s", describe_layers(candidate.drop), _format_quality(quality, self.budget))
+        if count not in self.judged or self._margin(quality) > self._margin(self.judged[count][1]):
+            self.judged[count] = candidate, quality
+        return self._margin(quality) >= 0
 
-    if pick is not None:
-        low = _search_deepest(lambda count: fits_budget(count, str(choice.criterion)), 0, most)
-    else:
-        nested = 0
-        while nested < most and fits_budget(nested + 1, GREEDY):
-            nested += 1
-        low = _search_deepest(lambda count: fits_budget(count, BLOCK), nested, most)
-        if low == nested > 1:
-            fits_budget(low, BLOCK)
-    rows = len(search.judge_rows)
-    if not low:
-        raise _too_strict_error(choice, *judged[1], rows)
-    candidate, quality = judged[low]
-    why = (
-        f"{describe_layers(candidate.drop)} ({candidate.found_by}): the deepest cut found within {_format_budget(choice)}, at "
-        f"{_format_quality(quality, budget)} on {rows} held-out rows"
-        + (f" after the {choice.repair} repair" if choice.repair else "")
-    )
-    if low + 1 in judged:
-        why += f"; {low + 1} layers have {_format_quality(judged[low + 1][1], budget)}"
-    details = {
-        "budget": {budget: limit},
-        "curve": [_curve_point(*judged[count]) for count in sorted(judged)],
-        "fitted_rows": len(search.fit_rows),
-        "judged_rows": rows,
-        "repair": choice.repair,
-    }
-    return Choice(list(candidate.drop), str(choice.criterion), why, [], details, candidate.repair)
+    def _find(self, count: int, found_by: str) -> tuple[int, ...]:
+        if self.pick is not None:
+            return self.pick(self.search.fit_rows, count)
+        if found_by == GREEDY:
+            return self.search.nested(count)
+        return self.search.best_block(self.search.score_blocks(count), count)
+
+    def _margin(self, quality: Quality) -> float:
+        return budget_margin(quality, self.budget, self.limit)
 
 
 def _search_deepest(fits_budget: Callable[[int], bool], low: int, most: int) -> int:
