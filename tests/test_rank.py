@@ -28,7 +28,7 @@ from hf_layerprune.select import ALL, CRITERIA
 from hf_layerprune.select.registry import Criterion
 from hf_layerprune.select.runner import score_layers
 from hf_layerprune.select.scores import Choice, Scores
-from hf_layerprune.stages.rank import Ranking, draw_ranking
+from hf_layerprune.stages.ranking import Ranking, draw_ranking
 
 from .limits import largest_file
 from .measure_models import LAYERS, write_gguf
@@ -420,7 +420,7 @@ def test_pictures_of_many_layers(tmp_path: Path) -> None:
         ),
     }  # fmt: skip
     drops = {"kl": list(range(60, 80)), "angular_distance": list(range(20))}
-    draw_ranking(Ranking(scores, drops, {}, {}), n, tmp_path)
+    draw_ranking(Ranking(scores, drops, {}, {"num_layers": n}), tmp_path)
     written = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert len(written) == 6
     assert all(1000 < size < 256 * 1024 for size in written.values())

@@ -54,6 +54,6 @@ def run(request: Request) -> Result:
 
 def _base_arguments(request: Request, repair: str | None) -> list[str]:
     """The options for a cut of the base as it was scored."""
-    from ..stages.rank import dtype_of_cut
+    from ..stages.opening import dtype_of_cut
 
     return to_arguments(copy_fields(WalkOptions, request, dtype=dtype_of_cut(request, repair)), "device")

@@ -147,7 +147,7 @@ def _advise_from_frontier(request: AdviseRequest, config: Any) -> Advice:
     from ..repair.fit import can_repair_every_cut
     from ..select.cost import forward_seconds
     from .curve_file import load_curve
-    from .rank import open_base, open_walk
+    from .opening import open_base, open_walk
 
     if request.target == "target_speedup":
         raise CutError(

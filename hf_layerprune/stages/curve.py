@@ -151,7 +151,7 @@ def _extend(
     from ..adapter.prepare import load_calibration_for
     from ..cut.sizes import Sizes
     from ..select.decode_times import DecodeTimes, time_decoding
-    from .rank import dtype_of_cut, open_base, open_walk
+    from .opening import dtype_of_cut, open_base, open_walk
 
     model, device = open_base(request)
     sizes = Sizes(config, request.base, revision=request.revision)

@@ -1,115 +1,39 @@
-"""Rank layers: load a base, score its layers by any number of criteria, write scores and pictures."""
+"""Rank layers: load a base, score its layers by any number of criteria, and find what each would drop."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import families
 from ..calibration.documents import check_source
-from ..errors import CheckpointError, CutError, LayerPruneError, UnsupportedModelError
-from ..files.copy import write_text
+from ..errors import CutError, UnsupportedModelError
 from ..files.folders import check_target, new_folder
-from ..layer_ranges import describe_layers, format_layers
 from ..options import AMOUNTS, CutOptions, copy_fields
 from ..records.lineage import package_versions, peak_rss
 from ..runtime.loading import load_config
 from ..select import CRITERIA, drop_count, find_criterion
 from ..select.sets import check_lengths, free_layers
 from ..select.targets import Target
-from .requests import AdviseRequest, RankRequest
-
-WalkRequest = RankRequest | AdviseRequest
+from .opening import open_base, open_walk
+from .ranking import RANKING_FILES, Ranking, write_ranking
+from .requests import RankRequest
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedConfig
 
     from ..calibration.rows import CalibrationSet
-    from ..runtime.walk import LayerWalk
     from ..select.registry import Criterion
     from ..select.scores import Scores
 
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
-_BEST_BLOCKS = 3
-# What a ranking consists of. A folder that holds anything else is not replaced.
-_RANKING_FILES = re.compile(r"scores\.json|(choices|scores|blocks-\w+)\.(png|svg)")
-
-
-@dataclass
-class Ranking:
-    """Scores, and what follows from them.
-
-    Args:
-        scores (`dict[str, Scores]`): By criterion.
-        drops (`dict[str, list[int]]`): What each would drop, by criterion.
-        why (`dict[str, str]`): For criteria that explain themselves.
-        record (`dict[str, Any]`): All of it, as in `scores.json`.
-        on_text (`bool`): Whether a criterion or a curve could run the model on text.
-    """
-
-    scores: dict[str, Scores]
-    drops: dict[str, list[int]]
-    why: dict[str, str]
-    record: dict[str, Any]
-    on_text: bool = True
-
-    @property
-    def layer_scores(self) -> list[Scores]:
-        """The scores of single layers, but for those that are only an order."""
-        return [s for s in self.scores.values() if s.layers is not None and CRITERIA[s.criterion].needs != "count"]
-
-    def __str__(self) -> str:
-        rows = [[name, format_layers(gone), CRITERIA[name].description] for name, gone in self.drops.items()]
-        lines = _columns([["criterion", "would drop", "by"], *rows])
-        for name, reason in self.why.items():
-            lines += ["", f"{name}: {reason}"]
-        if shown := self.layer_scores:
-            table = [["layer", *(s.criterion for s in shown)]]
-            for i, scores in enumerate(zip(*(s.layers or () for s in shown), strict=True)):
-                cells = zip(scores, shown, strict=True)
-                table.append([str(i), *(_cell(score, i in self.drops[s.criterion]) for score, s in cells)])
-            note = "layers with lower scores are dropped first; * would be dropped"
-            lines += ["", *_columns(table, right=True), "", note]
-        if required := self.record["required"]:
-            lines.append(f"{describe_layers(required)} can't be dropped from this architecture")
-        protected: dict[tuple[int, ...], list[str]] = {}
-        for name, layers in self.record["protect"].items():
-            protected.setdefault(tuple(layers), []).append(name)
-        for layers, names in protected.items():
-            if layers:
-                options = "--protect-first, --protect-last"
-                lines.append(f"{', '.join(names)}: {describe_layers(layers)} may not be dropped ({options})")
-        for name, found in self.scores.items():
-            # Angular distance has scores of blocks of every length.
-            lengths = {len(block) for block in found.blocks}
-            for length in sorted(lengths.intersection([*self.record.get("lengths", ()), len(self.drops[name])])):
-                ranked = sorted((score, block) for block, score in found.blocks.items() if len(block) == length)
-                best = ", ".join(f"{format_layers(block)} ({score:.4g})" for score, block in ranked[:_BEST_BLOCKS])
-                lines.append(f"{name}, blocks of {length}: {best}")
-        return "\n".join(lines)
-
-
-def _cell(score: float | None, dropped: bool) -> str:
-    return ("-" if score is None else f"{score:.4g}") + ("*" if dropped else " ")
-
-
-def _columns(rows: Sequence[Sequence[str]], right: bool = False) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.rjust(w) if right else cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
 
 
 def rank_layers(base: str, output: str | os.PathLike[str] | None = None, **options: Any) -> Ranking:
@@ -136,7 +60,7 @@ def rank(request: RankRequest) -> Ranking:
     """Do as `rank_layers` does, for a request."""
     source = Path(request.base).expanduser()
     if request.output is not None:  # at once: before torch is imported
-        check_target(request.output, source, request.force, replaces=_RANKING_FILES)
+        check_target(request.output, source, request.force, replaces=RANKING_FILES)
     from ..adapter.prepare import load_calibration_for
     from ..select.cost import count_runs, log_estimate
     from ..select.runner import choose_layers
@@ -194,8 +118,8 @@ def rank(request: RankRequest) -> Ranking:
     }
     ranking = Ranking(scores, drops, why, record, len(criteria) == len(request.criteria))
     if request.output is not None:
-        with new_folder(request.output, force=request.force, source=source, replaces=_RANKING_FILES) as folder:
-            _write(ranking, folder, n)
+        with new_folder(request.output, force=request.force, source=source, replaces=RANKING_FILES) as folder:
+            write_ranking(ranking, folder)
     return ranking
 
 
@@ -280,71 +204,3 @@ def _score_and_pick(
                 raise
             logger.warning("%s is left out: %s", name, error)
     return {name: scores[name] for name in drops}, drops
-
-
-def open_base(request: WalkRequest) -> tuple[Any, torch.device]:
-    """Load a request's base in the requested type, and return it with the device that will run its layers.
-
-    Raises:
-        CutError: The device can't be used. Nothing was loaded.
-    """
-    import torch
-
-    from ..runtime.devices import pick_device
-    from ..runtime.mapping import load_mapped
-
-    device = torch.device(pick_device(request.device))
-    return load_mapped(request.base, revision=request.revision, dtype=request.dtype), device
-
-
-def dtype_of_cut(request: WalkRequest, repair: str | None) -> str:
-    """The type to write a cut of a base in, after it was scored in the requested one.
-
-    Weights are converted only where a repair needs that: quantised ones have none, and float16 may overflow.
-    """
-    config = load_config(request.base, revision=request.revision) if repair else None
-    converts = hasattr(config, "quantization_config") or str(getattr(config, "dtype", None)) == "torch.float16"
-    return request.dtype if converts else "auto"
-
-
-def open_walk(request: WalkRequest, model: Any, device: torch.device) -> LayerWalk:
-    """Prepare the model from [`open_base`] to be run layer by layer on that device."""
-    from ..runtime.precision import to_fast_precision
-    from ..runtime.walk import LayerWalk
-
-    if request.dtype == "auto" and device.type == "cpu":
-        to_fast_precision(model)
-    return LayerWalk(model, device=device)
-
-
-def _write(ranking: Ranking, folder: Path, num_layers: int) -> None:
-    write_text(folder / "scores.json", json.dumps(ranking.record, indent=1, allow_nan=False) + "\n")
-    try:
-        draw_ranking(ranking, num_layers, folder)
-    except CheckpointError:  # a picture can't be written, so the disk may be full: all or nothing
-        raise
-    except LayerPruneError as error:  # matplotlib is not installed
-        logger.warning("%s; only the scores are written", error)
-
-
-def draw_ranking(ranking: Ranking, num_layers: int, folder: Path) -> None:
-    """Draw the scores and what each criterion would drop; each plot as PNG and as SVG.
-
-    Raises:
-        LayerPruneError: matplotlib is not installed.
-    """
-    from ..publish.card import score_plots
-
-    drops = ranking.drops
-    for kind in ("png", "svg"):
-        score_plots.draw_choices(drops, num_layers, folder / f"choices.{kind}")
-        if ranking.layer_scores:
-            score_plots.draw_layer_scores(ranking.layer_scores, drops, folder / f"scores.{kind}")
-        for name, score in ranking.scores.items():
-            if score.blocks:
-                drop = drops[name]
-                # A criterion that also scores single layers may drop no block; the best one of that length is shown.
-                of_length = (block for block in score.blocks if len(block) == len(drop))
-                best = min(of_length, key=score.blocks.__getitem__, default=())
-                shown = drop if tuple(drop) in score.blocks else best
-                score_plots.draw_block_scores(score, shown, folder / f"blocks-{name}.{kind}")
