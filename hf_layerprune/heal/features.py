@@ -32,9 +32,8 @@ def cut_boundaries(cut: Cut) -> dict[int, int]:
 
     For each block, ascending: how many layers of the pruned model and of the dense model are before that place.
     """
-    ends = {
-        sum(layer < dropped for layer in cut.keep): dropped + 1 for dropped in cut.drop
-    }  # of a block, its last remains
+    # The layers of a block have the same number of layers before them, so its last one decides.
+    ends = {sum(kept < dropped for kept in cut.keep): dropped + 1 for dropped in cut.drop}
     return {front: dense for front, dense in ends.items() if front}
 
 

@@ -189,18 +189,10 @@ def _zeros_like(parameter: torch.Tensor | None) -> torch.Tensor | None:
 
 
 class _TokenLosses:
-    """Adds up the losses of tokens, and computes the gradients of their logits.
+    """Adds up the losses of tokens in `sums`, and computes the gradients of their logits; for arguments, see [`head_loss`].
 
-    Args:
-        labels (`torch.Tensor`): See [`head_loss`], as the next two.
-        ce_weight (`torch.Tensor`, *optional*): Weight of a labelled token's cross-entropy, a scalar.
-        distillation (`Distillation`, *optional*): The teacher's side.
-        half (`bool`): Whether gradients, but not losses, are divided by `unit`, as they are in float16.
-
-    Attributes:
-        sums (`HeadLoss`): The losses of the tokens so far.
-        unit (`torch.Tensor`, *optional*): The sum of the factors of a token's gradients, or a tiny number if that is
-            zero; without `half`, `None`.
+    With `half`, as in float16, gradients but not losses are divided by `unit`: the sum of the factors of a token's
+    gradients, or a tiny number if that is zero.
     """
 
     def __init__(

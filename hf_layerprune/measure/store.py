@@ -26,8 +26,8 @@ class Store:
     """The numbers of a model and their file. Nothing is written before numbers are added.
 
     Args:
-        model (`Subject`): The model.
-        base (`Subject`, *optional*): Its base.
+        model (`Subject`): Whose numbers they are.
+        base (`Subject`, *optional*): What it is compared with.
         output (`Path`, *optional*): The file to write instead of `metrics.json` in the model's folder.
         history (`Sequence[Path]`): Folders of earlier stages, whose numbers are copied.
         force (`bool`, defaults to `False`): Replace numbers of other weights, or of the same weights with another

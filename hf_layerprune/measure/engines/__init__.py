@@ -18,15 +18,10 @@ class EngineError(LayerPruneError):
 
 @dataclass(frozen=True)
 class EngineTimings:
-    """What an engine measured.
+    """What an engine measured: the metrics of each repeat, named as in `metrics.json`, by the path of the model.
 
-    Args:
-        runs (`dict[Workload, dict[str, list[dict[str, float]]]]`): The metrics of each repeat, by the path of the model,
-            named as in `metrics.json`.
-        dtype (`str`): The type of the weights, as the engine names it.
-        device (`str`): What it ran on.
-        version (`str`): The engine's version.
-        settings (`dict[str, int | str]`): What else decides the speed, such as the number of threads.
+    The type of the weights has the engine's name for it. The settings are what else decides the speed, such as the number
+    of threads.
     """
 
     runs: dict[Workload, dict[str, list[dict[str, float]]]]
