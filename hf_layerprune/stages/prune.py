@@ -128,12 +128,9 @@ def _prune_folder(request: PruneRequest, source: Path, output: Path, curve: dict
         raise CutError(
             "link=True shares weight files with the base, but this cut changes or writes them; leave it out"
         )
-    hub = None
-    if is_hub_id(request.base):
-        hub = Base.open(request.base, request.revision)
-        hub.fetch([*filter(is_licence_file, hub.sizes)])  # which loading a model does not download
-        revision = hub.repo.commit if hub.repo else None
-        request, source = replace(request, revision=revision), hub.folder  # everything comes from this commit
+    hub = _open_on_hub(request)
+    if hub is not None:  # everything comes from this commit
+        request, source = replace(request, revision=hub.repo.commit if hub.repo else None), hub.folder
     config = load_config(source)
     _check_family(request, config)
     if request.repair and copies:
@@ -158,10 +155,9 @@ def _prune_folder(request: PruneRequest, source: Path, output: Path, curve: dict
                 write_model(request, None if is_gguf else hub or Base.open(source), list(cut.drop), folder, prepared)
         if request.target_size is not None and not request.adapter:
             _check_size(request, folder, len(dropped))
-        if target is not None:
-            entry["selection"] = {"criterion": request.criterion, "target": target.record(cut.drop)}
-        if curve is not None:
-            entry["selection"] = curve
+        by_target = target and {"criterion": request.criterion, "target": target.record(cut.drop)}
+        if selection := curve or by_target:
+            entry["selection"] = selection
         if prepared is not None:
             entry |= prepared.record
         if warning:
@@ -171,6 +167,15 @@ def _prune_folder(request: PruneRequest, source: Path, output: Path, curve: dict
     if request.check:
         logger.info("the logits are those of %s with the dropped layers bypassed", request.base)
     return Pruned(str(output), list(cut.drop), cut.num_layers, "adapter" if request.adapter else "model")
+
+
+def _open_on_hub(request: PruneRequest) -> Base | None:
+    """The base on the Hub, with its licence files, which loading a model does not download; `None` if it is not there."""
+    if not is_hub_id(request.base):
+        return None
+    hub = Base.open(request.base, request.revision)
+    hub.fetch([*filter(is_licence_file, hub.sizes)])
+    return hub
 
 
 def _check_size(request: PruneRequest, folder: Path, count: int) -> None:

@@ -142,15 +142,7 @@ def _new_values(cut: GGUFCut, entry: Entry) -> list[Any] | None:
     if suffix == "block_count":
         return [len(cut.kept)]
     if suffix in PER_LAYER and entry.is_array:
-        before, after = entry.values, _kept_values(cut, entry)
-        if suffix in FIRST_SIZES_ALL and before[0] != after[0]:
-            header.fail(
-                f"{key} is {before[0]} in the first layer, and readers size the whole model by it; after this cut the "
-                f"first layer would have {after[0]}, so keep layer 0"
-            )
-        if suffix in TWO_KINDS and {value != 0 for value in before} != {value != 0 for value in after}:
-            header.fail(f"{key} tells two kinds of layers apart, and only one would be left; keep a layer of each")
-        return after
+        return _kept_kinds(cut, entry, suffix)
     if suffix in PERIODS:
         _check_alternation(cut, integer_value(header, entry), key)
     elif suffix == "leading_dense_block_count":
@@ -163,6 +155,21 @@ def _new_values(cut: GGUFCut, entry: Entry) -> list[Any] | None:
     elif suffix not in ARRAYS:
         _check_unknown_key(cut, entry)
     return None
+
+
+def _kept_kinds(cut: GGUFCut, entry: Entry, suffix: str) -> list[Any]:
+    """The values of the kept layers, if readers take the same from them as they do from the whole array."""
+    before, after = entry.values, _kept_values(cut, entry)
+    if suffix in FIRST_SIZES_ALL and before[0] != after[0]:
+        cut.header.fail(
+            f"{entry.key} is {before[0]} in the first layer, and readers size the whole model by it; after this cut the "
+            f"first layer would have {after[0]}, so keep layer 0"
+        )
+    if suffix in TWO_KINDS and {value != 0 for value in before} != {value != 0 for value in after}:
+        cut.header.fail(
+            f"{entry.key} tells two kinds of layers apart, and only one would be left; keep a layer of each"
+        )
+    return after
 
 
 def _kept_values(cut: GGUFCut, entry: Entry) -> list[Any]:
