@@ -95,6 +95,35 @@ def prepare(
     Raises:
         CutError: The model is cut already, the layers can't be chosen, or the repair can't be fitted.
     """
+    _check(config, model, cut, target)
+    walk = calibration = repair = None
+    record: dict[str, Any] = {}
+    if needs_text(config):
+        walk = LayerWalk(model, device=device)
+        calibration = load_calibration_for(config, walk, config.revision)
+        record["calibration"] = calibration.record()
+    if config.drop_layers is None:
+        start = time.perf_counter()
+        protected = families.protected_layers(model.config)
+        choice = choose_layers(walk or model, calibration, config, protected=protected, target=target)
+        logger.info("%s", choice.why)
+        config.drop_layers, repair = choice.drop_layers, choice.repair
+        record["selection"] = choice.record() | {"seconds": round(time.perf_counter() - start, 3)}
+    if config.repair is not None and walk is not None and calibration is not None:
+        timing = {}
+        if repair is None:  # a search within a budget has fitted it already
+            start = time.perf_counter()
+            logger.info("fitting the repair %s to the calibration rows", config.repair)
+            repair = fit_repair(walk, config.drop_layers, calibration, config.repair)
+            timing = {"seconds": round(time.perf_counter() - start, 3)}
+        repair.leave_out_unchanged(list(walk.layers))
+        _log_repair(repair)
+        record["repair"] = {"method": repair.method, "cuts": repair.cuts} | timing
+    return Prepared(list(config.drop_layers), repair, record)
+
+
+def _check(config: LayerDropConfig, model: PreTrainedModel, cut: LayerCut | None, target: Target | None) -> None:
+    """Refuse what can be known to fail before anything is computed, and fill in layers that need no computing."""
     families.check_supported(model.config)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise CutError(
@@ -124,30 +153,6 @@ def prepare(
         if config.drop and isinstance(config.tune_layers, int):  # too few are left, whichever go
             n = families.layer_count(model.config)
             tuned_layers(cut_without(range(drop_count(config.drop, n)), n), config.tune_layers)
-    walk = calibration = repair = None
-    record: dict[str, Any] = {}
-    if needs_text(config):
-        walk = LayerWalk(model, device=device)
-        calibration = load_calibration_for(config, walk, config.revision)
-        record["calibration"] = calibration.record()
-    if config.drop_layers is None:
-        start = time.perf_counter()
-        protected = families.protected_layers(model.config)
-        choice = choose_layers(walk or model, calibration, config, protected=protected, target=target)
-        logger.info("%s", choice.why)
-        config.drop_layers, repair = choice.drop_layers, choice.repair
-        record["selection"] = choice.record() | {"seconds": round(time.perf_counter() - start, 3)}
-    if config.repair is not None and walk is not None and calibration is not None:
-        timing = {}
-        if repair is None:  # a search within a budget has fitted it already
-            start = time.perf_counter()
-            logger.info("fitting the repair %s to the calibration rows", config.repair)
-            repair = fit_repair(walk, config.drop_layers, calibration, config.repair)
-            timing = {"seconds": round(time.perf_counter() - start, 3)}
-        repair.leave_out_unchanged(list(walk.layers))
-        _log_repair(repair)
-        record["repair"] = {"method": repair.method, "cuts": repair.cuts} | timing
-    return Prepared(list(config.drop_layers), repair, record)
 
 
 def _log_repair(repair: Repair) -> None:
