@@ -70,10 +70,7 @@ def score_layers(
         UnsupportedModelError: The model's layers can't be run one at a time, or it has no scores at all.
     """
     check_choice("variant", variant, VARIANTS)
-    wanted = [find_criterion(name) for name in dict.fromkeys(criteria)]
-    for criterion in wanted:
-        if criterion.kind == "choice":
-            raise CutError(f"criterion {criterion.name!r} gives no scores; use choose_layers")
+    wanted = _scoring_criteria(criteria)
     layers = _decoder_layers(model)
     num_layers, count = len(layers), drop_count(drop, len(layers))
     alive = [i for i in range(num_layers) if i not in set(dropped)]
@@ -109,11 +106,19 @@ def score_layers(
         try:
             scores[name] = compute()
         except (UnsupportedModelError, CutError) as error:
-            wanted = [criterion for criterion in wanted if criterion.name != name]
-            if not wanted:
+            if len(wanted) == 1:
                 raise
+            wanted = [criterion for criterion in wanted if criterion.name != name]
             logger.warning("%s is left out: %s", name, error)
     return {criterion.name: scores[criterion.name] for criterion in wanted}
+
+
+def _scoring_criteria(names: Sequence[str]) -> list[Criterion]:
+    wanted = [find_criterion(name) for name in dict.fromkeys(names)]
+    for criterion in wanted:
+        if criterion.kind == "choice":
+            raise CutError(f"criterion {criterion.name!r} gives no scores; use choose_layers")
+    return wanted
 
 
 def _read_weights(layers: nn.ModuleList, alive: Collection[int], observers: Collection[Observer]) -> None:
@@ -187,24 +192,34 @@ def choose_layers(
         return choose_layers(model, text, copy_fields(CutOptions, choice, **drop_exactly(count)), protected=protected)
 
     if choice.target is not None:
-        dense, device = (model.model, model.device) if isinstance(model, LayerWalk) else (model, None)
-        target = target or Target.from_options(choice, dense.config, dense.name_or_path, model=dense, device=device)
-        assert target is not None, "there is one"
-        choices: dict[int, Choice] = {}
-
-        def pick(count: int) -> list[int]:
-            choices[count] = choose(count)
-            return choices[count].drop_layers
-
-        chosen = choices[target.choose_count(num_layers, free, pick)]
-        chosen.details["target"] = target.record(chosen.drop_layers)
-        return chosen
+        return _choose_for_target(model, choice, target, free, choose)
     if choice.budget is not None:
         by_criterion = None if criterion.kind == "choice" else lambda text, n: tuple(choose(n, text).drop_layers)
         return budget.choose(_as_walk(model), _require_text(calibration, criterion), free, choice, by_criterion)
     if criterion.kind == "choice":
         return criterion.load().choose(model, _require_text(calibration, criterion), count, free, choice)
     return _choose_in_rounds(model, calibration, criterion, choice, count, free)
+
+
+def _choose_for_target(
+    model: PreTrainedModel | LayerWalk,
+    choice: CutOptions,
+    target: Target | None,
+    free: set[int],
+    choose: Callable[[int], Choice],
+) -> Choice:
+    dense, device = (model.model, model.device) if isinstance(model, LayerWalk) else (model, None)
+    target = target or Target.from_options(choice, dense.config, dense.name_or_path, model=dense, device=device)
+    assert target is not None, "there is one"
+    choices: dict[int, Choice] = {}
+
+    def pick(count: int) -> list[int]:
+        choices[count] = choose(count)
+        return choices[count].drop_layers
+
+    chosen = choices[target.choose_count(len(_decoder_layers(model)), free, pick)]
+    chosen.details["target"] = target.record(chosen.drop_layers)
+    return chosen
 
 
 def _choose_in_rounds(
