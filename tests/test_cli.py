@@ -316,6 +316,49 @@ def test_inspect(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"key-value cache of {found['context']:,} tokens" in out
 
 
+def test_inspect_of_given_layers(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same numbers as `prune` then writes."""
+    assert main(["inspect", str(base), "--drop-layers", "2,4-5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main(["inspect", str(base), "--drop-layers", "2,4-5"]) == 0
+    out = capsys.readouterr().out
+    assert f"A cut of layers 2,4-5 leaves 5 of 8: {found['left']:,} parameters" in out
+    assert out.endswith(f"next: hf-layerprune prune {base} pruned --drop-layers 2,4-5\n")
+    assert main(["prune", str(base), str(tmp_path / "a"), "--drop-layers", "2,4-5"]) == 0
+    assert found["dropped"] == [2, 4, 5]
+    assert found["left"] == AutoModelForCausalLM.from_pretrained(tmp_path / "a").num_parameters()
+    assert found["file_bytes"][1] == sum(path.stat().st_size for path in (tmp_path / "a").glob("*.safetensors"))
+    capsys.readouterr()
+    assert main(["inspect", str(base), "--drop-layers", "8"]) == 2
+    assert capsys.readouterr().err == "hf-layerprune: --drop-layers has 8, but the model's layers are 0..7\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "is_told"),
+    [
+        ((), True),
+        (("--drop", "1"), True),
+        (("--criterion", "random"), False),
+        (("--drop-layers", "6-7"), False),
+    ],
+)
+def test_prune_says_that_the_default_suits_large_models(
+    words: tuple[str, ...], is_told: bool, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "hf_layerprune")
+    assert main(["prune", str(base), str(tmp_path / "a"), *words]) == 0
+    assert ("a block in the middle does far better: --criterion auto" in caplog.text) == is_told
+
+
+def test_prune_does_not_advise_against_the_paper_for_its_own_models(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_layerprune.stages.prune.PAPER_SIZE", 1)
+    caplog.set_level("INFO", "hf_layerprune")
+    assert main(["prune", str(base), str(tmp_path / "a")]) == 0
+    assert "does far better" not in caplog.text
+
+
 def test_a_reader_that_has_read_enough(base: Path) -> None:
     """`python -m hf_layerprune inspect BASE | head -1`."""
     reading, writing = os.pipe()

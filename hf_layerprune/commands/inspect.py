@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from ..layer_ranges import format_layers
 from ..options import option_flags, spell_options
 from ..stages.requests import InspectRequest as Request
 from . import Result, suggest
 
 HELP = "show what a model is made of"
 DESCRIPTION = "Show layers, parameters by part, and what a cut would leave. No weights are loaded."
+EXCLUSIVE = ("drop", "drop_layers")
 
 
 def run(request: Request) -> Result:
@@ -16,10 +18,12 @@ def run(request: Request) -> Result:
     from ..stages.inspect import inspect_model, report
 
     anatomy = inspect_model(request)
-    follow_up = (
-        suggest("rank", request.model, "curve", "--curve", "--revision", request.revision)
-        if anatomy.refusal is None and "rank" not in anatomy.refused_at
-        else ()
-    )
-    text = spell_options(report(request.model, anatomy, request.drop), option_flags(Request))
+    follow_up: tuple[str, ...] = ()
+    if anatomy.refusal is None and request.drop_layers is not None:
+        layers = format_layers(anatomy.dropped)
+        follow_up = suggest("prune", request.model, "pruned", "--drop-layers", layers, "--revision", request.revision)
+    elif anatomy.refusal is None and "rank" not in anatomy.refused_at:
+        follow_up = suggest("rank", request.model, "curve", "--curve", "--revision", request.revision)
+    drop = None if request.drop_layers is not None else request.drop
+    text = spell_options(report(request.model, anatomy, drop), option_flags(Request))
     return Result(text=text, data=asdict(anatomy) | {"parameters": anatomy.total}, follow_up=follow_up)

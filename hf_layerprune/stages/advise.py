@@ -34,9 +34,8 @@ from ..records.figures.numbers import format_number
 from ..runtime.loading import load_config
 from ..runtime.windows import max_positions
 from ..select.sets import drop_count, free_layers
-from .requests import AdviseRequest, PruneRequest
+from .requests import PAPER_SIZE, AdviseRequest, PruneRequest
 
-_PAPER_SIZE = 5e9  # parameters; the paper's models have 6 to 9 billion
 _DEFAULT_MAX_RATIO = 1.25  # the perplexity ratio that decides how many layers go unless an option does
 _LENGTH = 512  # tokens in a row
 _FEW_TOKENS = 8 * _LENGTH  # with less, only the closed-form repair is worth the time
@@ -89,7 +88,7 @@ def advise(request: AdviseRequest) -> Advice:
     if request.drop is not None:
         drop_count(request.drop, families.layer_count(config))
     parameters = Sizes(config, request.base, revision=request.revision).parameters()
-    is_paper_size = parameters >= _PAPER_SIZE
+    is_paper_size = parameters >= PAPER_SIZE
     if is_paper_size:
         refuse_unused(
             request, ("from_curve",), "for 5 billion parameters or more, where the advice is the paper's recipe"

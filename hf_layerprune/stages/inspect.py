@@ -46,7 +46,8 @@ class Anatomy:
         refused_at (`dict[str, str]`): Why it can't be ranked, repaired, healed or evaluated, by stage.
         repairs (`list[str]`): The repairs that its type is proven for.
         engine_warning (`str`, *optional*): Which engines go by layer numbers, and so misread this model or some cuts of it.
-        dropped (`list[int]`): The layers that the cut tried out drops, the last ones that may go; empty without one.
+        dropped (`list[int]`): The layers that the cut tried out drops, by default the last ones that may go; empty
+            without one.
         left (`int`, *optional*): The parameters that it leaves.
         file_bytes (`list[int]`): The size of the weight files, and of what the cut leaves of them; empty if there are
             none to go by.
@@ -124,10 +125,13 @@ def inspect_model(request: InspectRequest) -> Anatomy:
         return anatomy
     sizes = Sizes(config, request.model, revision=request.revision)
     try:
-        dropped = select_layers(len(layers), CutOptions(drop=request.drop), anatomy.protected)
+        if request.drop_layers is not None:
+            dropped = list(families.make_cut(model.config, request.drop_layers).drop)
+        else:
+            dropped = select_layers(len(layers), CutOptions(drop=request.drop), anatomy.protected)
         anatomy.left = sizes.parameters(dropped)
     except CutError as error:
-        if request.drop != InspectRequest.drop:
+        if request.drop != InspectRequest.drop or request.drop_layers is not None:
             raise
         anatomy.no_cut = str(error)  # the user did not ask for this cut, and still wants to see the parts
         return anatomy
@@ -160,8 +164,11 @@ def _refused_stages(config: PreTrainedConfig) -> dict[str, str]:
     return refused_at
 
 
-def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
-    """Describe a model, by the name that the user gave it, and what a cut would leave of it."""
+def report(name: str, anatomy: Anatomy, drop: float | int | None = 0.25) -> str:
+    """Describe a model, by the name that the user gave it, and what a cut would leave of it.
+
+    `drop` is what determined the cut; `None` if its layers were given.
+    """
     n, smallest, largest = len(anatomy.layers), min(anatomy.layers), max(anatomy.layers)
     each = f"{smallest:,} each" if smallest == largest else f"{smallest:,} to {largest:,} each"
     head = f"{'-':>15}   tied to the embeddings" if anatomy.tied else f"{anatomy.head:,}"
@@ -196,7 +203,7 @@ def report(name: str, anatomy: Anatomy, drop: float | int = 0.25) -> str:
     left = anatomy.left
     if left is None:
         return "\n".join([*lines, f"No cut is shown: {anatomy.no_cut}"])
-    layers = pluralize(len(anatomy.dropped), "layer")
+    layers = describe_layers(anatomy.dropped) if drop is None else pluralize(len(anatomy.dropped), "layer")
     effect = f"A cut of {format_percent(drop)} drops {layers} and" if isinstance(drop, float) else f"A cut of {layers}"
     lines.append(
         f"{effect} leaves {n - len(anatomy.dropped)} of {n}: {left:,} parameters, {format_percent(left / anatomy.total, 1)} of the "

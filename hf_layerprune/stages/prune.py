@@ -26,7 +26,7 @@ from ..select.targets import Target
 from .provenance import has_same_rows, is_same_base, write_lineage
 from .prune_gguf import prune_gguf
 from .prune_writers import prepare_dense, to_config, write_adapter, write_files, write_model
-from .requests import PruneRequest
+from .requests import PAPER_SIZE, PruneRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -216,4 +216,13 @@ def _choose_layers(
         return list(request.drop_layers), None, None
     target = Target.from_options(to_config(request, None), config, request.base, revision=request.revision)
     protected = families.protected_layers(config)
-    return select_layers(families.layer_count(config), request, protected, target), None, target
+    dropped = select_layers(families.layer_count(config), request, protected, target)
+    if request.criterion == "reverse_order":
+        from ..cut.sizes import Sizes
+
+        if Sizes(config, request.base, revision=request.revision).parameters() < PAPER_SIZE:
+            logger.info(
+                "the last layers go, as in the paper, whose models have 7B and 8B parameters; on small models, dropping a block in "
+                "the middle does far better: --criterion auto --contiguous"
+            )
+    return dropped, None, target

@@ -35,6 +35,7 @@ from ..options import (
 from ..options.quantities import NATS, RATIO, SHARE, number_between
 from ..select.registry import CRITERIA, find_criterion
 
+PAPER_SIZE = 5e9  # parameters; the paper's models have 6 to 9 billion
 TEXT_OPTIONS = ("calibration", "calibration_samples", "calibration_length")
 
 
@@ -261,7 +262,8 @@ class InspectRequest(Options):
     """What to inspect."""
 
     model: str = option(MISSING, MODEL_HELP, MODEL)
-    drop: float | int = option(0.25, "Cut to try out: a fraction or a number of layers", DROP)
+    drop: float | int = option(0.25, "Cut to try out: a fraction or a number of layers, the last ones", DROP)
+    drop_layers: list[int] | None = option(None, "Cut to try out: these layers, counted from 0, such as 12-18", LAYERS)
     revision: str | None = option(None, "Branch, tag or commit of MODEL on the Hub", revision_of="model")
 
 
