@@ -417,6 +417,8 @@ def test_what_a_curve_says_is_what_prune_makes(
     assert "perplexity and top-1 after the refit repair; " in out
     kls = [(point["repaired"]["kl"], point["repaired"]["kl_stderr"]) for point in curve["points"]]
     assert curve["knee"] == stage.knee(curve["points"])
+    explained = [line.split(":")[0] for line in out.splitlines() if line.startswith(("knee: ", "chosen: "))]
+    assert explained == ["knee"] * (curve["knee"] is not None) + ["chosen"], "each mark that the table has"
     assert curve["chosen"] == max(i + 1 for i, (kl, error) in enumerate(kls) if kl + error <= 0.3)
     assert f"--from-curve {tmp_path / 'curve'} --drop {curve['chosen']}\n" in out
     prune = ["prune", str(base), str(tmp_path / "cut"), "--from-curve", str(tmp_path / "curve"), "--max-kl", "0.3"]

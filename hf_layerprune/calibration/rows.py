@@ -175,7 +175,11 @@ def load_calibration(
             raise CutError('calibration="self" is text written by the dense model; pass the model')
         from .self_text import generate_text
 
-        logger.info("the dense model writes %s of %d tokens to calibrate on", pluralize(samples, "row"), length)
+        logger.info(
+            "the dense model writes %s of %d tokens to calibrate on, which is slow on a CPU; text of your own saves this",
+            pluralize(samples, "row"),
+            length,
+        )
         return CalibrationSet.from_ids(generate_text(model, tokenizer, samples, length, seed), source, seed)
     if tokenizer is None:
         raise CutError(f"calibration={source!r} needs the model's tokenizer")

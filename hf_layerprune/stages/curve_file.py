@@ -75,9 +75,13 @@ class Curve:
         repair = self.record["repair"]
         note = f"perplexity and top-1 after the {repair} repair; " if repair else ""
         device = self.record["decode"]["device"]
-        return "\n".join(
-            [*lines, "", f"{note}speed-up as expected from the times of layers and head on this {device}"]
-        )
+        lines += ["", f"{note}speed-up as expected from the times of layers and head on this {device}"]
+        meanings = {
+            "knee": "beyond it, each layer costs more quality",
+            "chosen": "what was asked for, by default 25 % of the layers",
+        }
+        lines += [f"{word}: {meaning}" for word, meaning in meanings.items() if getattr(self, word) is not None]
+        return "\n".join(lines)
 
 
 def _format_sizes(entry: dict[str, Any]) -> list[str]:
