@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from benchmarks.checkpoint import make_llama
 from hf_layerprune.cut import disk
@@ -454,6 +455,38 @@ def test_nothing_is_written_outside_a_folder_that_a_link_leads_out_of(tmp_path):
     with pytest.raises(CheckpointError, match="leads out of"):
         write_bytes(tmp_path / "model/assets/layers.png", b"x", inside=tmp_path / "model")
     assert not list((tmp_path / "outside").iterdir())
+
+
+@pytest.mark.parametrize("lay", [
+    lambda target: target.symlink_to(target.with_name("other")), lambda target: target.symlink_to("nowhere"), Path.mkdir,
+    os.mkfifo,
+])  # fmt: skip
+def test_nothing_but_a_file_is_replaced(tmp_path, lay):
+    (tmp_path / "other").write_text("mine")
+    lay(tmp_path / "file")
+    mode = os.lstat(tmp_path / "file").st_mode
+    with pytest.raises(CheckpointError, match="is a link, a folder or a device"):
+        write_bytes(tmp_path / "file", b"x")
+    assert os.lstat(tmp_path / "file").st_mode == mode
+    assert beside(tmp_path / "file") == ["file", "other"]
+    assert (tmp_path / "other").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("raised", "match"), [
+    (SafetensorError("I/O error"), "could not write .*file: I/O error; free some space, or write elsewhere"),
+    (PermissionError(errno.EACCES, "Permission denied"), "Permission denied; write elsewhere"),
+])  # fmt: skip
+def test_a_file_that_could_not_be_written_stays_as_it_was(tmp_path, raised, match):
+    def write_half(target):
+        with files.new_file(target, force=True) as partial:
+            partial.write_text("half")
+            raise raised
+
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(CheckpointError, match=match):
+        write_half(tmp_path / "file")
+    assert beside(tmp_path / "file") == ["file"]
+    assert (tmp_path / "file").read_text() == "old"
 
 
 def test_a_folder_that_was_not_written_leaves_none_above_it(tmp_path: Path) -> None:
