@@ -102,6 +102,7 @@ def test_a_plain_cut(place: Path, name: str, capsys: pytest.CaptureFixture[str])
     out = capsys.readouterr().out
     assert "layers 2,5 of 8 dropped, 6 left (prune)" in out
     assert "57 are the base's, to the last bit" in out
+    assert "README.md" not in out  # there is none
     assert (
         out.splitlines()[-1]
         == f"YES: {place / name} matches its records and its base, {place / name.removesuffix('-cut')}"
@@ -486,6 +487,7 @@ def set_drop(data: dict[str, Any]) -> None:
     (set_drop, "tensors: model.layers.1.mlp.down_proj.weight differs from the base's"),
     (lambda data: data["entries"][0].update(weights="0" * 64), "weights: their hash is "),
     (lambda data: data["entries"][0].pop("weights"), "does not record the weights"),
+    (lambda data: data["entries"][0].pop("files"), "does not record the weights, the config and other files"),
     (lambda data: data["entries"].clear(), "lineage: lineage.json does not say how many layers the base has"),
     (lambda data: data["entries"].append(data["entries"][0]), "lineage: lineage.json drops layers [2, 5] of 8, and 6 were"),
     (lambda data: data["entries"][0]["layers"].update(left=5), "lineage: lineage.json says that 5 layers were left"),
@@ -505,6 +507,8 @@ def test_an_edited_lineage(cut: Path, change: Callable[[dict[str, Any]], Any], m
 
 @pytest.mark.parametrize(("change", "message"), [
     (lambda cut: (cut / "lineage.json").unlink(), "has no lineage.json"),
+    (lambda cut: (cut / "vocab.txt").write_text(""), "files: vocab.txt was added since prune wrote the model"),
+    (lambda cut: (cut / "generation_config.json").unlink(), "files: generation_config.json is missing since prune wrote the"),
     (lambda cut: (cut / "model.safetensors").write_bytes(b"12345678"), "tensors: "),
     (lambda cut: edit(cut, lambda tensors: tensors.pop(Q3)), f"tensors: {Q3} is missing"),
     (lambda cut: edit(cut, lambda tensors: tensors.update(extra=torch.ones(1))), "tensors: extra is not a tensor of"),

@@ -46,7 +46,7 @@ def flatten(fields: dict[str, Any], path: Path = ()) -> dict[Path, Any]:
 def differences(was: dict[str, Any], has: dict[str, Any]) -> dict[Path, tuple[Any, Any]]:
     """Where two loaded configs differ: both values by path, `ABSENT` for one that is absent."""
     old, new = flatten(was), flatten(has)
-    sections = {path[:-1] for path in old} & {path[:-1] for path in new}  # a section of its own may replace a loader's
+    sections = {path[:-1] for path in old}  # one that only the new config has may replace a loader's
 
     def counts(path: Path) -> bool:
         return path[0] not in _VOLATILE and not (path[-1] in _VOLATILE and path[:-1] in sections)
