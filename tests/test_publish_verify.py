@@ -533,6 +533,17 @@ def test_an_edited_config(cut: Path) -> None:
     ]
 
 
+def test_a_switch_that_was_turned_off(tmp_path: Path) -> None:
+    """Of those, only that of a tied head is left to the tensors."""
+    model = tiny_model("qwen3_moe")
+    model.config.norm_topk_prob = True
+    model.save_pretrained(tmp_path / "base")
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--drop-layers", "2,5"]) == 0
+    config = tmp_path / "cut" / "config.json"
+    config.write_text(config.read_text().replace('"norm_topk_prob": true', '"norm_topk_prob": false'))
+    assert "config: norm_topk_prob is False and was True" in said(verify(tmp_path / "cut"), False)
+
+
 def test_numbers_of_other_weights(cut: Path) -> None:
     measure_by_hand(cut)
     assert verify(cut).good
