@@ -176,6 +176,11 @@ def test_what_stages_changed_is_listed(cut: Path) -> None:
     assert main(["verify", str(cut), "--accept-trained"]) == 0
 
 
+def test_training_may_save_another_type_of_float(cut: Path) -> None:
+    edit(cut, lambda tensors: tensors.update({Q3: tensors[Q3].half()}), record={"changed_tensors": [Q3]})
+    assert verify(cut, accept_trained=True).good
+
+
 def test_names_follow_a_later_cut(cut: Path, tmp_path: Path) -> None:
     edit(cut, lambda tensors: tensors[Q3].add_(1), record={"changed_tensors": [Q3]})
     assert main(["prune", str(cut), str(tmp_path / "later"), "--drop-layers", "1"]) == 0
