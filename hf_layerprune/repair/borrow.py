@@ -24,7 +24,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import CutError
 from ..runtime.parts import agree
@@ -41,7 +40,7 @@ from .linear import (
     sum_normal_equations,
     token_weights,
 )
-from .writers import Run, Writer, hook_input, swap_parameters
+from .writers import Run, Writer, hook_input, is_linear, outputs_first, swap_parameters
 
 _ROUNDS = 6
 Rows = dict[str, torch.Tensor]  # by parameter, `[parts, neurons, ...]`
@@ -60,9 +59,7 @@ class Readers:
     def rows_of(self, layer: nn.Module) -> Rows:
         """The rows of a layer's neurons."""
         return {
-            f"{name}.{kind}": (value.T if kind == "weight" and isinstance(module, Conv1D) else value)
-            .detach()
-            .unflatten(0, (-1, self.neurons))
+            f"{name}.{kind}": outputs_first(module, value).detach().unflatten(0, (-1, self.neurons))
             for name, module in self._modules(layer)
             for kind, value in module.named_parameters(recurse=False)
         }
@@ -75,8 +72,7 @@ class Readers:
         found = {}
         for name, value in rows.items():
             module = layer.get_submodule(name.rpartition(".")[0])
-            flat = value.flatten(0, 1)
-            found[name] = (flat.T if name.endswith(".weight") and isinstance(module, Conv1D) else flat).contiguous()
+            found[name] = outputs_first(module, value.flatten(0, 1)).contiguous()
         return found
 
     def matches(self, layer: nn.Module, other: nn.Module) -> bool:
@@ -99,13 +95,13 @@ def find_readers(layer: nn.Module, writer: Writer, run: Run, batch: Batch) -> Re
     """
     parent = writer.name.rpartition(".")[0]
     weight = writer.module.get_parameter("weight")
-    neurons = weight.shape[0 if isinstance(writer.module, Conv1D) else 1]
+    neurons = outputs_first(writer.module, weight).shape[1]
     read: dict[str, list[torch.Tensor]] = {}
     for name, module in layer.get_submodule(parent).named_children():
-        if module is writer.module or not (type(module) is nn.Linear or isinstance(module, Conv1D)):
+        if module is writer.module or not is_linear(module):
             continue
-        out = module.weight.shape[1 if isinstance(module, Conv1D) else 0]
-        if out in (neurons, 2 * neurons) and module.weight.dtype == weight.dtype:
+        other = module.get_parameter("weight")
+        if len(outputs_first(module, other)) in (neurons, 2 * neurons) and other.dtype == weight.dtype:
             read[f"{parent}.{name}".lstrip(".")] = []
     if not read:
         return None

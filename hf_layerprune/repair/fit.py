@@ -18,6 +18,7 @@ from .. import families
 from ..errors import CutError, LayerPruneError
 from ..families.multimodal import path_to_text
 from ..layer_ranges import find_blocks
+from ..runtime.parts import probe_ids
 from ..runtime.walk import Batch, LayerWalk
 from ..screen import progress_bar
 from .registry import find_repair
@@ -129,7 +130,7 @@ def can_repair_every_cut(walk: LayerWalk, method: str) -> bool:
         check_repair(walk.model.config, [], HELD_OUT, method)
         fitter: Fitter = find_repair(method).load().fitter(walk, [], method)
         fitter.first_of = {i: i + 1 for i in range(1, walk.num_layers)}  # as if a block began after each of them
-        probe = walk.begin(torch.arange(3, _PROBE_TOKENS + 3)[None])
+        probe = walk.begin(probe_ids(walk.model, _PROBE_TOKENS))
         for i in range(walk.num_layers - 1):
             with walk.layer(i) as run:
                 fitter.before_layer(i, run, [], probe)

@@ -213,7 +213,7 @@ class LinearFitter(Fitter):
         def rows() -> Iterator[tuple[torch.Tensor, ...]]:
             for number, (batch, entering) in enumerate(zip(batches, student, strict=True)):
                 state = run(entering, batch).float()
-                features = seen.pop().view(*state.shape[:-1], -1).float()
+                features = seen.pop().view(*state.shape[:-1], -1)
                 if number == len(self.weights):
                     self.weights.append(token_weights(features))
                 yield features, batch.hidden.float() - state, self.weights[number]

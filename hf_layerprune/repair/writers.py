@@ -70,13 +70,13 @@ class Writer:
     def add_change(self, change: torch.Tensor) -> dict[str, torch.Tensor]:
         """The writer's parameters, on the CPU, with its weight changed: the new output adds `features @ change`."""
         new = (self.weight + change.double().cpu()) / self._scale
-        stored = new if isinstance(self.module, Conv1D) else new.T
-        return {f"{self.name}.weight": stored.to(self.module.get_parameter("weight").dtype).contiguous()}
+        dtype = self.module.get_parameter("weight").dtype
+        return {f"{self.name}.weight": outputs_first(self.module, new.T).to(dtype).contiguous()}
 
     def weight_without(self, indices: torch.Tensor) -> torch.Tensor:
         """The module's weight, on the CPU, with zeros for some inputs."""
         weight = self.module.get_parameter("weight").detach().cpu().clone()
-        (weight if isinstance(self.module, Conv1D) else weight.T)[indices] = 0
+        outputs_first(self.module, weight)[:, indices] = 0
         return weight
 
     @property
@@ -109,11 +109,21 @@ class Writer:
     def weight(self) -> torch.Tensor:
         """The weight, times the norm's scale, as `[in, hidden]`, in double precision on the CPU."""
         weight = self.module.get_parameter("weight").detach().double().cpu()
-        return (weight if isinstance(self.module, Conv1D) else weight.T) * self._scale
+        return outputs_first(self.module, weight).T * self._scale
 
     @property
     def _scale(self) -> torch.Tensor:
         return torch.ones(1, dtype=torch.float64) if self.norm is None else self.norm.scale
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is linear, and nothing more, as modules of quantisers may be."""
+    return type(module) is nn.Linear or isinstance(module, Conv1D)
+
+
+def outputs_first(module: nn.Module, parameter: torch.Tensor) -> torch.Tensor:
+    """A weight as `[out, in]`, from how a linear module stores it (`Conv1D` as `[in, out]`), or the reverse; a bias stays."""
+    return parameter.T if isinstance(module, Conv1D) and parameter.ndim == 2 else parameter
 
 
 def _fold(parameter: torch.Tensor, matrix: torch.Tensor, axis: int) -> torch.Tensor:
@@ -217,9 +227,10 @@ def _output_axes(module: nn.Module, run: Callable[[], object]) -> Mapping[str, i
 
 
 def _is_plain_linear(module: nn.Module, hidden_size: int) -> bool:
-    if not (type(module) is nn.Linear or isinstance(module, Conv1D)) or is_packed(module.weight):
+    if not is_linear(module):
         return False
-    return module.weight.shape[1 if isinstance(module, Conv1D) else 0] == hidden_size
+    weight = module.get_parameter("weight")
+    return not is_packed(weight) and len(outputs_first(module, weight)) == hidden_size
 
 
 def zero_outputs(writers: list[Writer]) -> AbstractContextManager[None]:
