@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from ..calibration.rows import CalibrationSet
@@ -42,25 +43,22 @@ def choose(
     if choice.repair:
         choice = replace(choice, repair=find_repair(choice.repair).judged_by or choice.repair)
     search = Search(walk, calibration, free, choice)
-    scored = search.score_blocks(count)
-    sets = dict.fromkeys(sorted(scored, key=scored.__getitem__)[:_SHORT_LIST], BLOCK)
-    if choice.contiguous or count == 1:
-        search.best_block(scored, count)  # raises the error that no block may be dropped
-    elif (nested := search.try_nested(sets, count)) is not None:
+    blocks, nested = search.find_sets(count)
+    sets = dict.fromkeys(islice(blocks, _SHORT_LIST), BLOCK)
+    if nested is not None:
         sets.setdefault(nested, GREEDY)
     logger.info("short list: %s", "; ".join(map(format_layers, sets)))
     judged, rows = search.judge(sets.items()), len(search.judge_rows)
-    short_list = [
-        {
-            "layers": format_layers(one.drop),
-            "found_by": one.found_by,
-            "kl": round(one.outcome.kl, 5),
-            "perplexity": round(one.outcome.perplexity, 4),
-        }
-        for one in judged
-    ]
     details = {
-        "short_list": short_list,
+        "short_list": [
+            {
+                "layers": format_layers(one.drop),
+                "found_by": one.found_by,
+                "kl": round(one.outcome.kl, 5),
+                "perplexity": round(one.outcome.perplexity, 4),
+            }
+            for one in judged
+        ],
         "fitted_rows": len(search.fit_rows),
         "judged_rows": rows,
         "repair": choice.repair,

@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -128,14 +129,24 @@ class Search:
         ]
         return {block: one.kl for block, one in self._try_sets(self._describable(every), _MAX_TRIAL_ROWS).items()}
 
-    def try_nested(self, found: Collection[tuple[int, ...]], count: int) -> tuple[int, ...] | None:
-        """The nested set of a size; `None` where the search for it is stuck, and other sets were found."""
+    def find_sets(self, count: int) -> tuple[dict[tuple[int, ...], float], tuple[int, ...] | None]:
+        """Find the blocks of a size, by [`score_blocks`] and the best first, and the nested set of that size.
+
+        The latter is `None` where one block has to go, or where the search is stuck and there are blocks.
+
+        Raises:
+            CutError: No set of that size may be dropped.
+        """
+        blocks = dict(sorted(self.score_blocks(count).items(), key=itemgetter(1)))
+        if self.contiguous or count == 1:
+            self.best_block(blocks, count)  # raises the error that no block may be dropped
+            return blocks, None
         try:
-            return self.nested(count)
+            return blocks, self.nested(count)
         except CutError:
-            if not found:
+            if not blocks:
                 raise
-            return None
+            return blocks, None
 
     def best_sets(self, count: int) -> dict[tuple[int, ...], str]:
         """The sets of a size and what found them, the best on the rows for trying first.
@@ -143,16 +154,13 @@ class Search:
         Raises:
             CutError: No set of that size may be dropped.
         """
-        scored = self.score_blocks(count)
-        if self.contiguous or count == 1:
-            self.best_block(scored, count)
-        found = dict.fromkeys(sorted(scored, key=scored.__getitem__), BLOCK)
-        nested = None if self.contiguous or count == 1 else self.try_nested(found, count)
+        blocks, nested = self.find_sets(count)
+        found = dict.fromkeys(blocks, BLOCK)
         if nested is None:
             return found
-        if found and nested != (block := next(iter(found))):
+        if blocks and nested != (best := next(iter(blocks))):
             one = self._try_sets([nested], _MAX_TRIAL_ROWS).get(nested)
-            if one is None or one.kl >= scored[block]:
+            if one is None or one.kl >= blocks[best]:
                 return found
         return {nested: GREEDY} | {drop: by for drop, by in found.items() if drop != nested}
 
