@@ -193,6 +193,20 @@ def test_the_harness_is_named_only_where_it_measured() -> None:
     assert "with lm-eval 0.4.13" in Card.from_records(lineage, metrics).render()
 
 
+def test_only_tasks_that_were_asked_in_part_are_said_to_be() -> None:
+    lineage = lineage_of()
+    metrics = metrics_of(lineage)
+    assert "on the first 200 questions of each task" in Card.from_records(lineage, metrics).render()
+    for record in [*metrics.results, *metrics.comparisons]:
+        if record.get("task") == "piqa":
+            record["settings"] = {"limit": 50}
+    assert "on the first 50 or 200 questions of each task" in Card.from_records(lineage, metrics).render()
+    for record in [*metrics.results, *metrics.comparisons]:
+        if record.get("task") == "piqa":
+            record["settings"] = {}
+    assert "on the first 200 questions of some tasks" in Card.from_records(lineage, metrics).render()
+
+
 def test_nats_beside_a_perplexity_are_told_below() -> None:
     lineage = lineage_of()
     metrics = metrics_of(lineage)

@@ -320,12 +320,13 @@ def describe_conditions(results: Results) -> list[str]:
     records = [cell.record for row in results.rows for cell in row.cells.values()]
     quality = [record for record in records if record["kind"] in QUALITY]
     words = []
-    limits_seen = {record.get("settings", {}).get("limit") for record in quality if record["kind"] == "accuracy"}
+    limits = {record.get("settings", {}).get("limit") for record in quality if record["kind"] == "accuracy"}
     shots = {record["shots"] for record in quality if "shots" in record}
     if shots:
         words.append("zero-shot" if shots == {0} else f"{' and '.join(map(str, sorted(shots)))}-shot")
-    if limits_seen - {None}:
-        words.append(f"on the first {max(limits_seen - {None})} questions of each task")
+    if limits - {None}:
+        counts = " or ".join(map(str, sorted(limits - {None})))
+        words.append(f"on the first {counts} questions of {'some tasks' if None in limits else 'each task'}")
     for name, word in (("dtype", "in"), ("device", "on")):
         values = sorted({str(record[name]).replace("cpu", "CPU") for record in records if name in record})
         if values:
