@@ -355,6 +355,7 @@ def test_the_commit_of_an_adapters_base(tmp_path: Path, monkeypatch: pytest.Monk
         ({"base_commit": recorded}, f"org/base@{recorded}"),
         ({"revision": pinned, "base_commit": recorded}, f"org/base@{pinned}"),
         ({"base_model_name_or_path": "/gone/base"}, "/gone/base@None"),
+        ({"base_model_name_or_path": "gone--base"}, "gone--base@None"),  # which the client refuses
         ({"base_model_name_or_path": None}, None),
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"} | fields))

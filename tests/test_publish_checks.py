@@ -530,7 +530,21 @@ def test_adapters(
 
 @pytest.mark.parametrize(
     "repo_id",
-    ["small", "a/b/c", "org/..", "org/x.", "org/x-", "org/x--y", "org/x..y", "org/x.git", "org/a b", "-/x", ""],
+    [
+        "small",
+        "a/b/c",
+        "org/..",
+        "org/x.",
+        "org/x-",
+        "org/x--y",
+        "org/x..y",
+        "org/x.git",
+        "org/a b",
+        "-/x",
+        "org-/x",
+        "org/é",
+        "",
+    ],
 )
 def test_names_that_are_none(folder: Path, repo_id: str) -> None:
     assert "is not a Hub id" in refusals(folder, repo_id)

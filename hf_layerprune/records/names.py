@@ -9,7 +9,10 @@ from typing import Any
 
 from ..errors import CutError
 
-_HUB_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}|[A-Za-z0-9][\w.-]{0,95}")
+# As `huggingface_hub.utils.validate_repo_id` has it, but in ASCII only, and no namespace begins with an underscore.
+_HUB_ID = re.compile(
+    r"(?!.*(?:--|\.\.))([a-z0-9][\w.-]{0,95}(?<![.-])/)?[a-z0-9_][\w.-]{0,95}", re.ASCII | re.IGNORECASE
+)
 
 
 def is_hub_name(text: str) -> bool:
