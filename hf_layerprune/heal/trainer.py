@@ -176,9 +176,16 @@ class HealTrainer(SavingTrainer):
     # --- training ----------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; see [`~transformers.Trainer.train`], which gets the other arguments and whose result is returned.
+        """Train; see [`~transformers.Trainer.train`].
 
-        The checkpoint to resume from is a folder, or `True` for the last complete one in the output folder, if there is one.
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint to resume from; `True` for the last
+                complete one in the output folder, if there is one.
+            args: Passed on to [`~transformers.Trainer.train`].
+            kwargs: Passed on to [`~transformers.Trainer.train`].
+
+        Returns:
+            `TrainOutput`: The result of [`~transformers.Trainer.train`].
 
         Raises:
             LayerPruneError: The loss, or a weight of a checkpoint, is not finite.
