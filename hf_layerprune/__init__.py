@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .heal.trainer import HealTrainer as HealTrainer
     from .measure.compare import compare_models
     from .stages.curve import quality_curve
+    from .stages.prune import prune_model
     from .stages.quantize import record_quantized
     from .stages.rank import rank_layers
     from .stages.train import record_trained
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 # Without `HealConfig` and `HealTrainer`, since `import *` must work without TRL.
 __all__ = [
     "CheckpointError", "CutError", "LayerDropConfig", "LayerDropModel", "LayerPruneError", "UnsupportedModelError",
-    "__version__", "compare_models", "drop_layers", "prune_with", "quality_curve", "rank_layers", "record_quantized",
-    "record_trained",
+    "__version__", "compare_models", "drop_layers", "prune_model", "prune_with", "quality_curve", "rank_layers",
+    "record_quantized", "record_trained",
 ]  # fmt: skip
 
 # Loaded on first use: each of them imports torch.
@@ -46,6 +47,7 @@ _LAZY = {
     "compare_models": ".measure.compare",
     "drop_layers": ".cut.memory",
     "quality_curve": ".stages.curve",
+    "prune_model": ".stages.prune",
     "prune_with": ".adapter.pruning",
     "rank_layers": ".stages.rank",
     "record_quantized": ".stages.quantize",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_layerprune.errors import CheckpointError
+from hf_layerprune import prune_model
+from hf_layerprune.cli import main
+from hf_layerprune.errors import CheckpointError, CutError
 from hf_layerprune.stages import provenance
 from hf_layerprune.stages.prune import is_already_pruned, prune_to
 from hf_layerprune.stages.requests import PruneRequest
 
+from .folders import snapshot
 from .measure_models import write_model
 
 FEW: dict[str, Any] = {"calibration_samples": 4, "calibration_length": 16}
@@ -29,6 +33,31 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_model(tmp_path_factory.mktemp("base") / "model")
     (folder.parent / "notes.txt").write_text("The river is wide, and the water is cold. " * 40)
     return folder
+
+
+def test_python_writes_what_the_command_writes(base: Path, tmp_path: Path) -> None:
+    assert main(["prune", str(base), str(tmp_path / "command"), "--drop-layers", "3-4"]) == 0
+    done = prune_model(str(base), tmp_path / "call", drop_layers=[3, 4])
+    assert (done.output, done.dropped, done.layers) == (str(tmp_path / "call"), [3, 4], 8)
+    written = [snapshot(tmp_path / name) for name in ("command", "call")]
+    lineages = [json.loads(files.pop("lineage.json")) for files in written]
+    assert written[0] == written[1]
+    assert lineages[0].keys() == lineages[1].keys()
+    assert lineages[0]["entries"][0]["settings"] == lineages[1]["entries"][0]["settings"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"drop_layer": [3]}, "option 'drop_layer' is unknown; did you mean drop_layers"),
+        ({"drop_layers": [3], "criterion": "kl"}, "criterion='kl' has no effect with drop_layers"),
+    ],
+    ids=str,
+)
+def test_a_call_is_checked_as_a_command_is(base: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(CutError, match=message):
+        prune_model(str(base), tmp_path / "call", **options)
+    assert not (tmp_path / "call").exists()
 
 
 @pytest.mark.parametrize(

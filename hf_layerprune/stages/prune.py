@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +39,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was done: the folder or file that was written, and which of the base's layers were dropped."""
+    """What was written.
+
+    Args:
+        output (`str`): The folder or the GGUF file.
+        dropped (`list[int]`): The layers of the base that were dropped.
+        layers (`int`): How many layers the base has.
+        form (`str`): `"model"` or `"adapter"`.
+    """
 
     output: str
     dropped: list[int]
@@ -97,14 +105,35 @@ def is_already_pruned(request: PruneRequest, folder: Path) -> bool:
     return True
 
 
-def prune_to(request: PruneRequest) -> Pruned:
-    """Prune a base into a new folder or file.
+def prune_model(base: str, output: str | os.PathLike[str], **options: Any) -> Pruned:
+    """Prune a base into a new folder, with its tokenizer and the records that cards and checks need.
+
+    Args:
+        base (`str`): A Hub id, a model folder, or a GGUF file.
+        output (`str` or `os.PathLike`): The folder to write, or a `.gguf` file if the base is one.
+        options: Those of `hf-layerprune prune`: `drop`, `drop_layers`, `criterion`, `repair`, `adapter`, `dtype`, ...
+
+    Returns:
+        `Pruned`: What was written.
 
     Raises:
-        CutError: These layers can't be dropped.
+        CutError: These layers can't be dropped, or an option is not accepted.
         UnsupportedModelError: The architecture is not proven.
         CheckpointError: The base can't be read, or the output can't be written.
+
+    Example:
+        ```py
+        >>> from hf_layerprune import prune_model
+
+        >>> prune_model("HuggingFaceTB/SmolLM2-135M-Instruct", "pruned", drop_layers=range(12, 19)).dropped
+        [12, 13, 14, 15, 16, 17, 18]
+        ```
     """
+    return prune_to(PruneRequest.from_call(base, output, options))
+
+
+def prune_to(request: PruneRequest) -> Pruned:
+    """Do as `prune_model` does, for a request."""
     output, source = Path(request.output).expanduser(), Path(request.base).expanduser()
     if not is_gguf_name(output):  # at once: before the Hub is asked, torch is imported, and layers are chosen
         check_target(output, source, request.force)

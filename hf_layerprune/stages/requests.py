@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,12 @@ def _check_criteria(names: object) -> list[str]:
     return list(dict.fromkeys(expanded))
 
 
+def _check_option_names(request: type[Options], options: Iterable[str], own: Collection[str]) -> None:
+    """Refuse keyword arguments that are no options, or that a call has arguments of its `own` for."""
+    for name in options:
+        check_choice("option", name, [known for known in option_fields(request) if known not in own])
+
+
 @documented
 @dataclass
 class PruneRequest(TuningOptions, CutOptions):
@@ -90,6 +96,14 @@ class PruneRequest(TuningOptions, CutOptions):
     calibration_samples: int = _curve_option("calibration_samples")
     calibration_length: int = _curve_option("calibration_length")
     seed: int = _curve_option("seed")
+
+    @classmethod
+    def from_call(cls, base: str, output: str | os.PathLike[str], options: Mapping[str, Any]) -> PruneRequest:
+        """The request that a call in Python makes, with its keyword arguments as options."""
+        _check_option_names(cls, options, ("base", "output"))
+        request = cls(base, os.fspath(output), **options)
+        request.refuse_unused()
+        return request
 
     def refuse_unused(self) -> None:
         """Refuse options that would have no effect. Recipes don't: their files may hold options for several kinds of run.
@@ -173,10 +187,7 @@ class RankRequest(WalkOptions, CalibrationOptions, SelectionOptions):
         cls, base: str, output: str | os.PathLike[str] | None, curve: bool, options: Mapping[str, Any]
     ) -> RankRequest:
         """The request that a call in Python makes, with its keyword arguments as options."""
-        for name in options:
-            check_choice(
-                "option", name, [known for known in option_fields(cls) if known not in ("base", "output", "curve")]
-            )
+        _check_option_names(cls, options, ("base", "output", "curve"))
         return cls(base, output=None if output is None else Path(output), curve=curve, **options)
 
     def check_combination(self) -> None:
