@@ -101,17 +101,17 @@ def _card_fields(path: Path) -> dict[str, Any]:
         return {}
     declared: dict[str, Any] = {}
     for name in LICENCE_FIELDS:
-        value = fields.get(name)
-        if isinstance(value, list) and len(value) == 1:
-            value = value[0]
-        if isinstance(value, list) and name == "license":
+        values = _as_list(fields.get(name))
+        if len(values) > 1 and name == "license":
             text = "%s declares several licences (%s), and none is recorded; choose: hf-layerprune card MODEL --license ID"
-            logger.warning(text, path, ", ".join(map(str, value))[:_MAX_TEXT])
-        if isinstance(value, str) and value.strip():
-            declared[name] = value.strip()[:_MAX_TEXT]
-    languages = fields.get("language")
-    languages = [languages] if isinstance(languages, str) else languages if isinstance(languages, list) else []
-    languages = [one for one in languages if isinstance(one, str) and re.fullmatch(r"[\w-]{2,20}", one)]
-    if languages:
+            logger.warning(text, path, ", ".join(map(str, values))[:_MAX_TEXT])
+        if len(values) == 1 and isinstance(values[0], str) and values[0].strip():
+            declared[name] = values[0].strip()[:_MAX_TEXT]
+    given = _as_list(fields.get("language"))
+    if languages := [one for one in given if isinstance(one, str) and re.fullmatch(r"[\w-]{2,20}", one)]:
         declared["language"] = languages[:_MAX_LANGUAGES]
     return declared
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

@@ -228,10 +228,21 @@ def read_history(lineage: Lineage) -> History:
     Raises:
         CheckpointError: The lineage contradicts itself.
     """
+    n, kept, cuts = _follow_cuts(lineage.entries)
+    stages = []
+    for number, entry in enumerate(lineage.entries):
+        later = [stay for at, stay in cuts.items() if at > number]
+        for name, part in _with_repair(entry):
+            stages.append(Stage(name, part, frozenset(_rename_after_cuts(later, part.get("changed_tensors") or []))))
+    return History(lineage, n, tuple(kept), tuple(stages))
+
+
+def _follow_cuts(entries: list[dict[str, Any]]) -> tuple[int, list[int], dict[int, list[int]]]:
+    """The number of layers of the base, those that are kept, and for each cut, by its entry, the ones of its input."""
     n: int | None = None
     kept: list[int] = []
-    cuts: list[tuple[int, list[int]]] = []
-    for number, entry in enumerate(lineage.entries):
+    cuts: dict[int, list[int]] = {}
+    for number, entry in enumerate(entries):
         layers = entry.get("layers") or {}
         if n is None and layers.get("base"):
             n = int(layers["base"])  # to the schema, 30.0 is an integer
@@ -246,21 +257,15 @@ def read_history(lineage: Lineage) -> History:
                 f"lineage.json drops layers {drop} of {layers.get('base', '?')}, and {len(kept)} were left; it was edited or is "
                 "damaged, so prune the model again"
             )
-        stay = [i for i in range(len(kept)) if i not in set(drop)]
-        kept = [kept[i] for i in stay]
-        cuts.append((number, stay))
+        cuts[number] = [i for i in range(len(kept)) if i not in set(drop)]
+        kept = [kept[i] for i in cuts[number]]
         if layers.get("left", len(kept)) != len(kept):
             raise CheckpointError(
                 f"lineage.json says that {layers['left']} layers were left and drops all but {len(kept)}; it was edited"
             )
     if n is None:
         raise CheckpointError("lineage.json does not say how many layers the base has; prune the model again")
-    stages = []
-    for number, entry in enumerate(lineage.entries):
-        later = [stay for at, stay in cuts if at > number]
-        for name, part in _with_repair(entry):
-            stages.append(Stage(name, part, frozenset(_rename_after_cuts(later, part.get("changed_tensors") or []))))
-    return History(lineage, n, tuple(kept), tuple(stages))
+    return n, kept, cuts
 
 
 def is_repaired(entry: dict[str, Any]) -> bool:

@@ -9,10 +9,9 @@ from typing import Any
 
 from ...select.registry import CRITERIA
 from ...select.scores import Scores
-from .style import DASHED, FAINT, INK, ROLE_COLOURS, draw_bars, dynamic_range, new_figure
+from .style import DROPPED, FAINT, INK, ROLE_COLOURS, draw_bars, dynamic_range, new_figure
 
 _COLUMNS = 2
-_DROPPED = {"facecolor": f"{ROLE_COLOURS['cut']}2e", **DASHED}
 
 
 def draw_layer_scores(scores: Sequence[Scores], drops: Mapping[str, Sequence[int]], path: Path) -> None:
@@ -56,7 +55,7 @@ def draw_choices(drops: Mapping[str, Sequence[int]], num_layers: int, path: Path
         for y, name in enumerate(names):
             dropped = set(drops[name])
             for i in range(num_layers):
-                style = _DROPPED if i in dropped else {"facecolor": FAINT, "edgecolor": "none"}
+                style = DROPPED if i in dropped else {"facecolor": FAINT, "edgecolor": "none"}
                 box = FancyBboxPatch(
                     (i + 0.08, y + 0.14), 0.84, 0.72, boxstyle="round,pad=0,rounding_size=0.12", **style
                 )

@@ -48,8 +48,9 @@ ROLE_MARKERS = {
 }
 # For series other than roles, such as criteria.
 CYCLE = ("#2b73d1", "#d55e00", "#12a583", "#c15bb0", "#656b78")
-# The outline of a dropped layer.
+# The outline of a dropped layer, and with it the fill of one among those that are kept.
 DASHED: dict[str, Any] = {"edgecolor": ROLE_COLOURS["cut"], "lw": 1.2, "ls": (0, (2, 1.4))}
+DROPPED = {"facecolor": f"{ROLE_COLOURS['cut']}2e", **DASHED}
 # Scores that differ by more than this factor are drawn on a logarithmic axis: on a linear one, a very large score of
 # the first layer would hide the differences between the others.
 WIDE = 30
@@ -110,7 +111,7 @@ def draw_bars(
     """Draw a score for each layer, with those that are dropped outlined; `label` is what the legend says of these."""
     kept, chosen = ([i for i in values if (i in dropped) is flag] for flag in (False, True))
     axes.bar(kept, [values[i] for i in kept], 0.78, label="kept", color=CYCLE[4])
-    axes.bar(chosen, [values[i] for i in chosen], 0.78, label=label, facecolor=f"{ROLE_COLOURS['cut']}2e", **DASHED)
+    axes.bar(chosen, [values[i] for i in chosen], 0.78, label=label, **DROPPED)
     if dynamic_range(values.values()) > WIDE:
         axes.set_yscale("log")
     else:

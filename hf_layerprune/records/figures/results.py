@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -211,29 +211,40 @@ def _disambiguate(rows: list[Row]) -> Iterator[Row]:
     for row in rows:
         groups.setdefault(row.key[1] or (row.key, row.run, row.engine), []).append(row)
     for group in groups.values():
-        records = [[(cell.record.get("settings") or {}) | cell.record for cell in row.cells.values()] for row in group]
-        # A row may hold numbers in two types, each model's own, which tells it from no other row.
-        numbers_of: dict[Any, list[dict[str, Any]]] = {}
-        for row, each in zip(group, records, strict=True):
-            for which, record in [(row.key, each[0]), *zip(row.cells, each, strict=True)]:
-                numbers_of.setdefault(which, []).append(record)
-        differing = [
-            name
-            for name in CONDITIONS
-            if any(len({one[name] for one in some if name in one}) > 1 for some in numbers_of.values())
-        ]
-        differing += [name for name in _SETTINGS if len({each[0].get(name) for each in records}) > 1]
-        for row, each in zip(group, records, strict=True):
-            values = {name: dict.fromkeys(one[name] for one in each if name in one) for name in differing}
+        names = _differing_conditions(group)
+        for row in group:
+            values = [dict.fromkeys(one[name] for one in _facts(row) if name in one) for name in names]
+            described = zip(names, values, strict=True)
             words = ", ".join(
-                " and ".join(_describe_condition(name, value) for value in found)
-                for name, found in values.items()
-                if found
+                " and ".join(_describe_condition(name, value) for value in found) for name, found in described if found
             )
             label: dict[str, Any] = (
                 {"task": f"{row.task} ({words})"} if row.task else {"metric": f"{row.metric}, {words}"}
             )
             yield replace(row, qualifier=words, **label) if words else row
+
+
+def _facts(row: Row) -> list[dict[str, Any]]:
+    """The record of each number in a row, with the settings among its other fields."""
+    return [(cell.record.get("settings") or {}) | cell.record for cell in row.cells.values()]
+
+
+def _differing_conditions(rows: Sequence[Row]) -> list[str]:
+    """The conditions and settings in which rows of one metric, or of one model, differ.
+
+    A row may hold numbers in two types, each model's own, which tells it from no other row.
+    """
+    compared: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        facts = _facts(row)
+        for which, fact in [(row.key, facts[0]), *zip(row.cells, facts, strict=True)]:
+            compared.setdefault(which, []).append(fact)
+    differing = [
+        name
+        for name in CONDITIONS
+        if any(len({one[name] for one in some if name in one}) > 1 for some in compared.values())
+    ]
+    return differing + [name for name in _SETTINGS if len({_facts(row)[0].get(name) for row in rows}) > 1]
 
 
 def _describe_condition(name: str, value: Any) -> str:
