@@ -16,6 +16,7 @@ from PIL import Image
 from hf_layerprune import CheckpointError, LayerPruneError
 from hf_layerprune.cli import main
 from hf_layerprune.publish.card import regions
+from hf_layerprune.publish.card.commands import list_commands
 from hf_layerprune.publish.card.writing import record_declarations, write_card
 from hf_layerprune.publish.requests import CardRequest
 from hf_layerprune.records.declared import declared_fields, declared_gguf_fields, split_front_matter
@@ -103,7 +104,7 @@ def test_the_command_of_an_adapters_card_makes_it_again(
     monkeypatch.chdir(tmp_path)
     tiny_model("llama").save_pretrained("base")
     assert main(["prune", "base", "out", "--drop-layers", "3", "--adapter", *words.split()]) == 0
-    (command,) = read_history(Lineage.load(Path("out")) or Lineage({})).commands()
+    (command,) = list_commands(read_history(Lineage.load(Path("out")) or Lineage({})))
     assert main(shlex.split(command.replace("\\\n", " "))[1:]) == 0
     made, again = (json.loads(Path(name, "adapter_config.json").read_text()) for name in ("out", "pruned"))
     assert made["modules_to_save"] == again["modules_to_save"]
@@ -538,5 +539,5 @@ def test_a_base_that_gets_a_name_has_it_in_the_commands(tmp_path: Path) -> None:
     lineage.entries[-1]["command"] = f"accelerate launch recipes/sft_tail.py --model_name_or_path '{path}' --drop 0.25"
     lineage.write(tmp_path)
     record_declarations(CardRequest(tmp_path, base_model="org/base"))
-    (command,) = read_history(Lineage.load_required(tmp_path)).commands()
+    (command,) = list_commands(read_history(Lineage.load_required(tmp_path)))
     assert "--model_name_or_path 'small model.gguf'" in command

@@ -19,6 +19,7 @@ from hf_layerprune.layer_ranges import describe_layers
 from hf_layerprune.measure.paired import compare_pairs
 from hf_layerprune.options import options_from_args
 from hf_layerprune.publish.card import metadata, regions, render, tables
+from hf_layerprune.publish.card.commands import list_commands
 from hf_layerprune.publish.card.render import Card
 from hf_layerprune.records.declared import split_front_matter
 from hf_layerprune.records.figures.metric_names import METRICS, Metric
@@ -297,7 +298,7 @@ def test_changed_layers_are_those_of_the_base() -> None:
 def test_the_commands_fit_together() -> None:
     """Each takes the folder that the one before it writes, and none is wider than a page."""
     lineage = lineage_of()
-    commands = read_history(lineage).commands()
+    commands = list_commands(read_history(lineage))
     words = [shlex.split(command.replace("\\\n", "")) for command in commands]
     assert [line[:2] for line in words] == [["hf-layerprune", "prune"], ["accelerate", "launch"]]
     assert words[0][2] == BASE
@@ -308,22 +309,22 @@ def test_the_commands_fit_together() -> None:
     lineage.entries[1]["command"] = (
         f"accelerate launch recipes/sft_tail.py --model_name_or_path {BASE} --drop_layers 12-18"
     )
-    assert [command.split()[0] for command in read_history(lineage).commands()] == ["accelerate"]
+    assert [command.split()[0] for command in list_commands(read_history(lineage))] == ["accelerate"]
     lineage = lineage_of(id="/home/alice/models/smol", commit=None)
     for name, first in (("models/smol", "accelerate"), ("smol", "accelerate"), ("cuts/smol", "hf-layerprune")):
         lineage.entries[1]["command"] = f"accelerate launch recipes/sft_tail.py --model_name_or_path {name}"
-        assert read_history(lineage).commands()[0].split()[0] == first
+        assert list_commands(read_history(lineage))[0].split()[0] == first
     # Pruned twice, of a copy of the base; and of a file with other weights than the Hub's.
     lineage = lineage_of(("dense", "cut"), id="copy", commit=None, hub_id=BASE)
     again = deepcopy(lineage.entries[0])
     again |= {"layers": {"base": 23, "left": 22}, "settings": {"drop_layers": [3]}}
     lineage.entries.append(again)
-    assert [command.split()[2:4] for command in read_history(lineage).commands()] == [
+    assert [command.split()[2:4] for command in list_commands(read_history(lineage))] == [
         [BASE, "pruned"],
         ["pruned", "pruned-again"],
     ]
     lineage.base["id"] = "model.gguf"
-    assert read_history(lineage).commands()[0].split()[2] == "model.gguf"
+    assert list_commands(read_history(lineage))[0].split()[2] == "model.gguf"
 
 
 def test_the_command_has_all_that_chose_the_layers() -> None:
@@ -338,7 +339,7 @@ def test_the_command_has_all_that_chose_the_layers() -> None:
     lineage = lineage_of(("dense", "cut"))
     lineage.entries[0]["settings"] |= chosen
     lineage.entries[0]["calibration"] = {"source": "self", "samples": 64, "length": 512, "seed": 7}
-    words = shlex.split(read_history(lineage).commands()[0].replace("\\\n", ""))[1:]
+    words = shlex.split(list_commands(read_history(lineage))[0].replace("\\\n", ""))[1:]
     request = options_from_args(build_parser().parse_args(words), PruneRequest).with_calibration()
     assert chosen == {name: getattr(request, name) for name in chosen}
     assert (request.calibration_samples, request.calibration_length, request.seed) == (64, 512, 7)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from hf_layerprune.errors import CheckpointError
+from hf_layerprune.publish.card.commands import list_commands
 from hf_layerprune.records.history import read_history
 from hf_layerprune.records.lineage import Lineage
 
@@ -78,7 +79,7 @@ def test_a_history_that_contradicts_itself(entries: list[dict[str, Any]], messag
 
 def test_commands_of_several_cuts_with_training_before_and_between() -> None:
     entries = [stage("train", "h.0.w"), cut(1), stage("train", "h.0.w"), cut(2, of=7), cut(of=6)]
-    assert read_history(Lineage({"id": "org/base", "commit": "a" * 7}, entries)).commands() == [
+    assert list_commands(read_history(Lineage({"id": "org/base", "commit": "a" * 7}, entries))) == [
         "hf-layerprune prune org/base pruned --drop-layers 1 --revision aaaaaaa",
         "# Here, the model was trained with other software.",
         "hf-layerprune prune pruned pruned-again --drop-layers 2",

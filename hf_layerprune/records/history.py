@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import PurePath
 from typing import Any
 
 from ..errors import CheckpointError
-from ..layer_ranges import LIST_NAMES, NOT_TEXT, format_layers
-from ..options import BUDGETS, CutOptions, TuningOptions, option_fields, to_arguments
+from ..layer_ranges import LIST_NAMES, NOT_TEXT
 from .lineage import Lineage
 from .names import base_name, hub_base, is_gguf_name, is_hub_name, last_part
 
 _LAYER = re.compile(rf"(?P<before>.*?\b(?:{'|'.join(LIST_NAMES)})\.)(?P<index>\d+)(?P<after>\..*)")
 # The stages in which other programs made the weights.
 QUANTIZE, TRAIN = "quantize", "train"
-_LINE = 80
 OWN_TEXT = "text that the dense model wrote itself"
-# What chooses the layers, besides a budget.
-_SELECTION = ("criterion", "variant", "steps", "contiguous", "protect_first", "protect_last")
 # Fields of a repair's record that are not settings.
 _NOT_SETTINGS = ("changed_tensors", "input_weights", "seconds")
 
@@ -135,91 +129,6 @@ class History:
                 if match and int(match["index"]) < len(self.kept):
                     layers.add(self.kept[int(match["index"])])
         return layers
-
-    def commands(self) -> list[str]:
-        """The commands that reproduce the model, one for each stage that records one. Folder names match between
-        consecutive commands. A comment stands for training with other software.
-        """
-        commands: list[str] = []
-        source = None
-        for number, stage in enumerate(self.stages):
-            if command := stage.entry.get("command"):
-                commands.append(_wrap_command(_split(command)))
-            elif stage.name == "prune" and stage.settings.get("drop_layers"):
-                output = self._next_input(number) or ("pruned" if source is None else f"{source}-again")
-                if not self._is_base(output):  # a recipe that starts from the base prunes it
-                    commands.append(_wrap_command(self._prune_arguments(stage, source, output)))
-                source = output
-            elif stage.name == TRAIN and commands:
-                commands.append("# Here, the model was trained with other software.")
-        return commands
-
-    def _is_base(self, name: str) -> bool:
-        """Whether a command names the base: as the history does, or, of its path, the part below the working folder."""
-        parts, whole = PurePath(name).parts, PurePath(str(self.lineage.base.get("id"))).parts
-        return name in (self.base_id, self.base_on_hub) or (len(parts) > 1 and whole[-len(parts) :] == parts)
-
-    def _next_input(self, number: int) -> str | None:
-        """The name that the next command uses for the output of a stage."""
-        for stage in self.stages[number + 1 :]:
-            words = _split(stage.entry.get("command", ""))
-            if "--model_name_or_path" in words[:-1]:
-                return words[words.index("--model_name_or_path") + 1]
-        return None
-
-    def _prune_arguments(self, stage: Stage, source: str | None, output: str) -> list[str]:
-        settings, base = stage.settings, self.lineage.base
-        # Prefer the base on the Hub, which every reader can get; a GGUF file has other weights than that.
-        start = self.base_id if self.from_gguf or not self.base_on_hub else self.base_on_hub
-        arguments = ["hf-layerprune", "prune", source or start, output]
-        budget = next((name for name in BUDGETS if settings.get(name) is not None), None)
-        if budget is None:
-            arguments += ["--drop-layers", format_layers(settings["drop_layers"])]
-        else:  # its repair is fitted to the rows that are not held out
-            arguments += _arguments({name: settings.get(name) for name in (budget, *_SELECTION)})
-        if settings.get("dtype", "auto") != "auto":
-            arguments += ["--dtype", str(settings["dtype"])]
-        arguments += _arguments({"repair": settings.get("repair")})
-        if settings.get("repair") or budget:
-            text = stage.entry.get("calibration", {})
-            name = str(text.get("source", "self"))
-            name = last_part(name) if name.startswith(("/", "~", ".")) else name
-            sizes = {f"calibration_{size}": text.get(size) for size in ("samples", "length")}
-            arguments += _arguments({"calibration": name, **sizes, "seed": text.get("seed")})
-        if settings.get("form") == "adapter":
-            arguments.append("--adapter")
-            tuned = {name: settings[name] for name in option_fields(TuningOptions) if name in settings}
-            arguments += to_arguments(TuningOptions(**tuned))
-        if source is None and base.get("commit"):
-            arguments += ["--revision", str(base["commit"])]
-        return arguments
-
-
-def _split(command: str) -> list[str]:
-    try:
-        return shlex.split(command)
-    except ValueError:  # an unclosed quote
-        return command.split()
-
-
-def _wrap_command(words: list[str]) -> str:
-    """A command; if it is long, each option is on a line of its own."""
-    quoted = [shlex.quote(word) for word in words]
-    line = " ".join(quoted)
-    if len(line) <= _LINE:
-        return line
-    return " ".join(f"\\\n    {word}" if word.startswith("--") else word for word in quoted)
-
-
-def _arguments(settings: dict[str, Any]) -> list[str]:
-    """The command-line options for settings of a cut that differ from their defaults."""
-    arguments: list[str] = []
-    for name, option in option_fields(CutOptions).items():
-        value = settings.get(name)
-        if value not in (None, option.default):
-            arguments.append(f"--{name.replace('_', '-')}")
-            arguments += [] if value is True else [f"{value:.15g}" if isinstance(value, float) else str(value)]
-    return arguments
 
 
 def read_history(lineage: Lineage) -> History:

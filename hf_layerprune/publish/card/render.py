@@ -38,6 +38,7 @@ from ...records.requirements import Outcome
 from ...repair.registry import REPAIRS, RepairMethod
 from ...select.registry import CRITERIA
 from . import escape, metadata, plots, regions, tables
+from .commands import list_commands
 from .curve_plot import curve_table
 from .limits import describe_limits
 
@@ -176,6 +177,7 @@ def _context(card: Card) -> dict[str, Any]:
         "chances": any(row.chance for row in results.table(QUALITY)),
         "repaired_with": repairs[-1].description if repairs else "",
         "trained": [one for one in history.stages if one.data or (one.name == TRAIN and one.settings)],
+        "commands": list_commands(history),
         "versions": _describe_versions(history),
         "limits": describe_limits(results, history),
         "quantized": describe_quantization(settings) if quantized else "",
