@@ -407,7 +407,7 @@ def test_where_the_best_set_overflows_on_other_rows_the_next_one_is_measured(
         outcomes = real(walk, rows, trials)
         for trial, outcome in zip(trials, outcomes, strict=True):
             if rows is search.judge_rows and (not left or trial.drop == first):
-                outcome.kl = math.nan
+                outcome.rows[:] = math.nan
         return outcomes
 
     monkeypatch.setattr("hf_layerprune.select.search.evaluate_trials", broken)

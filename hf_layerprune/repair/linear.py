@@ -79,7 +79,7 @@ class Fit:
     strength: float
     unexplained: float
     tokens: tuple[int, int]
-    total: float = 0.0
+    total: float
 
 
 def solve_ridge(fitted: NormalEquations, held_out: NormalEquations) -> Fit:

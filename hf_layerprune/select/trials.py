@@ -49,24 +49,31 @@ class Trial:
     changes: Mapping[int, Change] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Outcome:
     """The effect of a cut on the model.
 
     Args:
-        loss (`float`): Mean negative log-likelihood per token, in nats.
-        kl (`float`): Mean KL(dense || cut) of the next-token distribution, over all positions, in nats. Unlike perplexity,
-            it is meaningful on any text, including text that the model wrote itself, and it detects changes that don't
-            affect the probability of the text's own next tokens.
-        rows (`torch.Tensor`): Both numbers of each row, and the share of positions at which both have the same most
-            likely token, `[rows, 3]`.
-
-    The numbers of a cut whose hidden states are not finite are NaN; see [`~scores.drop_non_finite`].
+        rows (`torch.Tensor`): For each row, its loss and KL, and the share of positions at which both models have the
+            same most likely token, `[rows, 3]`. NaN for a cut whose hidden states are not finite; see
+            [`~scores.drop_non_finite`].
     """
 
-    loss: float
-    kl: float
     rows: torch.Tensor
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood per token, in nats."""
+        return self.rows[:, 0].mean().item()
+
+    @property
+    def kl(self) -> float:
+        """Mean KL(dense || cut) of the next-token distribution, over all positions, in nats.
+
+        Unlike perplexity, it is meaningful on any text, including text that the model wrote itself, and it detects changes
+        that don't affect the probability of the text's own next tokens.
+        """
+        return self.rows[:, 1].mean().item()
 
     @property
     def perplexity(self) -> float:
@@ -113,9 +120,7 @@ def evaluate_trials(walk: LayerWalk, calibration: CalibrationSet, trials: Sequen
             states = _run_trials(walk, batches, all_trials, bar)
             for number, batch in enumerate(batches):
                 means.append(_compare(walk, batch, [None if state is None else state[number] for state in states]))
-    by_trial = torch.cat(means, 1)
-    means_by_trial = by_trial.mean(1).tolist()
-    return [Outcome(loss, kl, rows) for (loss, kl, _), rows in zip(means_by_trial, by_trial, strict=True)]
+    return [Outcome(rows_of_trial) for rows_of_trial in torch.cat(means, 1)]
 
 
 def state_memory(walk: LayerWalk) -> int:
