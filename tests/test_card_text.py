@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from copy import deepcopy
+from html import unescape
 from importlib.resources import files
 from typing import Any
 
@@ -20,6 +21,7 @@ from hf_layerprune.measure.paired import compare_pairs
 from hf_layerprune.options import options_from_args
 from hf_layerprune.publish.card import metadata, regions, render, tables
 from hf_layerprune.publish.card.commands import list_commands
+from hf_layerprune.publish.card.escape import code_span, escape_text
 from hf_layerprune.publish.card.render import Card
 from hf_layerprune.records.declared import split_front_matter
 from hf_layerprune.records.figures.metric_names import METRICS, Metric
@@ -460,7 +462,7 @@ NASTY = [
     "\n\n# Title\n\n", "---\nlicense: mit\n---", "a: b: [c", "!!python/object:os.system", "&amp; &lt;", "\\", "\\\\(x\\\\)",
     "$$x$$", "<!-- hf-layerprune:end summary -->", "--> <b>bold</b>", "\u202eevil", "a\x00b\x1b[31m", "\ud800",
     "https://evil.example", "www.evil.example", "someone@evil.example", "'; rm -rf ~ #", "$(reboot)", "x" * 10_000,
-    "<a href='//evil.example'>", "*" * 500, "_a_ __b__", "~~x~~", "^1", "\r\n- item", "é" * 300,
+    "\\|[click](https://evil.example)", "<a href='//evil.example'>", "*" * 500, "_a_ __b__", "~~x~~", "^1", "\r\n- item", "é" * 300,
 ]  # fmt: skip
 
 
@@ -493,6 +495,27 @@ def check_harmless(card: str, repo_id: str | None) -> None:
     assert page.count("<h2>") == len(parts) - 1
     prose = re.sub(r"(?s)```.*?```", "", body)
     assert max(map(len, re.findall(r"[^|\n]+", prose))) < 4000
+
+
+@pytest.mark.parametrize(
+    "value", ["a@b.example", "mailto:a@b.example", "http://b.example", "HTTPS://b.example", "www.b.example"]
+)
+def test_nothing_becomes_a_link(value: str) -> None:
+    """Remark finds addresses in what is left of the text after its character references are replaced."""
+    text = escape_text(value)
+    assert unescape(text) == text
+    assert text.replace("<!-- -->", "") == value
+    assert re.search(r"https?:/|mailto:\w|www\.|\w@\w", text, re.IGNORECASE) is None
+
+
+@pytest.mark.parametrize("value", ["|", "a|b", r"a\|b", r"a\\|[click](https://evil.example)", r"\`|`"])
+def test_no_backslash_undoes_the_escape_of_a_pipe(value: str) -> None:
+    """To marked and remark, an even number of backslashes before a pipe leaves it the end of a table's cell."""
+    for text in (code_span(value), escape_text(value)):
+        assert not re.search(r"(?<!\\)(\\\\)*\|", text)
+        row = html(f"| name | next |\n|---|---|\n| {text} | here |").partition("<tbody>")[2]
+        assert row.count("<td>") == 2
+        assert value in unescape(re.sub(r"<[^>]*>", "", row))
 
 
 @pytest.mark.parametrize("value", NASTY)

@@ -44,15 +44,17 @@ def escape_text(value: Any) -> Markup:
         return value
     text = clean_line(value).replace("&", "&amp;").replace("\\", "&#92;")
     text = _START.sub(r"\1\\\2", _UNDERSCORE.sub(r"\\_", _SPECIAL.sub(r"\\\1", text)))
-    return Markup(_LINK.sub(lambda match: match[0] + "<!-- -->" if match[0] != "@" else "&#64;", text))
+    return Markup(_LINK.sub(r"\g<0><!-- -->", text))
 
 
 def code_span(value: Any) -> Markup:
     """A name or a value as a code span that is also safe inside a table."""
     text = clean_line(value)
+    if "|" in text:  # which would need an escape inside a table, and be shown with it elsewhere
+        return Markup(f"<code>{escape_text(text)}</code>")
     ticks = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
     pad = " " if text.startswith("`") or text.endswith("`") or not text.strip("` ") else ""
-    return Markup(f"{ticks}{pad}{text or '-'}{pad}{ticks}".replace("|", r"\|"))
+    return Markup(f"{ticks}{pad}{text or '-'}{pad}{ticks}")
 
 
 def code_block(value: Any, language: str = "") -> Markup:
