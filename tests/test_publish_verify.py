@@ -138,6 +138,30 @@ def test_weights_that_were_converted(place: Path, tmp_path: Path) -> None:
     assert f"tensors: {Q3} differs from the base's" in said(found, False)
 
 
+@pytest.mark.parametrize(
+    ("dtypes", "words"),
+    [
+        (("bfloat16", "bfloat16"), "bfloat16"),
+        (("bfloat16", "auto"), "bfloat16"),
+        (("bfloat16", "float16", "float32"), "bfloat16, then float16, then float32"),
+    ],
+)
+def test_weights_that_were_converted_in_several_cuts(
+    place: Path, tmp_path: Path, dtypes: tuple[str, ...], words: str
+) -> None:
+    """Each conversion may round, so the last one alone would give other weights."""
+    folder = place / "base"
+    for number, dtype in enumerate(dtypes):
+        source, folder = folder, tmp_path / str(number)
+        assert main(["prune", str(source), str(folder), "--drop-layers", "2", "--dtype", dtype]) == 0
+    found = verify(folder)
+    assert found.good, said(found)
+    assert f"converted to {words})" in said(found)
+    flip(folder, Q3.replace(".3.", ".1."))
+    claim(folder)
+    assert not verify(folder).good
+
+
 def test_a_converted_model_keeps_what_comes_with_its_weights(tmp_path: Path) -> None:
     """A processor, settings of generation, and a tokenizer's file as its maker wrote it, are copied as for a plain cut."""
     base, half = write_llava(tmp_path / "base"), tmp_path / "half"
@@ -269,6 +293,20 @@ def test_an_adapter_with_tensors_that_checkpoints_divide_or_join(
     claim(tmp_path / "small")
     found = verify(tmp_path / "small", accept_trained=True)
     assert re.search(rf"layers\.\d\.\S*{stored}\S+ differs from the base's", said(found)), said(found)
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen3_moe"])
+def test_a_repaired_adapter_of_a_model_with_other_names_on_disk(model_type: str, tmp_path: Path) -> None:
+    tiny_model(model_type).save_pretrained(tmp_path / "base")
+    how = ["--repair", "linear", "--calibration-samples", "4", "--calibration-length", "32"]
+    changed = []
+    for form in ([], ["--adapter", "--tune-layers", "2"]):
+        folder = tmp_path / f"cut{len(form)}"
+        assert main(["prune", str(tmp_path / "base"), str(folder), "--drop-layers", "1,3-4", *how, *form]) == 0
+        found = verify(folder, accept_trained=True)
+        assert found.good, said(found)
+        changed.append(Lineage.load_required(folder).entries[-1]["repair"]["changed_tensors"])
+    assert changed[0] == changed[1]
 
 
 def test_an_adapter(place: Path, tmp_path: Path) -> None:
@@ -621,6 +659,16 @@ def test_a_gguf_file_instead_of_the_base(tmp_path: Path, cut: Path) -> None:
     found = verify(cut, base=str(tmp_path / "small.gguf"))
     assert not found.good
     assert "small.gguf is a GGUF file, and the model was cut from a folder" in said(found)
+
+
+def test_what_was_unpacked_from_gguf_and_converted_later(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "small.gguf")
+    assert main(["prune", str(tmp_path / "small.gguf"), str(tmp_path / "cut"), "--drop-layers", "1"]) == 0
+    words = ["--drop-layers", "1", "--dtype", "float16"]
+    assert main(["prune", str(tmp_path / "cut"), str(tmp_path / "again"), *words]) == 0
+    found = verify(tmp_path / "again")
+    assert found.good, said(found)
+    assert "converted to bfloat16, then float16)" in said(found)
 
 
 def test_what_was_unpacked_from_gguf(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

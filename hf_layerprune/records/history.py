@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 from ..errors import CheckpointError
@@ -77,11 +78,17 @@ class History:
         return is_gguf_name(str(self.lineage.base.get("id")))
 
     @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtypes to which the weights were converted, oldest first, without repeats; empty if they kept the base's."""
+        dtypes = [str(stage.settings.get("dtype") or "auto") for stage in self.stages if stage.name == "prune"]
+        if self.from_gguf and dtypes and dtypes[0] == "auto":
+            dtypes[0] = "bfloat16"
+        return tuple(dtype for dtype, _ in groupby(dtype for dtype in dtypes if dtype != "auto"))
+
+    @property
     def dtype(self) -> str | None:
-        """The dtype to which the weights were converted, or `None` if they kept the base's."""
-        dtypes = [stage.settings.get("dtype") for stage in self.stages if stage.name == "prune"]
-        types = [str(dtype) for dtype in dtypes if dtype not in (None, "auto")]
-        return types[-1] if types else "bfloat16" if self.from_gguf else None
+        """The dtype to which the weights were converted last, or `None` if they kept the base's."""
+        return self.dtypes[-1] if self.dtypes else None
 
     @property
     def quantized(self) -> Stage | None:

@@ -176,7 +176,7 @@ def rebuild(history: History, base: Base) -> Expected:
     with tempfile.TemporaryDirectory(prefix="hf-layerprune-") as temporary:
         folder = Path(temporary, "cut")
         folder.mkdir()
-        cut = (_convert_cut if base.is_gguf or history.dtype is not None else _copy_cut)(history, base, folder)
+        cut = (_convert_cut if base.is_gguf or history.dtypes else _copy_cut)(history, base, folder)
         return _quantize_cut(history, folder, cut)
 
 
@@ -226,15 +226,15 @@ def _convert_cut(history: History, base: Base, folder: Path) -> Expected:
     from ...cut.memory import drop_layers
     from ...runtime.loading import load_tokenizer
 
-    conversions = [
-        one for one in history.stages if one.name == "prune" and one.settings.get("dtype", "auto") != "auto"
-    ]
-    if len(conversions) > 1:
-        raise CheckpointError("the weights were converted more than once, which can't be verified")
-    if history.dtype is None:
+    if not history.dtypes:
         raise CheckpointError(f"{base.source} is a GGUF file, and the model was cut from a folder")
-    model = load_mapped(base.source, revision=base.commit, dtype=_dtype(history.dtype))
+    first, *later = map(_dtype, history.dtypes)
+    model = load_mapped(base.source, revision=base.commit, dtype=first)
     drop_layers(model, history.dropped)
+    for number, dtype in enumerate(later):  # each conversion may round
+        step = folder.with_name(f"step-{number}")
+        model.save_pretrained(step)
+        model = load_mapped(step, dtype=dtype)
     model.save_pretrained(folder)
     # The settings of generation name the version of transformers that wrote them, and may do so alone.
     written_by = history.stages[0].entry.get("versions", {}).get("transformers")

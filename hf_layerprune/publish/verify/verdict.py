@@ -101,8 +101,8 @@ def verify(request: VerifyRequest) -> Verification:
 def _report_lineage(history: History, outcome: Verification) -> None:
     """Report what the lineage says."""
     done = ", ".join(stage.name for stage in history.stages)
-    if history.dtype is not None:
-        done += f", converted to {history.dtype}"
+    if history.dtypes:
+        done += f", converted to {', then '.join(history.dtypes)}"
     dropped = describe_layers(history.dropped) if history.dropped else "no layers"
     outcome.add(
         True, "lineage",
