@@ -118,6 +118,7 @@ def write_adapter(request: PruneRequest, dropped: list[int], folder: Path, prepa
     from ..adapter.resolve import resolved_cut
     from ..families.layout import find_decoder_layers
     from ..repair.frozen import repaired_tensors
+    from ..runtime.model_class import stored_tensors
 
     model = prune_prepared(to_config(request, dropped), prepared, whole=request.check, dtype=load_dtype(request))
     adapter: Any = model.peft_config["default"]
@@ -126,6 +127,5 @@ def write_adapter(request: PruneRequest, dropped: list[int], folder: Path, prepa
     if prepared is not None and prepared.repair is not None:
         pruned: Any = model.get_base_model()
         path = find_decoder_layers(pruned).path
-        prepared.record["repair"]["changed_tensors"] = [
-            *repaired_tensors(prepared.repair, path, resolved_cut(adapter))
-        ]
+        tensors = repaired_tensors(prepared.repair, path, resolved_cut(adapter))
+        prepared.record["repair"]["changed_tensors"] = sorted(stored_tensors(pruned.config, tensors))
