@@ -18,6 +18,7 @@ from hf_layerprune.heal.stage import copy_companion_files
 from hf_layerprune.publish.verify.fields import agrees_with_renamed, reads_another_tokenizer
 from hf_layerprune.records.fingerprints import behaviour_hashes, fingerprint, weights_hash
 from hf_layerprune.records.lineage import Lineage
+from hf_layerprune.runtime.loading import load_base
 
 from .tiny_models import randomize, tiny_model
 
@@ -330,6 +331,51 @@ def test_the_type_of_the_weights_in_a_config_that_had_none(
     assert (differs or "YES:") in said
 
 
+def divide(folder: Path, metadata: dict[str, Any], *files: list[str]) -> None:
+    """Store a model's tensors in several files, in the order of their first letters."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for letter, names in zip("abc", files, strict=False):
+        save_file({name: tensors[name] for name in names}, folder / f"{letter}.safetensors", metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, f"{letter}.safetensors")
+    index = {"metadata": metadata, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    forge(folder)
+
+
+def test_the_type_of_the_weights_where_no_config_names_it(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers takes it from the index, or from the first tensor of the first file, and converts all others."""
+    base, cut = Path(shutil.copytree(place / "base", tmp_path / "base")), tmp_path / "cut"
+    settings = json.loads((base / "config.json").read_text())
+    del settings["dtype"]
+    (base / "config.json").write_text(json.dumps(settings))
+    tensors = load_file(base / "model.safetensors")
+    tensors |= {name: tensor.bfloat16() for name, tensor in tensors.items() if "norm" not in name}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    assert main(["prune", str(base), str(cut), "--drop-layers", "2"]) == 0
+    names = load_file(cut / "model.safetensors").keys()
+    norms, others = ([name for name in names if ("norm" in name) == norm] for norm in (True, False))
+    for metadata, files, taken in (
+        ({}, (others, norms), None),
+        ({}, (norms, others), "float32"),
+        ({"dtype": "float16"}, (others, norms), "float16"),
+    ):
+        folder = Path(shutil.copytree(cut, tmp_path / f"divided-{taken}"))
+        divide(folder, metadata, *files)
+        assert str(AutoModelForCausalLM.from_pretrained(folder).dtype) == f"torch.{taken or 'bfloat16'}"
+        code, said = says(folder, capsys)
+        assert (code, f"loaders would take '{taken}' and not 'bfloat16'" in said) == (
+            (1, True) if taken else (0, False)
+        )
+    for dtype, code in (("bfloat16", 0), ("float32", 1)):
+        edit_json("config.json", dtype=dtype)(cut)
+        forge(cut)
+        assert says(cut, capsys)[0] == code
+
+
 @pytest.mark.parametrize(("told", "same"), [
     ({"type": "mrope"}, True), ({"type": "default"}, False), ({"rope_type": "default", "type": "mrope"}, True),
     ({"type": "linear"}, False), ({"rope_type": "mrope"}, False), ({"type": "mrope", "factor": 2.0}, False),
@@ -381,7 +427,18 @@ ADAPTER: dict[str, Callable[[Path], object]] = {
     "an index beside it": write("model.safetensors.index.json", "{}"),
     "a chat template": write("chat_template.jinja", "{{ 'evil' }}"),
     "a part of the base's tokenizer": lambda folder: copy_tokenizer(folder, "tokenizer.json"),
+    "a tensor that is not there": lambda folder: drop_tensor(
+        folder, "base_model.model.model.layers.5.mlp.up_proj.weight"
+    ),
 }
+
+
+def drop_tensor(folder: Path, name: str) -> None:
+    """PEFT can't load what is left."""
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    del tensors[name]
+    save_file(tensors, path)
 
 
 def copy_tokenizer(folder: Path, *names: str) -> None:
@@ -565,6 +622,27 @@ def test_an_untied_head_that_is_not_there(
     edit_json("config.json", tie_word_embeddings=False)(cut)
     Lineage.load(cut).record(cut, invent(changed_tensors=claimed))
     code, said = says(cut, capsys, "--accept-trained")
+    assert (code, "lm_head.weight is missing" in said) == (1, True), said
+
+
+def test_a_head_that_stays_tied_whatever_a_section_of_the_config_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a multimodal model, the head is not a part of the section for text."""
+    base, cut, model = tmp_path / "base", tmp_path / "cut", tiny_model("llava")
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(base)
+    assert main(["prune", str(base), str(cut), "--drop-layers", "2"]) == 0
+    text = json.loads((cut / "config.json").read_text())["text_config"] | {"tie_word_embeddings": False}
+    edit_json("config.json", text_config=text)(cut)
+    forge(cut)
+    loaded = load_base(cut)
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    assert says(cut, capsys)[0] == 0
+    edit_json("config.json", tie_word_embeddings=False)(cut)
+    forge(cut)
+    code, said = says(cut, capsys)
     assert (code, "lm_head.weight is missing" in said) == (1, True), said
 
 

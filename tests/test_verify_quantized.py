@@ -247,6 +247,16 @@ def test_an_adapter_for_a_quantised_cut(nf4, tmp_path):
     assert found.good, said(found, False)
 
 
+def test_an_adapter_for_a_quantised_base_with_notes(place, tmp_path):
+    """They are in the base's files, which the adapter leaves alone."""
+    base, path = quantise(place / "base", tmp_path / "base"), tmp_path / "base" / "model.safetensors"
+    save_file(load_file(path), path, metadata={"format": "pt", "made_by": "somebody"})
+    words = ["--drop-layers", "1", "--adapter", "--tune-layers", "0"]
+    assert main(["prune", str(base), str(tmp_path / "adapter"), *words]) == 0
+    found = check(tmp_path / "adapter")
+    assert found.good, said(found, False)
+
+
 def test_an_adapter_that_nothing_quantised(place, tmp_path):
     """Its records say that its base was quantised before the cut, by a method that can't be repeated."""
     folder = tmp_path / "adapter"

@@ -65,7 +65,7 @@ def adapter_differences(
                 wanted["repaired_modules"] = layer_modules(expected.model_config, repair.get("changed_tensors") or ())
             # Without a list, even an empty one, loading would repair again.
             config = config | {"repaired_modules": adapter.repaired_modules and sorted(adapter.repaired_modules)}
-        tuned = _tuned_modules(adapter, expected)
+        tuned, own = _tuned_modules(adapter, expected)
     except (CutError, TypeError) as error:
         return [f"can't be loaded: {error}"]
     saved = adapter.modules_to_save  # what was repaired, too, and more may be tuned
@@ -75,7 +75,8 @@ def adapter_differences(
     texts = [f"has {name}={config.get(name)!r}, and the cut writes {wanted.get(name)!r}"[:300] for name in differ]
     prefixes = tuple(f"{name}." for name in wanted["modules_to_save"] or ())
     stray = sorted(name for name in names if not name.startswith(prefixes))
-    missing = [prefix[:-1] for prefix in prefixes if not any(name.startswith(prefix) for name in names)]
+    missing = [name for name in own if name.startswith(prefixes) and name not in names]
+    missing += [prefix[:-1] for prefix in prefixes if not any(name.startswith(prefix) for name in own)]
     texts += [f"would not load {name}, which is in the weights" for name in stray[:5]]
     return texts + [f"tunes {name}, which is not in the weights" for name in missing[:5]]
 
@@ -104,13 +105,14 @@ def base_difference(config: dict[str, Any], history: History, compared: Base) ->
     return None
 
 
-def _tuned_modules(adapter: Any, expected: Expected) -> list[str]:
-    """The modules that an adapter of this config tunes at least, of the cut model."""
+def _tuned_modules(adapter: Any, expected: Expected) -> tuple[list[str], list[str]]:
+    """The modules that an adapter of this config tunes at least, of the cut model, and all of that model's tensors."""
     from ...adapter.resolve import resolved_cut
     from ...adapter.tail import tuned_modules
 
     with boundary("no model can be built from the base's config"):
         model = model_without_weights(expected.model_config)
-    return tuned_modules(
+    tuned = tuned_modules(
         model, replace(adapter, modules_to_save=None), resolved_cut(adapter), find_decoder_layers(model)
     )
+    return tuned, [*model.state_dict()]

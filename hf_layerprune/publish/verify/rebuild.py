@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,11 +19,12 @@ from packaging.version import InvalidVersion, Version
 from ... import families
 from ...cut.base import Base as Checkpoint
 from ...cut.disk import copy_companions, execute_plan, plan_cut
-from ...cut.header import read_header
+from ...cut.header import FLOATS, read_header
 from ...cut.plan import CheckpointPlan
 from ...errors import CheckpointError, boundary
 from ...files.copy import LocalFile
-from ...files.json_file import parse_json
+from ...files.json_file import read_object
+from ...files.shards import INDEX, MAX_INDEX
 from ...records.fingerprints import (
     CONFIG,
     GENERATION,
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
+
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class TensorHash(NamedTuple):
@@ -83,8 +87,7 @@ class WeightFile:
         """Hash a valid file from its header and the parts that follow it."""
         whole, part = hashlib.sha256(header), memoryview(b"")
         tensors: dict[str, TensorHash] = {}
-        # Strict: of two equal names, a loader may take the other one.
-        entries = parse_json(header[8:], "a safetensors header")
+        entries = json.loads(header[8:])
         notes = entries.pop("__metadata__", None) or {}
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             digest, left = hashlib.sha256(), entry["data_offsets"][1] - entry["data_offsets"][0]
@@ -111,6 +114,15 @@ def notes_in(files: Iterable[WeightFile]) -> dict[str, str]:
     return notes
 
 
+def inferred_dtype(files: Mapping[str, WeightFile], index: Mapping[str, Any] | None) -> object:
+    """The data type in which transformers loads all weights if the config names none: that in the index, or that of the
+    first tensor of the first file.
+    """
+    stated = (index or {}).get("metadata", {}).get("dtype")
+    first = files[min(files)].tensors
+    return stated or next((_DTYPES[first[name].dtype] for name in sorted(first) if first[name].dtype in FLOATS), None)
+
+
 @dataclass(frozen=True)
 class Expected:
     """The expected content of a pruned model.
@@ -120,6 +132,7 @@ class Expected:
         weights (`dict[str, WeightFile]`): The weight files, by name.
         config (`dict[str, Any]`): The fields of the config, as loaded by its class.
         raw_config (`dict[str, Any]`): The fields in the config's file.
+        index (`dict[str, Any]`, *optional*): The index, if there are several weight files.
         unquantized (`dict[str, TensorHash]`, *optional*): The tensors before they were quantised, if they were.
         quantizer (`str`, *optional*): What quantised them, with its version.
         lacked (`tuple[str, ...]`): The other files of the base that were not in the copy that was cut, according to the
@@ -130,6 +143,7 @@ class Expected:
     weights: dict[str, WeightFile]
     config: dict[str, Any]
     raw_config: dict[str, Any]
+    index: dict[str, Any] | None = None
     unquantized: dict[str, TensorHash] | None = None
     quantizer: str | None = None
     lacked: tuple[str, ...] = ()
@@ -145,7 +159,8 @@ class Expected:
         if others is None:
             others = hash_files({name: path for name, path in paths.items() if not holds_weights(name)})
         files = others | {name: file.sha256 for name, file in weights.items()}
-        return cls(files, weights, load_config(folder).to_dict(), read_config_file(folder / CONFIG))
+        index = read_object(folder / INDEX, max_bytes=MAX_INDEX) if INDEX in paths else None
+        return cls(files, weights, load_config(folder).to_dict(), read_config_file(folder / CONFIG), index)
 
     @cached_property
     def tensors(self) -> dict[str, TensorHash]:
@@ -204,7 +219,8 @@ def _copy_cut(history: History, base: Base, folder: Path) -> Expected:
     if history.quantized and is_repeatable_method(history.quantized.settings["quantization_config"]):
         execute_plan(plan, folder)
     else:
-        (folder / CONFIG).write_bytes(plan.files[CONFIG])
+        for name, content in plan.files.items():
+            (folder / name).write_bytes(content)
     return replace(
         Expected.from_folder(folder, weights, others), lacked=tuple(name for name in companions if name not in present)
     )

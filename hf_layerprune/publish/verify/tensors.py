@@ -21,7 +21,7 @@ from ...runtime.model_class import model_class_of, stored_tensors, tied_names
 from .fields import differences, unties
 from .outcome import Verification
 from .places import ModelLocation
-from .rebuild import Expected, TensorHash, WeightFile, notes_in
+from .rebuild import Expected, TensorHash, WeightFile, inferred_dtype, notes_in
 
 _ADAPTER_PREFIX = "base_model.model."
 _NO_MODEL = "no model can be built from the base's config"
@@ -44,8 +44,8 @@ def weight_files(model: ModelLocation) -> tuple[list[str], dict[str, Any] | None
     return shard_names(index, f"{model.name}/{INDEX}"), index
 
 
-def read_weights(model: ModelLocation, expected: Expected) -> dict[str, WeightFile]:
-    """The files that loaders read, by name. Those with the expected hash are not read.
+def read_weights(model: ModelLocation, expected: Expected) -> tuple[dict[str, WeightFile], dict[str, Any] | None]:
+    """The files that loaders read, by name, and their index. Files with the expected hash are not read.
 
     Raises:
         CheckpointError: They are not complete, or contradict each other.
@@ -59,7 +59,7 @@ def read_weights(model: ModelLocation, expected: Expected) -> dict[str, WeightFi
         files[name] = expected.weights[name] if same else WeightFile.read(model.path(name))
     if index is not None:
         check_index(index["weight_map"], {name: file.tensors for name, file in files.items()}, f"{model.name}/{INDEX}")
-    return files
+    return files, index
 
 
 def adapter_tensors(model: ModelLocation, expected: Expected) -> dict[str, TensorHash]:
@@ -68,7 +68,7 @@ def adapter_tensors(model: ModelLocation, expected: Expected) -> dict[str, Tenso
     Raises:
         CheckpointError: There are none, or PEFT would not load one.
     """
-    tensors = read_weights(model, expected)[ADAPTER_WEIGHTS].tensors
+    tensors = read_weights(model, expected)[0][ADAPTER_WEIGHTS].tensors
     if stray := next((name for name in tensors if not name.startswith(_ADAPTER_PREFIX)), None):
         raise CheckpointError(f"{stray} does not begin with {_ADAPTER_PREFIX}, so PEFT would not load it")
     return {name.removeprefix(_ADAPTER_PREFIX): tensor for name, tensor in tensors.items()}
@@ -101,7 +101,7 @@ def check_tensors(
         unknown = [name for name in modules if in_cut(name) not in tensors and in_cut(name) not in changed]
         stored = _to_stored_names(model, expected, modules, unknown)
     else:
-        files = read_weights(model, expected)
+        files, index = read_weights(model, expected)
         stored = [one for file in files.values() for one in file.tensors.items()]
     found = {in_cut(name): tensor for name, tensor in stored}
     if len(found) < len(stored):
@@ -116,6 +116,11 @@ def check_tensors(
         if any(unties(path, *values) for path, values in differences(expected.config, now.to_dict()).items()):
             untied = tied.keys() - {in_cut(name) for name in tied_names(now)[0]} - found.keys()
             compared.wrong += [f"{name} is missing, and {CONFIG} no longer ties it to {tied[name]}" for name in untied]
+        whole = expected.model_config
+        if now.dtype is None or (whole.dtype is not None and whole.get_text_config().dtype is None):
+            has, was = inferred_dtype(files, index), inferred_dtype(expected.weights, expected.index)
+            if has != was:
+                compared.wrong.append(f"{CONFIG} names no dtype, and loaders would take {has!r} and not {was!r}")
     compared.wrong += [f"{name} is missing" for name in missing]
     quantized = compared.again or any(QUANTIZE in changed[name] for name in compared.recorded)
     if history.quantized and not quantized:

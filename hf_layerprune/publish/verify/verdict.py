@@ -49,11 +49,10 @@ from .adapters import adapter_differences, base_difference
 from .fields import differences, reads_another_tokenizer, unread_fields, unties
 from .outcome import BASE, Verification
 from .places import Base, ModelLocation
-from .rebuild import Expected, TensorHash, rebuild
+from .rebuild import Expected, TensorHash, inferred_dtype, rebuild
 from .tensors import adapter_tensors, check_tensors, weight_files
 
 _TOKENIZER = "tokenizer_config.json"
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def verify(request: VerifyRequest) -> Verification:
@@ -231,9 +230,8 @@ def _check_config(model: ModelLocation, history: History, expected: Expected, ou
     differ = differences(expected.config, loaded.to_dict())
     # An untied head has to be among the tensors, and is compared there.
     differ = {path: values for path, values in differ.items() if not unties(path, *values)}
-    types = {_DTYPES.get(tensor.dtype) for tensor in expected.tensors.values()}
-    if [(None, dtype) for dtype in types] == [differ.get(("dtype",))]:
-        del differ["dtype",]  # saving a model records the dtype of its weights
+    if differ.get(("dtype",)) == (None, inferred_dtype(expected.weights, expected.index)):
+        del differ["dtype",]  # saving a model records the dtype in which it was loaded
     texts = [f"{'.'.join(path)} is {has!r} and was {was!r}"[:200] for path, (was, has) in differ.items()]
     seen = {path[0] for path in differ}
     extra = [path for path in unread_fields(raw, loaded, expected.raw_config) if path[0] not in seen]
