@@ -77,14 +77,14 @@ class Criterion:
         return (own[0] if first is None else first, own[1] if last is None else last)
 
 
-_PAPER = "arXiv:2411.15558"
+PAPER_SOURCE = "arXiv:2411.15558"  # its code computes the variant `paper`
 _SHORTENED = "Shortened LLaMA, arXiv:2402.02834"
 
 CRITERIA: dict[str, Criterion] = {
     criterion.name: criterion
     for criterion in (
-        Criterion("reverse_order", "reverse_order", "count", "last layers first", _PAPER, "rank", has_variant=True),
-        Criterion("random", "random", "count", "random order", _PAPER, "rank", has_variant=True),
+        Criterion("reverse_order", "reverse_order", "count", "last layers first", PAPER_SOURCE, "rank", has_variant=True),
+        Criterion("random", "random", "count", "random order", PAPER_SOURCE, "rank", has_variant=True),
         Criterion(
             "magnitude_l1", "magnitude", "weights", "size of the weights, l1", _SHORTENED, "sum of norms", (4, 2),
             has_variant=True,

@@ -21,7 +21,7 @@ from ..options import CutOptions, check_choice, copy_fields, drop_exactly
 from ..runtime.walk import LayerWalk
 from . import budget
 from .passes import Observer, run_pass
-from .registry import ALL, CRITERIA, ORIGINAL, PAPER, VARIANTS, Criterion, find_criterion
+from .registry import ALL, ORIGINAL, PAPER, PAPER_SOURCE, VARIANTS, Criterion, find_criterion
 from .scores import NOT_COMPARABLE, Choice, Scores, drop_non_finite
 from .sets import check_lengths, consecutive_blocks, drop_count, free_layers, split_rounds
 from .targets import Target
@@ -241,7 +241,7 @@ def _choose_in_rounds(
     kind = "layers"
     if criterion.blocks_only or choice.contiguous:
         kind = "block" if len(shares) == 1 else "blocks"
-    computed = f" as {CRITERIA['random'].source} computed it" if criterion.variant(choice.variant) == PAPER else ""
+    computed = f" as {PAPER_SOURCE} computed it" if criterion.variant(choice.variant) == PAPER else ""
     how = f", in {len(shares)} rounds" if len(shares) > 1 else ""
     why = f"{describe_layers(dropped)}: the {kind} with the lowest {criterion.name}{computed}{how}"
     return Choice(dropped, criterion.name, why, all_scores)

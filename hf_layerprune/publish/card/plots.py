@@ -37,9 +37,7 @@ def draw_layer_map(history: History, path: Path, digest: str | None = None) -> N
         "repaired": ("repaired", repaired, _LIGHT),
         "healed": ("trained", healed, _DARK),
     }
-    styles: dict[str, Any] = {
-        role: {"facecolor": colour, "edgecolor": "none"} for role, colour in ROLE_COLOURS.items()
-    }
+    styles: dict[str, Any] = {role: {"facecolor": ROLE_COLOURS[role], "edgecolor": "none"} for role in groups}
     styles["cut"] = {"facecolor": "none", **DASHED}
     with new_figure(path, height=0.4 + 0.4 * rows, digest=digest) as (figure, axes):
         from matplotlib.patches import FancyBboxPatch, Patch
@@ -70,14 +68,13 @@ def draw_accuracy(results: Results, rows: Sequence[Row], path: Path, digest: str
         step = 0.72 / max(1, len(columns))
         for position, row in enumerate(rows):
             for index, column in enumerate(columns):
-                cell = row.cells.get(column.weights)
-                if cell is None:
-                    continue
-                y = position + (index - (len(columns) - 1) / 2) * step
-                axes.errorbar(
-                    100 * cell.record["value"], y, xerr=100 * cell.record.get("stderr", 0), **_marker_style(column.role),
-                    label=column.role if position == 0 else None
-                )  # fmt: skip
+                if column.weights in row.cells:
+                    record = row.cells[column.weights].record
+                    y = position + (index - (len(columns) - 1) / 2) * step
+                    axes.errorbar(
+                        100 * record["value"], y, xerr=100 * record.get("stderr", 0), **_marker_style(column.role),
+                        label=column.role if position == 0 else None,
+                    )  # fmt: skip
             chance = next((cell.record["chance"] for cell in row.cells.values() if "chance" in cell.record), None)
             if chance is not None:
                 axes.plot([100 * chance] * 2, [position - 0.42, position + 0.42], color=INK, lw=1.2, ls=(0, (1, 1.5)))

@@ -146,25 +146,16 @@ def training_table(stage: Stage) -> Markup:
 
 def stage_line(stage: Stage) -> Markup:
     """One line about a stage: what was done, how many tensors changed, how long it took."""
-    settings, entry = stage.settings, stage.entry
-    chosen = entry.get("selection", {})
-    line = f"**{escape_text(stage.name)}**"
+    line, entry = f"**{escape_text(stage.name)}**", stage.entry
     if stage.name == "prune":
-        line += f": {describe_layers(settings.get('drop_layers') or ())} dropped"
-        if chosen.get("why"):
-            why = str(chosen["why"])
-            line += f" ({escape_text(why.partition(': ')[2] if why.startswith(('layer ', 'layers ')) else why)})"
-        elif settings.get("criterion"):
-            line += f", chosen by {code_span(settings['criterion'])}"
-        if (entry.get("repair") or {}).get("changed_tensors") == []:
-            line += f"; its repair, {code_span(entry['repair'].get('method'))}, changed nothing"
+        line += f": {_describe_cut(stage)}"
     elif stage.name == QUANTIZE:
-        line += f": {code_span(describe_quantization(settings.get('quantization_config')))}"
-    elif settings.get("method"):
-        line += f": {code_span(settings['method'])}"
+        line += f": {code_span(describe_quantization(stage.settings.get('quantization_config')))}"
+    elif stage.settings.get("method"):
+        line += f": {code_span(stage.settings['method'])}"
     if stage.changed:
         line += f"; {pluralize(len(stage.changed), 'tensor')} changed"
-    facts = []
+    facts, chosen = [], entry.get("selection", {})
     if "seconds" in chosen:
         facts.append(f"{numbers.format_duration(chosen['seconds'])} to choose the layers")
     if entry.get("seconds") is not None:
@@ -174,3 +165,16 @@ def stage_line(stage: Stage) -> Markup:
     if entry.get("date"):
         facts.append(escape_text(str(entry["date"])[:10]))
     return Markup(f"{line}. <sub>{', '.join(facts)}</sub>" if facts else line)
+
+
+def _describe_cut(stage: Stage) -> str:
+    """Which layers a cut dropped, and why; and whether its repair changed nothing."""
+    settings, entry = stage.settings, stage.entry
+    text = f"{describe_layers(settings.get('drop_layers') or ())} dropped"
+    if why := str(entry.get("selection", {}).get("why") or ""):
+        text += f" ({escape_text(why.partition(': ')[2] if why.startswith(('layer ', 'layers ')) else why)})"
+    elif settings.get("criterion"):
+        text += f", chosen by {code_span(settings['criterion'])}"
+    if (entry.get("repair") or {}).get("changed_tensors") == []:
+        text += f"; its repair, {code_span(entry['repair'].get('method'))}, changed nothing"
+    return text

@@ -34,7 +34,7 @@ from .contents import Contents
 
 OK, WARNING, REFUSAL = "ok", "warning", "refusal"
 _MAX_LEAKS = 5  # reported in one run
-Outcome = Iterator[tuple[str, str]]
+Findings = Iterator[tuple[str, str]]  # levels and texts
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ def run_checks(contents: Contents, request: PushRequest) -> list[Check]:
     return [one for one in outcomes if one.level != OK or one.name not in refused]
 
 
-def _check_repository(contents: Contents, request: PushRequest) -> Outcome:
+def _check_repository(contents: Contents, request: PushRequest) -> Findings:
     check_repository(request.repo_id)
     yield OK, request.repo_id
 
 
-def _check_weights(contents: Contents, request: PushRequest) -> Outcome:
+def _check_weights(contents: Contents, request: PushRequest) -> Findings:
     """Check that the weights are sound, complete, and as the last stage wrote them."""
     from ...cut.base import Base, read_weights
     from ...cut.header import read_header
@@ -98,7 +98,7 @@ def _check_weights(contents: Contents, request: PushRequest) -> Outcome:
     )
 
 
-def _check_other_files(contents: Contents, last: dict[str, Any], named: Collection[str]) -> Outcome:
+def _check_other_files(contents: Contents, last: dict[str, Any], named: Collection[str]) -> Findings:
     """Check that the config, the tokenizer and so on are as the last stage wrote them."""
     here: dict[str, str] = behaviour_hashes(contents.folder)
     recorded: dict[str, str] = last.get("files", here)
@@ -121,7 +121,7 @@ def _check_other_files(contents: Contents, last: dict[str, Any], named: Collecti
             yield REFUSAL, f"{text}; restore it"
 
 
-def _check_metrics(contents: Contents, request: PushRequest) -> Outcome:
+def _check_metrics(contents: Contents, request: PushRequest) -> Findings:
     metrics = Metrics.load(contents.folder)
     if metrics is None:
         yield WARNING, f"there is no {METRICS}: the card will say that nothing was measured (hf-layerprune eval)"
@@ -138,7 +138,7 @@ def _check_metrics(contents: Contents, request: PushRequest) -> Outcome:
     yield OK, f"{len(metrics.results)} numbers, all measured on this model, its earlier stages or its base"
 
 
-def _check_requirements(contents: Contents, request: PushRequest) -> Outcome:
+def _check_requirements(contents: Contents, request: PushRequest) -> Findings:
     metrics = Metrics.load(contents.folder)
     for outcome in metrics.outcomes if metrics else ():
         if outcome.met:
@@ -149,7 +149,7 @@ def _check_requirements(contents: Contents, request: PushRequest) -> Outcome:
             yield REFUSAL, f"{outcome.text}; improve the model, or publish it all the same with --allow-miss"
 
 
-def _check_base(contents: Contents, request: PushRequest) -> Outcome:
+def _check_base(contents: Contents, request: PushRequest) -> Findings:
     base = Lineage.load_required(contents.folder).base
     if is_local(base):
         text = (
@@ -160,12 +160,13 @@ def _check_base(contents: Contents, request: PushRequest) -> Outcome:
     if contents.is_adapter:
         name = str(read_object(contents.folder / ADAPTER_CONFIG).get("base_model_name_or_path"))
         if is_gguf_name(name) or not is_hub_name(name) or Path(name).exists():
-            way = "publish a whole model instead, made without --adapter"  # no Hub id names a GGUF file
-            way = way if is_gguf_name(name) else "make the adapter from the base's Hub id"
+            way = "make the adapter from the base's Hub id"
+            if is_gguf_name(name):  # which no Hub id names
+                way = "publish a whole model instead, made without --adapter"
             raise CheckpointError(f"{ADAPTER_CONFIG} names the base {name!r}, which nobody else can load; {way}")
 
 
-def _check_licence(contents: Contents, request: PushRequest) -> Outcome:
+def _check_licence(contents: Contents, request: PushRequest) -> Findings:
     licence = DeclaredLicence.from_base(Lineage.load_required(contents.folder).base)
     row, at = licence.row, f" ({licence.link})" if licence.link else ""
     namespace, _, name = request.repo_id.rpartition("/")
@@ -195,7 +196,7 @@ def _check_licence(contents: Contents, request: PushRequest) -> Outcome:
     yield OK, row.title
 
 
-def _check_secrets(contents: Contents, request: PushRequest) -> Outcome:
+def _check_secrets(contents: Contents, request: PushRequest) -> Findings:
     secrets = list(islice(leaks.find_secrets(contents.folder, contents.files, request.include), _MAX_LEAKS))
     for leak in secrets:
         what = f"contains what looks like a secret ({leak.what}); remove it, and revoke it if it is real"
@@ -205,7 +206,7 @@ def _check_secrets(contents: Contents, request: PushRequest) -> Outcome:
         yield WARNING, f"{leak.file} line {leak.line} reveals {leak.what}"
 
 
-def _check_loading(contents: Contents, request: PushRequest) -> Outcome:
+def _check_loading(contents: Contents, request: PushRequest) -> Findings:
     """Check that others can load the model."""
     if contents.is_adapter:
         return
@@ -217,7 +218,7 @@ def _check_loading(contents: Contents, request: PushRequest) -> Outcome:
     yield OK, f"{config['model_type']}, {', '.join(config.get('architectures') or ['no class named'])}"
 
 
-_CHECKS: dict[str, Callable[[Contents, PushRequest], Outcome]] = {
+_CHECKS: dict[str, Callable[[Contents, PushRequest], Findings]] = {
     "repository": _check_repository,
     "weights": _check_weights,
     "metrics": _check_metrics,

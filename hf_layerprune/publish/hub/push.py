@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set as AbstractSet
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -239,28 +239,38 @@ def _merge_remote_card(request: PushRequest, staging: Path, path: Path | None) -
         remote = read_text(path) or ""
         if is_generic(remote):
             return
-        remote_fields, remote_body = split_front_matter(remote, where)
-        local_fields, local_body = split_front_matter(local, str(request.model / CARD))
-        theirs, mine = (regions.foreign_texts(regions.parse(body, where)) for body in (remote_body, local_body))
-        # The text added on the Hub, unless the folder's card already has all of it.
-        body = local_body if mine else remote_body
-        lacking = mine and not all(any(one in own for own in mine) for one in theirs)
-        added = remote_fields.keys() & (local_fields.keys() - card.metadata.keys())
-        differing = sorted(name for name in added if not _includes(local_fields[name], remote_fields[name]))
-        if lacking or differing:
-            what = f"differ in {', '.join(differing)}" if differing else "each have text that the other lacks"
-            raise CheckpointError(
-                f"{where} and the one in {request.model} {what}; combine them in the folder, or overwrite the one on the "
-                "Hub with --overwrite-card"
-            )
+        both = _combine_cards(local, remote, card.metadata.keys(), request.model, where)
         compose_card(card, remote, where=where)  # raises if our own sections were changed on the Hub
-        old = metadata.to_yaml(metadata.merge_metadata(local_fields, remote_fields)) + "\n" + body
-        text = compose_card(card, old, where=where)
+        text = compose_card(card, both, where=where)
     except CheckpointError as error:
         text = str(error).replace(str(path), where).replace("--force", "--overwrite-card")
         raise PushError(text) from error
     if text != local:
         write_text(staging / CARD, text)
+
+
+def _combine_cards(local: str, remote: str, ours: AbstractSet[str], folder: Path, where: str) -> str:
+    """The fields of the folder's card and of the one on the Hub, with the text of the one that has what people wrote.
+
+    `ours` are the fields that this package writes.
+
+    Raises:
+        CheckpointError: Each card has what the other lacks.
+    """
+    remote_fields, remote_body = split_front_matter(remote, where)
+    local_fields, local_body = split_front_matter(local, str(folder / CARD))
+    theirs, mine = (regions.foreign_texts(regions.parse(body, where)) for body in (remote_body, local_body))
+    lacking = mine and not all(any(one in own for own in mine) for one in theirs)
+    added = remote_fields.keys() & (local_fields.keys() - ours)
+    differing = sorted(name for name in added if not _includes(local_fields[name], remote_fields[name]))
+    if lacking or differing:
+        what = f"differ in {', '.join(differing)}" if differing else "each have text that the other lacks"
+        raise CheckpointError(
+            f"{where} and the one in {folder} {what}; combine them in the folder, or overwrite the one on the Hub with "
+            "--overwrite-card"
+        )
+    fields = metadata.to_yaml(metadata.merge_metadata(local_fields, remote_fields))
+    return f"{fields}\n{local_body if mine else remote_body}"
 
 
 def _includes(mine: object, theirs: object) -> bool:
