@@ -67,6 +67,17 @@ def test_every_picture(drawn: dict[str, list[Path]]) -> None:
         assert (pixels[..., 3] > 0.5).mean() > 0.003  # and yet not empty
 
 
+def test_the_legend_has_stages_that_lack_the_first_task(tmp_path: Path) -> None:
+    lineage = lineage_of()
+    metrics = metrics_of(lineage)
+    first = [one for one in metrics.results if one.get("task") == "piqa"]
+    metrics.results = [one for one in metrics.results if one not in first or one["weights"] != metrics.weights]
+    for one in first:
+        del one["chance"]
+    available_plots(read_history(lineage), build_results(metrics))["accuracy"](tmp_path / "accuracy.svg")
+    assert {*ROLES, "PIQA", "chance"} <= {*words(tmp_path / "accuracy.svg")}
+
+
 def test_what_the_pictures_say(drawn: dict[str, list[Path]]) -> None:
     layers = words(drawn["layers"][0])
     assert [str(i) for i in range(30)] == layers[:30]

@@ -66,22 +66,23 @@ def draw_accuracy(results: Results, rows: Sequence[Row], path: Path, digest: str
     columns = results.columns
     with new_figure(path, height=0.85 + len(rows) * (0.3 + 0.13 * len(columns)), digest=digest) as (figure, axes):
         step = 0.72 / max(1, len(columns))
-        for position, row in enumerate(rows):
-            for index, column in enumerate(columns):
-                if column.weights in row.cells:
-                    record = row.cells[column.weights].record
-                    y = position + (index - (len(columns) - 1) / 2) * step
-                    axes.errorbar(
-                        100 * record["value"], y, xerr=100 * record.get("stderr", 0), **_marker_style(column.role),
-                        label=column.role if position == 0 else None,
-                    )  # fmt: skip
-            chance = next((cell.record["chance"] for cell in row.cells.values() if "chance" in cell.record), None)
-            if chance is not None:
-                axes.plot([100 * chance] * 2, [position - 0.42, position + 0.42], color=INK, lw=1.2, ls=(0, (1, 1.5)))
-                if position == 0:
-                    axes.annotate(
-                        "chance", (100 * chance, position - 0.46), ha="center", va="bottom", fontsize=8, color=INK
-                    )
+        for index, column in enumerate(columns):
+            records = {
+                y: row.cells[column.weights].record for y, row in enumerate(rows) if column.weights in row.cells
+            }
+            if records:
+                offset = (index - (len(columns) - 1) / 2) * step
+                axes.errorbar(
+                    [100 * one["value"] for one in records.values()], [y + offset for y in records],
+                    xerr=[100 * one.get("stderr", 0) for one in records.values()], **_marker_style(column.role),
+                    label=column.role,
+                )  # fmt: skip
+        of_rows = ([one.record.get("chance") for one in row.cells.values()] for row in rows)
+        chances = {y: found for y, each in enumerate(of_rows) if (found := next(filter(None, each), None))}
+        for y, chance in chances.items():
+            axes.plot([100 * chance] * 2, [y - 0.42, y + 0.42], color=INK, lw=1.2, ls=(0, (1, 1.5)))
+            if y == min(chances):
+                axes.annotate("chance", (100 * chance, y - 0.46), ha="center", va="bottom", fontsize=8, color=INK)
         axes.set_yticks(range(len(rows)), [row.task for row in rows])
         axes.set_ylim(len(rows) - 0.45, -0.75)
         axes.tick_params(axis="y", length=0)
