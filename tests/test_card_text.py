@@ -18,6 +18,7 @@ from markdown_it import MarkdownIt
 from hf_layerprune.cli import build_parser
 from hf_layerprune.layer_ranges import describe_layers
 from hf_layerprune.measure.paired import compare_pairs
+from hf_layerprune.measure.report import report
 from hf_layerprune.options import options_from_args
 from hf_layerprune.publish.card import metadata, regions, render, tables
 from hf_layerprune.publish.card.commands import list_commands
@@ -421,6 +422,30 @@ def test_whole_benchmarks_of_the_hub_become_eval_results() -> None:
     assert (entry.dataset_id, entry.task_id, entry.value, entry.date) == ("ybisk/piqa", "piqa", 52.0, "2026-11-24")
     index = Card.from_records(lineage, metrics).metadata["model-index"]
     assert {"ybisk/piqa", "arc_easy"} <= {one["dataset"]["type"] for one in index[0]["results"]}
+
+
+def test_a_score_up_to_100_is_no_share() -> None:
+    lineage = lineage_of(("dense", "cut"))
+    metrics = metrics_of(lineage, ("dense", "cut"))
+    whole = Card.from_records(lineage, metrics)
+    scores = {"dense": 71.25, "cut": 0.5}
+    for weights, model in list(metrics.models.items()):
+        one = {
+            "kind": "accuracy",
+            "task": "squadv2",
+            "metric": "f1",
+            "value": scores[model["role"]],
+            "weights": weights,
+        }
+        more = {"samples": 11_873, "shots": 0, "date": "2026-11-24", "versions": {}, "dataset": "rajpurkar/squad_v2"}
+        metrics.add(results=[one | more])
+    card = Card.from_records(lineage, metrics)
+    line = next(line for line in card.render().splitlines() if line.startswith("| **squadv2**"))
+    assert [cell.strip() for cell in line.split("|")[2:4]] == ["71.2", f"**0.500**<br><sub>{TIMES}{NBSP}0.00702</sub>"]
+    assert (card.results.mean_accuracy(), set(card.pictures)) == (whole.results.mean_accuracy(), set(whole.pictures))
+    assert "value: 0.5\n" in metadata.eval_files(card.results)[".eval_results/squadv2.yaml"]
+    assert "71.2 " in report(metrics)
+    assert "71.2 %" not in report(metrics)
 
 
 def test_a_packed_base_is_no_measure_of_size() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..records.figures import numbers
-from ..records.figures.metric_names import SHARE, get_metric
 from ..records.figures.results import QUALITY, SIGNIFICANT, Cell, Results, Row, build_results, describe_run
 from ..records.metrics import Metrics
 
@@ -65,7 +64,7 @@ def _format_value(row: Row, cell: Cell | None) -> str:
         if least.split()[1:] == most.split()[1:] == text.split()[1:]:  # the same unit
             least, most = least.split()[0], most.split()[0]
         text += f" [{least} to {most}]" if least != most else ""
-    return f"{text} %" if get_metric(metric, kind).unit == SHARE else text
+    return f"{text} %" if row.share else text
 
 
 def _comparison_cells(row: Row, results: Results) -> list[str]:

@@ -99,7 +99,8 @@ def _text_losses(rows: list[Row], own: str, results: Results) -> Iterator[Markup
 
 def _detection_limit(rows: list[Row]) -> Markup | None:
     """A sentence with the smallest difference that this many questions can detect."""
-    pairs = [cell.paired for row in rows if row.key[0] == "accuracy" for cell in row.cells.values() if cell.paired]
+    accuracies = [row for row in rows if row.key[0] == "accuracy" and row.share]
+    pairs = [cell.paired for row in accuracies for cell in row.cells.values() if cell.paired]
     limits = [2 * paired["stderr"] for paired in pairs if paired.get("stderr")]
     if not limits:
         return None

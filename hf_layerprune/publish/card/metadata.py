@@ -126,7 +126,7 @@ def eval_files(results: Results) -> dict[str, str]:
         entry = EvalResultEntry(
             dataset_id=record["dataset"],
             task_id=task,
-            value=round(100 * record["value"], 4),
+            value=round(100 * record["value"] if row.share else record["value"], 4),
             date=str(record["date"])[:10],
             notes=notes,
         )

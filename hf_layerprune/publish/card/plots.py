@@ -148,7 +148,7 @@ def available_plots(history: History, results: Results | None = None) -> dict[st
         drawings["curve"] = partial(draw_curve, points, chosen=len(history.dropped))
     if not results or len(results.columns) < 2:
         return drawings
-    rows = [row for row in results.table(["accuracy"]) if len(row.cells) > 1]
+    rows = [row for row in results.table(["accuracy"]) if row.share and len(row.cells) > 1]
     if rows:
         drawings["accuracy"] = partial(draw_accuracy, results, rows)
     speed = next(

@@ -80,7 +80,12 @@ def format_ratio(value: float) -> str:
 
 def format_metric(metric: str, value: float, kind: str | None = None, unit: str | None = None) -> str:
     """Format the value of a metric of `metrics.json`, with the unit unless the metric's label contains it."""
-    return _FORMATTERS[get_metric(metric, kind, unit).unit](value)
+    return format_in_unit(get_metric(metric, kind, unit).unit, value)
+
+
+def format_in_unit(unit: str, value: float) -> str:
+    """Format a number by its unit, one of those in `metric_names`."""
+    return _FORMATTERS[unit](value)
 
 
 _FORMATTERS = {

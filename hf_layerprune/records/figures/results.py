@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from . import numbers
-from .metric_names import SHARE, TASKS, get_metric
+from .metric_names import NUMBER, SHARE, TASKS, get_metric
 
 if TYPE_CHECKING:
     from ..metrics import Metrics
@@ -78,6 +78,7 @@ class Row:
         chance (`str`): The value for random guessing; empty if not applicable.
         cells (`dict[str, Cell]`): By the weights of the column.
         key (`tuple[str, ...]`): `kind`, `task`, `metric`, as in `metrics.json`.
+        share (`bool`): Whether its numbers are shares of 1, which are shown in percent.
         run (`tuple[tuple[str, int], ...]`): For a speed, the batch size and lengths of the run, by the keys of `RUN`.
         engine (`str`): For a speed in another engine than transformers, its name, and the type of the weights there.
         qualifier (`str`): What tells it from other rows of the same task, as in its label: another data set, dtype, ...
@@ -90,6 +91,7 @@ class Row:
     chance: str
     cells: dict[str, Cell]
     key: tuple[str, str, str]
+    share: bool
     run: tuple[tuple[str, int], ...] = ()
     engine: str = ""
     qualifier: str = ""
@@ -152,8 +154,12 @@ class Results:
         return max(runs, key=lambda run: (-dict(run).get("batch", 0), dict(run).get("prompt_tokens", 0)), default=())
 
     def mean_accuracy(self) -> dict[str, tuple[float, float | None]]:
-        """Mean and standard error over the tasks that all columns have, by weights; empty for fewer than two tasks."""
-        rows = [row for row in self.table(["accuracy"]) if all(one.weights in row.cells for one in self.columns)]
+        """Mean and standard error over the tasks that all columns have, by weights; empty for fewer than two tasks.
+
+        Scores that are not shares of 1 are left out.
+        """
+        rows = [row for row in self.table(["accuracy"]) if row.share]
+        rows = [row for row in rows if all(column.weights in row.cells for column in self.columns)]
         if len(rows) < 2:
             return {}
         means = {}
@@ -275,8 +281,11 @@ def _build_row(by_weights: dict[str, dict[str, Any]], results: Results) -> Row:
     base = by_weights.get(results.dense.weights) if results.dense else None
     if known.depends_on_file and results.packed:
         base = None  # quantised and unquantised files can't be compared in this metric
+    # Some tasks score up to 100 (BLEU, or SQuAD v2's F1), which no name tells.
+    beyond = known.unit == SHARE and any(abs(record["value"]) > 1 for record in by_weights.values())
+    unit = NUMBER if beyond else known.unit
     columns = [column.weights for column in results.columns if column.weights in by_weights]
-    cells = {weights: _build_cell(by_weights[weights], base, results) for weights in columns}
+    cells = {weights: _build_cell(by_weights[weights], base, unit, results) for weights in columns}
     chance, settings = sample.get("chance"), sample.get("settings") or {}
     engine = " ".join(
         str(settings[name]) for name in ("engine", "weights") if "engine" in settings and name in settings
@@ -286,18 +295,19 @@ def _build_row(by_weights: dict[str, dict[str, Any]], results: Results) -> Row:
         metric=known.label + (f", in {engine}" if engine else ""),
         better="↑" if sample.get("higher_is_better", known.higher_is_better) else "↓",
         samples=sample.get("samples"),
-        chance="" if chance is None else numbers.format_metric(metric, chance, kind),
+        chance="" if chance is None else numbers.format_in_unit(unit, chance),
         cells=cells,
         key=(kind, task, metric),
+        share=unit == SHARE,
         run=tuple((name, settings[name]) for name in RUN if isinstance(settings.get(name), int)),
         engine=engine,
     )
 
 
-def _build_cell(record: dict[str, Any], base: dict[str, Any] | None, results: Results) -> Cell:
+def _build_cell(record: dict[str, Any], base: dict[str, Any] | None, unit: str, results: Results) -> Cell:
     kind, metric, value = record["kind"], record["metric"], record["value"]
-    share = get_metric(metric, kind).unit == SHARE
-    text = numbers.format_metric(metric, value, kind, record.get("unit"))
+    share = unit == SHARE
+    text = numbers.format_in_unit(unit, value)
     if record.get("stderr"):
         text = numbers.with_error(text, value, record["stderr"], share=share)
     if base is None or base is record:
