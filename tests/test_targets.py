@@ -12,7 +12,7 @@ import torch
 from packaging.version import Version
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from hf_layerprune import CutError, LayerDropConfig, drop_layers, prune_with
+from hf_layerprune import CutError, LayerDropConfig, drop_layers, prune_model, prune_with, rank_layers
 from hf_layerprune.cli import main
 from hf_layerprune.cut.sizes import Sizes
 from hf_layerprune.families import layer_count
@@ -343,6 +343,21 @@ def test_rank_takes_targets(bases: dict[str, Path], capsys: pytest.CaptureFixtur
         dropped = ranking.drops[name]
         assert sizes.parameters(dropped) <= limit, name
     assert sizes.parameters(ranking.drops["reverse_order"][1:]) > limit
+
+
+@pytest.mark.parametrize("variant", ["original", "paper"])
+@pytest.mark.parametrize("seed", range(4))
+def test_rank_names_the_random_layers_that_prune_drops(
+    variant: str, seed: int, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """Layers of unequal size: how many go depends on which, and the paper's draw on how many go."""
+    base = str(bases["deepseek_v3"])
+    whole = tiny_model("deepseek_v3").num_parameters()
+    for share in (0.85, 0.4):
+        options: dict[str, Any] = {"target_params": int(share * whole), "variant": variant, "seed": seed}
+        ranked = rank_layers(base, criteria="random", **options)
+        pruned = prune_model(base, tmp_path / str(share), criterion="random", **options)
+        assert ranked.drops["random"] == pruned.dropped
 
 
 def test_a_gguf_file_that_stays_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

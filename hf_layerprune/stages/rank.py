@@ -187,12 +187,13 @@ def _score_and_pick(
         model, calibration, _scored(free), variant=request.variant, drop=count, lengths=lengths, seed=request.seed
     )
 
-    def pick(name: str, count: int) -> list[int]:
-        score = scores[name]
-        if CRITERIA[name].scores_blocks(request.contiguous) and not any(len(block) == count for block in score.blocks):
-            more = score_layers(model, calibration, [name], variant=request.variant, drop=count, lengths=[count])
-            score.blocks |= more[name].blocks
-        return score.pick(count, free[name], request.contiguous)
+    def pick(name: str, number: int) -> list[int]:
+        score, again = scores[name], partial(score_layers, model, calibration, [name], variant=request.variant)
+        if CRITERIA[name].kind == "count":  # the order may depend on how many go
+            score = scores[name] = again(drop=number, seed=request.seed)[name]
+        if CRITERIA[name].scores_blocks(request.contiguous) and all(len(block) != number for block in score.blocks):
+            score.blocks |= again(drop=number, lengths=[number])[name].blocks
+        return score.pick(number, free[name], request.contiguous)
 
     drops: dict[str, list[int]] = {}
     for name in scores:
