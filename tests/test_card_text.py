@@ -444,6 +444,7 @@ def test_a_score_up_to_100_is_no_share() -> None:
     assert [cell.strip() for cell in line.split("|")[2:4]] == ["71.2", f"**0.500**<br><sub>{TIMES}{NBSP}0.00702</sub>"]
     assert (card.results.mean_accuracy(), set(card.pictures)) == (whole.results.mean_accuracy(), set(whole.pictures))
     assert "value: 0.5\n" in metadata.eval_files(card.results)[".eval_results/squadv2.yaml"]
+    assert "- **squadv2**: F1 went from 71.2 to 0.500." in card.render()
     assert "71.2 " in report(metrics)
     assert "71.2 %" not in report(metrics)
 

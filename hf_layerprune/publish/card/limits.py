@@ -38,19 +38,21 @@ def _lost_quality(results: Results) -> list[Markup]:
         return [Markup("This model has not been measured. Measure it before you rely on it.")]
     missing_base = [] if results.dense else [Markup("Its base was not measured, so what it lost is unknown.")]
     rows = [row for row in results.table(["accuracy", "text", "distance"]) if own.weights in row.cells]
-    sentences = [*missing_base, *_accuracy_losses(rows, own.weights), *_text_losses(rows, own.weights, results)]
+    sentences = [
+        *missing_base,
+        *_accuracy_losses(rows, own.weights, results),
+        *_text_losses(rows, own.weights, results),
+    ]
     if detection_limit := _detection_limit(rows):
         sentences.append(detection_limit)
     return sentences
 
 
-def _accuracy_losses(rows: list[Row], own: str) -> Iterator[Markup]:
+def _accuracy_losses(rows: list[Row], own: str, results: Results) -> Iterator[Markup]:
     same: list[Markup] = []
-    for row in rows:
-        cell = row.cells[own]
-        if row.key[0] != "accuracy":
-            continue
-        task = escape_text(row.task)
+    for row in (row for row in rows if row.key[0] == "accuracy"):
+        cell, task = row.cells[own], escape_text(row.task)
+        dense = row.cells.get(results.dense.weights) if results.dense else None
         if cell.noise:
             same.append(task)
         elif cell.change.startswith(numbers.MINUS):
@@ -60,11 +62,18 @@ def _accuracy_losses(rows: list[Row], own: str) -> Iterator[Markup]:
                 f"**{task}**: {escape_text(row.metric)} fell by {cell.change.lstrip(numbers.MINUS)} points, to "
                 f"{cell.value.partition(' ')[0]} %{end}."
             )
+        elif not row.share and dense is not None and _is_worse(row, cell, dense):
+            yield Markup(f"**{task}**: {escape_text(row.metric)} went from {dense.value} to {cell.value}.")
     if same:
         yield Markup(
             f"On {join_words(same)}, no difference is distinguishable from noise with this number of questions; there may "
             "still be a difference."
         )
+
+
+def _is_worse(row: Row, cell: Cell, dense: Cell) -> bool:
+    ours, theirs = cell.record["value"], dense.record["value"]
+    return ours < theirs if row.better == "↑" else ours > theirs
 
 
 def _is_chance(cell: Cell) -> bool:
