@@ -16,7 +16,7 @@ import torch
 from hf_layerprune.calibration import self_text
 from hf_layerprune.cut import sizes
 from hf_layerprune.cut.sizes import Sizes
-from hf_layerprune.heal import loss_inputs, losses
+from hf_layerprune.heal import losses, trainer
 from hf_layerprune.measure import distance
 from hf_layerprune.repair import linear, magnitude
 from hf_layerprune.repair.fit import Repair
@@ -130,7 +130,7 @@ def a_scale_in_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def distillation_with_swapped_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_inputs, "Distillation", lambda *args: losses.Distillation(*args[:-1], "reverse"))
+    monkeypatch.setattr(trainer, "Distillation", lambda *args: losses.Distillation(*args[:-1], "reverse"))
 
 
 def gradients_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
