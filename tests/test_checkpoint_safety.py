@@ -88,7 +88,7 @@ def test_a_target_whose_files_the_source_links_to_is_not_replaced(base, tmp_path
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "LICENSE", "additional_chat_templates"])
 def test_no_link_is_followed_out_of_the_source_into_the_copy(base, tmp_path, name):
-    private = tmp_path / "private"
+    private = tmp_path / "blobs"  # a name that is not enough to be a part of the Hub client's cache
     private.mkdir()
     (private / "key.jinja").write_text("mine")
     (base / name).symlink_to(private if name.endswith("templates") else private / "key.jinja")
@@ -122,13 +122,15 @@ def test_no_link_is_followed_that_was_put_there_after_the_checks(base, tmp_path,
     assert not (tmp_path / "cut").exists()
 
 
-def test_no_other_file_is_linked_than_the_one_that_was_checked(base, tmp_path, monkeypatch):
-    (tmp_path / "private").write_text("mine")
+@pytest.mark.parametrize("moved", [False, True])
+def test_no_other_file_is_linked_than_the_one_that_was_checked(base, tmp_path, monkeypatch, moved):
+    """Nor a link to it, which may lead elsewhere later."""
     link = os.link
 
     def swapped(path, target):
-        os.unlink(path)
-        os.symlink(tmp_path / "private", path)
+        os.rename(path, tmp_path / "moved")
+        (tmp_path / "private").write_text("mine")
+        os.symlink(tmp_path / ("moved" if moved else "private"), path)
         link(path, target)
 
     monkeypatch.setattr(os, "link", swapped)

@@ -646,8 +646,13 @@ def test_a_head_that_stays_tied_whatever_a_section_of_the_config_says(
     assert (code, "lm_head.weight is missing" in said) == (1, True), said
 
 
+@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("method", ["fp8", "gptq", "compressed-tensors", "of its own"])
-def test_a_quantising_that_changed_nothing(cut: Path, method: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_quantising_that_changed_nothing(
+    cut: Path, method: str, trained: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if trained:
+        store(cut, lm_head__weight=load_file(cut / "model.safetensors")["lm_head.weight"] + 1)
     told = {"quant_method": method}
     edit_json("config.json", quantization_config=told)(cut)
     settings = {"quantization_config": told, "dtype": "float32"}

@@ -98,7 +98,7 @@ def check_tensors(
     changed = {in_cut(name): by for name, by in history.changed().items()}
     files: dict[str, WeightFile] = {}
     if modules is not None:
-        unknown = [name for name in modules if in_cut(name) not in tensors and in_cut(name) not in changed]
+        unknown = [name for name in modules if in_cut(name) not in tensors]
         stored = _to_stored_names(model, expected, modules, unknown)
     else:
         files, index = read_weights(model, expected)
