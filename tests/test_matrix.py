@@ -136,8 +136,8 @@ def test_refused_at_a_stage_by_name_with_the_way_out(stage: str, types: dict[str
 # A cut that the config can't describe, or that takes what a kept layer reads; what the error says; and the nearest one that
 # is right.
 IMPOSSIBLE: list[tuple[str, tuple[int, ...], str, tuple[int, ...]]] = [
-    ("gemma3n_text", (3,), "layer 3 .* layer 6", (3, 6)),
-    ("gemma4_text", (3,), "layer 3 .* layer 6", (3, 6)),
+    ("gemma3n_text", (3,), "layer 3 .* layer 6 reads; keep it$", (6,)),
+    ("gemma4_text", (3,), "layer 3 .* layer 6 reads; keep it$", (6,)),
     ("gemma4_text", (7,), "layer 6, the last one kept", (6, 7)),
     ("glm_moe_dsa", (0,), "layer 0 .* layer 1", (0, 1)),
     ("glm5_next", (6,), "layer 6 .* layer 7", (6, 7)),

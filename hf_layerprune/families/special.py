@@ -136,9 +136,7 @@ def _check_sharing(fields: Fields, cut: Cut) -> None:
             continue
         producer = first - 1 - types[:first][::-1].index(types[i])
         if producer not in cut.new_index:
-            raise CutError(
-                f"layer {producer} computes the keys and values that layer {i} reads; keep it, or drop both"
-            )
+            raise CutError(f"layer {producer} computes the keys and values that layer {i} reads; keep it")
 
 
 def _check_full_attention_last(fields: Fields, cut: Cut) -> None:
