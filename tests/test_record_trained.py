@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -304,6 +305,26 @@ def test_the_sections_of_a_config_keep_their_types(tmp_path: Path) -> None:
     get_peft_model(load_base(tmp_path / "cut", dtype="auto"), config).save_pretrained(tmp_path / "trained")
     word_tokenizer().save_pretrained(tmp_path / "trained")  # which the source lacks
     record_trained(tmp_path / "cut", tmp_path / "trained", tmp_path / "output")
+    assert accepts(tmp_path / "output").startswith("YES")
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+@pytest.mark.parametrize("trained_in", ["auto", "float32"])
+def test_what_was_not_trained_keeps_its_type(tmp_path: Path, dtype: str, trained_in: str) -> None:
+    """Transformers loads the norms of this type in float32, and a cut that it converts has them so on disk."""
+    tiny_model("gpt_oss").to(torch.float16).save_pretrained(tmp_path / "base")
+    words = ["--drop-layers", "2", "--dtype", dtype]
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "cut"), *words]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", dtype=trained_in)
+    model.lm_head.weight.data.add_(0.5)
+    model.save_pretrained(tmp_path / "trained")
+    record_trained(tmp_path / "cut", tmp_path / "trained", tmp_path / "output")
+    assert Lineage.load_required(tmp_path / "output").entries[-1]["changed_tensors"] == ["lm_head.weight"]
+    types = [
+        {name: tensor.dtype for name, tensor in load_file(tmp_path / name / "model.safetensors").items()}
+        for name in ("cut", "output")
+    ]
+    assert types[0] == types[1]
     assert accepts(tmp_path / "output").startswith("YES")
 
 

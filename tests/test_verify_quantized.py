@@ -139,6 +139,14 @@ def test_a_cut_that_was_quantised_is_repeated_to_the_last_bit(place, tmp_path, n
     assert main(["verify", str(tmp_path / "q")]) == 0
 
 
+def test_a_method_that_passes_over_every_layer_of_a_type_is_no_stage(tmp_path):
+    tiny_model("gpt2").to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--drop-layers", "2"]) == 0
+    with pytest.raises(CheckpointError, match=r"no weight of .*/q is quantised.*torchao passes over"):
+        record_quantized(tmp_path / "cut", quantise(tmp_path / "cut", tmp_path / "q", torchao_int8()))
+    assert not (tmp_path / "q" / "lineage.json").exists()
+
+
 def test_the_tokenizer_replaces_the_one_that_was_saved(place, tmp_path):
     cut, nf4 = (Path(shutil.copytree(place / name, tmp_path / name)) for name in ("cut", "nf4"))
     (nf4 / "lineage.json").unlink()

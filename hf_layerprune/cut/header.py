@@ -16,7 +16,8 @@ from ..errors import CheckpointError, one_line
 from ..files.copy import FileState, LocalFile
 from ..files.json_file import parse_json
 
-FLOATS = {"F64", "F32", "F16", "BF16"}  # with one parameter per element
+# Types with one parameter per element, and what torch calls them.
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Ten times the header of the largest single-file models; the format allows 100 MB.
 MAX_HEADER = 1 << 25
 # Alignment of the tensor data, as in the safetensors library.

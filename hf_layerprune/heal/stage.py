@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
-from ..cut.header import read_header
+from ..cut.header import FLOATS, read_header
 from ..cut.settings import copy_transformers_version, encode_json
 from ..errors import CheckpointError, LayerPruneError
 from ..files.copy import copy_model_file, write_bytes
@@ -22,7 +23,7 @@ from ..records.licences import copy_licence
 from ..records.lineage import Lineage
 from ..runtime.config_file import read_config_file
 from ..runtime.loading import load_base, load_config
-from ..runtime.model_class import tied_names
+from ..runtime.model_class import stored_names, tied_names
 from .student import Student
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from ..adapter.config import LayerDropConfig
 
 logger = logging.getLogger(__name__)
+
+_TYPES: dict[str, torch.dtype] = {name: getattr(torch, known) for name, known in FLOATS.items()}
 
 
 def write_healed(
@@ -55,6 +58,7 @@ def write_healed(
     with ExitStack() as folders:  # folders get their names in reverse order: the model, then its adapter
         merged, part = _merge_trained(student, lineage, trained, adapter, folders)
         _use_config_of(student, merged, trained)
+        _restore_types(student, merged)
         merged.name_or_path = merged.config.name_or_path = str(student.folder)
         folder = folders.enter_context(new_folder(output, source=student.folder))
         merged.save_pretrained(folder)
@@ -150,6 +154,26 @@ def _use_config_of(student: Student, model: PreTrainedModel, trained: Path) -> N
     model.config = config
 
 
+def _restore_types(student: Student, model: PreTrainedModel) -> None:
+    """Give what was not trained the types that it has on disk: transformers loads most of a model in one type, and some in
+    float32. Otherwise, it would look trained.
+    """
+    with ExitStack() as files:
+        where = _open_weights(student.folder, files)
+        types = {name: _TYPES.get(file.get_slice(name).get_dtype()) for name, file in where.items()}
+        loaded = {name: parameter for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+        if len({*types.values(), *(parameter.dtype for parameter in loaded.values())}) == 1:
+            return
+        stored = stored_names(model.config, loaded)
+        for name, parameter in loaded.items():
+            own = stored.get(name, name)
+            if types.get(own) in (None, parameter.dtype):
+                continue
+            old = where[own].get_tensor(own)
+            if old.to(parameter.dtype).equal(parameter.data.cpu()):
+                parameter.data = old.to(parameter.device)
+
+
 def _record_repair(config: LayerDropConfig, lineage: Lineage) -> None:
     """Record in an adapter's config how the model was repaired, as it is if the cut wrote the adapter."""
     entry = next((entry for entry in lineage.entries if entry.get("repair")), {})
@@ -164,8 +188,13 @@ def _record_repair(config: LayerDropConfig, lineage: Lineage) -> None:
 
 
 def weights_dtype(student: Student) -> torch.dtype:
-    """The type of a pruned model's weights on disk."""
-    return next(tensor.dtype for _, tensor in _iterate_tensors(student.folder))
+    """The type of most of a pruned model's weights on disk."""
+    counts: Counter[str] = Counter()
+    for path in student.folder.glob("*.safetensors"):
+        for tensor in read_header(path).tensors:
+            if tensor.dtype in _TYPES:
+                counts[tensor.dtype] += tensor.elements
+    return _TYPES[counts.most_common(1)[0][0]]
 
 
 def changed_tensors(before: Path, after: Path) -> list[str]:
@@ -177,8 +206,7 @@ def changed_tensors(before: Path, after: Path) -> list[str]:
     tied, stored = tied_names(load_config(before))
     others = {one: stored.get(other, other) for name, other in tied.items() for one in (name, stored.get(name, name))}
     with ExitStack() as files:
-        opened = [files.enter_context(safe_open(path, framework="pt")) for path in before.glob("*.safetensors")]
-        where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        where = _open_weights(before, files)
 
         def same(name: str, tensor: torch.Tensor) -> bool:
             names = [one for full in (name, others.get(name, "")) for one in (full, full.partition(".")[2])]
@@ -187,6 +215,12 @@ def changed_tensors(before: Path, after: Path) -> list[str]:
             return other is not None and other.dtype == tensor.dtype and torch.equal(other, tensor)
 
         return sorted(name for name, tensor in _iterate_tensors(after) if not same(name, tensor))
+
+
+def _open_weights(folder: Path, files: ExitStack) -> dict[str, Any]:
+    """The open file of each tensor of a folder, by the tensor's name."""
+    opened = [files.enter_context(safe_open(path, framework="pt")) for path in folder.glob("*.safetensors")]
+    return {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
 
 def _check_finite(folder: Path, names: Collection[str]) -> None:

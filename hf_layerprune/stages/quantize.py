@@ -11,6 +11,7 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ..cut.header import FLOATS, read_header
 from ..errors import CheckpointError
 from ..records.fingerprints import CONFIG
 from ..records.lineage import FILE_NAME, stage_entry
@@ -50,6 +51,11 @@ def record_quantized(source: str | Path, folder: str | Path) -> None:
     from ..heal.stage import changed_tensors, copy_companion_files
 
     method = quantization_method(settings)
+    if _packed_tensors(after) <= _packed_tensors(before):
+        raise CheckpointError(
+            f"no weight of {after} is quantised, although its {CONFIG} says so: {method} passes over layers of this kind; use "
+            "another method"
+        )
     details = {"method": method, "quantization_config": settings, "dtype": new.get("dtype")}
     if name := lineage.published.get("repo_id"):
         details["from"] = name
@@ -62,3 +68,9 @@ def record_quantized(source: str | Path, folder: str | Path) -> None:
     if "layers" in lineage.entries[-1]:
         entry["layers"] = lineage.entries[-1]["layers"]
     lineage.record(after, entry)
+
+
+def _packed_tensors(folder: Path) -> set[tuple[str, str]]:
+    """Names and types of the tensors that are not plain floating-point numbers."""
+    files = map(read_header, folder.glob("*.safetensors"))
+    return {(one.name, one.dtype) for file in files for one in file.tensors if one.dtype not in FLOATS}

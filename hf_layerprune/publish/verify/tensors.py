@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...cut.base import check_index, find_weights
 from ...cut.header import FLOATS
@@ -22,6 +22,9 @@ from .fields import differences, unties
 from .outcome import Verification
 from .places import ModelLocation
 from .rebuild import Expected, TensorHash, WeightFile, inferred_dtype, notes_in
+
+if TYPE_CHECKING:
+    import torch
 
 _ADAPTER_PREFIX = "base_model.model."
 _NO_MODEL = "no model can be built from the base's config"
@@ -99,6 +102,7 @@ def check_tensors(
     files: dict[str, WeightFile] = {}
     if modules is not None:
         unknown = [name for name in modules if in_cut(name) not in tensors]
+        modules = _to_stored_types(model, modules, {name: tensors.get(in_cut(name)) for name in modules})
         stored = _to_stored_names(model, expected, modules, unknown)
     else:
         files, index = read_weights(model, expected)
@@ -229,25 +233,56 @@ def _missing_prefix(expected: Expected) -> str:
     return "" if any(name.startswith(prefix) for name in expected.tensors) else prefix
 
 
+def _to_stored_types(
+    model: ModelLocation, modules: Mapping[str, TensorHash], wanted: Mapping[str, TensorHash | None]
+) -> dict[str, TensorHash]:
+    """An adapter's tensors, each in the type that it should have if its values are the same in it: parts of a float16 model
+    are in float32 once transformers has loaded them.
+    """
+    import torch
+
+    types = {
+        name: other.dtype
+        for name, other in wanted.items()
+        if other and {other.dtype, modules[name].dtype} <= FLOATS.keys()
+    }
+    others = [name for name, dtype in types.items() if dtype != modules[name].dtype]
+    found = dict(modules)
+    for name, value in _read_adapter(model, others).items():
+        narrow = value.to(getattr(torch, FLOATS[types[name]]))
+        if narrow.to(value.dtype).equal(value):
+            found[name] = _hash_tensor(narrow, types[name])
+    return found
+
+
 def _to_stored_names(
     model: ModelLocation, expected: Expected, modules: Mapping[str, TensorHash], unknown: Collection[str]
 ) -> list[tuple[str, TensorHash]]:
     """An adapter's tensors by name, of which the unknown ones are replaced by what its base's checkpoint stores for them: some
     types have other names there, or several tensors for one, or one for several.
     """
-    if not unknown:
-        return [*modules.items()]
-    import torch
+    values = _read_adapter(model, unknown)
+    types = {value.dtype: modules[name].dtype for name, value in values.items()}
+    with boundary(_NO_MODEL):
+        parts = stored_tensors(expected.model_config, values) if values else {}
+    hashed = {name: _hash_tensor(value, types[value.dtype]) for name, value in parts.items()}
+    return [*((name, tensor) for name, tensor in modules.items() if name not in values), *hashed.items()]
+
+
+def _read_adapter(model: ModelLocation, names: Collection[str]) -> dict[str, torch.Tensor]:
     from safetensors import safe_open
 
-    with boundary(_NO_MODEL), safe_open(model.path(ADAPTER_WEIGHTS), "pt") as file:
-        values = {name: file.get_tensor(f"{_ADAPTER_PREFIX}{name}") for name in unknown}
-        types = {values[name].dtype: modules[name].dtype for name in unknown}
-        parts: dict[str, TensorHash] = {}
-        for part, value in stored_tensors(expected.model_config, values).items():
-            data = value.reshape(-1).view(torch.uint8).numpy().tobytes()
-            parts[part] = TensorHash(types[value.dtype], tuple(value.shape), hashlib.sha256(data).hexdigest())
-    return [*((name, tensor) for name, tensor in modules.items() if name not in values), *parts.items()]
+    if not names:
+        return {}
+    with safe_open(model.path(ADAPTER_WEIGHTS), "pt") as file:
+        return {name: file.get_tensor(f"{_ADAPTER_PREFIX}{name}") for name in names}
+
+
+def _hash_tensor(value: torch.Tensor, dtype: str) -> TensorHash:
+    import torch
+
+    data = value.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return TensorHash(dtype, tuple(value.shape), hashlib.sha256(data).hexdigest())
 
 
 def _difference(name: str, tensor: TensorHash, wanted: TensorHash | None, quantizer: str | None) -> str:
@@ -268,5 +303,5 @@ def _may_be_trained(tensor: TensorHash, wanted: TensorHash | None) -> bool:
     """
     if wanted is None:
         return False
-    floats = {tensor.dtype, wanted.dtype} <= FLOATS
+    floats = {tensor.dtype, wanted.dtype} <= FLOATS.keys()
     return tensor.shape == wanted.shape and (floats or tensor.dtype == wanted.dtype)
