@@ -162,6 +162,22 @@ def test_weights_that_were_converted_in_several_cuts(
     assert not verify(folder).good
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize(
+    ("model_type", "first", "second"), [("ernie4_5_moe", "1,4,7", "0,2"), ("minicpm3", "5", "0,2-6")]
+)
+def test_a_config_that_two_cuts_leave_as_one_cut_would_not(
+    model_type: str, first: str, second: str, dtype: str, tmp_path: Path
+) -> None:
+    """A period is fitted in each cut, or a scale is rounded."""
+    tiny_model(model_type).save_pretrained(tmp_path / "base")
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "once"), "--drop-layers", first]) == 0
+    words = ["--drop-layers", second, "--dtype", dtype]
+    assert main(["prune", str(tmp_path / "once"), str(tmp_path / "twice"), *words]) == 0
+    found = verify(tmp_path / "twice")
+    assert found.good, said(found)
+
+
 def test_a_converted_model_keeps_what_comes_with_its_weights(tmp_path: Path) -> None:
     """A processor, settings of generation, and a tokenizer's file as its maker wrote it, are copied as for a plain cut."""
     base, half = write_llava(tmp_path / "base"), tmp_path / "half"

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import families
 from ..errors import CheckpointError
@@ -26,6 +27,9 @@ from .base import Base, read_json, read_weights
 from .complete import check_tensors
 from .plan import CheckpointPlan, ShardPlan, new_names, plan_weights
 from .settings import config_fields, encode_json, rewrite_quantiser_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +49,10 @@ def plan_cut(source: Path | Base, drop_layers: Sequence[int]) -> CheckpointPlan:
     folder = base.folder
     try:
         base.weights_file()  # refused before anything else is downloaded
-        config_file = read_json(folder / CONFIG)
         config = load_config(folder)
         cut = families.make_cut(config, drop_layers)
-        new_config = families.cut_config(config, cut)
-        files = {CONFIG: encode_json(config_fields(config_file, new_config, cut.num_layers))}
+        new_config, content = cut_config_file(folder, config, cut)
+        files = {CONFIG: content}
         companions = base.companions()
         files |= rewrite_quantiser_files(folder, cut, families.text_config(config) is not config)
         # Of a folder, all files are checked: a loader may find a tensor in a file that the index does not name for it.
@@ -70,6 +73,12 @@ def plan_cut(source: Path | Base, drop_layers: Sequence[int]) -> CheckpointPlan:
         files=files,
         companions=tuple((name, size) for name, size in companions if name not in files),
     )
+
+
+def cut_config_file(folder: Path, config: PreTrainedConfig, cut: families.Cut) -> tuple[PreTrainedConfig, bytes]:
+    """The config that a cut leaves of a folder's, which is `config` as loaded, and the content of its file."""
+    new = families.cut_config(config, cut)
+    return new, encode_json(config_fields(read_json(folder / CONFIG), new, cut.num_layers))
 
 
 def execute_plan(plan: CheckpointPlan, folder: Path, *, link: bool = False, name: str | None = None) -> None:

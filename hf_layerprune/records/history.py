@@ -62,6 +62,12 @@ class History:
         return tuple(i for i in range(self.num_base_layers) if i not in set(self.kept))
 
     @property
+    def cuts(self) -> list[list[int]]:
+        """The layers that each cut dropped, as indices in the model that it began with."""
+        cuts = (stage.settings.get("drop_layers") for stage in self.stages if stage.name == "prune")
+        return [dropped for dropped in cuts if dropped]
+
+    @property
     def form(self) -> str:
         """`model`, or `adapter` if only the plan and the tuned tail were saved."""
         forms = [one.settings["form"] for one in self.stages if one.name != TRAIN and one.settings.get("form")]

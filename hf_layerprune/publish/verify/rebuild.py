@@ -18,7 +18,7 @@ from packaging.version import InvalidVersion, Version
 
 from ... import families
 from ...cut.base import Base as Checkpoint
-from ...cut.disk import copy_companions, execute_plan, plan_cut
+from ...cut.disk import copy_companions, cut_config_file, execute_plan, plan_cut
 from ...cut.header import FLOATS, read_header
 from ...cut.plan import CheckpointPlan
 from ...errors import CheckpointError, boundary
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
-
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class TensorHash(NamedTuple):
@@ -120,7 +118,7 @@ def inferred_dtype(files: Mapping[str, WeightFile], index: Mapping[str, Any] | N
     """
     stated = (index or {}).get("metadata", {}).get("dtype")
     first = files[min(files)].tensors
-    return stated or next((_DTYPES[first[name].dtype] for name in sorted(first) if first[name].dtype in FLOATS), None)
+    return stated or next((FLOATS[first[name].dtype] for name in sorted(first) if first[name].dtype in FLOATS), None)
 
 
 @dataclass(frozen=True)
@@ -206,6 +204,7 @@ def _copy_cut(history: History, base: Base, folder: Path) -> Expected:
     companions = [name for name, _ in plan.companions if not is_inert(name)]
     present = history.lineage.base.get("companions", companions)
     others = hash_files({name: plan.source / name for name in companions if name in present})
+    plan.files[CONFIG] = _cut_config(history, plan.source, folder.with_name("config"))
     others |= {name: hashlib.sha256(content).hexdigest() for name, content in plan.files.items()}
     weights = {}
     for shard in plan.shards:
@@ -224,6 +223,17 @@ def _copy_cut(history: History, base: Base, folder: Path) -> Expected:
     return replace(
         Expected.from_folder(folder, weights, others), lacked=tuple(name for name in companions if name not in present)
     )
+
+
+def _cut_config(history: History, source: Path, folder: Path) -> bytes:
+    """The config's file after all cuts, one at a time: what is rounded or fitted in each may differ from that of a single one."""
+    content = (source / CONFIG).read_bytes()
+    folder.mkdir()
+    for dropped in history.cuts:
+        (folder / CONFIG).write_bytes(content)
+        config = load_config(folder)
+        _, content = cut_config_file(folder, config, families.make_cut(config, dropped))
+    return content
 
 
 def _check_bytes(plan: CheckpointPlan, files: Mapping[str, Mapping[str, Any]]) -> None:
@@ -246,7 +256,8 @@ def _convert_cut(history: History, base: Base, folder: Path) -> Expected:
         raise CheckpointError(f"{base.source} is a GGUF file, and the model was cut from a folder")
     first, *later = map(_dtype, history.dtypes)
     model = load_mapped(base.source, revision=base.commit, dtype=first)
-    drop_layers(model, history.dropped)
+    for dropped in history.cuts:
+        drop_layers(model, dropped)
     for number, dtype in enumerate(later):  # each conversion may round
         step = folder.with_name(f"step-{number}")
         model.save_pretrained(step)
