@@ -91,8 +91,3 @@ def transport_error() -> type[Exception]:
 def trl_pads_by_itself() -> bool:
     """Whether TRL supports `pad_to_multiple_of="auto"`."""
     return _is_at_least("trl", "1.16")
-
-
-def trl_drops_rows_without_labels() -> bool:
-    """Whether TRL drops rows whose prompt fills `max_length`, which would have no labels."""
-    return _is_at_least("trl", "1.10")

@@ -11,7 +11,6 @@ from datasets import Dataset
 
 from ..errors import CutError, LayerPruneError
 from ..runtime.windows import max_positions
-from ..versions import trl_drops_rows_without_labels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -43,9 +42,8 @@ def keep_labelled_rows(rows: Any, args: HealConfig, given: Any, what: str = "tra
         masks = [row[name][1:limit] for name in ("completion_mask", "assistant_masks") if name in row]
         return any(map(all, zip(*masks, strict=True))) if masks else len(row["input_ids"]) > 1
 
-    if limit is None or not trl_drops_rows_without_labels():
-        rows = rows.filter(is_labelled)
-    if not any(map(is_labelled, rows)):
+    rows = rows.filter(is_labelled)
+    if not len(rows):
         within, way_out = ("", "") if limit is None else (f" within max_length={limit}", "raise max_length, or ")
         raise CutError(
             f"none of the {count} {what} rows has a labelled token{within}, after its first token: they are empty, or "
