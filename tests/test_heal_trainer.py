@@ -28,7 +28,6 @@ from hf_layerprune.heal.losses import HeadLoss, head_loss
 from hf_layerprune.heal.precompute import precompute
 from hf_layerprune.heal.prepared import keep_labelled_rows
 from hf_layerprune.heal.trainer import HealTrainer
-from hf_layerprune.versions import trl_drops_rows_without_labels
 
 from .heal_makers import TRL, Bench, losses, rows, trl_computes_losses, tuned, word_tokenizer
 from .tiny_models import EAGER
@@ -254,7 +253,6 @@ def test_rows_whose_length_is_known_are_said_to_be_cut_only_if_they_are(caplog: 
     assert "of 1 training rows, 1 reach max_length=8 and may have been cut" in caplog.text
 
 
-@pytest.mark.skipif(trl_drops_rows_without_labels(), reason="this TRL leaves these rows out itself")
 def test_answers_that_are_all_too_late() -> None:
     late = Dataset.from_list([{"input_ids": [5] * 8, "assistant_masks": [0] * 6 + [1] * 2}] * 3)
     with pytest.raises(LayerPruneError, match="none of the 3 training rows"):
@@ -298,8 +296,8 @@ def test_rows_that_are_all_too_long(llama: Bench) -> None:
 
 @pytest.mark.parametrize("max_length", [None, 32])
 def test_rows_without_tokens_are_left_out(llama: Bench, max_length: int | None) -> None:
-    """Nothing could be computed for a batch of them."""
-    ids = [[3, 4, 5]] * 4 + [[]] * 5
+    """Nothing could be computed for a batch of them, and one token alone teaches nothing."""
+    ids = [[3, 4, 5]] * 4 + [[]] * 5 + [[9]] * 3
     trainer = llama.trainer(rows_=Dataset.from_dict({"input_ids": ids, "labels": ids}), max_length=max_length)
     assert trainer.train_dataset["input_ids"][:] == ids[:4]
 
@@ -322,6 +320,14 @@ def test_teacher_of_another_depth(llama: Bench) -> None:
     trainer.teacher_model = AutoModelForCausalLM.from_pretrained(llama.pruned)
     with pytest.raises(CheckpointError, match=r"the teacher .* has 6 layers, but this model is cut from one with 8"):
         trainer.train()
+
+
+def test_a_compiled_teacher_teaches_the_same(llama: Bench) -> None:
+    plain, compiled = llama.trainer(loss="kd"), llama.trainer(loss="kd")
+    compiled.teacher_model = torch.compile(compiled.teacher_model, backend="eager")
+    for trainer in (plain, compiled):
+        trainer.train()
+    assert losses(compiled) == pytest.approx(losses(plain))
 
 
 def test_no_teacher(llama: Bench) -> None:

@@ -93,7 +93,7 @@ class _Precomputation:
             caches["prefix"] = self._make_cache("prefix", self.state_bytes, source)
         teacher = None
         if args.distils:
-            dense = self.trainer.teacher_model or args.teacher
+            dense = args.teacher if self.trainer.teacher_model is None else self.trainer.teacher_model
             if dense is None:
                 raise CutError(f"{args.teacher_setting} needs the dense model; specify it with teacher=...")
             depths = self.trainer.feature_phase.teacher_depths if self.trainer.feature_phase else ()
