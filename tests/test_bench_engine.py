@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFValueType
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, PreTrainedConfig
 
@@ -27,7 +28,7 @@ from hf_layerprune.records.figures.results import build_results
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.records.metrics import Metrics
 
-from .gguf_makers import all_of, make_gguf, number
+from .gguf_makers import all_of, array, make_gguf, number
 from .measure_models import byte_tokenizer, write_gguf
 
 pytestmark = pytest.mark.processes
@@ -167,6 +168,9 @@ def test_of_a_mixture_the_experts_in_use_count(tmp_path):
         work = Workload(batch, 8, 4)
         assert mixture.estimate("decode", work) == dense.estimate("decode", work) - bytes_idle * idle
         assert mixture.estimate("prefill", work) == dense.estimate("prefill", work) - weights_idle
+    by_layer = array("llama.expert_used_count", [8, 2, 8, 8, 2, 8], GGUFValueType.UINT32)
+    own = _cost(make_gguf(tmp_path / "own.gguf", more=all_of(number("llama.expert_count", 8), by_layer)))
+    assert own.estimate("prefill", work) == dense.estimate("prefill", work) - weights_idle * 2 / 6
 
 
 # Heads of 32, as its kernels want.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 from ..cut.gguf import gguf_layer_count
 from ..errors import CutError, LayerPruneError
 from ..families import layer_count
-from ..files.gguf_header import architecture_of, integer_value, read_header
+from ..files.gguf_header import GGUFHeader, architecture_of, integer_value, read_header
 from ..runtime.loading import load_config
 from .cost import empty_model, share_in_use, theoretical_cost
 from .engines import EngineError, EngineTimings
@@ -24,6 +25,7 @@ from .subject import Subject
 
 # By their names in `ENGINES`.
 _ENGINES: dict[str, type[LlamaCpp | Vllm]] = {LlamaCpp.name: LlamaCpp, Vllm.name: Vllm}
+_EXPERTS = re.compile(r"blk\.(\d+)\.\w+_exps\.")
 
 
 class EngineBench(Measurement):
@@ -55,8 +57,8 @@ class EngineBench(Measurement):
             self.add_model(one, cost.layers, cost.parameters, {"dtype": timed.dtype, "device": timed.device})
         self.store.versions[self.engine.name] = timed.version
         self.machine = {"engine": self.engine.name, "weights": timed.dtype, **timed.settings}
-        weights = {str(path): weights for weights, path in self.paths.items()}
-        runs = {work: {weights[path]: found[path] for path in found} for work, found in timed.runs.items()}
+        paths = {weights: str(path) for weights, path in self.paths.items()}
+        runs = {work: {w: found[path] for w, path in paths.items()} for work, found in timed.runs.items()}
         self.record_speeds(runs, lambda weights, phase, work: costs[weights].estimate(phase, work), start)
 
     def _time(self, workloads: list[Workload]) -> EngineTimings:
@@ -139,9 +141,7 @@ def _cost(path: Path) -> _Cost:
 def _gguf_cost(path: Path) -> _Cost:
     """The layers' parameters per prompt token, and the bytes per generated token; of experts, those in use."""
     header = read_header(path)
-    architecture = architecture_of(header)
-    keys = (f"{architecture}.expert_used_count", f"{architecture}.expert_count")
-    used, experts = (integer_value(header, header.keys[key]) if key in header.keys else 1 for key in keys)
+    shares = _expert_shares(header)
     sizes = {tensor.name: math.prod(tensor.dimensions) for tensor in header.tensors}
     tied = "output.weight" not in sizes
     layers = {name: float(size) for name, size in sizes.items() if name.startswith("blk.")}
@@ -149,7 +149,21 @@ def _gguf_cost(path: Path) -> _Cost:
 
     def estimate(kind: str, work: Workload) -> float:
         counted, batch = (read, work.batch) if kind == "decode" else (layers, 1)
-        in_use = share_in_use(used / max(experts, 1), batch)
-        return sum(size * (in_use if "_exps." in name else 1) for name, size in counted.items())
+        return sum(size * share_in_use(shares.get(name, 1), batch) for name, size in counted.items())
 
     return _Cost(gguf_layer_count(path), sum(sizes.values()), estimate)
+
+
+def _expert_shares(header: GGUFHeader) -> dict[str, float]:
+    """The share of the experts that a token uses, by each tensor that holds the weights of several."""
+    architecture = architecture_of(header)
+    used, experts = (header.keys.get(f"{architecture}.expert_{name}") for name in ("used_count", "count"))
+    if used is None or experts is None:
+        return {}
+    total, shares = max(integer_value(header, experts), 1), {}
+    for tensor in header.tensors:
+        if found := _EXPERTS.match(tensor.name):
+            layer = int(found[1]) if used.is_array else 0  # one number for all layers, or one for each
+            if layer < len(used.values):
+                shares[tensor.name] = min(used.values[layer] / total, 1)
+    return shares
