@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,7 +14,7 @@ from .. import families
 from ..cut.base import Base
 from ..cut.disk import plan_cut
 from ..cut.patch import check_repairable_weights
-from ..errors import CheckpointError, CutError
+from ..errors import CheckpointError, CutError, UnsupportedModelError
 from ..families.engines import REMEDY, describe_misread_layers
 from ..files.folders import check_target, new_folder
 from ..layer_ranges import describe_layers
@@ -247,11 +248,18 @@ def _choose_layers(
     protected = families.protected_layers(config)
     dropped = select_layers(families.layer_count(config), request, protected, target)
     if request.criterion == "reverse_order":
-        from ..cut.sizes import Sizes
+        _suggest_block(request, config)
+    return dropped, None, target
 
+
+def _suggest_block(request: PruneRequest, config: PreTrainedConfig) -> None:
+    """Say of a small model that a block in the middle is better to drop, if its type is not refused at finding one."""
+    from ..cut.sizes import Sizes
+
+    with suppress(UnsupportedModelError):
+        families.check_stage(config, "rank")
         if Sizes(config, request.base, revision=request.revision).parameters() < PAPER_SIZE:
             logger.info(
                 "the last layers go, as in the paper, whose models have 7B and 8B parameters; on small models, dropping a block in "
                 "the middle does far better: --criterion auto --contiguous"
             )
-    return dropped, None, target
