@@ -22,6 +22,7 @@ from hf_layerprune.options import format_bytes
 from .folders import snapshot
 from .limits import largest_file
 from .matrix import logits as logits_of, realign
+from .measure_models import write_gguf
 from .tiny_models import EAGER, tiny_config, tiny_input, tiny_model
 
 
@@ -333,6 +334,18 @@ def test_inspect_of_given_layers(base: Path, tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().err == "hf-layerprune: --drop-layers has 8, but the model's layers are 0..7\n"
 
 
+def test_inspect_of_a_gguf_file_is_about_a_cut_that_stays_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, cut = write_gguf(tmp_path / "base.gguf"), tmp_path / "pruned.gguf"
+    assert main(["inspect", str(base), "--drop-layers", "2", "--json"]) == 0
+    size = json.loads(capsys.readouterr().out)["file_bytes"][1]
+    assert main(["inspect", str(base), "--drop-layers", "2"]) == 0
+    assert capsys.readouterr().out.endswith(f"next: hf-layerprune prune {base} pruned.gguf --drop-layers 2\n")
+    assert main(["prune", str(base), str(cut), "--drop-layers", "2"]) == 0
+    assert cut.stat().st_size == size
+
+
 @pytest.mark.parametrize(
     ("words", "is_told"),
     [
@@ -348,6 +361,14 @@ def test_prune_says_that_the_default_suits_large_models(
     caplog.set_level("INFO", "hf_layerprune")
     assert main(["prune", str(base), str(tmp_path / "a"), *words]) == 0
     assert ("a block in the middle does far better: --criterion auto" in caplog.text) == is_told
+
+
+def test_prune_does_not_advise_what_it_would_refuse(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "hf_layerprune")
+    tiny_model("xlnet").save_pretrained(tmp_path / "base")
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "a"), "--drop", "1"]) == 0
+    assert "does far better" not in caplog.text
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "b"), "--criterion", "auto", "--contiguous"]) == 1
 
 
 def test_prune_does_not_advise_against_the_paper_for_its_own_models(
