@@ -32,6 +32,7 @@ from hf_layerprune.heal.methods import parse_method
 from hf_layerprune.heal.preflight import dry_run_training
 from hf_layerprune.heal.student import Student, adapter_config, check_teacher_config, load_student
 from hf_layerprune.measure.requests import EvalRequest
+from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.runtime.loading import load_config
 from hf_layerprune.runtime.model_class import without_zero3
 from hf_layerprune.versions import installed_version
@@ -320,6 +321,20 @@ def test_what_has_an_effect_is_accepted(
     *parsed, _ = recipe.make_parser().parse_args_and_config(words(folder, run, **settings))
     student = preflight.check_run(*parsed)
     assert (student is not None) == ("model_name_or_path" in settings)
+
+
+def test_a_pruned_model_without_records_is_named(
+    recipe: ModuleType, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As `save_pretrained` writes it; what is healed from it can't have the records of a cut either."""
+    pruned = Path(shutil.copytree(folder / "pruned", tmp_path / "pruned"))
+    *parsed, _ = recipe.make_parser().parse_args_and_config(words(folder, tmp_path / "run", model_name_or_path=pruned))
+    preflight.check_run(*parsed)
+    assert f"{pruned} has no lineage.json, so the healed model will have no card" in caplog.text
+    caplog.clear()
+    Lineage({"id": "org/base"}).record(pruned, {"stage": "prune", "settings": {"drop_layers": [3, 4]}})
+    preflight.check_run(*parsed)
+    assert "lineage.json" not in caplog.text
 
 
 class _ZeRO3:

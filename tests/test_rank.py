@@ -317,6 +317,15 @@ def test_packed_weights_leave_the_criteria_that_need_none() -> None:
         score_layers(model, rows, ["taylor"], drop=1)
 
 
+def test_weights_that_torchao_packs_say_that_they_are_floats() -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = tiny_model("llama").to(torch.bfloat16)
+    quantize_(model.model.layers[1], Int8WeightOnlyConfig())
+    with pytest.raises(UnsupportedModelError, match="layer 1 has packed weights"):
+        score_layers(model, None, ["magnitude_l1"], drop=1)
+
+
 def test_without_output_or_text(base: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["rank", str(base), "--criterion", "magnitude_l1,reverse_order", "--drop", "2"]) == 0
     out, err = capsys.readouterr()

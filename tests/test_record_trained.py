@@ -134,6 +134,14 @@ def test_training_that_changed_nothing_or_diverged_is_no_stage(
     assert not (tmp_path / "output").exists()
 
 
+def test_an_adapter_is_what_was_trained_never_the_source(place: Path, tmp_path: Path) -> None:
+    words = ["--drop-layers", "1", "--adapter", "--tune-layers", "1"]
+    assert main(["prune", str(place / "base"), str(tmp_path / "adapter"), *words]) == 0
+    with pytest.raises(CheckpointError, match="prune the base in the same way without adapter=True, specify that"):
+        record_trained(tmp_path / "adapter", tmp_path / "adapter", tmp_path / "output")
+    assert not (tmp_path / "output").exists()
+
+
 def chat_template(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
 

@@ -32,6 +32,12 @@ def test_drop_out_of_range(drop: object) -> None:
         drop_count(drop, 8)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("drop", [0.25, 1])
+def test_a_model_of_one_layer_keeps_it(drop: float | int) -> None:
+    with pytest.raises(CutError, match="only one layer, which must stay"):
+        drop_count(drop, 1)
+
+
 @given(
     layers=st.integers(2, 60),
     data=st.data(),

@@ -15,6 +15,7 @@ from ..families import check_stage, check_trainable, layer_count
 from ..families.fields import cut_without
 from ..options import AMOUNTS, CutOptions, option_fields, refuse_unused
 from ..records.fingerprints import CONFIG
+from ..records.lineage import FILE_NAME, Lineage
 from ..runtime.loading import is_hub_id, load_config
 from ..runtime.model_class import model_without_weights, without_zero3
 from ..runtime.windows import check_context
@@ -75,6 +76,13 @@ def check_run(
     check_cut(cut_args, name, cut is not None)
     check_method(args, model_args, cut_args, config)
     student = None if cut is None else Student.load(name, revision)
+    if student is not None and Lineage.load(student.folder) is None:
+        logger.warning(
+            "%s has no %s, so the healed model will have no card, and can't be pushed or verified; hf-layerprune prune and "
+            "prune_model write one",
+            name,
+            FILE_NAME,
+        )
     output = Path(str(args.output_dir))
     if is_finished and student is None and not (output / "pruned").exists():
         raise CheckpointError(

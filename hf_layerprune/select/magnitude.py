@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
+from ..runtime.precision import is_packed
 from .passes import Observer, damaged_weights_error
 from .registry import ORIGINAL, Criterion
 from .scores import Scores
@@ -56,7 +57,7 @@ def weight_matrices(layer: nn.Module, index: int) -> list[nn.Parameter]:
     """
     matrices = {name: parameter for name, parameter in layer.named_parameters() if not name.endswith("bias")}
     for name, parameter in matrices.items():
-        if not parameter.is_floating_point():
+        if is_packed(parameter):
             raise UnsupportedModelError(
                 f"layer {index} has packed weights ({name}), whose norms are meaningless; load the model without "
                 "quantisation, or use another criterion"

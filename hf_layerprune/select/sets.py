@@ -20,6 +20,8 @@ def drop_count(drop: float | int | None, num_layers: int) -> int:
         CutError: The setting is out of range, or would drop no layer or all of them.
     """
     drop = check_value("drop", drop, DROP)
+    if num_layers == 1:
+        raise CutError("the model has only one layer, which must stay")
     if isinstance(drop, int):
         if drop >= num_layers:
             raise CutError(f"drop={drop} would drop all {num_layers} layers of the model; at least one must stay")

@@ -76,7 +76,13 @@ def record_trained(
     names = [data] if isinstance(data, str | Path) else [*data]
     if not all(isinstance(name, str | Path) for name in names):
         raise LayerPruneError("data must be the names of data sets, such as ['org/name']")
-    student, after = Student.load(source), Path(trained).expanduser()
+    before, after = Path(source).expanduser(), Path(trained).expanduser()
+    if (before / ADAPTER_CONFIG).is_file() and not (before / CONFIG).is_file():
+        raise CheckpointError(
+            f"{source} is an adapter, and the source must be a whole model; prune the base in the same way without adapter=True, "
+            "specify that as the source, and the adapter as what was trained"
+        )
+    student = Student.load(source)
     lineage = load_lineage_of_weights(student.folder, str(source))
     _check_trained(student, after)
     own = Lineage.load(after)
