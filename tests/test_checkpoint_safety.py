@@ -491,6 +491,13 @@ def test_a_file_that_could_not_be_written_stays_as_it_was(tmp_path, raised, matc
     assert (tmp_path / "file").read_text() == "old"
 
 
+@linux
+def test_a_file_that_the_system_can_t_read_is_named() -> None:
+    path = Path("/proc/self/mem")  # nothing is mapped at its start
+    with files.LocalFile(path) as file, pytest.raises(CheckpointError, match=f"could not read {path}: Input/output"):
+        file.read(0, 8)
+
+
 def test_a_folder_that_was_not_written_leaves_none_above_it(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     with pytest.raises(ZeroDivisionError), folders.new_folder(tmp_path / "mine" / "new" / "er" / "cut"):

@@ -645,6 +645,9 @@ def test_a_bias_beside_a_weight_that_was_trained(tmp_path: Path) -> None:
     weight, bias = "transformer.ln_f.weight", "transformer.ln_f.bias"
     edit(tmp_path / "cut", lambda tensors: tensors[bias].add_(1), record={"changed_tensors": [weight]})
     assert f"tensors: {bias} differs from the base's" in said(verify(tmp_path / "cut"), False)
+    edit(tmp_path / "cut", lambda tensors: [tensors.pop(bias), tensors[weight].add_(1)])
+    claim(tmp_path / "cut")
+    assert f"tensors: {bias} is missing" in said(verify(tmp_path / "cut"), False)
 
 
 def test_a_card_that_was_edited(cut: Path) -> None:

@@ -297,6 +297,20 @@ def test_the_version_by_which_a_tokenizer_is_read(tmp_path: Path, capsys: pytest
     assert reads_another_tokenizer(early, release, {"fix_mistral_regex": True})
 
 
+def test_a_tokenizer_that_is_read_in_another_way_without_the_base_s_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = write_base(tmp_path / "base"), tmp_path / "adapter"
+    edit_json("config.json", transformers_version="4.57.3")(base)
+    edit_json("tokenizer_config.json", fix_mistral_regex=True)(base)
+    assert main(["prune", str(base), str(adapter), "--drop-layers", "2", "--adapter"]) == 0
+    assert says(adapter, capsys)[0] == 0
+    copy_tokenizer(adapter, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    forge(adapter)
+    code, said = says(adapter, capsys)
+    assert (code, "fix_mistral_regex, which has no effect without the base's config.json" in said) == (1, True), said
+
+
 def test_a_config_in_the_words_of_an_older_transformers(cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = cut / "config.json"
     fields = json.loads(path.read_text())
@@ -673,6 +687,16 @@ def test_a_quantising_that_can_t_be_followed(
         Lineage.load(cut).record(cut, invent(stage="quantize", settings=one))
     code, said = says(cut, capsys, "--accept-trained")
     assert (code, message in said) == (1, True), said
+
+
+def test_a_base_whose_other_files_were_changed_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, cut = write_base(tmp_path / "base"), tmp_path / "cut"
+    assert main(["prune", str(base), str(cut), "--drop-layers", "2"]) == 0
+    for folder in (base, cut):
+        edit_json("tokenizer_config.json", eos_token="w5")(folder)
+    forge(cut)
+    code, said = says(cut, capsys)
+    assert (code, "is not the base that lineage.json names: tokenizer_config.json differ" in said) == (1, True), said
 
 
 def test_a_base_inside_the_model(place: Path, cut: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -315,6 +315,11 @@ def _check_files(model: ModelLocation, history: History, expected: Expected, out
     if others or not model.is_adapter:  # of some files alone, another tokenizer would be loaded than the base's
         unneeded = {CONFIG, GENERATION, INDEX} if model.is_adapter else set()
         texts += [f"{name} is missing" for name in sorted(wanted.keys() - here.keys() - unneeded)]
+    if model.is_adapter and _TOKENIZER in model.hashes:
+        # transformers takes a tokenizer without a config beside it for one of version 5.
+        told, alone = read_object(model.path(_TOKENIZER)), {"transformers_version": "5.0.0"}
+        if reads_another_tokenizer(alone, expected.raw_config, told):
+            texts.append(f"{_TOKENIZER} has fix_mistral_regex, which has no effect without the base's {CONFIG}")
     if expected.lacked:
         text = f"{LINEAGE} says that the copy of the base that was cut lacked {', '.join(expected.lacked)}"
         outcome.add(None, "files", text[:300])
