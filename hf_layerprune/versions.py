@@ -91,3 +91,8 @@ def transport_error() -> type[Exception]:
 def trl_pads_by_itself() -> bool:
     """Whether TRL supports `pad_to_multiple_of="auto"`."""
     return _is_at_least("trl", "1.16")
+
+
+def trl_cuts_batches() -> bool:
+    """Whether TRL cuts rows to `max_length` as it makes batches of them, and not when it prepares them."""
+    return not _is_at_least("trl", "1.8")

@@ -253,11 +253,19 @@ def test_rows_whose_length_is_known_are_said_to_be_cut_only_if_they_are(caplog: 
     assert "of 1 training rows, 1 reach max_length=8 and may have been cut" in caplog.text
 
 
-def test_answers_that_are_all_too_late() -> None:
+def test_answers_that_are_all_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepared rows are cut already, or never will be, unless TRL cuts them as it makes batches."""
     late = Dataset.from_list([{"input_ids": [5] * 8, "assistant_masks": [0] * 6 + [1] * 2}] * 3)
+
+    def kept(**settings: Any) -> int:
+        return len(keep_labelled_rows(late, HealConfig(output_dir="none", use_cpu=True, **settings), late))
+
+    monkeypatch.setattr("hf_layerprune.heal.prepared.trl_cuts_batches", lambda: True)
     with pytest.raises(LayerPruneError, match="none of the 3 training rows"):
-        keep_labelled_rows(late, HealConfig(output_dir="none", max_length=4, use_cpu=True), late)
-    assert len(keep_labelled_rows(late, HealConfig(output_dir="none", max_length=7, use_cpu=True), late)) == 3
+        kept(max_length=4)
+    assert kept(max_length=7) == kept(max_length=4, truncation_mode="keep_end") == 3
+    monkeypatch.setattr("hf_layerprune.heal.prepared.trl_cuts_batches", lambda: False)
+    assert kept(max_length=4) == 3
 
 
 def test_offloaded_weights_are_not_trained(llama: Bench, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from ..errors import CutError, LayerPruneError
 from ..runtime.windows import max_positions
+from ..versions import trl_cuts_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -33,13 +34,13 @@ def keep_labelled_rows(rows: Any, args: HealConfig, given: Any, what: str = "tra
         return {name: keep_labelled_rows(part, args, given[name], what) for name, part in rows.items()}
     if not isinstance(rows, Dataset):
         return rows
-    limit, count = args.max_length, len(given)
+    limit, count, kept = args.max_length, len(given), _part_in_batches(args)
 
     def is_labelled(row: dict[str, Any]) -> bool:
         """Whether a token has a label, apart from the first, which nothing predicts."""
         if "labels" in row:
-            return any(label != -100 for label in row["labels"][1:limit])
-        masks = [row[name][1:limit] for name in ("completion_mask", "assistant_masks") if name in row]
+            return any(label != -100 for label in row["labels"][kept][1:])
+        masks = [row[name][kept][1:] for name in ("completion_mask", "assistant_masks") if name in row]
         return any(map(all, zip(*masks, strict=True))) if masks else len(row["input_ids"]) > 1
 
     rows = rows.filter(is_labelled)
@@ -59,16 +60,23 @@ def keep_labelled_rows(rows: Any, args: HealConfig, given: Any, what: str = "tra
     return rows
 
 
+def _part_in_batches(args: HealConfig) -> slice:
+    """What batches have of a prepared row: TRL below 1.8 cuts rows only as it makes batches of them."""
+    if args.max_length is None or args.padding_free or not trl_cuts_batches():
+        return slice(None)
+    return slice(-args.max_length, None) if args.truncation_mode == "keep_end" else slice(args.max_length)
+
+
 def check_lengths(train: Dataset, evaluated: Any, config: PreTrainedConfig, args: HealConfig) -> None:
     """Refuse prepared rows, in any set that is not streamed, that are longer than a model's context."""
     others = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
-    most, limit = max_positions(config), None if args.padding_free else args.max_length
+    most, kept = max_positions(config), _part_in_batches(args)
     for rows in (train, *others):
         if most is None or not isinstance(rows, Dataset):
             continue
         packed = "seq_lengths" in rows.column_names
         longest = max(map(max, rows["seq_lengths"]) if packed else map(len, rows["input_ids"]), default=0)
-        if min(longest, limit or longest) > most:  # TRL below 1.8 cuts rows only as it makes batches of them
+        if len(range(longest)[kept]) > most:
             raise CutError(f"a row has {longest} tokens, and the model {most} positions; use max_length={most}")
 
 
