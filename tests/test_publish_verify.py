@@ -348,23 +348,27 @@ def test_an_adapter(place: Path, tmp_path: Path) -> None:
     assert "tensors: model.layers.0.mlp.up_proj.weight differs from the base's" in said(found, False)
 
 
-def test_an_adapter_with_norms_that_transformers_keeps_in_float32(tmp_path: Path) -> None:
-    """In memory, and so in the adapter, they are in float32; the base on disk has them in float16."""
-    tiny_model("gpt_oss").to(torch.float16).save_pretrained(tmp_path / "base")
+@pytest.mark.parametrize(
+    ("model_type", "dtype", "part"),
+    [("gpt_oss", torch.float16, "input_layernorm"), ("kimi_linear", torch.bfloat16, "gate.e_score_correction_bias")],
+)
+def test_an_adapter_with_parts_that_transformers_keeps_in_float32(
+    model_type: str, dtype: torch.dtype, part: str, tmp_path: Path
+) -> None:
+    """In memory, and so in the adapter, they are in float32; the base on disk has them in 16 bits."""
+    tiny_model(model_type).to(dtype).save_pretrained(tmp_path / "base")
     words = ["--drop-layers", "2", "--adapter", "--tune-layers", "2"]
     assert main(["prune", str(tmp_path / "base"), str(tmp_path / "small"), *words]) == 0
     path = tmp_path / "small" / "adapter_model.safetensors"
     tensors = load_file(path)
-    norm = next(name for name in tensors if name.endswith("input_layernorm.weight"))
-    assert tensors[norm].dtype == torch.float32
+    kept = next(name for name in tensors if part in name)
+    assert tensors[kept].dtype == torch.float32
     found = verify(tmp_path / "small")
     assert found.good, said(found)
-    tensors[norm][3] += 1e-5  # less than float16 tells apart
+    tensors[kept][3] += 1e-5  # less than 16 bits tell apart
     save_file(tensors, path)
     claim(tmp_path / "small")
-    assert re.search(
-        r"input_layernorm.weight is F32\[32\], and the base's is F16", said(verify(tmp_path / "small"), False)
-    )
+    assert re.search(rf"{part}\S* is F32\S+, and the base's is B?F16", said(verify(tmp_path / "small"), False))
 
 
 def test_an_adapter_with_a_head_of_its_own(tmp_path: Path) -> None:

@@ -161,17 +161,18 @@ def _restore_types(student: Student, model: PreTrainedModel) -> None:
     with ExitStack() as files:
         where = _open_weights(student.folder, files)
         types = {name: _TYPES.get(file.get_slice(name).get_dtype()) for name, file in where.items()}
-        loaded = {name: parameter for name, parameter in model.named_parameters() if parameter.is_floating_point()}
-        if len({*types.values(), *(parameter.dtype for parameter in loaded.values())}) == 1:
+        named = (*model.named_parameters(), *model.named_buffers())
+        loaded = {name: tensor for name, tensor in named if tensor.is_floating_point()}
+        if len({*types.values(), *(tensor.dtype for tensor in loaded.values())}) == 1:
             return
         stored = stored_names(model.config, loaded)
-        for name, parameter in loaded.items():
+        for name, tensor in loaded.items():
             own = stored.get(name, name)
-            if types.get(own) in (None, parameter.dtype):
+            if types.get(own) in (None, tensor.dtype):
                 continue
             old = where[own].get_tensor(own)
-            if old.to(parameter.dtype).equal(parameter.data.cpu()):
-                parameter.data = old.to(parameter.device)
+            if old.to(tensor.dtype).equal(tensor.data.cpu()):
+                tensor.data = old.to(tensor.device)
 
 
 def _record_repair(config: LayerDropConfig, lineage: Lineage) -> None:

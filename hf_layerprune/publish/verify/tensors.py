@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -101,9 +101,7 @@ def check_tensors(
     changed = {in_cut(name): by for name, by in history.changed().items()}
     files: dict[str, WeightFile] = {}
     if modules is not None:
-        unknown = [name for name in modules if in_cut(name) not in tensors]
-        modules = _to_stored_types(model, modules, {name: tensors.get(in_cut(name)) for name in modules})
-        stored = _to_stored_names(model, expected, modules, unknown)
+        stored = _to_stored(model, expected, modules, in_cut)
     else:
         files, index = read_weights(model, expected)
         stored = [one for file in files.values() for one in file.tensors.items()]
@@ -233,39 +231,28 @@ def _missing_prefix(expected: Expected) -> str:
     return "" if any(name.startswith(prefix) for name in expected.tensors) else prefix
 
 
-def _to_stored_types(
-    model: ModelLocation, modules: Mapping[str, TensorHash], wanted: Mapping[str, TensorHash | None]
-) -> dict[str, TensorHash]:
-    """An adapter's tensors, each in the type that it should have if its values are the same in it: parts of a float16 model
-    are in float32 once transformers has loaded them.
-    """
-    import torch
-
-    types = {
-        name: other.dtype
-        for name, other in wanted.items()
-        if other and {other.dtype, modules[name].dtype} <= FLOATS.keys()
-    }
-    others = [name for name, dtype in types.items() if dtype != modules[name].dtype]
-    found = dict(modules)
-    for name, value in _read_adapter(model, others).items():
-        narrow = value.to(getattr(torch, FLOATS[types[name]]))
-        if narrow.to(value.dtype).equal(value):
-            found[name] = _hash_tensor(narrow, types[name])
-    return found
-
-
-def _to_stored_names(
-    model: ModelLocation, expected: Expected, modules: Mapping[str, TensorHash], unknown: Collection[str]
+def _to_stored(
+    model: ModelLocation, expected: Expected, modules: Mapping[str, TensorHash], in_cut: Callable[[str], str]
 ) -> list[tuple[str, TensorHash]]:
-    """An adapter's tensors by name, of which the unknown ones are replaced by what its base's checkpoint stores for them: some
-    types have other names there, or several tensors for one, or one for several.
+    """An adapter's tensors by name, as its base's checkpoint stores them.
+
+    Some types have other names there, or several tensors for one, or one for several. And transformers loads parts of some
+    16-bit models in float32; in the type that they should have, their values must be the same.
     """
-    values = _read_adapter(model, unknown)
+    tensors = expected.tensors
+    unknown = [name for name in modules if in_cut(name) not in tensors]
+    others = [
+        name for name, tensor in modules.items() if name not in unknown and tensor.dtype != tensors[in_cut(name)].dtype
+    ]
+    values = _read_adapter(model, [*unknown, *others])
     types = {value.dtype: modules[name].dtype for name, value in values.items()}
-    with boundary(_NO_MODEL):
-        parts = stored_tensors(expected.model_config, values) if values else {}
-    hashed = {name: _hash_tensor(value, types[value.dtype]) for name, value in parts.items()}
+    parts = {name: values[name] for name in others}
+    if unknown:
+        with boundary(_NO_MODEL):
+            parts |= stored_tensors(expected.model_config, {name: values[name] for name in unknown})
+    hashed = {
+        name: _hash_tensor(value, types[value.dtype], tensors.get(in_cut(name))) for name, value in parts.items()
+    }
     return [*((name, tensor) for name, tensor in modules.items() if name not in values), *hashed.items()]
 
 
@@ -278,9 +265,14 @@ def _read_adapter(model: ModelLocation, names: Collection[str]) -> dict[str, tor
         return {name: file.get_tensor(f"{_ADAPTER_PREFIX}{name}") for name in names}
 
 
-def _hash_tensor(value: torch.Tensor, dtype: str) -> TensorHash:
+def _hash_tensor(value: torch.Tensor, dtype: str, wanted: TensorHash | None) -> TensorHash:
+    """The hash of a tensor; in the wanted type, if its values are the same in that."""
     import torch
 
+    if wanted is not None and {dtype, wanted.dtype} <= FLOATS.keys():
+        narrow = value.to(getattr(torch, FLOATS[wanted.dtype]))
+        if narrow.to(value.dtype).equal(value):
+            value, dtype = narrow, wanted.dtype
     data = value.reshape(-1).view(torch.uint8).numpy().tobytes()
     return TensorHash(dtype, tuple(value.shape), hashlib.sha256(data).hexdigest())
 
