@@ -105,6 +105,19 @@ def test_both_are_timed_in_turns_beside_what_theory_allows(llama_bench, files, c
     assert "decode throughput, tokens/s, in llama.cpp all F32" in card
 
 
+def test_theory_is_not_timed(llama_bench, files, tmp_path, monkeypatch):
+    clock = [0.0]
+
+    def slow_cost(path):
+        clock[0] += 1000
+        return _cost(path)
+
+    monkeypatch.setattr("hf_layerprune.measure.engine_bench._cost", slow_cost)
+    monkeypatch.setattr("hf_layerprune.measure.engine_bench.perf_counter", lambda: clock[0])
+    assert bench(files["cut"], files["base"], "--output", str(tmp_path / "speed.json")) == 0
+    assert {one["seconds"] for one in Metrics.load_file(tmp_path / "speed.json").results} == {0}
+
+
 def test_files_alone_are_timed_as_well(llama_bench, files, tmp_path, capsys):
     assert bench(files["cut"], files["base"], "--output", str(tmp_path / "speed.json")) == 0
     assert len(Metrics.load_file(tmp_path / "speed.json").results) == 8

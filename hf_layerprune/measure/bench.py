@@ -71,7 +71,8 @@ class _Bench(Measurement):
         start = perf_counter()
         with boundary("the models can't be timed", kind=LayerPruneError):
             timed = time_models(models, request.workloads, repeats=request.repeats)
-        self.record_speeds(timed, lambda weights, phase, work: theoretical_cost(models[weights], phase, work), start)
+        taken = perf_counter() - start
+        self.record_speeds(timed, lambda weights, phase, work: theoretical_cost(models[weights], phase, work), taken)
 
     @property
     def _largest_workload(self) -> Workload:

@@ -51,6 +51,7 @@ class EngineBench(Measurement):
                 )
         start = perf_counter()
         timed = self._time(workloads)
+        taken = perf_counter() - start
         costs = {one.weights: _cost(self.paths[one.weights]) for one in self.subjects}
         for one in self.subjects:
             cost = costs[one.weights]
@@ -59,7 +60,7 @@ class EngineBench(Measurement):
         self.machine = {"engine": self.engine.name, "weights": timed.dtype, **timed.settings}
         paths = {weights: str(path) for weights, path in self.paths.items()}
         runs = {work: {w: found[path] for w, path in paths.items()} for work, found in timed.runs.items()}
-        self.record_speeds(runs, lambda weights, phase, work: costs[weights].estimate(phase, work), start)
+        self.record_speeds(runs, lambda weights, phase, work: costs[weights].estimate(phase, work), taken)
 
     def _time(self, workloads: list[Workload]) -> EngineTimings:
         where: dict[str, Any] = {"dtype": self.request.dtype, "device": self.device}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LayerPruneError
@@ -94,13 +93,13 @@ class Measurement:
         self,
         timed: Mapping[Workload, Mapping[str, Sequence[Mapping[str, float]]]],
         theory: Callable[[str, str, Workload], float | None],
-        started: float,
+        taken: float,
     ) -> None:
-        """Record the runs of workloads, which were timed since a time: the metrics of each, by the hash of the weights.
+        """Record the runs of workloads: the metrics of each, by the hash of the weights. They took so many seconds in all.
 
         `theory` is the cost of a workload in any unit, for the hash of the weights and `"prefill"` or `"decode"`.
         """
-        seconds = round((perf_counter() - started) / max(1, len(timed)), 3)
+        seconds = round(taken / max(1, len(timed)), 3)
         for work, runs in timed.items():
             costs = {
                 phase: {weights: theory(weights, phase, work) for weights in runs} for phase in ("prefill", "decode")
