@@ -176,7 +176,7 @@ def load_calibration(
         from .self_text import generate_text
 
         logger.info(
-            "the dense model writes %s of %d tokens to calibrate on, which is slow on a CPU; text of your own saves this",
+            "the dense model writes %s of %d tokens to calibrate on, which is slow on a CPU; text of your own avoids this",
             pluralize(samples, "row"),
             length,
         )
