@@ -119,8 +119,8 @@ class Repairability(Observer):
     def scores(self) -> Scores:
         if not self.shares:
             raise UnsupportedModelError(
-                "no layer of this model has an output projection that a linear map could be folded into (each is "
-                "followed by a norm, say), so repairability has no scores; use kl or perplexity"
+                "no layer of this model has an output projection that a linear map could be folded into (they are quantised "
+                "or followed by a norm, say), so repairability has no scores; use kl or perplexity"
             )
         return Scores("repairability", ORIGINAL, self.alive, blocks=self.shares)
 
