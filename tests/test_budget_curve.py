@@ -547,7 +547,7 @@ def test_a_curve_of_few_layers(tmp_path: Path) -> None:
     assert quality_curve(str(tmp_path / "three"), curve_up_to=2, drop=2, **options).chosen == 2
     drop_layers(model, [1, 2])
     model.save_pretrained(tmp_path / "one")
-    with pytest.raises(CutError, match="at least one must stay"):
+    with pytest.raises(CutError, match="only one layer, which must stay"):
         quality_curve(str(tmp_path / "one"), **options)
 
 

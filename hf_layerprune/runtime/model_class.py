@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -89,11 +90,14 @@ def model_class_of(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], Pre
 
 
 def model_without_weights(config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
-    """The model that a config describes, on the meta device; further arguments are those of `from_config`."""
+    """The model that a config describes, on the meta device; further arguments are those of `from_config`.
+
+    The config is copied, since transformers changes the data types in its sections.
+    """
     import torch
 
     with torch.device("meta"):
-        return auto_class_of(config).from_config(config, trust_remote_code=False, **kwargs)
+        return auto_class_of(config).from_config(copy.deepcopy(config), trust_remote_code=False, **kwargs)
 
 
 def stored_names(config: PreTrainedConfig, names: Collection[str]) -> dict[str, str]:
