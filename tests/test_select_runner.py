@@ -392,7 +392,9 @@ def test_a_search_without_a_next_layer_takes_a_block(
     search = Search(LayerWalk(overflowing), text, range(8), CutOptions(drop=2))
     assert search.find_point(2)["found_by"] == "best block"
     with pytest.raises(CutError, match="no layer can go next"):
-        Search(LayerWalk(overflowing), text, [0, 2, 4, 6], CutOptions(drop=2)).find_sets(2)  # there is no block
+        Search(LayerWalk(overflowing), text, [0, 2, 4, 6], CutOptions(drop=2)).find_sets(
+            2
+        )  # no two of them are adjacent
 
 
 @pytest.mark.parametrize("left", [1, 0])

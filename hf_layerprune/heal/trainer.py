@@ -278,7 +278,7 @@ class HealTrainer(SavingTrainer):
             if share:
                 self._handle_missing_teacher()
             share = 0.0
-        elif share:
+        elif share and features is None:  # which are trained on alone
             mask = distillation_mask(inputs, labels, self.args)
             keep = keep | mask
             hidden, weight = teacher_states[:, :-1][keep], share / distilled

@@ -189,7 +189,7 @@ def _score_and_pick(
 
     def pick(name: str, number: int) -> list[int]:
         score, again = scores[name], partial(score_layers, model, calibration, [name], variant=request.variant)
-        if CRITERIA[name].kind == "count":  # the order may depend on how many go
+        if CRITERIA[name].kind == "count" and target is not None:  # the order may depend on how many go
             score = scores[name] = again(drop=number, seed=request.seed)[name]
         if CRITERIA[name].scores_blocks(request.contiguous) and all(len(block) != number for block in score.blocks):
             score.blocks |= again(drop=number, lengths=[number])[name].blocks
