@@ -8,13 +8,14 @@ tokens, for one epoch unless `--set num_train_epochs=4` or the like is given, wi
 end. Texts, windows and metrics are those of `heal_quality.py`. A run appends a line to `frontier.jsonl` in `--work`, and is
 not repeated, so a larger `--up-to` adds to it. `--set repair=borrow` starts from another repair. Points come from the runs
 with the same model, texts, windows and `--set`, so `--report` needs these options, too. `--output` writes the points as data
-for the package, beside those of other repairs, and lists the budgets that have not been run for each number of layers.
+for the package, beside those of other repairs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import replace
 from math import exp
 from pathlib import Path
@@ -83,7 +84,6 @@ def mean_points(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for (cut, budget), same in sorted(groups.items(), key=lambda item: (len(item[1][0]["dropped"]), item[0][1])):
         table = summary([one["windows"] for one in same])
         figures = {f"{m}{s}": round(table[m]["mean"][i], 4) for m in METRICS for i, s in enumerate(("", "_stderr"))}
-        domains = {name: {m: round(table[m][name][0], 4) for m in METRICS} for name in same[0]["windows"]}
         points.append(
             {
                 "dropped": len(same[0]["dropped"]),
@@ -94,7 +94,6 @@ def mean_points(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "seconds": round(sum(one["seconds"] for one in same) / len(same)),
                 "seeds": len(same),
                 **figures,
-                "domains": domains,
             }
         )
     return points
@@ -129,14 +128,14 @@ def write(points: list[dict[str, Any]], one: dict[str, Any], path: Path, forward
         "measured": one["measured"],
         "forward_seconds_per_token": round(forward_seconds, 5),
     }
-    done = {(point["dropped"], point["budget"]) for point in points}
-    dropped = sorted({number for number, _ in done})
-    not_run = {str(number): [budget for budget in BUDGETS if (number, budget) not in done] for number in dropped}
-    own = {"source": source, "points": points, "not_run": not_run}
+    own = {"source": source, "points": points}
     stored = json.loads(path.read_text())["frontiers"] if path.exists() else []
     others = [one for one in stored if one["source"]["heal"]["repair"] != settings["repair"]]
     every = sorted([*others, own], key=lambda one: one["source"]["heal"]["repair"])
-    path.write_text(json.dumps({"frontiers": every}, indent=1) + "\n")
+    text = json.dumps({"frontiers": every}, indent=1)
+    path.write_text(
+        re.sub(r"\{[^{}]*\}", lambda innermost: " ".join(innermost[0].split()), text) + "\n"
+    )  # a line a point
 
 
 def _changes(settings: dict[str, Any]) -> str:
