@@ -63,6 +63,14 @@ def test_layers_of_other_stacks_are_not_the_decoder_s() -> None:
     assert history.layers_changed("heal") == {2}
 
 
+def test_the_prefix_that_a_stage_recorded_tells_decoder_layers_from_others() -> None:
+    names = ["encoder.layers.2.w", "lm.layers.h", "lm.speech.layers.2.w", "lm.speech.layers.2.x.layers.1.w"]
+    trained = stage("heal", *names) | {"layers": {"prefix": "lm.speech.layers."}}
+    history = read_history(Lineage({}, [cut(7), trained, cut(1, of=7)]))
+    assert sorted(history.changed()) == [name.replace("speech.layers.2", "speech.layers.1") for name in names]
+    assert history.layers_changed("heal") == {2}
+
+
 @pytest.mark.parametrize(("entries", "message"), [
     ([stage("heal")], "does not say how many layers the base has"),
     ([cut(1, of=None)], r"drops layers \[1\] of \?, and 0 were left"),

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from hf_layerprune import LayerDropConfig, prune_with
 from hf_layerprune.cli import main
 from hf_layerprune.errors import CheckpointError
+from hf_layerprune.families.layout import find_decoder_layers
 from hf_layerprune.heal.stage import write_healed
 from hf_layerprune.heal.student import Student
 from hf_layerprune.publish.requests import VerifyRequest
@@ -25,7 +26,10 @@ from hf_layerprune.publish.verify import verdict
 from hf_layerprune.publish.verify.rebuild import WeightFile, notes_in
 from hf_layerprune.publish.verify.verdict import Verification
 from hf_layerprune.records.fingerprints import fingerprint, sha256_of, weights_hash
+from hf_layerprune.records.history import read_history
 from hf_layerprune.records.lineage import Lineage
+from hf_layerprune.runtime.loading import load_base
+from hf_layerprune.stages.train import record_trained
 
 from .measure_models import write_gguf
 from .multimodal_makers import write_llava
@@ -227,6 +231,25 @@ def test_names_follow_a_later_cut(cut: Path, tmp_path: Path) -> None:
     found = verify(tmp_path / "later", accept_trained=True)
     assert found.good, said(found)
     assert "heal changed model.layers.2.self_attn.q_proj.weight" in said(found)
+
+
+@pytest.mark.parametrize("model_type", ["granite_speech", "idefics2", "llava"])
+def test_other_parts_that_were_trained_keep_their_names_in_a_later_cut(model_type: str, tmp_path: Path) -> None:
+    """Whatever the lists of their layers are called."""
+    model = tiny_model(model_type)
+    model.save_pretrained(tmp_path / "base")
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "cut"), "--drop-layers", "2"]) == 0
+    cut = load_base(tmp_path / "cut")
+    decoder = find_decoder_layers(cut).path
+    for name, parameter in cut.named_parameters():
+        if not name.startswith(f"{decoder}.") or name.startswith(f"{decoder}.3."):
+            parameter.data += 1
+    cut.save_pretrained(tmp_path / "by-hand")
+    record_trained(tmp_path / "cut", tmp_path / "by-hand", tmp_path / "trained")
+    assert main(["prune", str(tmp_path / "trained"), str(tmp_path / "later"), "--drop-layers", "1"]) == 0
+    found = verify(tmp_path / "later", accept_trained=True)
+    assert found.good, said(found)
+    assert read_history(Lineage.load_required(tmp_path / "later")).layers_changed("train") == {4}
 
 
 def test_a_tensor_that_no_loader_reads(place: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from ..records.licences import copy_licence
 from ..records.lineage import Lineage
 from ..runtime.config_file import read_config_file
 from ..runtime.loading import load_base, load_config
-from ..runtime.model_class import stored_names, tied_names
+from ..runtime.model_class import stored_layer_prefix, stored_names, tied_names
 from .student import Student
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def write_healed(
             )
         _check_finite(folder, entry["changed_tensors"])
         entry["layers"] = {"base": student.cut.num_layers, "left": len(student.cut.keep)}
+        entry["layers"]["prefix"] = stored_layer_prefix(merged)
         _record_adapter(part, lineage, entry)
         lineage.record(folder, entry)
     changed = pluralize(len(entry["changed_tensors"]), "tensor")

@@ -13,7 +13,8 @@ from ..layer_ranges import LIST_NAMES, NOT_TEXT
 from .lineage import Lineage
 from .names import base_name, hub_base, is_gguf_name, is_hub_name, last_part
 
-_LAYER = re.compile(rf"(?P<before>.*?\b(?:{'|'.join(LIST_NAMES)})\.)(?P<index>\d+)(?P<after>\..*)")
+# What precedes the index of a decoder layer, where no record says so.
+_LISTS = rf".*?\b(?:{'|'.join(LIST_NAMES)})\."
 # The stages in which other programs made the weights.
 QUANTIZE, TRAIN = "quantize", "train"
 OWN_TEXT = "text that the dense model wrote itself"
@@ -36,6 +37,12 @@ class Stage:
     def settings(self) -> dict[str, Any]:
         """The settings that determine the result."""
         return self.entry.get("settings") or {}
+
+    @property
+    def layers_changed(self) -> set[int]:
+        """Indices, in the final model, of the decoder layers that it changed."""
+        prefix = _layer_prefix(self.entry)
+        return {int(match["index"]) for name in self.changed if (match := _match_layer(name, prefix))}
 
     @property
     def data(self) -> list[dict[str, Any]]:
@@ -136,12 +143,8 @@ class History:
 
     def layers_changed(self, stage: str) -> set[int]:
         """Base indices of the layers that stages of this name changed."""
-        layers = set()
-        for one in self.stages:
-            for match in map(_match_layer, one.changed if one.name == stage else ()):
-                if match and int(match["index"]) < len(self.kept):
-                    layers.add(self.kept[int(match["index"])])
-        return layers
+        indices = {index for one in self.stages if one.name == stage for index in one.layers_changed}
+        return {self.kept[index] for index in indices if index < len(self.kept)}
 
 
 def read_history(lineage: Lineage) -> History:
@@ -155,7 +158,8 @@ def read_history(lineage: Lineage) -> History:
     for number, entry in enumerate(lineage.entries):
         later = [stay for at, stay in cuts.items() if at > number]
         for name, part in _with_repair(entry):
-            stages.append(Stage(name, part, frozenset(_rename_after_cuts(later, part.get("changed_tensors") or []))))
+            names = _rename_after_cuts(later, part.get("changed_tensors") or [], _layer_prefix(part))
+            stages.append(Stage(name, part, frozenset(names)))
     return History(lineage, n, tuple(kept), tuple(stages))
 
 
@@ -222,17 +226,26 @@ def _calibration_data(record: dict[str, Any]) -> dict[str, Any]:
     return text
 
 
-def _match_layer(name: str) -> re.Match[str] | None:
-    """The parts of the name of a decoder layer's tensor; `None` for others, such as those of a vision tower's layers."""
-    match = _LAYER.fullmatch(name)
-    return match if match and not NOT_TEXT.search(match["before"]) else None
+def _layer_prefix(entry: dict[str, Any]) -> str | None:
+    """What precedes a decoder layer's index in the names of the tensors that a stage changed, as far as it is recorded."""
+    return (entry.get("layers") or {}).get("prefix")
 
 
-def _rename_after_cuts(cuts: list[list[int]], names: list[str]) -> Iterator[str]:
+def _match_layer(name: str, prefix: str | None) -> re.Match[str] | None:
+    """The parts of the name of a decoder layer's tensor; `None` for others, such as those of a vision tower's layers.
+
+    Without a recorded prefix, as of a repair, which changes decoder layers alone, the words in a name decide.
+    """
+    before = _LISTS if prefix is None else re.escape(prefix)
+    match = re.fullmatch(rf"(?P<before>{before})(?P<index>\d+)(?P<after>\..*)", name)
+    return match if match and (prefix is not None or not NOT_TEXT.search(match["before"])) else None
+
+
+def _rename_after_cuts(cuts: list[list[int]], names: list[str], prefix: str | None) -> Iterator[str]:
     """Names of tensors after further cuts, without those of dropped layers."""
     for name in names:
         for stay in cuts:
-            match = _match_layer(name)
+            match = _match_layer(name, prefix)
             if match is None:
                 continue
             if int(match["index"]) not in stay:

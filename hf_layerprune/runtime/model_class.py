@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, boundary
-from ..families.layout import find_decoder_layers
+from ..families.layout import find_decoder_layers, find_layer_prefix
 from ..families.multimodal import TEXT_ONLY_TYPES
 from ..families.types import ENCODER_DECODER
 
@@ -142,6 +142,15 @@ def stored_tensors(config: PreTrainedConfig, tensors: Mapping[str, torch.Tensor]
     with boundary("can't convert the changed weights to what the checkpoint stores", "choose another repair"):
         stored = revert_weight_conversion(model, {name: tensors[name] for name in known})
     return {name: tensor for name, tensor in tensors.items() if name not in known} | stored
+
+
+def stored_layer_prefix(model: PreTrainedModel) -> str:
+    """What precedes the index of a decoder layer in the names of the tensors that saving a model writes."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    first = f"{find_decoder_layers(model).path}.0."
+    tensors = {name: tensor.to("meta") for name, tensor in model.state_dict().items() if name.startswith(first)}
+    return find_layer_prefix(revert_weight_conversion(model, tensors), 1)
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from ..records.fingerprints import CONFIG
 from ..records.lineage import FILE_NAME, stage_entry
 from ..records.quantized import is_repeatable_method, quantization_method
 from ..runtime.config_file import read_config_file
+from ..runtime.loading import load_base
+from ..runtime.model_class import stored_layer_prefix
 from .provenance import load_lineage_of_weights
 
 
@@ -66,7 +68,8 @@ def record_quantized(source: str | Path, folder: str | Path) -> None:
     with suppress(PackageNotFoundError):  # a method whose package has another name
         entry["versions"][method] = version(method)
     if "layers" in lineage.entries[-1]:
-        entry["layers"] = lineage.entries[-1]["layers"]
+        prefix = stored_layer_prefix(load_base(before, device_map="meta"))  # no weight is read
+        entry["layers"] = lineage.entries[-1]["layers"] | {"prefix": prefix}
     lineage.record(after, entry)
 
 
