@@ -32,15 +32,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FILES = (*SUFFIXES, ".parquet", ".csv", ".txt")
+TEXT = "text"
+_TOKENS = ("input_ids",)
+_PAIR = ("prompt", "completion")
+_CONVERSATIONS = (("messages",), ("conversations",))
 # Columns of an instruction, of its context, and of its answer.
 _INSTRUCTIONS = (("instruction", "input", "output"), ("instruction", "context", "response"))
-TEXT = "text"
 # Columns in which data sets hold what is neither text nor images.
 OTHER_MEDIA = ("audio", "audios", "video", "videos")
 # Columns that TRL passes on to the chat template.
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 _ROLES = {"human": "user", "gpt": "assistant"}
-_SHAPES = (
+_KNOWN = (
     "prompt and completion, messages, conversations, instruction and output (input is optional), or instruction and "
     "response (context is optional)"
 )
@@ -184,54 +187,54 @@ def shape_rows(
     if not columns:
         raise CutError(f"{name} has no rows; specify a set with rows to train on")
     images = _find_images(columns, name, load_processor is not None)
-    chatting = has_chat_template(load_processor() if images and load_processor else tokenizer)
     if images:
-        with _row_errors(name):
-            rows = _open_images(rows, images, folder)
-        _check_images(rows, images, name)
+        rows = _open_images(rows, images, folder, name)
         columns = [column for column in columns if column not in images]
-    named = text_field != TEXT and not images
-    is_paired = {"prompt", "completion"} <= set(columns)
-    conversation = next((column for column in ("messages", "conversations") if column in columns), None)
-    instruction = next((names for names in _INSTRUCTIONS if {names[0], names[2]} <= set(columns)), None)
-    if named or "input_ids" in columns or is_paired or conversation:
-        instruction = None
-    if template != "auto" and instruction is None:
+    chatting = has_chat_template(load_processor() if images and load_processor else tokenizer)
+    shape = _find_shape(columns, images, text_field, name)
+    if template != "auto" and shape not in _INSTRUCTIONS:
         logger.info("template=%s has no effect on %s, whose rows are no instructions", template, name)
-    if named:
-        if text_field not in columns:
-            raise CutError(
-                f"{name} has no column {text_field}, which --dataset_text_field names; it has {', '.join(columns)}"
-            )
+    if shape == _TOKENS:
+        return rows
+    _log_unused_columns(columns, *shape)
+    if shape == (text_field,):
         return rows.select_columns([text_field])
-    if "input_ids" in columns:
-        return rows
-    if is_paired:
-        _log_unused_columns(columns, "prompt", "completion")
-        return rows
-    if conversation is not None:
+    if shape in _CONVERSATIONS:
         if not chatting:
             other = "prompt and completion" if images else "plain text"
             raise CutError(
-                f"{name} has {conversation}, but the tokenizer has no chat template for them; specify a set with {other}"
+                f"{name} has {shape[0]}, but the tokenizer has no chat template for them; specify a set with {other}"
             )
-        _log_unused_columns(columns, conversation)
         with _row_errors(name):
-            return _split_conversations(rows, conversation, columns, whole)
-    if instruction is not None:
+            return _split_conversations(rows, shape[0], columns, whole)
+    if shape in _INSTRUCTIONS:
         if template == "chat" and not chatting:
             raise CutError("template=chat, but the tokenizer has no chat template; use template=alpaca")
         make = _chat_row if template != "alpaca" and chatting else alpaca_row
-        check_text(rows, name, (instruction[0], instruction[2]))
-        _log_unused_columns(columns, *instruction)
+        check_text(rows, name, (shape[0], shape[-1]))
         with _row_errors(name):
-            return rows.map(lambda row: make(*(row.get(key) or "" for key in instruction)), remove_columns=columns)
-    if text_field in columns and not images:
-        _log_unused_columns(columns, text_field)
-        return rows
+            return rows.map(lambda row: make(*(row.get(key) or "" for key in shape)), remove_columns=columns)
+    return rows
+
+
+def _find_shape(columns: list[str], images: list[str], text_field: str, name: str) -> tuple[str, ...]:
+    """The columns to train on: those of the first shape that the rows have, or the one that the user chose.
+
+    Raises:
+        CutError: There are none.
+    """
+    chosen = text_field != TEXT and not images
+    shapes = [_TOKENS, _PAIR, *_CONVERSATIONS, *_INSTRUCTIONS, *([] if images else [(TEXT,)])]
+    for shape in [(text_field,)] if chosen else shapes:
+        if {shape[0], shape[-1]} <= set(columns):  # the context of an instruction is optional
+            return shape
+    if chosen:
+        raise CutError(
+            f"{name} has no column {text_field}, which --dataset_text_field names; it has {', '.join(columns)}"
+        )
     if images:
-        raise CutError(f"{name} has {', '.join(images)}, and training on images needs {_SHAPES} as well")
-    raise CutError(f"{name} has the columns {', '.join(columns)}, but training needs {_SHAPES}, or text")
+        raise CutError(f"{name} has {', '.join(images)}, and training on images needs {_KNOWN} as well")
+    raise CutError(f"{name} has the columns {', '.join(columns)}, but training needs {_KNOWN}, or text")
 
 
 def _log_unused_columns(columns: list[str], *used: str) -> None:
@@ -256,8 +259,11 @@ def has_images(rows: Any) -> bool:
     return any(column in IMAGE_COLUMNS for column in getattr(rows, "column_names", None) or ())
 
 
-def _open_images(rows: Dataset, columns: list[str], folder: Path) -> Dataset:
-    """Make images of the paths of images, which are relative to a folder."""
+def _open_images(rows: Dataset, columns: list[str], folder: Path, name: str) -> Dataset:
+    """Make images of the paths of images, which are relative to a folder, and read every image once.
+
+    Training may come to a damaged one only after hours. Streamed rows are not read.
+    """
     from datasets import Image, Sequence
 
     refuse_postscript()
@@ -275,20 +281,17 @@ def _open_images(rows: Dataset, columns: list[str], folder: Path) -> Dataset:
         each = getattr(feature, "feature", None)
         if getattr(each or feature, "dtype", None) not in ("string", "large_string"):
             continue
-        if each is None:
-            rows = rows.map(lambda row, column=column: {column: found(row[column])}).cast_column(column, Image())
-        else:
-            rows = rows.map(lambda row, column=column: {column: [found(path) for path in row[column]]})
-            rows = rows.cast_column(column, Sequence(Image()))
-    return rows
-
-
-def _check_images(rows: Dataset, columns: list[str], name: str) -> None:
-    """Read every image once: training may come to a damaged one only after hours. Streamed rows are not checked."""
+        with _row_errors(name):
+            if each is None:
+                rows = rows.map(lambda row, column=column: {column: found(row[column])}).cast_column(column, Image())
+            else:
+                rows = rows.map(lambda row, column=column: {column: [found(path) for path in row[column]]})
+                rows = rows.cast_column(column, Sequence(Image()))
     images = rows.select_columns(columns)
     for number in progress_bar(range(len(images)), desc="reading images") if hasattr(rows, "__len__") else ():
         with boundary(f"an image in row {number + 1} of {name} can't be read", "replace it, or leave the row out"):
             images[number]
+    return rows
 
 
 def _row_errors(name: str) -> AbstractContextManager[None]:

@@ -89,8 +89,6 @@ class RowWriter:
             CutError: The rows have no prompts, or none that leaves room for an answer in the model's context.
             CheckpointError: No answer ended within `max_tokens`.
         """
-        from datasets import Dataset
-
         if not {"prompt", "completion"} <= set(rows.column_names):
             raise CutError(
                 "rewriting answers needs rows with prompt and completion, but these have "
@@ -105,37 +103,36 @@ class RowWriter:
                 f"no prompt leaves room for rewrite_max_tokens={max_tokens} among the {context} positions of the dense "
                 "model; lower it, or use shorter prompts"
             )
-        # Prompts of similar length need little padding.
-        order = sorted(fitting, key=lambda i: len(prompts[i]))
-        batches = [order[i : i + _ANSWERS_PER_PART] for i in range(0, len(order), _ANSWERS_PER_PART)]
-
-        def make(part: int) -> list[tuple[int, str]]:
-            chosen = batches[part]
-            torch.manual_seed(self.seed + part)
-            answers = self._generate_answers([prompts[i] for i in chosen], max_tokens, temperature)
-            return list(zip(chosen, answers, strict=True))
-
-        kept = [name for name in TEMPLATE_COLUMNS if name in rows.column_names]
-        shaped = []
-        made = self._make_parts(len(batches), make, "answers", prompts, max_tokens, temperature)
-        with self._read_errors():
-            answers = sorted((int(i), str(answer)) for i, answer in made)
-        for i, answer in answers:
-            if answer:
-                prompt = rows[i]["prompt"]
-                completion = answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
-                shaped.append({name: rows[i][name] for name in kept} | {"prompt": prompt, "completion": completion})
-        if not shaped:
+        answers = self._write_answers(prompts, fitting, max_tokens, temperature)
+        if not answers:
             raise CheckpointError(
                 f"no answer of the dense model ends within {max_tokens} tokens; raise --rewrite_max_tokens"
             )
-        if len(shaped) < len(rows):
-            left_out = len(rows) - len(shaped)
+        if len(answers) < len(rows):
             logger.warning(
                 "left out: %d of %d rows, whose answers are longer than %d tokens, or whose prompts leave no room for that",
-                left_out, len(rows), max_tokens,
+                len(rows) - len(answers), len(rows), max_tokens,
             )  # fmt: skip
-        return Dataset.from_list(shaped)
+        kept = [name for name in (*TEMPLATE_COLUMNS, "prompt") if name in rows.column_names]
+        are_text = isinstance(rows[0]["prompt"], str)
+        completions = [text if are_text else [{"role": "assistant", "content": text}] for text in answers.values()]
+        return rows.select(list(answers)).select_columns(kept).add_column("completion", completions)
+
+    def _write_answers(
+        self, prompts: list[list[int]], chosen: list[int], max_tokens: int, temperature: float
+    ) -> dict[int, str]:
+        """The answers to the prompts of some numbers, by number, ascending; without those that did not end."""
+        order = sorted(chosen, key=lambda i: len(prompts[i]))  # prompts of similar length need little padding
+        batches = [order[i : i + _ANSWERS_PER_PART] for i in range(0, len(order), _ANSWERS_PER_PART)]
+
+        def make(part: int) -> list[tuple[int, str]]:
+            torch.manual_seed(self.seed + part)
+            answers = self._generate_answers([prompts[i] for i in batches[part]], max_tokens, temperature)
+            return list(zip(batches[part], answers, strict=True))
+
+        made = self._make_parts(len(batches), make, "answers", prompts, max_tokens, temperature)
+        with self._read_errors():
+            return dict(sorted((int(i), str(answer)) for i, answer in made if answer))
 
     def _prompt_ids(self, row: dict[str, Any]) -> list[int]:
         if isinstance(row["prompt"], str):

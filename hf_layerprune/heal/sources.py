@@ -15,7 +15,7 @@ from .row_checks import check_chats, check_rows
 from .self_data import SELF
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerBase
     from trl import DatasetMixtureConfig, ScriptArguments
 
@@ -53,19 +53,10 @@ class Sources:
             CutError: A split does not exist, or the rows can't be used as the options say.
             CheckpointError: A data set can't be read.
         """
-        if dataset_args.datasets:
-            parts = [asdict(part) for part in dataset_args.datasets]
-            splits = load_mixture(dataset_args, args.row_seed)
-        elif script_args.dataset_name == SELF:
+        if script_args.dataset_name == SELF:
             return cls([{"path": SELF}])
-        else:
-            name, config_name = str(script_args.dataset_name), script_args.dataset_config
-            parts = [{"path": name, "name": config_name, "split": script_args.dataset_train_split}]
-            splits = load_rows(name, config=config_name, streaming=script_args.dataset_streaming)
-        name = "+".join(part["path"] for part in parts)
-        paths = [Path(part["path"]).expanduser() for part in parts]
-        folders = {path if path.is_dir() else path.parent for path in paths}
-        folder = folders.pop() if len(folders) == 1 else Path()
+        parts, splits = _load_splits(script_args, dataset_args, args.row_seed)
+        name, folder = "+".join(part["path"] for part in parts), _common_folder(parts)
         config = load_config(model, revision=revision)
         vocabulary = getattr(config.get_text_config(), "vocab_size", None)
         processor = partial(load_processor, model, revision=revision) if placeholder_tokens(config) else None
@@ -88,3 +79,21 @@ class Sources:
             raise CutError(f"{name} has images, and --rewrite_answers rewrites answers to text alone; leave it out")
         test = shaped(script_args.dataset_test_split) if args.eval_strategy != "no" else None
         return cls(parts, train, test)
+
+
+def _load_splits(
+    script_args: ScriptArguments, dataset_args: DatasetMixtureConfig, seed: int
+) -> tuple[list[dict[str, Any]], DatasetDict]:
+    """What TRL's `DatasetConfig` holds for each data set that is named, and their splits."""
+    if dataset_args.datasets:
+        return [asdict(part) for part in dataset_args.datasets], load_mixture(dataset_args, seed)
+    name, config, split = str(script_args.dataset_name), script_args.dataset_config, script_args.dataset_train_split
+    splits = load_rows(name, config=config, streaming=script_args.dataset_streaming)
+    return [{"path": name, "name": config, "split": split}], splits
+
+
+def _common_folder(parts: list[dict[str, Any]]) -> Path:
+    """The folder that paths in the rows are relative to; the present one if the rows come from several."""
+    paths = [Path(part["path"]).expanduser() for part in parts]
+    folders = {path if path.is_dir() else path.parent for path in paths}
+    return folders.pop() if len(folders) == 1 else Path()

@@ -252,16 +252,10 @@ class HealTrainer(SavingTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of one batch; see [`~trl.SFTTrainer`]."""
-        inputs = dict(inputs)
-        inputs.pop("rows", None)
-        prefix, teacher_states = inputs.pop("prefix_states", None), inputs.pop("teacher_states", None)
         mode = "train" if self.model.training else "eval"
         local = count_tokens([inputs], self.args).to(inputs["labels"].device)
         feature_mask = non_padding_mask(inputs)
-        features, teacher_states = self._split_teacher_states(teacher_states)
-        if prefix is not None and self.data_collator.precomputed.prefix is not None:
-            prefix.requires_grad_(self._reentrant)  # such checkpointing gives gradients only where the input has one
-            inputs = self.data_collator.precomputed.prefix.set_output(prefix, inputs)
+        inputs, features, teacher_states = self._take_states(inputs)
         outputs = None
         if self.leaves_loss_to_trl or return_outputs:
             count = None if num_items_in_batch is None else num_items_in_batch[0]
@@ -273,17 +267,15 @@ class HealTrainer(SavingTrainer):
         counts = local if num_items_in_batch is None else num_items_in_batch
         labelled, distilled, seen = counts.clamp(min=1)
         keep, distillation, share = labels != -100, None, self._kd_share
-        head = self.data_collator.precomputed.teacher_head
-        if teacher_states is None or head is None:
-            if share:
-                self._handle_missing_teacher()
+        if share and teacher_states is None:
+            self._handle_missing_teacher()
             share = 0.0
-        elif share and features is None:  # which are trained on alone
+        if share and features is None:  # which are trained on alone
             mask = distillation_mask(inputs, labels, self.args)
             keep = keep | mask
-            hidden, weight = teacher_states[:, :-1][keep], share / distilled
-            how = self.args.kd_temperature, self.args.kd_direction
-            distillation = Distillation(hidden, head, mask[keep], weight, *how)
+            hidden, how = teacher_states[:, :-1][keep], (self.args.kd_temperature, self.args.kd_direction)
+            head: Any = self.data_collator.precomputed.teacher_head
+            distillation = Distillation(hidden, head, mask[keep], share / distilled, *how)
         heal = LossInputs(
             keep=keep,
             labels=labels[keep],
@@ -301,12 +293,19 @@ class HealTrainer(SavingTrainer):
         log_batch(self, mode, heal.sums, local)
         return (loss, outputs) if return_outputs else loss
 
-    def _split_teacher_states(self, states: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The dense model's hidden states after the cut, if this step is to reproduce them, and its last ones."""
-        width = self.data_collator.precomputed.feature_width
-        if states is None or not width:
-            return None, states
-        return states[..., :width] if self.is_feature_step else None, states[..., width:]
+    def _take_states(self, batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor | None, Any]:
+        """Take what was precomputed out of a batch: the model's inputs, which begin after the frozen layers if these have
+        run; the dense model's hidden states after the cut, if this step is to reproduce them; and its last ones, if any.
+        """
+        inputs = {name: value for name, value in batch.items() if name != "rows"}
+        prefix, taught = inputs.pop("prefix_states", None), inputs.pop("teacher_states", None)
+        precomputed, features = self.data_collator.precomputed, None
+        if prefix is not None and precomputed.prefix is not None:
+            prefix.requires_grad_(self._reentrant)  # such checkpointing gives gradients only where the input has one
+            inputs = precomputed.prefix.set_output(prefix, inputs)
+        if taught is not None and (width := precomputed.feature_width):
+            features, taught = taught[..., :width] if self.is_feature_step else None, taught[..., width:]
+        return inputs, features, taught
 
     @property
     def is_feature_step(self) -> bool:
