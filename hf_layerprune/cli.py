@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="hf-layerprune", description="Drop whole decoder layers from Hugging Face language models.")
     parser.add_argument("--version", action="version", version=f"hf-layerprune {__version__}")
     add_options(parser, DisplayOptions)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name in COMMANDS:
         module = _command(name)
         command = commands.add_parser(name, help=module.HELP, description=module.DESCRIPTION)
@@ -75,7 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             went wrong and why, after the traceback if `--debug` is given. A command that answers a question with yes or
             no (such as `verify`) returns 1 for no.
     """
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return 2
     command = _command(args.command)
     display = options_from_args(args, _display_options(command))
     configure_output(quiet=display.quiet)

@@ -433,6 +433,10 @@ def test_what_a_curve_says_is_what_prune_makes(
     for folder, size in ((tmp_path / "cut", chosen["bytes"]), (base, curve["dense"]["bytes"])):
         assert size == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert "## How deep to cut" in Card.from_records(lineage).body()
+    assert main([*prune[:2], str(tmp_path / "again"), *prune[3:5]]) == 0
+    again = Lineage.load(tmp_path / "again")
+    assert again is not None
+    assert again.entries[0]["settings"] == entry["settings"]  # the curve knows what was asked for
     # The next command if nothing was chosen and there is no knee: for the deepest cut, or the shallowest for a budget.
     options = [*words[1:4], *words[6:], *WORDS, "--context", "16"]
     for more, said, drop in (
@@ -446,6 +450,7 @@ def test_what_a_curve_says_is_what_prune_makes(
         assert f"--from-curve {tmp_path / 'curve'} --drop {drop}\n" in out
     for more, code, message in (
         (["--drop", "5"], 2, "drops up to 3 layers, drops 5; ask for less"),
+        ([], 2, "is what was asked for when it was made; choose one, such as --drop 3"),
         (["--max-kl", "1e-9"], 2, "meets --max-kl; allow more loss"),
         (["--target-memory", "1GB"], 2, "has no figures for memory"),
     ):

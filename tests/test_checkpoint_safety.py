@@ -491,6 +491,20 @@ def test_a_file_that_could_not_be_written_stays_as_it_was(tmp_path, raised, matc
     assert (tmp_path / "file").read_text() == "old"
 
 
+def test_what_a_killed_run_left_of_a_file_is_removed_and_what_is_being_written_is_not(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    mine, others = [".file.partial-mine", ".file.partial-89abcdef"], ".other.partial-0123abcd"
+    for name in (".file.partial-0123abcd", ".file.partial-4567cdef", mine[0], others):
+        (tmp_path / name).write_text("left")
+    (tmp_path / mine[1]).symlink_to(tmp_path / others)
+    with files.new_file(tmp_path / "file", force=True) as partial:
+        partial.write_text("first")
+        write_bytes(tmp_path / "file", b"second")
+        assert partial.read_text() == "first"
+    assert (tmp_path / "file").read_text() == "first"
+    assert beside(tmp_path / "file") == sorted([*mine, others, "file"])
+
+
 @linux
 def test_a_file_that_the_system_can_t_read_is_named() -> None:
     path = Path("/proc/self/mem")  # nothing is mapped at its start

@@ -209,7 +209,7 @@ def test_no_network_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[s
     [
         (["--drop", "1.5"], "--drop 1.5 must be a fraction between 0 and 1"),
         (["--drop", "0"], "--drop 0 must be"),
-        (["--drop", "-3"], "--drop -3.0 must be"),
+        (["--drop", "-3"], "--drop -3 must be"),
         (["--drop", "0.05"], "less than one layer; to drop one, use --drop 1"),
         (["--drop", "8"], "would drop all 8 layers"),
         (["--drop", "nan"], "--drop nan must be"),
@@ -250,6 +250,30 @@ def test_bad_words(
     assert message in error
     assert error.count("\n") == 1
     assert len(error) < 600
+    assert os.listdir(tmp_path) == []
+
+
+def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--quiet"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "drop layers and write the remaining model" in err
+
+
+@pytest.mark.parametrize(
+    ("command", "output", "ending"),
+    [
+        ("prune", "out.gguf2", ".gguf"),
+        ("prune", "out.GGFU", ".gguf"),
+        ("prune", "out.safetensors", ".safetensors"),
+        ("rank", "scores.json", ".json"),
+    ],
+)
+def test_a_folder_with_the_name_of_a_file_is_a_slip(
+    command: str, output: str, ending: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, str(base), str(tmp_path / output)]) == 1
+    assert f"{output} would be a folder, but its name looks like that of a {ending} file" in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
 
 
@@ -360,7 +384,17 @@ def test_prune_says_that_the_default_suits_large_models(
 ) -> None:
     caplog.set_level("INFO", "hf_layerprune")
     assert main(["prune", str(base), str(tmp_path / "a"), *words]) == 0
-    assert ("a block in the middle does far better: --criterion auto" in caplog.text) == is_told
+    assert ("a block in the middle does far better (criterion auto, contiguous)" in caplog.text) == is_told
+
+
+def test_prune_says_so_of_a_gguf_file_that_stays_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "hf_layerprune")
+    write_gguf(tmp_path / "base.gguf")
+    assert main(["prune", str(tmp_path / "base.gguf"), str(tmp_path / "a.gguf"), "--drop", "1"]) == 0
+    assert "a block in the middle does far better (criterion auto, contiguous)" in caplog.text
+    caplog.clear()
+    assert main(["prune", str(tmp_path / "base.gguf"), str(tmp_path / "b.gguf"), "--drop-layers", "3"]) == 0
+    assert "does far better" not in caplog.text
 
 
 def test_prune_does_not_advise_what_it_would_refuse(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -374,7 +408,7 @@ def test_prune_does_not_advise_what_it_would_refuse(tmp_path: Path, caplog: pyte
 def test_prune_does_not_advise_against_the_paper_for_its_own_models(
     base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_layerprune.stages.prune.PAPER_SIZE", 1)
+    monkeypatch.setattr("hf_layerprune.select.reverse_order.PAPER_SIZE", 1)
     caplog.set_level("INFO", "hf_layerprune")
     assert main(["prune", str(base), str(tmp_path / "a")]) == 0
     assert "does far better" not in caplog.text

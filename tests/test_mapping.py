@@ -17,7 +17,7 @@ from hf_layerprune import LayerDropConfig, prune_with
 from hf_layerprune.cli import main
 from hf_layerprune.errors import CheckpointError
 from hf_layerprune.families.layout import find_decoder_layers
-from hf_layerprune.files.folders import lock_folder, unlock_folder
+from hf_layerprune.files.locks import lock_folder, unlock_folder
 from hf_layerprune.runtime import mapping
 from hf_layerprune.runtime.loading import load_base
 from hf_layerprune.runtime.mapping import load_mapped

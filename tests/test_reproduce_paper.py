@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from hf_layerprune.errors import LayerPruneError
-from hf_layerprune.files.folders import lock_folder, unlock_folder
+from hf_layerprune.files.locks import lock_folder, unlock_folder
 from hf_layerprune.layer_ranges import parse_layers
 from hf_layerprune.measure.requests import EvalRequest
 from hf_layerprune.stages.prune import PruneRequest

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from ..errors import CheckpointError, ExistingOutputError
 from ..options import format_bytes
+from .locks import lock_folder, unlock_folder
 
 CHUNK = 1 << 20  # fits into the processor's cache
 # Bytes to write before the system is asked to start flushing them, so that the final fsync has little left to do.
@@ -224,17 +226,23 @@ def new_file(
     """Write a file under a temporary name next to the target, and rename it when the block succeeds.
 
     An existing file, which `force` allows to replace, stays until the new one is complete and on disk. The temporary
-    file does not exist yet when the block begins. See [`check_file_target`] for the arguments.
+    file is empty when the block begins; those that killed runs left of the same target are removed. See
+    [`check_file_target`] for the arguments.
 
     Raises:
-        CheckpointError: The target can't be written or replaced, or writing fails. The temporary file is removed.
+        CheckpointError: The target can't be written or replaced, another process is writing it, which `force` allows,
+            too, or writing fails. The temporary file is removed.
     """
     from safetensors import SafetensorError
 
     check_file_target(target, force=force, inside=inside, source=source)
     # A random name, so that no existing link or file is written to.
     partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+    lock = None
     try:
+        _clean_up_leftovers(target, force)
+        partial.touch(exist_ok=False)
+        lock = lock_folder(partial)
         yield partial
         with partial.open("r+b") as file:
             os.fsync(file.fileno())
@@ -246,6 +254,25 @@ def new_file(
         raise write_error(target, error) from error
     finally:
         partial.unlink(missing_ok=True)
+        unlock_folder(lock)
+
+
+def _clean_up_leftovers(target: Path, force: bool) -> None:
+    leftover = re.compile(rf"\.{re.escape(target.name)}\.partial-[0-9a-f]{{8}}")
+    for path in [target.with_name(name) for name in os.listdir(target.parent) if leftover.fullmatch(name)]:
+        if path.is_symlink() or not path.is_file():
+            continue
+        try:
+            lock = lock_folder(path)
+        except BlockingIOError:
+            if force:
+                continue
+            raise CheckpointError(f"{target} is being written by another process; wait for it") from None
+        except OSError:  # it has become the target, or is another user's
+            continue
+        with suppress(OSError):
+            path.unlink()
+        unlock_folder(lock)
 
 
 def _claim(target: Path, partial: Path) -> None:
@@ -263,7 +290,7 @@ def write_bytes(path: Path, data: bytes, *, inside: Path | None = None) -> None:
     Raises:
         CheckpointError: The file is a link, leads out of the folder `inside`, can't be replaced, or writing fails.
     """
-    with new_file(path, force=True, inside=inside) as partial, partial.open("xb") as output:
+    with new_file(path, force=True, inside=inside) as partial, partial.open("wb") as output:
         output.write(data)
 
 

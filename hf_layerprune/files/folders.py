@@ -9,11 +9,13 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 
 from ..errors import CheckpointError, ExistingOutputError, LayerPruneError
 from .copy import check_no_overlap, sync_folder, write_error
 from .json_file import read_object
+from .locks import lock_folder, unlock_folder
 
 # The names of licences, notices and use policies, without what may follow, for patterns that ignore case.
 LICENCE = (
@@ -43,6 +45,7 @@ _MODEL_FILES = re.compile(
 _OUR_FILES = re.compile(r"README\.md|assets/[\w.-]+\.(png|svg)|\.eval_results/[\w.-]+\.yaml|[\w.-]+/README\.md")
 _SCRATCH = re.compile(r"\.hf_layerprune\.scratch-[0-9a-f]{8}")
 _MODEL_MARKERS = {"config.json", "adapter_config.json"}
+_FILE_ENDINGS = (".gguf", ".safetensors", ".json")
 
 
 @contextmanager
@@ -74,7 +77,7 @@ def new_folder(
         target = check_target(target.expanduser(), source, force, replaces)
         made = [parent for parent in target.parents if not parent.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
-        clean_up_leftovers(target, force)
+        _clean_up_leftovers(target, force)
         folder = _sibling(target, "partial")
         folder.mkdir()
         lock = lock_folder(folder)
@@ -131,7 +134,7 @@ def check_target(
 
     Raises:
         CheckpointError: The target is or overlaps with the source, exists, is not a folder, or holds a file that does
-            not belong to a model; or it is new, and its parent is not writable.
+            not belong to a model; or it is new, and its parent is not writable, or it has a file's name.
     """
     named = target
     target = Path(os.path.abspath(target))
@@ -148,6 +151,11 @@ def check_target(
                 raise _existing_error(f"{named} exists and is not empty", force)
             _check_replaceable(named, target, replaces)
     else:
+        if ending := get_close_matches(target.suffix.lower(), _FILE_ENDINGS, n=1, cutoff=0.75):
+            raise CheckpointError(
+                f"{named} would be a folder, but its name looks like that of a {ending[0]} file; correct the ending, or leave it "
+                "out"
+            )
         parent = next(filter(os.path.lexists, target.parents))
         if parent.is_file() or not os.access(parent, os.W_OK | os.X_OK):
             raise CheckpointError(
@@ -199,8 +207,8 @@ def _sibling(target: Path, kind: str) -> Path:
     return target.with_name(f".{target.name}.{kind}-{secrets.token_hex(4)}")
 
 
-def clean_up_leftovers(target: Path, force: bool | None) -> None:
-    """Remove what killed runs left of a folder or file, and restore a folder that was being replaced.
+def _clean_up_leftovers(target: Path, force: bool | None) -> None:
+    """Remove what killed runs left of a folder, and restore one that was being replaced.
 
     Raises:
         CheckpointError: The target was restored, and may not be replaced, or is being written.
@@ -208,7 +216,7 @@ def clean_up_leftovers(target: Path, force: bool | None) -> None:
     leftover = re.compile(rf"\.{re.escape(target.name)}\.(old|partial)-[0-9a-f]{{8}}")
     for path in sorted(target.parent.iterdir()):
         found = leftover.fullmatch(path.name)
-        if not found or path.is_symlink() or not (path.is_dir() or path.is_file()):
+        if not found or path.is_symlink() or not path.is_dir():
             continue
         if found[1] == "old" and not os.path.lexists(target):
             path.rename(target)
@@ -219,7 +227,7 @@ def clean_up_leftovers(target: Path, force: bool | None) -> None:
             lock = lock_folder(path)
         except BlockingIOError:
             raise CheckpointError(f"{target} is being written by another process; wait for it") from None
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
         unlock_folder(lock)
 
 
@@ -259,35 +267,3 @@ def _move_into_place(folder: Path, target: Path, force: bool | None, replaces: r
         sync_folder(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     sync_folder(target.parent)
-
-
-def lock_folder(folder: Path, *, shared: bool = False) -> int | None:
-    """Lock a folder, or a file, for the lifetime of this process, if the system supports it.
-
-    With `shared`, others may hold a shared lock at the same time. Returns what [`unlock_folder`] takes.
-
-    Raises:
-        BlockingIOError: Another process holds the lock.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if isinstance(error, BlockingIOError):
-            raise
-        return None  # some network file systems do not support locks
-    return descriptor
-
-
-def unlock_folder(descriptor: int | None) -> None:
-    """Unlock a folder, for processes that were forked meanwhile, too."""
-    if descriptor is not None:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-        os.close(descriptor)

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from ..errors import CheckpointError
 from ..files.copy import check_space, new_file, write_error
-from ..files.folders import lock_folder, unlock_folder
+from ..files.locks import lock_folder, unlock_folder
 from ..options import format_bytes
 from ..runtime.memory import free_memory, halve_batch
 from ..screen import progress_bar

@@ -94,7 +94,12 @@ class AmountOptions:
         if len(amounts) > 1:
             raise CutError(f"{join_words(amounts)} each say how many layers to drop; use only one of them")
         if not amounts and getattr(self, "drop_layers", None) is None:
-            self.drop = DEFAULT_DROP
+            self.drop = self.default_drop
+
+    @property
+    def default_drop(self) -> float | None:
+        """What is dropped if no option says how much; `None` leaves it open."""
+        return DEFAULT_DROP
 
     def refuse_unused(self) -> None:
         """Refuse options that only affect how a target is counted, if that target is not set.

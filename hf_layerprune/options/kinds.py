@@ -100,6 +100,13 @@ def _check_flag(value: Any) -> bool:
     return value
 
 
+def _parse_drop(text: str) -> float | int:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
 def _check_drop(value: Any) -> float | int:
     number = as_integer(value)
     if number is not None and 0 < number <= MAX_LAYERS:
@@ -144,7 +151,7 @@ TEXT = Kind(str, _check_text)
 MODEL = Kind(str, lambda value: _check_text(os.fspath(value) if isinstance(value, os.PathLike) else value))
 PATH = Kind(Path, _check_path, "PATH")
 FLAG = Kind(bool, _check_flag)
-DROP = Kind(lambda text: int(text) if text.isdecimal() else float(text), _check_drop, "D")
+DROP = Kind(_parse_drop, _check_drop, "D")
 LAYERS = Kind(parse_layers, _check_layers, "L")
 TUNE_LAYERS = Kind(str, _check_tune_layers, "T")
 

@@ -107,7 +107,8 @@ def _parse(text: str, all_bounds: str) -> Bound:
         wrong = "" if text == all_bounds else f"; {text.strip()[:60]!r} is none"
         raise ValueError(f"must be bounds such as {_EXAMPLE}, separated by commas{wrong}") from None
     metric = METRICS.get(name.rpartition(":")[2])
-    if metric is not None and metric.unit == SHARE and not 0 <= limit <= 1:
+    # Some tasks' F1 goes up to 100, as SQuAD v2's does.
+    if metric is not None and metric.unit == SHARE and metric is not METRICS["f1"] and not 0 <= limit <= 1:
         raise ValueError(f"has the limit {word}, but {name} is a share from 0 to 1; write 0.8 for 80 %")
     return Bound(name, operator, limit)
 

@@ -33,8 +33,9 @@ from ..records.curve import final_quality
 from ..records.figures.numbers import format_number
 from ..runtime.loading import load_config
 from ..runtime.windows import max_positions
+from ..select.reverse_order import PAPER_SIZE
 from ..select.sets import drop_count, free_layers
-from .requests import PAPER_SIZE, AdviseRequest, PruneRequest
+from .requests import AdviseRequest, PruneRequest
 
 _DEFAULT_MAX_RATIO = 1.25  # the perplexity ratio that decides how many layers go unless an option does
 _LENGTH = 512  # tokens in a row

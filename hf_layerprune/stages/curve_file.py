@@ -135,7 +135,13 @@ def choose_point(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dic
     check_answerable(request)
     curve = load_curve(folder, request)
     record = curve.record
-    count = chosen_count(request, curve)
+    is_open = not (request.budget or request.target) and request.drop is None
+    count = curve.chosen if is_open else chosen_count(request, curve)
+    if count is None and is_open:
+        raise CutError(
+            f"no point of {folder}, which drops up to {pluralize(len(curve.points), 'layer')}, is what was asked for when it was "
+            f"made; choose one, such as drop={len(curve.points)}"
+        )
     if count is None:
         way_out = "allow more loss" if request.budget else "ask for less, or extend the curve with rank --curve-up-to"
         name = request.budget or request.target

@@ -24,11 +24,12 @@ from ..records.lineage import Lineage, stage_entry
 from ..records.names import is_gguf_name, strip_local_path
 from ..runtime.loading import is_hub_id, load_config, resolve_base
 from ..select import find_criterion, needs_model, select_layers
+from ..select.reverse_order import advise_small
 from ..select.targets import Target
 from .provenance import has_same_rows, is_same_base, write_lineage
 from .prune_gguf import prune_gguf
 from .prune_writers import prepare_dense, to_config, write_adapter, write_files, write_model
-from .requests import PAPER_SIZE, PruneRequest
+from .requests import PruneRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -258,8 +259,4 @@ def _suggest_block(request: PruneRequest, config: PreTrainedConfig) -> None:
 
     with suppress(UnsupportedModelError):
         families.check_stage(config, "rank")
-        if Sizes(config, request.base, revision=request.revision).parameters() < PAPER_SIZE:
-            logger.info(
-                "the last layers go, as in the paper, whose models have 7B and 8B parameters; on small models, dropping a block in "
-                "the middle does far better: --criterion auto --contiguous"
-            )
+        advise_small(Sizes(config, request.base, revision=request.revision).parameters())

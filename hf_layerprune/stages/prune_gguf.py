@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cut.gguf import cut_gguf, gguf_layer_count, is_gguf, plan_gguf_cut
+from ..cut.gguf import cut_gguf, is_gguf, plan_gguf_cut
 from ..cut.gguf.modelfile import make_modelfile
 from ..errors import CheckpointError, CutError
 from ..families import Cut
 from ..files.copy import check_file_target, write_text
-from ..files.gguf_header import read_header
+from ..files.gguf_header import GGUFHeader, block_count_of, read_header
 from ..options import format_bytes, refuse_unused
 from ..runtime.loading import resolve_base
 from ..select import needs_model, select_layers
+from ..select.reverse_order import advise_small
 from ..select.targets import Target
 from .prune_writers import prepare_dense
 from .requests import PruneRequest
@@ -46,8 +48,11 @@ def prune_gguf(request: PruneRequest, base: Path, output: Path) -> Cut:
     elif request.drop_layers is not None:
         dropped = list(request.drop_layers)
     else:
-        n = gguf_layer_count(base)
-        dropped = select_layers(n, request, target=_gguf_target(request, base, n))
+        header = read_header(base)  # once: a large vocabulary takes a second
+        n = block_count_of(header)
+        dropped = select_layers(n, request, target=_gguf_target(request, header, n))
+        if request.criterion == "reverse_order":
+            advise_small(sum(math.prod(tensor.dimensions) for tensor in header.tensors))
     plan = cut_gguf(base, output, dropped, force=request.force)
     _write_modelfile(output)
     return plan.cut
@@ -65,7 +70,7 @@ def _write_modelfile(output: Path) -> None:
     logger.info("wrote %s, for Ollama", path)
 
 
-def _gguf_target(request: PruneRequest, base: Path, num_layers: int) -> Target | None:
+def _gguf_target(request: PruneRequest, header: GGUFHeader, num_layers: int) -> Target | None:
     """What must be left of a GGUF file."""
     if request.target is None:
         return None
@@ -73,10 +78,8 @@ def _gguf_target(request: PruneRequest, base: Path, num_layers: int) -> Target |
     if limit is None:
         raise CutError(f"{request.target} is not known for a GGUF file that stays one; use target_size or drop=N")
 
-    header = read_header(base)  # once: a large vocabulary takes a second
-
     def left(drop: Sequence[int]) -> float:
-        return plan_gguf_cut(header, list(drop)).target_bytes if drop else base.stat().st_size
+        return plan_gguf_cut(header, list(drop)).target_bytes if drop else header.path.stat().st_size
 
     each = [left(()) - left((i,)) for i in range(num_layers)]
     return Target("target_size", limit, left, each, format_bytes)

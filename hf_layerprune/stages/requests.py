@@ -35,7 +35,6 @@ from ..options import (
 from ..options.quantities import NATS, RATIO, SHARE, number_between
 from ..select.registry import CRITERIA, find_criterion
 
-PAPER_SIZE = 5e9  # parameters; the paper's models have 6 to 9 billion
 TEXT_OPTIONS = ("calibration", "calibration_samples", "calibration_length")
 
 
@@ -78,8 +77,8 @@ class PruneRequest(TuningOptions, CutOptions):
     )
     from_curve: Path | None = option(
         None,
-        "Folder of a curve of BASE made by rank --curve: the number, target or budget picks a point of it, which determines "
-        "the layers and, unless they are given, the repair and its calibration",
+        "Folder of a curve of BASE made by rank --curve: the number, target or budget (by default the curve's own) picks a "
+        "point of it, which determines the layers and, unless they are given, the repair and its calibration",
         PATH,
     )
     adapter: bool = option(False, "Write a PEFT adapter (the plan and the tuned layers) instead of a whole model")
@@ -104,6 +103,11 @@ class PruneRequest(TuningOptions, CutOptions):
         request = cls(base, os.fspath(output), **options)
         request.refuse_unused()
         return request
+
+    @property
+    def default_drop(self) -> float | None:
+        """A curve says itself how many layers were asked for."""
+        return super().default_drop if self.from_curve is None else None
 
     def refuse_unused(self) -> None:
         """Refuse options that would have no effect. Recipes don't: their files may hold options for several kinds of run.
@@ -253,12 +257,13 @@ class AdviseRequest(WalkOptions, AmountOptions):
     min_top1_agreement: float | None = option(None, "Not available here: it was not measured after healing", SHARE)
     force: bool = option(False, "Replace OUTPUT if it exists")
 
+    @property
+    def default_drop(self) -> None:
+        """The number of layers is left open."""
+
     def check_combination(self) -> None:
-        """Leave the number of layers open unless an option sets it."""
-        amount_given = any(getattr(self, name) is not None for name in AMOUNTS)
+        """Refuse what was not measured."""
         super().check_combination()
-        if not amount_given:
-            self.drop = None
         self.refuse_unused()
         if self.min_top1_agreement is not None:
             raise CutError(

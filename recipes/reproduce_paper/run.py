@@ -43,7 +43,7 @@ from results import NOT_RUN, Results, format_line, make_lines, markdown, mistake
 
 from hf_layerprune.errors import CutError, LayerPruneError, explain, wants_traceback
 from hf_layerprune.files.copy import write_text
-from hf_layerprune.files.folders import lock_folder
+from hf_layerprune.files.locks import lock_folder
 from hf_layerprune.options import pluralize
 
 logger = logging.getLogger("hf_layerprune.reproduce_paper")

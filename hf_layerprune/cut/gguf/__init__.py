@@ -15,13 +15,11 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ...families.fields import Cut
 from ...files.copy import LocalFile, check_space, new_file
-from ...files.folders import clean_up_leftovers, lock_folder, unlock_folder
 from ...files.gguf_header import (
     CUT_KEYS,
     GGUFHeader,
@@ -144,14 +142,12 @@ def cut_gguf(
         total, name = plan.target_bytes, target.name
         kept, of = len(plan.cut.keep), plan.cut.num_layers
         logger.info("%s: keeping %d of %d layers; copying %s", source, kept, of, format_bytes(total))
-        with ExitStack() as stack, new_file(target, force=force, source=source) as partial:
-            clean_up_leftovers(target, force)
+        with new_file(target, force=force, source=source) as partial:
             check_space(target, total, shutil.disk_usage(target.parent).free)
             with (
-                partial.open("xb") as output,
+                partial.open("wb") as output,
                 progress_bar(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=name) as bar,
             ):
-                stack.callback(unlock_folder, lock_folder(partial))
                 output.write(plan.header)
                 for offset, size in plan.tensors:
                     for count in file.copy_into(output, offset, size):
