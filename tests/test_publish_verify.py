@@ -85,6 +85,11 @@ def claim(folder: Path) -> None:
     lineage.write(folder)
 
 
+def edit_config(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
 def flip(folder: Path, name: str, element: int = 0, bit: int = 1) -> None:
     """Turn one bit of one tensor in the file."""
     from hf_layerprune.cut.header import read_header
@@ -394,12 +399,43 @@ def test_an_adapter_with_parts_that_transformers_keeps_in_float32(
     assert re.search(rf"{part}\S* is F32\S+, and the base's is B?F16", said(verify(tmp_path / "small"), False))
 
 
-def test_an_adapter_with_a_head_of_its_own(tmp_path: Path) -> None:
-    """Until it is trained, it has the values of the embeddings, to which it was tied."""
+@pytest.mark.parametrize(("model_type", "parts"), [
+    ("mamba2", r"A_log|dt_bias"),
+    ("qwen3_next", r"linear_attn\.A_log|experts\.1\.down_proj"),  # with other names in memory
+])  # fmt: skip
+def test_an_adapter_with_parts_that_transformers_rounds(model_type: str, parts: str, tmp_path: Path) -> None:
+    """The base stores them in float32, though its config says 16 bits."""
+    base, small = tmp_path / "base", tmp_path / "small"
+    tiny_model(model_type).to(torch.bfloat16).save_pretrained(base)
+
+    def widen(tensors: dict[str, torch.Tensor]) -> None:
+        wide = [name for name in tensors if re.search(parts, name)]
+        assert {one for name in wide for one in re.findall(parts, name)} == {*parts.replace("\\", "").split("|")}
+        tensors.update({name: tensors[name].float() + 1e-4 for name in wide})
+
+    edit(base, widen)
+    words = ["--drop-layers", "2", "--adapter", "--tune-layers", "4"]
+    assert main(["prune", str(base), str(small), *words]) == 0
+    found = verify(small)
+    assert found.good, said(found)
+    path = small / "adapter_model.safetensors"
+    trained = load_file(path)
+    name = next(name for name in trained if "A_log" in name)
+    for value in (trained[name] + 0.5, trained[name].half()):  # another one, and rounded as the config does not say
+        save_file(trained | {name: value}, path)
+        claim(small)
+        assert "A_log differs from the base's" in said(verify(small), False)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_an_adapter_with_a_head_of_its_own(rounded: bool, tmp_path: Path) -> None:
+    """Until it is trained, it has the values of the embeddings, to which it was tied, as they are loaded."""
     model = tiny_model("llama")
     model.config.tie_word_embeddings = True
     model.tie_weights()
     model.save_pretrained(tmp_path / "base")
+    if rounded:
+        edit_config(tmp_path / "base", dtype="bfloat16")
     words = ["--drop-layers", "2", "--adapter", "--tune-lm-head"]
     assert main(["prune", str(tmp_path / "base"), str(tmp_path / "small"), *words]) == 0
     found = verify(tmp_path / "small")

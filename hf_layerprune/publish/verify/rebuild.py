@@ -8,7 +8,7 @@ import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +40,7 @@ from ...records.quantized import is_repeatable_method, quantization_method
 from ...runtime.config_file import read_config_file
 from ...runtime.loading import load_base, load_config
 from ...runtime.mapping import load_mapped
+from ...runtime.model_class import model_class_of
 from .places import Base
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ class Expected:
         quantizer (`str`, *optional*): What quantised them, with its version.
         lacked (`tuple[str, ...]`): The other files of the base that were not in the copy that was cut, according to the
             lineage.
+        origins (`dict[str, tuple[Path, str]]`): Where the base has a tensor that the cut copies: its file, and its name there.
     """
 
     files: dict[str, str]
@@ -145,6 +147,7 @@ class Expected:
     unquantized: dict[str, TensorHash] | None = None
     quantizer: str | None = None
     lacked: tuple[str, ...] = ()
+    origins: dict[str, tuple[Path, str]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_folder(
@@ -177,6 +180,23 @@ class Expected:
 
         return CONFIG_MAPPING[self.config["model_type"]].from_dict(self.config)
 
+    @cached_property
+    def loaded_dtype(self) -> str:
+        """The data type in which transformers loads most weights."""
+        _, part = model_class_of(self.model_config) or (None, self.model_config)
+        return str(part.dtype or inferred_dtype(self.weights, self.index)).removeprefix("torch.")
+
+    def read_tensor(self, name: str) -> torch.Tensor | None:
+        """The value of a tensor, if the cut copies it from the base."""
+        from safetensors import safe_open
+
+        if name not in self.origins:
+            return None
+        path, old = self.origins[name]
+        with safe_open(path, "pt") as file:
+            value: torch.Tensor = file.get_tensor(old)
+        return value
+
 
 def rebuild(history: History, base: Base) -> Expected:
     """Repeat all cuts of a history as a single one, without writing the result.
@@ -206,9 +226,11 @@ def _copy_cut(history: History, base: Base, folder: Path) -> Expected:
     others = hash_files({name: plan.source / name for name in companions if name in present})
     plan.files[CONFIG] = _cut_config(history, plan.source, folder.with_name("config"))
     others |= {name: hashlib.sha256(content).hexdigest() for name, content in plan.files.items()}
-    weights = {}
+    weights: dict[str, WeightFile] = {}
+    origins: dict[str, tuple[Path, str]] = {}
     for shard in plan.shards:
         path = plan.source / shard.source
+        origins |= {plan.tensor_names[old]: (path, old) for old in read_header(path).names if old in plan.tensor_names}
         if shard.whole:
             weights[shard.target] = WeightFile.read(path)
             continue
@@ -220,9 +242,8 @@ def _copy_cut(history: History, base: Base, folder: Path) -> Expected:
     else:
         for name, content in plan.files.items():
             (folder / name).write_bytes(content)
-    return replace(
-        Expected.from_folder(folder, weights, others), lacked=tuple(name for name in companions if name not in present)
-    )
+    lacked = tuple(name for name in companions if name not in present)
+    return replace(Expected.from_folder(folder, weights, others), lacked=lacked, origins=origins)
 
 
 def _cut_config(history: History, source: Path, folder: Path) -> bytes:

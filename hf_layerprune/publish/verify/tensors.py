@@ -98,17 +98,23 @@ def check_tensors(
         """The repeated cut's name for a tensor, of which transformers may have completed or changed the name."""
         return name if name in tensors else names.get(name, name).removeprefix(prefix)
 
+    tied = {in_cut(name): in_cut(other) for name, other in ties.items()}
+
+    def origin(name: str) -> str:
+        """The repeated cut's tensor that one has its values from."""
+        name = in_cut(name)
+        return name if name in tensors else tied.get(name, name)
+
     changed = {in_cut(name): by for name, by in history.changed().items()}
     files: dict[str, WeightFile] = {}
     if modules is not None:
-        stored = _to_stored(model, expected, modules, in_cut)
+        stored = _to_stored(model, expected, modules, origin)
     else:
         files, index = read_weights(model, expected)
         stored = [one for file in files.values() for one in file.tensors.items()]
     found = {in_cut(name): tensor for name, tensor in stored}
     if len(found) < len(stored):
         raise CheckpointError(f"{model.name} holds a tensor under two names")
-    tied = {in_cut(name): in_cut(other) for name, other in ties.items()}
     compared = _compare(found, expected, changed, tied)
     if modules is not None:
         missing = changed.keys() - found.keys()
@@ -232,17 +238,17 @@ def _missing_prefix(expected: Expected) -> str:
 
 
 def _to_stored(
-    model: ModelLocation, expected: Expected, modules: Mapping[str, TensorHash], in_cut: Callable[[str], str]
+    model: ModelLocation, expected: Expected, modules: Mapping[str, TensorHash], origin: Callable[[str], str]
 ) -> list[tuple[str, TensorHash]]:
     """An adapter's tensors by name, as its base's checkpoint stores them.
 
     Some types have other names there, or several tensors for one, or one for several. And transformers loads parts of some
-    16-bit models in float32; in the type that they should have, their values must be the same.
+    16-bit models in float32, and rounds what others store in it.
     """
     tensors = expected.tensors
-    unknown = [name for name in modules if in_cut(name) not in tensors]
+    unknown = [name for name in modules if origin(name) not in tensors]
     others = [
-        name for name, tensor in modules.items() if name not in unknown and tensor.dtype != tensors[in_cut(name)].dtype
+        name for name, tensor in modules.items() if name not in unknown and tensor.dtype != tensors[origin(name)].dtype
     ]
     values = _read_adapter(model, [*unknown, *others])
     types = {value.dtype: modules[name].dtype for name, value in values.items()}
@@ -250,9 +256,7 @@ def _to_stored(
     if unknown:
         with boundary(_NO_MODEL):
             parts |= stored_tensors(expected.model_config, {name: values[name] for name in unknown})
-    hashed = {
-        name: _hash_tensor(value, types[value.dtype], tensors.get(in_cut(name))) for name, value in parts.items()
-    }
+    hashed = {name: _hash_tensor(value, types[value.dtype], origin(name), expected) for name, value in parts.items()}
     return [*((name, tensor) for name, tensor in modules.items() if name not in values), *hashed.items()]
 
 
@@ -265,11 +269,15 @@ def _read_adapter(model: ModelLocation, names: Collection[str]) -> dict[str, tor
         return {name: file.get_tensor(f"{_ADAPTER_PREFIX}{name}") for name in names}
 
 
-def _hash_tensor(value: torch.Tensor, dtype: str, wanted: TensorHash | None) -> TensorHash:
-    """The hash of a tensor; in the wanted type, if its values are the same in that."""
+def _hash_tensor(value: torch.Tensor, dtype: str, name: str, expected: Expected) -> TensorHash:
+    """The hash of a tensor, in the type of the cut's if both have the same values, or the cut's if loading that gives this."""
     import torch
 
+    wanted = expected.tensors.get(name)
     if wanted is not None and {dtype, wanted.dtype} <= FLOATS.keys():
+        stored = expected.read_tensor(name) if FLOATS[dtype] == expected.loaded_dtype else None
+        if stored is not None and stored.to(value.dtype).equal(value):
+            return wanted
         narrow = value.to(getattr(torch, FLOATS[wanted.dtype]))
         if narrow.to(value.dtype).equal(value):
             value, dtype = narrow, wanted.dtype
