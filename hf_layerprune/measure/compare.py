@@ -12,7 +12,7 @@ from ..runtime.loading import load_tokenizer
 from ..runtime.windows import resolve_length
 from .distance import mean, text_metrics, window_means
 from .requests import DEFAULT_LENGTH
-from .texts import WIKITEXT2, find_text, split_windows
+from .texts import WIKITEXT2, check_same_vocabulary, find_text, split_windows
 
 
 def compare_models(
@@ -54,21 +54,9 @@ def compare_models(
             "models in memory are compared here; load them, or use hf-layerprune eval MODEL --base BASE"
         )
     sizes = [getattr(one.config.get_text_config(), "vocab_size", None) for one in (model, base)]
-    if None not in sizes and sizes[0] != sizes[1]:
-        raise LayerPruneError(
-            f"the model has a vocabulary of {sizes[0]} tokens and its base one of {sizes[1]}, so they can't be compared token "
-            "by token; pass the base that the model was made from"
-        )
+    check_same_vocabulary(sizes, ("the model", "its base"))
     if isinstance(text, str | os.PathLike):
-        name = os.fspath(text)
-        if windows is not None and windows < 1:
-            raise CutError(f"windows={windows} measures nothing; use 1 or more, or None for the whole text")
-        if tokenizer is None:
-            if not base.name_or_path:
-                raise CutError("the base does not say where it was loaded from; pass its tokenizer")
-            tokenizer = load_tokenizer(base.name_or_path)
-        length = min(resolve_length(one.config, length, DEFAULT_LENGTH, "length") for one in (model, base))
-        text, _ = split_windows(find_text(name).text, tokenizer, length, windows, name)
+        text = _read_windows(model, base, os.fspath(text), tokenizer, length, windows)
     if not isinstance(text, torch.Tensor):
         raise CutError(
             f"text is a {type(text).__name__}, and must be a path or a tensor of token IDs [windows, length]"
@@ -88,3 +76,22 @@ def compare_models(
         value, error = mean(found[metric])
         measured |= {metric: value, f"{metric}_stderr": float("nan") if error is None else error}
     return measured
+
+
+def _read_windows(
+    model: PreTrainedModel,
+    base: PreTrainedModel,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    length: int | None,
+    windows: int | None,
+) -> torch.Tensor:
+    """The first windows of a text that is named, which fit the context of both models."""
+    if windows is not None and windows < 1:
+        raise CutError(f"windows={windows} measures nothing; use 1 or more, or None for the whole text")
+    if tokenizer is None:
+        if not base.name_or_path:
+            raise CutError("the base does not say where it was loaded from; pass its tokenizer")
+        tokenizer = load_tokenizer(base.name_or_path)
+    length = min(resolve_length(one.config, length, DEFAULT_LENGTH, "length") for one in (model, base))
+    return split_windows(find_text(name).text, tokenizer, length, windows, name)[0]

@@ -6,7 +6,6 @@ metrics = evaluate(EvalRequest("pruned", base="org/base", tasks=("paper",)))
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ from .paired import compare_pairs, compare_values
 from .requests import DEFAULT_LENGTH, EvalRequest
 from .subject import Subject
 from .tasks import SEED, load_tasks, task_dataset, task_files
-from .texts import WIKITEXT2, Text, check_same_tokens, find_text, read_text, split_windows
+from .texts import WIKITEXT2, Text, check_same_tokens, check_same_vocabulary, find_text, read_text, split_windows
 
 if TYPE_CHECKING:
     import torch
@@ -64,24 +63,25 @@ def check_request(request: EvalRequest) -> None:
             effect.
         LayerPruneError: A task or text is not available.
     """
-    texts, tasks = [text.name for text in _resolve_texts(request)], [*_resolve_tasks(request)]
-    _refuse_unused(request, tasks, texts)
-    if request.require:
-        check_measurable(request.require, Metrics(""), tasks=tasks, texts=texts, base=request.base is not None)
+    _resolve(request, Metrics(""))
 
 
-def _refuse_unused(request: EvalRequest, tasks: Collection[str], texts: Collection[Any]) -> None:
+def _resolve(request: EvalRequest, known: Metrics) -> tuple[dict[str, TaskDict], list[Text]]:
+    """The tasks and texts of a request, which must measure what it requires and is not known yet."""
+    texts, names = _resolve_texts(request), request.tasks
+    if names is None and request.tasks_from is None:
+        names = ("paper",) if request.texts is None else ()
+    tasks = load_tasks(names, request.tasks_from, request.limit)
+    if not tasks and not texts:
+        raise CutError("there is nothing to measure; specify tasks=... or texts=...")
     if not tasks:
         refuse_unused(request, ("limit", "num_fewshot", "batch_size", "answers"), "without tasks")
     if not texts:
         refuse_unused(request, ("length", "windows"), "without texts")
-
-
-def _resolve_tasks(request: EvalRequest) -> dict[str, TaskDict]:
-    names = request.tasks
-    if names is None and request.tasks_from is None:
-        names = ("paper",) if request.texts is None else ()
-    return load_tasks(names, request.tasks_from, request.limit)
+    if request.require:
+        text_names = [text.name for text in texts]
+        check_measurable(request.require, known, tasks=[*tasks], texts=text_names, base=request.base is not None)
+    return tasks, texts
 
 
 def _resolve_texts(request: EvalRequest) -> list[Text]:
@@ -112,20 +112,12 @@ class _Evaluation(Measurement):
             raise CutError(f"answers={request.answers} is a file; specify a folder")
         self.vocabulary = self.model.vocabulary()
         self.tokenizers = {subject.weights: subject.tokenizer() for subject in self.subjects}
-        self.texts = [(text, *self._split_text(text)) for text in _resolve_texts(request)]
-        self.tasks = _resolve_tasks(request)
+        self.tasks, texts = _resolve(request, self.store.metrics)
+        self.store.bounds = request.require
+        self.texts = [(text, *self._split_text(text)) for text in texts]
         self.settings = {"batch_size": request.batch_size, "chat_template": False}
         self.settings |= {"limit": request.limit} if request.limit is not None else {}
-        if not self.tasks and not self.texts:
-            raise CutError("there is nothing to measure; specify tasks=... or texts=...")
-        _refuse_unused(request, self.tasks, self.texts)
         check_media_tasks(self.tasks, self.subjects[::-1], request.num_fewshot)
-        if request.require is not None:
-            texts = [text.name for text, *_ in self.texts]
-            check_measurable(
-                request.require, self.store.metrics, tasks=[*self.tasks], texts=texts, base=self.base is not None
-            )
-            self.store.bounds = request.require
 
     def _split_text(self, text: Text) -> tuple[torch.Tensor, dict[str, Any]]:
         """A text as windows, and the settings to record with their results."""
@@ -139,13 +131,7 @@ class _Evaluation(Measurement):
                 "model's own tokenizer"
             )
         if self.base is not None:
-            theirs = self.base.vocabulary()
-            if None not in (theirs, self.vocabulary) and theirs != self.vocabulary:
-                raise LayerPruneError(
-                    f"{self.model.name} has a vocabulary of {self.vocabulary} tokens and {self.base.name} one of {theirs}, "
-                    "so they can't be compared token by token; specify the base that the model was made from, or omit the "
-                    "texts"
-                )
+            check_same_vocabulary((self.vocabulary, self.base.vocabulary()), (self.model.name, self.base.name))
             check_same_tokens(tokenizer, self.tokenizers[self.base.weights], text.text)
         return rows, {"length": length, "windows": len(rows), "starts_with_bos": begun}
 

@@ -24,7 +24,7 @@ from transformers import set_seed
 
 from ..errors import LayerPruneError, boundary
 from ..runtime.memory import free_memory, halve_batch
-from .image_tasks import is_multimodal_task, replace_images
+from .image_tasks import replace_images
 from .tasks import SEED, require_harness
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class TaskRunner:
         with torch.no_grad(), _prepare_task(name, task, shots):
             model: Any = self
             evaluated: Any = evaluate(model, task, limit=limit)
-        samples = _samples_by_question(evaluated["samples"], is_multimodal_task(task))
+        samples = _samples_by_question(evaluated["samples"])
         if name not in evaluated["results"] or not samples:
             raise LayerPruneError(f"task {name} gave no result; omit it")
         version = evaluated["versions"].get(name)
@@ -179,10 +179,10 @@ def prompts_hash(name: str, task: TaskDict, limit: int | None, shots: int | None
     return digest.hexdigest()
 
 
-def _samples_by_question(samples: dict[str, list[dict[str, Any]]], images: bool) -> dict[str, dict[str, Any]]:
-    """The logged questions, by a key that is the same for every model; the harness's hash of an image is not."""
+def _samples_by_question(samples: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The logged questions, by a key that is the same for every model."""
     return {
-        f"{task}/{one['doc_id']}" + ("" if images else f"/{one['doc_hash'][:16]}"): one
+        f"{task}/{one['doc_id']}": one
         for task, rows in samples.items()
         for one in rows
         if one["filter"] == rows[0]["filter"]

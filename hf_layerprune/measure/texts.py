@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,6 +90,15 @@ def split_windows(
             f"{name} has {len(ids)} tokens, but a window has {length}; specify a longer text, or use length={len(ids)}"
         )
     return rows, bool(begin)
+
+
+def check_same_vocabulary(sizes: Sequence[int | None], names: Sequence[str]) -> None:
+    """Refuse to compare a model with its base if their vocabularies differ in size; `None` for one that is not known."""
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise LayerPruneError(
+            f"{names[0]} has a vocabulary of {sizes[0]} tokens and {names[1]} one of {sizes[1]}, so they can't be compared "
+            "token by token; specify the base that the model was made from, or omit the texts"
+        )
 
 
 def check_same_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, text: str) -> None:

@@ -71,54 +71,60 @@ def _measure(models: list[str], works: list[dict[str, int]], repeats: int, dtype
     """Load all models, then run the workloads in turns."""
     import torch
     import vllm
-    from vllm import LLM, SamplingParams, TokensPrompt
 
-    longest = max(work["prompt_tokens"] + work["new_tokens"] for work in works)
-    most = max(work["batch"] for work in works)
+    on_gpu = torch.cuda.is_available()
+    settings: dict[str, Any] = {
+        "dtype": dtype,
+        "max_model_len": max(work["prompt_tokens"] + work["new_tokens"] for work in works),
+        "max_num_seqs": max(work["batch"] for work in works),
+        "trust_remote_code": False,
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": False,
+        "enforce_eager": not on_gpu,  # compiling for a CPU takes minutes
+    }
+    if on_gpu:
+        settings["gpu_memory_utilization"] = 0.9 / len(models)
     loaded: dict[str, Any] = {}
     for path in models:
         try:
-            loaded[path] = LLM(
-                path,
-                dtype=dtype,
-                max_model_len=longest,
-                max_num_seqs=most,
-                trust_remote_code=False,
-                skip_tokenizer_init=True,
-                enable_prefix_caching=False,
-                enforce_eager=not torch.cuda.is_available(),  # compiling for a CPU takes minutes
-                **({"gpu_memory_utilization": 0.9 / len(models)} if torch.cuda.is_available() else {}),
-            )
+            loaded[path] = vllm.LLM(path, **settings)
         except Exception as error:  # the engine raises what it likes
             yield {"model": path, "error": " ".join(str(error).split()) or type(error).__name__}
             return
-    device = f"cuda: {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "cpu"
+    device = f"cuda: {torch.cuda.get_device_name()}" if on_gpu else "cpu"
     known = min(model.llm_engine.model_config.get_vocab_size() for model in loaded.values())
     kind = str(loaded[models[0]].llm_engine.model_config.dtype).removeprefix("torch.")
     yield {"dtype": kind, "device": device, "version": vllm.__version__, "threads": torch.get_num_threads()}
 
-    def seconds(model: Any, work: dict[str, int], count: int) -> float:
-        sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
-        length = work["prompt_tokens"]
-        rows = [[(10 + row + 37 * i) % known for i in range(length)] for row in range(work["batch"])]
-        prompts = [TokensPrompt(prompt_token_ids=row) for row in rows]
-        start = time.perf_counter()
-        model.generate(prompts, sampling, use_tqdm=False)
-        return time.perf_counter() - start
-
     for number, work in enumerate(works):
+        prompts = [[(10 + row + 37 * i) % known for i in range(work["prompt_tokens"])] for row in range(work["batch"])]
         for repeat in range(repeats + 1):
             for path in models if repeat % 2 else models[::-1]:
-                first = seconds(loaded[path], work, 1)
-                metrics = {
-                    "prefill_tokens_per_second": work["batch"] * work["prompt_tokens"] / first,
-                    "time_to_first_token": first,
-                }
-                if (new := work["new_tokens"]) > 1:
-                    rest = max(seconds(loaded[path], work, new) - first, 1e-9)
-                    metrics["decode_tokens_per_second"] = work["batch"] * (new - 1) / rest
+                metrics = _time_once(loaded[path], prompts, work["new_tokens"])
                 if repeat:  # the first run prepares kernels
                     yield {"model": path, "work": number, "metrics": metrics}
+
+
+def _time_once(model: Any, prompts: list[list[int]], new_tokens: int) -> dict[str, float]:
+    """Time the first token after prompts of the same length, then all new ones."""
+    from vllm import SamplingParams, TokensPrompt
+
+    def seconds(count: int) -> float:
+        sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
+        inputs = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
+        start = time.perf_counter()
+        model.generate(inputs, sampling, use_tqdm=False)
+        return time.perf_counter() - start
+
+    first = seconds(1)
+    metrics = {
+        "prefill_tokens_per_second": len(prompts) * len(prompts[0]) / first,
+        "time_to_first_token": first,
+    }
+    if new_tokens > 1:
+        rest = max(seconds(new_tokens) - first, 1e-9)
+        metrics["decode_tokens_per_second"] = len(prompts) * (new_tokens - 1) / rest
+    return metrics
 
 
 if __name__ == "__main__":
