@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,25 @@ def test_an_evaluation_leaves_4_bit_weights_trainable(tmp_path: Path) -> None:
     for name, gradient in alone.items():
         assert torch.equal(after[name], gradient), name
     assert any(gradient.abs().max() > 0 for name, gradient in alone.items() if ".layers.0." in name)
+
+
+@pytest.mark.parametrize("version", ["4.57.3", "5.1.0"])
+def test_an_adapter_gets_no_tokenizer_that_its_folder_would_change(tmp_path: Path, version: str) -> None:
+    write_model(tmp_path / "base")
+    for name, field in {
+        "config": {"transformers_version": version},
+        "tokenizer_config": {"fix_mistral_regex": True},
+    }.items():
+        path = tmp_path / "base" / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | field))
+    prune_to(PruneRequest(str(tmp_path / "base"), str(tmp_path / "cut"), drop_layers=[2]))
+    student = Student.load(tmp_path / "cut")
+    entry = train(student, parse_method("last1"), tmp_path / "trained")
+    write_healed(student, tmp_path / "trained", tmp_path / "healed", entry, adapter=tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "tokenizer.json").exists() == (version > "5")
+    for name in ("healed", "adapter"):
+        found = verify(VerifyRequest(str(tmp_path / name), accept_trained=True))
+        assert found.good, found.lines
 
 
 def test_options_that_decide_the_result_are_recorded(tmp_path: Path) -> None:

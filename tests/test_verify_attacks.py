@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from hf_layerprune.cli import main
 from hf_layerprune.heal.stage import copy_companion_files
-from hf_layerprune.publish.verify.fields import agrees_with_renamed, reads_another_tokenizer
+from hf_layerprune.publish.verify.fields import agrees_with_renamed
 from hf_layerprune.records.fingerprints import behaviour_hashes, fingerprint, weights_hash
 from hf_layerprune.records.lineage import Lineage
 from hf_layerprune.runtime.loading import load_base
+from hf_layerprune.runtime.tokenizer_version import reads_another_tokenizer
 
 from .tiny_models import randomize, tiny_model
 

@@ -17,6 +17,7 @@ from ..cut.settings import copy_transformers_version, encode_json
 from ..errors import CheckpointError, LayerPruneError
 from ..files.copy import copy_model_file, write_bytes
 from ..files.folders import new_folder
+from ..files.json_file import read_object
 from ..options import pluralize
 from ..records.fingerprints import ADAPTER_CONFIG, CONFIG, GENERATION, fingerprint, holds_weights, model_files
 from ..records.licences import copy_licence
@@ -24,6 +25,7 @@ from ..records.lineage import Lineage
 from ..runtime.config_file import read_config_file
 from ..runtime.loading import load_base, load_config
 from ..runtime.model_class import stored_layer_prefix, stored_names, tied_names
+from ..runtime.tokenizer_version import TOKENIZER, needs_config
 from .student import Student
 
 if TYPE_CHECKING:
@@ -119,7 +121,7 @@ def _merge_trained(
         if tail:
             _record_repair(adapted.peft_config["default"], lineage)
         save_adapter(adapted, folder)
-        _copy_companions(student.folder, folder, exclude=(CONFIG, GENERATION))
+        _copy_to_adapter(student.folder, folder)
         return adapted.merge_and_unload(), folder if tail else None
     return adapted.merge_and_unload(), None
 
@@ -250,6 +252,16 @@ def copy_companion_files(before: Path, after: Path) -> None:
     write_bytes(after / CONFIG, encode_json(fields))
     (after / GENERATION).unlink(missing_ok=True)  # saving a model writes one even where there was none
     _copy_companions(before, after, exclude=(CONFIG,))
+
+
+def _copy_to_adapter(before: Path, after: Path) -> None:
+    """Copy the tokenizer, unless it would be read in another way without its config: then, loaders have to take the base's."""
+    settings = read_object(before / TOKENIZER) if (before / TOKENIZER).is_file() else {}
+    if needs_config(read_config_file(before / CONFIG), settings):
+        copy_licence(before, after)
+        logger.info("the adapter gets no tokenizer, which would be read in another way without a %s beside it", CONFIG)
+    else:
+        _copy_companions(before, after, exclude=(CONFIG, GENERATION))
 
 
 def _copy_companions(before: Path, after: Path, exclude: Collection[str]) -> None:

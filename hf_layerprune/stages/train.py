@@ -22,6 +22,7 @@ from ..records.fingerprints import ADAPTER_CONFIG, CONFIG
 from ..records.history import TRAIN
 from ..records.lineage import FILE_NAME, Lineage
 from ..records.names import is_hub_name, strip_local_path
+from ..runtime.tokenizer_version import TOKENIZER
 from .provenance import load_lineage_of_weights
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ _TRAINERS_OWN = re.compile(
     r"dtype|(bos|pad)_token_id|output_(router_logits|attentions|hidden_states)|\w*(aux|z)_loss_\w+|initializer_range"
     r"|\w*(dropout|pdrop|layerdrop)|unsloth_\w+|_attn_implementation\w*"
 )
-_TOKENIZER = "tokenizer_config.json"
 
 
 def record_trained(
@@ -128,7 +128,7 @@ def _check_trained(student: Student, folder: Path) -> None:
         raise CheckpointError(
             f"{began} lacks other layers than {before}; specify the pruned model that training began with"
         )
-    old, new = (load_tokenizer(one) if (one / _TOKENIZER).is_file() else None for one in (before, folder))
+    old, new = (load_tokenizer(one) if (one / TOKENIZER).is_file() else None for one in (before, folder))
     differ = {
         ".".join(path)
         for path, (one, other) in ({} if adapter else differences(was, has)).items()

@@ -6,8 +6,6 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from packaging.version import InvalidVersion, Version
-
 from ...families import MARKER
 
 if TYPE_CHECKING:
@@ -71,21 +69,6 @@ def unread_fields(raw: dict[str, Any], loaded: PreTrainedConfig, expected: dict[
         set_on_saving = path[-1] in _VOLATILE - {"_name_or_path"} or path[0] == MARKER
         if not set_on_saving and not any(path in values and _equal(values[path], value) for values in known):
             yield path
-
-
-def reads_another_tokenizer(raw: dict[str, Any], expected: dict[str, Any], settings: dict[str, Any]) -> bool:
-    """Whether the version in a config changes the tokenizer: with `fix_mistral_regex`, that of transformers before 5 is
-    fixed, and of a version that can't be read, none is loaded.
-    """
-
-    def before_5(version: Any) -> bool | None:
-        try:
-            return not version or Version(version) < Version("5.0.0")
-        except (InvalidVersion, TypeError):
-            return None
-
-    here, there = (before_5(fields.get("transformers_version")) for fields in (raw, expected))
-    return here is not there and (here is None or bool(settings.get("fix_mistral_regex")))
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -41,18 +41,17 @@ from ...records.metrics import FILE_NAME as METRICS
 from ...records.quantized import describe_quantization, is_repeatable_method
 from ...runtime.config_file import read_config_file
 from ...runtime.loading import load_config
+from ...runtime.tokenizer_version import TOKENIZER, needs_config, reads_another_tokenizer
 from ...versions import installed_version
 from ..card.render import Card
 from ..card.writing import compose_card, read_text
 from ..requests import VerifyRequest
 from .adapters import adapter_differences, base_difference
-from .fields import differences, reads_another_tokenizer, unread_fields, unties
+from .fields import differences, unread_fields, unties
 from .outcome import BASE, Verification
 from .places import Base, ModelLocation
 from .rebuild import Expected, TensorHash, inferred_dtype, rebuild
 from .tensors import adapter_tensors, check_tensors, weight_files
-
-_TOKENIZER = "tokenizer_config.json"
 
 
 def verify(request: VerifyRequest) -> Verification:
@@ -239,8 +238,7 @@ def _check_config(model: ModelLocation, history: History, expected: Expected, ou
     texts += [
         f"{CONFIG} sets {'.'.join(path)[:150]}, which is not in what the cut leaves of the base's" for path in extra
     ]
-    settings = read_object(model.path(_TOKENIZER)) if _TOKENIZER in model.hashes else {}
-    if reads_another_tokenizer(raw, expected.raw_config, settings):
+    if reads_another_tokenizer(raw, expected.raw_config, _tokenizer_settings(model)):
         versions = (fields.get("transformers_version") for fields in (raw, expected.raw_config))
         texts.append("transformers_version is {} and was {}, which changes the tokenizer".format(*versions))
     outcome.add_all("config", texts, f"{CONFIG} is what the cut leaves of the base's")
@@ -315,11 +313,8 @@ def _check_files(model: ModelLocation, history: History, expected: Expected, out
     if others or not model.is_adapter:  # of some files alone, another tokenizer would be loaded than the base's
         unneeded = {CONFIG, GENERATION, INDEX} if model.is_adapter else set()
         texts += [f"{name} is missing" for name in sorted(wanted.keys() - here.keys() - unneeded)]
-    if model.is_adapter and _TOKENIZER in model.hashes:
-        # transformers takes a tokenizer without a config beside it for one of version 5.
-        told, alone = read_object(model.path(_TOKENIZER)), {"transformers_version": "5.0.0"}
-        if reads_another_tokenizer(alone, expected.raw_config, told):
-            texts.append(f"{_TOKENIZER} has fix_mistral_regex, which has no effect without the base's {CONFIG}")
+    if model.is_adapter and needs_config(expected.raw_config, _tokenizer_settings(model)):
+        texts.append(f"{TOKENIZER} has fix_mistral_regex, which has no effect without the base's {CONFIG}")
     if expected.lacked:
         text = f"{LINEAGE} says that the copy of the base that was cut lacked {', '.join(expected.lacked)}"
         outcome.add(None, "files", text[:300])
@@ -328,3 +323,7 @@ def _check_files(model: ModelLocation, history: History, expected: Expected, out
         f"{others} other file{'s are' if others > 1 else ' is'} the base's" if others else "there are no other files"
     )
     outcome.add_all("files", texts, same)
+
+
+def _tokenizer_settings(model: ModelLocation) -> dict[str, Any]:
+    return read_object(model.path(TOKENIZER)) if TOKENIZER in model.hashes else {}
