@@ -35,7 +35,7 @@ _IRRELEVANT = (
 )  # fmt: skip
 _IRRELEVANT_PREFIXES = (
     "log_", "logging_", "report_", "disable_", "trackio_", "hub_", "push_", "include_", "do_", "ddp_", "bf16_full_",
-    "fp16_full_", "per_device_eval_", "per_gpu_", "batch_eval_",
+    "fp16_full_", "per_device_eval_", "batch_eval_",
 )  # fmt: skip
 _CHECKPOINTS = ("eval_", "save_")  # these matter only if the best checkpoint is kept
 # The options that are recorded even at their defaults.

@@ -114,7 +114,7 @@ class _HeadLoss(torch.autograd.Function):
         distillation: Distillation | None,
         into: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
-        device = hidden.device
+        device, on_cpu = hidden.device, hidden.device.type == "cpu"
         autocast = weight is not None and torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else hidden.dtype
         half = dtype == torch.float16
@@ -122,7 +122,8 @@ class _HeadLoss(torch.autograd.Function):
             into = None  # what is added to it could not be multiplied later
         losses = _TokenLosses(labels, ce_weight, distillation, half=half)
         vocabulary = hidden.shape[1] if weight is None else weight.shape[0]
-        tokens, cached_tokens, weight_rows = _chunk_sizes(dtype, vocabulary, device)
+        chunk_bytes, weight_rows = (CHUNK_BYTES, _WEIGHT_ROWS) if on_cpu else (DEVICE_CHUNK_BYTES, vocabulary)
+        tokens = max(1, chunk_bytes // (dtype.itemsize * vocabulary))
         # In float16, sums over a chunk's tokens could overflow, so they are divided by a power of two.
         shrink = 2.0 ** -min(tokens, len(hidden)).bit_length() if half else 1.0
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
@@ -135,7 +136,7 @@ class _HeadLoss(torch.autograd.Function):
             head = Head(matrix, None if bias is None else bias.to(dtype), transform)
             for chunk in _slices(0, len(hidden), tokens):
                 states = hidden[chunk].to(dtype)
-                gradient = losses.chunk_gradient(head, states, chunk, cached_tokens)
+                gradient = losses.chunk_gradient(head, states, chunk)
                 if wants_bias:
                     d_bias += gradient.sum(0, dtype=d_bias.dtype)
                 if wants_hidden:
@@ -171,15 +172,6 @@ class _HeadLoss(torch.autograd.Function):
         )
 
 
-def _chunk_sizes(dtype: torch.dtype, vocabulary: int, device: torch.device) -> tuple[int, int, int]:
-    """How many tokens have logits at a time, how many get gradients at a time, and rows of the head's gradient at a time."""
-    if device.type != "cpu":
-        tokens = max(1, DEVICE_CHUNK_BYTES // (dtype.itemsize * vocabulary))
-        return tokens, tokens, vocabulary
-    tokens = max(1, CHUNK_BYTES // (dtype.itemsize * vocabulary))
-    return tokens, max(1, _CACHED_BYTES // (4 * vocabulary)), _WEIGHT_ROWS
-
-
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
     return (slice(first, min(first + size, stop)) for first in range(start, stop, size))
 
@@ -209,9 +201,10 @@ class _TokenLosses:
                 total = total + distillation.weight * distillation.temperature
             self.unit = total.clamp(min=torch.finfo(total.dtype).tiny)
 
-    def chunk_gradient(self, head: Head, states: torch.Tensor, chunk: slice, size: int) -> torch.Tensor:
-        """The gradient of the head's product `[tokens, vocabulary]` for a chunk of tokens, `size` of them at a time."""
+    def chunk_gradient(self, head: Head, states: torch.Tensor, chunk: slice) -> torch.Tensor:
+        """The gradient of the head's product `[tokens, vocabulary]` for a chunk of tokens."""
         raw, distillation = head.raw(states), self.distillation
+        size = max(1, _CACHED_BYTES // (4 * raw.shape[1])) if raw.device.type == "cpu" else len(raw)
         teacher_logits = None if distillation is None else distillation.head.raw(distillation.hidden[chunk])
         for part in _slices(chunk.start, chunk.stop, size):
             inside = slice(part.start - chunk.start, part.stop - chunk.start)

@@ -13,6 +13,7 @@ from transformers.trainer import OPTIMIZER_NAME
 
 from ..cut.header import read_header
 from ..errors import LayerPruneError, boundary
+from ..runtime.parts import replace_method
 from .batches import StateCollator
 from .checkpoints import last_checkpoint
 from .config import HealConfig
@@ -67,15 +68,10 @@ class SavingTrainer(SFTTrainer):
             # Of an adapter, transformers passes on trained weights alone under ZeRO-3; a repair is frozen.
             engine: Any = self.deepspeed
             self._gathered = engine._zero3_consolidated_16bit_state_dict()
-        model: Any = self.plain_model
-        own = {name: value for name, value in vars(model).items() if name == "save_pretrained"}  # if it was replaced
-        if _internal_call and not adapters:
-            model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
-        try:
+        save, in_checkpoint = self.plain_model.save_pretrained, _internal_call and not adapters
+        by_own_names = partial(save, save_original_format=False) if in_checkpoint else save
+        with replace_method(self.plain_model, "save_pretrained", by_own_names):
             super().save_model(output_dir, _internal_call)
-        finally:
-            vars(model).pop("save_pretrained", None)
-            vars(model).update(own)
         self._gathered = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

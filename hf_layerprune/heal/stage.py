@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,14 +132,12 @@ def _load_trained(student: Student, trained: Path) -> PreTrainedModel:
     Checkpoints of the recipe have the names of the model itself, which transformers would keep.
     """
     model: Any = load_base(trained, dtype=weights_dtype(student))
-    if not _names(trained) <= _names(student.folder):
-        like: Any = load_base(student.folder, device_map="meta")  # no weight is read
-        model._weight_conversions = like._weight_conversions
+    with ExitStack() as files:
+        names, known = (_open_weights(folder, files).keys() for folder in (trained, student.folder))
+        if not names <= known:
+            like: Any = load_base(student.folder, device_map="meta")  # no weight is read
+            model._weight_conversions = like._weight_conversions
     return model
-
-
-def _names(folder: Path) -> set[str]:
-    return {tensor.name for path in folder.glob("*.safetensors") for tensor in read_header(path).tensors}
 
 
 def _use_config_of(student: Student, model: PreTrainedModel, trained: Path) -> None:
@@ -210,15 +208,17 @@ def changed_tensors(before: Path, after: Path) -> list[str]:
     tied, stored = tied_names(load_config(before))
     others = {one: stored.get(other, other) for name, other in tied.items() for one in (name, stored.get(name, name))}
     with ExitStack() as files:
-        where = _open_weights(before, files)
+        where, new = _open_weights(before, files), _open_weights(after, files)
 
-        def same(name: str, tensor: torch.Tensor) -> bool:
+        def is_unchanged(name: str) -> bool:
             names = [one for full in (name, others.get(name, "")) for one in (full, full.partition(".")[2])]
             old = next((one for one in names if one in where), None)
-            other = None if old is None else where[old].get_tensor(old)
-            return other is not None and other.dtype == tensor.dtype and torch.equal(other, tensor)
+            if old is None:
+                return False
+            tensor, other = new[name].get_tensor(name), where[old].get_tensor(old)
+            return other.dtype == tensor.dtype and torch.equal(other, tensor)
 
-        return sorted(name for name, tensor in _iterate_tensors(after) if not same(name, tensor))
+        return sorted(name for name in new if not is_unchanged(name))
 
 
 def _open_weights(folder: Path, files: ExitStack) -> dict[str, Any]:
@@ -228,21 +228,14 @@ def _open_weights(folder: Path, files: ExitStack) -> dict[str, Any]:
 
 
 def _check_finite(folder: Path, names: Collection[str]) -> None:
-    for name, tensor in _iterate_tensors(folder, names):
-        if not tensor.isfinite().all():
-            raise LayerPruneError(
-                f"{name} of the trained model has a value that is not finite; specify an earlier checkpoint, or train at a lower "
-                "learning rate"
-            )
-
-
-def _iterate_tensors(folder: Path, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a folder, or those with some names."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                if names is None or name in names:
-                    yield name, file.get_tensor(name)
+    with ExitStack() as files:
+        where = _open_weights(folder, files)
+        for name in names:
+            if not where[name].get_tensor(name).isfinite().all():
+                raise LayerPruneError(
+                    f"{name} of the trained model has a value that is not finite; specify an earlier checkpoint, or train at a "
+                    "lower learning rate"
+                )
 
 
 def copy_companion_files(before: Path, after: Path) -> None:

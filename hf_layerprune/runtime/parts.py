@@ -35,16 +35,26 @@ def trial() -> Iterator[None]:
 
 
 @contextmanager
+def replace_method(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Replace a method of one object inside a `with` block."""
+    own = vars(owner).get(name)  # replaced already, such as by accelerate's hooks
+    setattr(owner, name, method)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
+
+
+@contextmanager
 def replace_forward(modules: Sequence[nn.Module], *forwards: Callable[..., Any]) -> Iterator[None]:
     """Replace the forward methods of modules inside a `with` block, by one function for all or one for each."""
     each = forwards * len(modules) if len(forwards) == 1 else forwards
     with ExitStack() as stack:
         for module, forward in zip(modules, each, strict=True):
-            if "forward" in vars(module):  # patched already, such as by accelerate's hooks
-                stack.callback(setattr, module, "forward", vars(module)["forward"])
-            else:
-                stack.callback(delattr, module, "forward")
-            module.forward = forward
+            stack.enter_context(replace_method(module, "forward", forward))
         yield
 
 
