@@ -331,6 +331,19 @@ def test_a_base_is_told_apart_by_what_the_hub_lists(
     assert not fetched(hub)
 
 
+def test_weights_that_the_hub_lists_without_a_hash_are_told_apart_by_their_content(
+    hub: HubServer, client: Client, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small ones may be kept in git itself. Whatever is in the cache, they are recorded in the same way."""
+    monkeypatch.setattr("tests.hub_repo.LFS_SUFFIXES", set())
+    hub.repos["org/plain"] = Repo(bases["llama"])
+    client.cut("org/plain", tmp_path / "cut", TYPES["llama"])
+    weights = {name: entry for name, entry in fingerprint(bases["llama"]).items() if name.endswith(".safetensors")}
+    for cache in ("cache", "empty"):
+        files = client.ask(source="org/plain", fingerprint=True, cache_dir=str(tmp_path / cache))["files"]
+        assert weights.items() <= files.items()
+
+
 def run(hub: HubServer, home: Path, *commands: list[str], **env: str) -> tuple[list[int], str, str]:
     """Run commands in one process; their exit codes, and what they said."""
     code = (

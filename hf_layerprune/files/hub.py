@@ -102,7 +102,6 @@ class HubFile:
 
     size: int
     sha256: str | None = None
-    blob_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ class Repo:
                     commit = HfApi().resolve_revision(name, revision=revision, token=token, cache_dir=cache)
                     info = HfApi().model_info(name, revision=commit.resolved, files_metadata=True, token=token)
                     files = {
-                        one.rfilename: HubFile(int(one.size or 0), one.lfs.sha256 if one.lfs else None, one.blob_id)
+                        one.rfilename: HubFile(int(one.size or 0), one.lfs.sha256 if one.lfs else None)
                         for one in info.siblings or ()
                     }
                 return cls(name, str(info.sha), files, None, token, cache)
@@ -247,8 +246,8 @@ class Repo:
     def fingerprint(self) -> dict[str, dict[str, Any]]:
         """Size and sha256, by name, of the files at the top level that define a model, as the Hub lists them.
 
-        For files that are not stored in LFS, the hash is computed if the file is in the cache; otherwise a weight file
-        has git's `blob_id` instead, and other files are omitted.
+        Of files that are not stored in LFS, the Hub lists no sha256: weights, which are small then, are downloaded; other
+        files that are not in the cache are omitted.
         """
         from huggingface_hub import try_to_load_from_cache
 
@@ -256,13 +255,13 @@ class Repo:
         for name, file in sorted(self.files.items()):
             if "/" in name or not name.endswith((".safetensors", ".json")):
                 continue
-            path = try_to_load_from_cache(self.name, name, self.cache_dir, self.commit)
-            if file.sha256 is not None:
-                known[name] = {"size": file.size, "sha256": file.sha256}
-            elif isinstance(path, str):
-                known[name] = {"size": file.size, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
-            elif name.endswith(".safetensors"):
-                known[name] = {"size": file.size, "blob_id": file.blob_id}
+            sha256 = file.sha256
+            if sha256 is None:
+                path = try_to_load_from_cache(self.name, name, self.cache_dir, self.commit)
+                if not isinstance(path, str) and not name.endswith(".safetensors"):
+                    continue
+                sha256 = hashlib.sha256(self.get(name).read_bytes()).hexdigest()
+            known[name] = {"size": file.size, "sha256": sha256}
         return known
 
 
@@ -282,5 +281,5 @@ def _cached_files(repo: str, revision: str | None, cache_dir: str | None) -> tup
         if path.is_file():
             blob = path.resolve().name  # the cache names a blob by its hash
             sha256 = blob if _SHA256.fullmatch(blob) else None
-            files[path.relative_to(folder).as_posix()] = HubFile(path.stat().st_size, sha256, blob)
+            files[path.relative_to(folder).as_posix()] = HubFile(path.stat().st_size, sha256)
     return folder.name, files

@@ -169,8 +169,8 @@ class Base:
     def differences(self, recorded: Mapping[str, Mapping[str, Any]]) -> list[str]:
         """Names of the files that differ from those in a lineage, including missing weight files and a missing config."""
         decisive = [name for name in recorded if holds_weights(name) or name == CONFIG]
-        return [name for name in recorded if (name in decisive or name in self.files)
-                and _content_key(self.files.get(name)) != _content_key(recorded[name])]  # fmt: skip
+        here = {name: self.files.get(name) for name in recorded if name in decisive or name in self.files}
+        return [name for name, entry in here.items() if entry != recorded[name]]
 
     def first_difference(self, name: str, revision: str | None) -> str | None:
         """The first file, by name, that loaders read and that is another one in a folder or repository, or missing in one."""
@@ -187,7 +187,3 @@ def _loaded_hashes(source: str, revision: str | None, token: str | bool | None) 
     if path.is_file():  # of whatever name
         return {"its content": sha256_of(path)}
     return ModelLocation.open(source, revision, token, is_model_file).hashes
-
-
-def _content_key(entry: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
-    return None if entry is None else (entry.get("size"), entry.get("sha256"), entry.get("blob_id"))
