@@ -399,3 +399,15 @@ def test_the_licence_goes_with_the_model_even_if_the_base_is_loaded(hub: HubServ
         codes, _, error = run(hub, tmp_path / f"home-{name}", command)
         assert codes == [0], error
         assert not [one for one in LICENCES if not (tmp_path / name / one).is_file()]
+
+
+@pytest.mark.parametrize("options", [["--adapter"], []])
+def test_an_adapter_can_do_without_a_licence_file_that_is_not_served(
+    hub: HubServer, tmp_path: Path, options: list[str]
+) -> None:
+    hub.status("/LICENSE", 404, times=9)
+    command = ["prune", "org/single", str(tmp_path / "out"), "--drop-layers", "3", *options]
+    codes, _, error = run(hub, tmp_path / "home", command)
+    assert codes == [0 if options else 1], error
+    assert ("copy the licence into" in error) == bool(options)
+    assert (tmp_path / "out" / "adapter_config.json").is_file() == bool(options)

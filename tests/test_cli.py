@@ -329,7 +329,7 @@ def test_inspect(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(base), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert " ".join(sorted(found)) == (
-        "architecture context dropped dropped_before embeddings engine_warning file_bytes head layers layers_path left "
+        "architecture base base_layers context dropped dropped_before embeddings engine_warning file_bytes head layers layers_path left "
         "memory_bytes model_type no_cut other parameters protected refusal refused_at repairs tied"
     )  # for scripts
     assert found["file_bytes"][0] == sum(path.stat().st_size for path in base.glob("*.safetensors"))
@@ -356,6 +356,20 @@ def test_inspect_of_given_layers(base: Path, tmp_path: Path, capsys: pytest.Capt
     capsys.readouterr()
     assert main(["inspect", str(base), "--drop-layers", "8"]) == 2
     assert capsys.readouterr().err == "hf-layerprune: --drop-layers has 8, but the model's layers are 0..7\n"
+
+
+def test_inspect_names_the_base_of_a_cut_of_a_cut(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    assert main(["prune", str(base), str(once), "--drop-layers", "2"]) == 0
+    assert main(["prune", str(once), str(twice), "--drop-layers", "4"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(twice)]) == 0
+    assert f"it is a cut model, without layers 2,5 of the 8 of {base.name}\n" in capsys.readouterr().out
+    (twice / "lineage.json").unlink()
+    assert main(["inspect", str(twice)]) == 0
+    assert "it is a cut model, without layer 4 of the 7 of its base\n" in capsys.readouterr().out
 
 
 def test_inspect_of_a_gguf_file_is_about_a_cut_that_stays_one(

@@ -198,6 +198,7 @@ def test_help_and_list_import_no_torch() -> None:
         (["table7", "--set", "max_length"], "--set max_length must be NAME=VALUE"),
         (["table7", "--model", "llama-9b=x"], "no row has a model 'llama-9b'"),
         (["table7", "--set", "max_lenght=8"], "--set max_lenght: recipes/sft_tail.py has no such setting"),
+        (["table7", "--set", "max_length=abc"], "invalid int value: 'abc'"),
         (["table7", "--set", "drop=0.5"], "--set drop: each row has its own"),
         (["table7", "--set", "output_dir=x"], "--set output_dir: each row has its own"),
         (["table7", "--limit", "0"], "'0' must be a whole number, 1 or more"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_layerprune import drop_layers
+from hf_layerprune import CutError, drop_layers
 from hf_layerprune.calibration.rows import CalibrationSet
 from hf_layerprune.families.layout import find_decoder_layers
 from hf_layerprune.select import passes, taylor
@@ -235,3 +235,16 @@ def last_linear_outputs(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
     for handle in handles:
         handle.remove()
     return found
+
+
+def test_taylor_needs_gradients(text: CalibrationSet) -> None:
+    model = tiny_model("llama")
+    with torch.inference_mode():
+        inside = copy.deepcopy(model)
+        with pytest.raises(CutError, match=r"taylor needs gradients.*use torch.no_grad\(\) instead"):
+            score_layers(model, text, ["taylor"])
+        assert set(score_layers(model, text, ["taylor", "kl"])) == {"kl"}
+    with pytest.raises(CutError, match="a model that was loaded inside it"):
+        score_layers(inside, text, ["taylor"])
+    with torch.no_grad():
+        assert set(score_layers(model, text, ["taylor"])) == {"taylor"}

@@ -15,7 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from hf_layerprune import UnsupportedModelError
+from hf_layerprune.runtime.head import OutputHead
 from hf_layerprune.runtime.walk import LayerWalk
+from hf_layerprune.select.decode_times import time_decoding
 
 from .tiny_models import tiny_input, tiny_model
 
@@ -55,6 +57,26 @@ def test_states_need_no_head() -> None:
     assert [output.shape[-1] for _, _, output in called] == [model.config.hidden_size]
     assert model.lm_head.forward == own
     assert walk.logits(batch.hidden).shape[-1] == model.config.vocab_size
+
+
+@pytest.mark.parametrize(
+    "run", [LayerWalk, OutputHead, lambda model: time_decoding(model, 40)], ids=["walk", "head", "decoding"]
+)
+def test_quantised_weights_whose_kernels_fail_are_refused(run: Any) -> None:
+    """As bitsandbytes' do on a CPU where a row is narrower than its blocks."""
+    model: Any = tiny_model("llama")
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("shape '[32, 0]' is invalid for input of size 16")
+
+    model.model.layers[1].mlp.forward = fail
+    with pytest.raises(UnsupportedModelError, match=r"(on a few tokens|on token ids alone|can't generate).*\[32, 0\]"):
+        run(model)
+    model.is_quantized = True
+    with pytest.raises(
+        UnsupportedModelError, match=r"can't be run on the device cpu .*; use another device, or use the"
+    ):
+        run(model)
 
 
 def test_several_batches_of_several_lengths() -> None:

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from ..errors import UnsupportedModelError
+from .parts import TrialError, refuse_quantised, trial
+
 
 @contextmanager
 def plain_generation(model: Any) -> Iterator[None]:
@@ -38,8 +41,18 @@ class _Clock:
 
 
 def token_times(model: Any, ids: torch.Tensor, count: int) -> list[float]:
-    """The times at which `count` tokens were generated, as the model continues prompts `[batch, length]` greedily."""
+    """The times at which `count` tokens were generated, as the model continues prompts `[batch, length]` greedily.
+
+    Raises:
+        UnsupportedModelError: The model can't generate.
+    """
     clock = _Clock()
-    with plain_generation(model):
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, streamer=clock)
+    try:
+        with trial(), plain_generation(model):
+            model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, streamer=clock
+            )
+    except TrialError as error:
+        why = f"{type(model).__name__} can't generate text, so its speed can't be measured: {error}"
+        raise refuse_quantised(model, model.device, error) or UnsupportedModelError(why) from error
     return clock.times[1:]  # the first call has the prompt

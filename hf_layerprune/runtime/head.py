@@ -20,7 +20,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import UnsupportedModelError
-from .parts import TrialError, agree, evaluation_mode, input_device, probe_ids, replace_forward, trial
+from .parts import (
+    TrialError,
+    agree,
+    evaluation_mode,
+    input_device,
+    probe_ids,
+    refuse_quantised,
+    replace_forward,
+    trial,
+)
 from .precision import is_packed
 
 if TYPE_CHECKING:
@@ -102,12 +111,8 @@ class OutputHead:
                 with trial():
                     own = model(input_ids=ids, use_cache=False).logits
             except TrialError as error:
-                if getattr(model, "is_quantized", False):  # by kernels that fail on some shapes or devices
-                    raise UnsupportedModelError(
-                        f"the quantised weights of {type(model).__name__} can't be run on the device {self.device} ({error}); "
-                        "use another device, or use the unquantised model"
-                    ) from error
-                raise self._refusal(f"it can't be run on token ids alone ({error})") from error
+                why = f"it can't be run on token ids alone ({error})"
+                raise refuse_quantised(model, self.device, error) or self._refusal(why) from error
             if own.shape[:2] != ids.shape:
                 raise self._refusal(f"for input_ids of shape {list(ids.shape)} its logits have {list(own.shape)}")
             self.vocabulary: int = own.shape[-1]

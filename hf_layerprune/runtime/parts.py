@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import cause_of
+from ..errors import UnsupportedModelError, cause_of
 from ..families import text_config
 from .devices import is_offloaded
 from .memory import is_out_of_memory
@@ -32,6 +32,16 @@ def trial() -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise TrialError(cause_of(error)) from error
+
+
+def refuse_quantised(model: nn.Module, device: torch.device, error: TrialError) -> UnsupportedModelError | None:
+    """The refusal of quantised weights whose kernels failed, as some do on some shapes or devices; `None` for others."""
+    if not getattr(model, "is_quantized", False):
+        return None
+    return UnsupportedModelError(
+        f"the quantised weights of {type(model).__name__} can't be run on the device {device} ({error}); use another device, "
+        "or use the unquantised model"
+    )
 
 
 @contextmanager

@@ -46,6 +46,7 @@ from .parts import (
     layer_stub,
     num_values,
     probe_ids,
+    refuse_quantised,
     replace_forward,
     trial,
     without_dropout,
@@ -261,8 +262,12 @@ class LayerWalk:
             return forward
 
         notes = hook_scope(*[one.register_forward_hook(make_hook(i)) for i, one in enumerate(self.layers)])
-        with notes, torch.no_grad(), replace_forward(list(self.layers), *map(on_device, self.layers)):
-            wanted = self._forward(ids, **media)
+        try:
+            with trial(), notes, torch.no_grad(), replace_forward(list(self.layers), *map(on_device, self.layers)):
+                wanted = self._forward(ids, **media)
+        except TrialError as error:
+            why = f"the model itself fails on a few tokens ({error})"
+            raise refuse_quantised(self.model, self.device, error) or self._refusal(why) from error
         if order != list(range(self.num_layers)):
             raise self._refusal("they are not run once each, in order")
         try:

@@ -41,8 +41,13 @@ def score(
     """Score the layers that are alive, by default all.
 
     Raises:
-        CutError: The hidden states that enter the layers don't fit into memory.
+        CutError: The hidden states that enter the layers don't fit into memory, or there can't be gradients.
     """
+    if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in walk.model.parameters()):
+        raise CutError(
+            "taylor needs gradients, which neither torch.inference_mode() nor a model that was loaded inside it has; use "
+            "torch.no_grad() instead"
+        )
     alive = list(range(walk.num_layers) if alive is None else alive)
     device = _pick_state_device(walk, calibration, len(alive))
     for i in alive:

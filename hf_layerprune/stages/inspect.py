@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import families
 from ..cut.gguf import plan_gguf_cut
@@ -15,7 +16,9 @@ from ..families.engines import REMEDY, describe_misread_layers, describe_period_
 from ..families.layout import count_by_layer, count_parameters, find_decoder_layers, ties_head
 from ..layer_ranges import describe_layers
 from ..options import CutOptions, format_bytes, format_percent, pluralize
-from ..runtime.loading import load_config, resolve_base
+from ..records.history import read_history
+from ..records.lineage import Lineage
+from ..runtime.loading import as_path, load_config, resolve_base
 from ..runtime.model_class import auto_class_of, model_without_weights
 from ..select import select_layers
 from .requests import InspectRequest
@@ -42,7 +45,10 @@ class Anatomy:
         layers_path (`str`): Where the layers are in the model.
         refusal (`str`, *optional*): Why this model can't be pruned; `None` if it can.
         protected (`dict[int, str]`): Layers that can't be dropped, with the reason.
-        dropped_before (`list[int]`): Layers of its base that an earlier cut dropped, if it is the result of one.
+        dropped_before (`list[int]`): Layers of its base that earlier cuts dropped, if it is the result of any.
+        base (`str`, *optional*): That base, the first model of the folder's records; `None` without records, where the base
+            is what was left before the last cut.
+        base_layers (`int`, *optional*): How many layers that base has.
         refused_at (`dict[str, str]`): Why it can't be ranked, repaired, healed or evaluated, by stage.
         repairs (`list[str]`): The repairs that its type is proven for.
         engine_warning (`str`, *optional*): Which engines go by layer numbers, and so misread this model or some cuts of it.
@@ -68,6 +74,8 @@ class Anatomy:
     refused_at: dict[str, str]
     repairs: list[str]
     engine_warning: str | None
+    base: str | None = None
+    base_layers: int | None = None
     refusal: str | None = None
     protected: dict[int, str] = field(default_factory=dict)
     dropped: list[int] = field(default_factory=list)
@@ -112,7 +120,7 @@ def inspect_model(request: InspectRequest) -> Anatomy:
         other=count_parameters(model) - sum(layers) - in_table - in_head,
         tied=tied,
         layers_path=stack.path,
-        dropped_before=list((getattr(config, families.MARKER, None) or {}).get("drop_layers", [])),
+        **_earlier_cuts(request.model, config),
         refused_at=_refused_stages(config),
         repairs=list(families.proven_stages().get(model_type, {}).get("repair", ())),
         engine_warning=describe_misread_layers(config) or describe_period_rule(config),
@@ -149,6 +157,18 @@ def inspect_model(request: InspectRequest) -> Anatomy:
         # A config without weights, or a model whose cache is not known without running it.
         logger.debug("%s", error)
     return anatomy
+
+
+def _earlier_cuts(model: str, config: PreTrainedConfig) -> dict[str, Any]:
+    """The cuts that made a model: all of them, by the records of its folder, or the last one, which its config has."""
+    last = getattr(config, families.MARKER, None) or {}
+    found = {"dropped_before": list(last.get("drop_layers", [])), "base_layers": last.get("num_base_layers")}
+    with suppress(LayerPruneError):  # of the records of another model, or damaged ones, which other commands refuse
+        lineage = Lineage.load(as_path(model))
+        if lineage is not None and len((history := read_history(lineage)).kept) == families.layer_count(config):
+            dropped = {"dropped_before": list(history.dropped), "base_layers": history.num_base_layers}
+            found = dropped | {"base": history.base_id}
+    return found
 
 
 def _refused_stages(config: PreTrainedConfig) -> dict[str, str]:
@@ -191,7 +211,8 @@ def report(name: str, anatomy: Anatomy, drop: float | int | None = 0.25) -> str:
         lines[-1] += f"   {whole} in memory with a key-value cache of {anatomy.context:,} tokens"
         memory = f", {memory} in memory"
     if anatomy.dropped_before:
-        lines.append(f"  it is a cut model, without {describe_layers(anatomy.dropped_before)} of its base")
+        whole = f"the {anatomy.base_layers} of {anatomy.base or 'its base'}"
+        lines.append(f"  it is a cut model, without {describe_layers(anatomy.dropped_before)} of {whole}")
     if anatomy.engine_warning:
         lines.append(f"  {anatomy.engine_warning}; {REMEDY}")
     lines += [f"  layer {i} must stay: {reason}" for i, reason in sorted(anatomy.protected.items())]

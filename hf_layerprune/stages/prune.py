@@ -205,7 +205,12 @@ def _open_on_hub(request: PruneRequest) -> Base | None:
     if not is_hub_id(request.base):
         return None
     hub = Base.open(request.base, request.revision)
-    hub.fetch([*filter(is_licence_file, hub.sizes)])
+    try:
+        hub.fetch([*filter(is_licence_file, hub.sizes)])
+    except CheckpointError as error:
+        if not request.adapter:  # a whole model is a copy, which needs all of the base's files
+            raise
+        logger.warning("%s; copy the licence into %s before you publish it", error, request.output)
     return hub
 
 

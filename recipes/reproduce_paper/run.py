@@ -149,10 +149,13 @@ def read_options(args: argparse.Namespace) -> Options:
         sys.path.append(str(HERE.parent))
         from sft_tail import make_parser
 
-        if unknown := settings.keys() - {option.dest for option in make_parser()._actions}:
+        parser = make_parser()
+        if unknown := settings.keys() - {option.dest for option in parser._actions}:
             raise CutError(f"--set {min(unknown)}: recipes/sft_tail.py has no such setting")
         if fixed := settings.keys() & ROW_SETTINGS:
             raise CutError(f"--set {min(fixed)}: each row has its own; name other rows, or use the options of run.py")
+        parser.set_defaults_with_config(**settings)
+        parser.parse_args([])  # refuses values of another kind
     named = tuple(name.strip() for name in args.mistakes.split(",") if name.strip())
     plain = {
         name: getattr(args, name) for name in ("limit", "tasks_from", "windows", "calibration", "data", "max_steps")
