@@ -74,33 +74,22 @@ class _Precomputation:
         self.state_bytes = 0  # size of the prefix's output for a token
 
     def run(self) -> Precomputed:
-        args, caches, features = self.args, dict[str, StateCache](), 0
-        prefix = self._find_prefix() if args.cache != "off" else None
-        if prefix is None and args.cache == "on":
+        prefix = self._find_prefix() if self.args.cache != "off" else None
+        if prefix is None and self.args.cache == "on":
             raise CutError(
                 f"cache=on is impossible, since the frozen layers can't be precomputed: {self.obstacle}; use cache=auto or off"
             )
-        if prefix is None and args.cache == "auto":
+        if prefix is None and self.args.cache == "auto":
             logger.warning("all layers run in every step: %s", self.obstacle)
-        if prefix is None and not args.distils:
+        teacher = self._load_teacher(prefix) if self.args.distils else None
+        if prefix is None and teacher is None:
             return Precomputed()
-        if not self.datasets:
-            raise CutError(
-                f"{args.teacher_setting} does not work with streamed data; use loss=ce and features=0, or do not stream"
-            )
+        caches = dict[str, StateCache]()
         if prefix is not None:
             source = hash_tensors(prefix.parameters(), prefix.depth, self.model.config.to_json_string())
             caches["prefix"] = self._make_cache("prefix", self.state_bytes, source)
-        teacher = None
-        if args.distils:
-            dense = args.teacher if self.trainer.teacher_model is None else self.trainer.teacher_model
-            if dense is None:
-                raise CutError(f"{args.teacher_setting} needs the dense model; specify it with teacher=...")
-            depths = self.trainer.feature_phase.teacher_depths if self.trainer.feature_phase else ()
-            teacher = Teacher(dense, self.model, prefix, args.teacher_revision, depths)
-            features = len(depths) * teacher.layer_width
-            token = (features + teacher.width) * teacher.model.dtype.itemsize
-            caches["teacher"] = self._make_cache("teacher", token, teacher.fingerprint)
+        if teacher is not None:
+            caches["teacher"] = self._make_cache("teacher", teacher.token_bytes, teacher.fingerprint)
         try:
             with self.accelerator.main_process_first():
                 if self.accelerator.is_main_process:
@@ -114,7 +103,19 @@ class _Precomputation:
             if prefix is not None:
                 restore_prefix(prefix, self.model)
             raise
-        return Precomputed(caches, prefix, head, features)
+        return Precomputed(caches, prefix, head, 0 if teacher is None else teacher.feature_width)
+
+    def _load_teacher(self, prefix: Prefix | None) -> Teacher:
+        args, trainer = self.args, self.trainer
+        if not self.datasets:
+            raise CutError(
+                f"{args.teacher_setting} does not work with streamed data; use loss=ce and features=0, or do not stream"
+            )
+        dense = args.teacher if trainer.teacher_model is None else trainer.teacher_model
+        if dense is None:
+            raise CutError(f"{args.teacher_setting} needs the dense model; specify it with teacher=...")
+        depths = trainer.feature_phase.teacher_depths if trainer.feature_phase else ()
+        return Teacher(dense, self.model, prefix, args.teacher_revision, depths)
 
     # --- what can be precomputed -------------------------------------------------------------------------
 

@@ -67,6 +67,9 @@ class Teacher:
         self.head: Head = self._output.head()
         self.width = self._output.width
         self.layer_width: int = source.config.get_text_config().hidden_size
+        self.feature_width = len(features) * self.layer_width
+        # Size of a token's states.
+        self.token_bytes: int = (self.feature_width + self.width) * source.dtype.itemsize
         self.fingerprint = hash_tensors(source.named_parameters(), source.config.to_json_string(), *features)
         self._features = features
         self._feature_prefix = Prefix(source, features[-1]) if features else None
