@@ -51,7 +51,7 @@ class StateCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate rows; states are added as `prefix_states` and `teacher_states`, and row numbers as `rows`."""
-        rows = [int(example["row"]) for example in examples if "row" in example]  # of a set of tensors, one
+        rows = [int(example["row"]) for example in examples if "row" in example]  # a tensor, with torch's format
         batch = self.inner([{name: value for name, value in e.items() if name != "row"} for e in examples])
         if rows:
             batch["rows"] = torch.tensor(rows)

@@ -141,9 +141,8 @@ class SavingTrainer(SFTTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load their states, but not the optimizer's settings, which torch and DeepSpeed restore with them."""
         optimizer: Any = self.optimizer
-        schedule: Any = getattr(
-            self.lr_scheduler, "scheduler", self.lr_scheduler
-        )  # of an optimizer in DeepSpeed's settings
+        # Accelerate wraps the schedule of an optimizer that DeepSpeed's settings name.
+        schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         present = self._present_groups
         with boundary(f"can't resume {checkpoint}", _RESUME_HINT):
             super()._load_optimizer_and_scheduler(checkpoint)

@@ -118,7 +118,7 @@ class HealTrainer(SavingTrainer):
         self.check_loss()
         if not self.leaves_loss_to_trl:
             compute_in_forward(self, self.output_head)
-            # `compute_loss` divides by all tokens of a step, for any model. Below 5.19, transformers reads the other one.
+            # `compute_loss` divides by all tokens of a step, for any model. Transformers before 5.19 reads the second attribute.
             self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         self.numbered_datasets: list[Dataset] = []
         if isinstance(self.train_dataset, Dataset):

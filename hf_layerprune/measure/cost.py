@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..families.layout import text_model
 from ..runtime.model_class import model_without_weights
-from ..runtime.parts import cache_of
+from ..runtime.parts import cache_of, hook_scope
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -117,20 +117,18 @@ def expert_shares(model: PreTrainedModel) -> dict[nn.Parameter, float]:
     """
     shares: dict[nn.Parameter, float] = {}
 
-    def note(bank: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note_share(experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for chosen in (*args, *kwargs.values()):
-            whole = isinstance(chosen, torch.Tensor) and not (chosen.is_floating_point() or chosen.dtype == torch.bool)
-            if whole and chosen.shape[:-1].numel() == _TOKENS:  # not the positions, `[batch, seq]`
-                shares.update((held, chosen.shape[-1] / len(held)) for held in bank.parameters(recurse=False))
+            are_ids = isinstance(chosen, torch.Tensor) and not (
+                chosen.is_floating_point() or chosen.dtype == torch.bool
+            )
+            if are_ids and chosen.shape[:-1].numel() == _TOKENS:  # not the positions, `[batch, seq]`
+                shares.update((weight, chosen.shape[-1] / len(weight)) for weight in experts.parameters(recurse=False))
 
-    banks = [one for one in model.modules() if any(held.ndim == 3 for held in one.parameters(recurse=False))]
-    hooks = [bank.register_forward_pre_hook(note, with_kwargs=True) for bank in banks]
-    try:
-        if banks:
+    found = [one for one in model.modules() if any(weight.ndim == 3 for weight in one.parameters(recurse=False))]
+    if found:
+        with hook_scope(*(experts.register_forward_pre_hook(note_share, with_kwargs=True) for experts in found)):
             prefill(model, torch.ones(1, _TOKENS, dtype=torch.long, device=model.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
     return shares
 
 

@@ -190,11 +190,11 @@ class _Evaluation(Measurement):
             "prompts": prompts_hash(name, task, self.request.limit, self.request.num_fewshot),
             "batch_size": self.request.batch_size,
             "versions": {name: self.store.versions.get(name) for name in ("lm-eval", "transformers", "torch")},
-            **self.where[subject.weights],
+            **self.placements[subject.weights],
         }
 
     def _task_results(self, subject: Subject, name: str, run: TaskRun) -> list[dict[str, Any]]:
-        more = {
+        details = {
             "task": name,
             "samples": run.samples,
             "shots": run.shots,
@@ -207,7 +207,7 @@ class _Evaluation(Measurement):
         for metric, score in run.scores.items():
             known = {"stderr": score.stderr, "higher_is_better": score.higher_is_better, "chance": score.chance}
             kind = "text" if metric in _TEXT_METRICS else "accuracy"
-            results.append(self.result(subject.weights, kind, metric, score.value, self.settings, **known, **more))
+            results.append(self.result(subject.weights, kind, metric, score.value, self.settings, **known, **details))
         return results
 
     def _compare_scores(self, name: str, metric: str, ours: TaskRun, theirs: TaskRun) -> None:
@@ -236,8 +236,8 @@ class _Evaluation(Measurement):
         start = perf_counter()
         with boundary(f"{text.name} can't be measured", kind=LayerPruneError):
             found = window_means(model, rows, base)
-        more = {"task": text.name, "dataset": text.dataset, "samples": rows.numel() - len(rows)}
-        more["seconds"] = round(perf_counter() - start, 3)
+        details = {"task": text.name, "dataset": text.dataset, "samples": rows.numel() - len(rows)}
+        details["seconds"] = round(perf_counter() - start, 3)
         ours = text_metrics(found["nll"])
         numbers = [(self.model, "text", ours)]
         if self.base is not None:
@@ -246,7 +246,7 @@ class _Evaluation(Measurement):
             numbers += [(self.base, "text", theirs), (self.model, "distance", distances)]
         self.store.add(
             results=[
-                self.result(subject.weights, kind, metric, value, settings, stderr=stderr, **more)
+                self.result(subject.weights, kind, metric, value, settings, stderr=stderr, **details)
                 for subject, kind, values in numbers
                 for metric, (value, stderr) in values.items()
             ]

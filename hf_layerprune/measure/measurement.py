@@ -46,7 +46,7 @@ class Measurement:
             what = "has the same weights as" if same else "was made from"
             raise LayerPruneError(f"{request.base} {what} {request.model}; specify the dense model as the base")
         self.store = Store(self.model, self.base, output=request.output, history=request.history, force=request.force)
-        self.where: dict[str, dict[str, str]] = {}
+        self.placements: dict[str, dict[str, str]] = {}
         self.machine: dict[str, Any] = {}  # what else decides a speed
         self.request, self.device = request, pick_device(request.device, spread=True)
 
@@ -57,14 +57,14 @@ class Measurement:
         self.add_model(subject, layer_count(model.config), model.num_parameters(), describe_placement(model))
         return model
 
-    def add_model(self, subject: Subject, layers: int, parameters: int, where: dict[str, str]) -> None:
-        """Record the model or its base, which is measured in the data type and on the device that `where` names."""
-        self.where[subject.weights] = where
+    def add_model(self, subject: Subject, layers: int, parameters: int, placement: dict[str, str]) -> None:
+        """Record the model or its base, which is measured in the data type and on the device of its placement."""
+        self.placements[subject.weights] = placement
         role = "dense" if subject is self.base and subject.role == "model" else subject.role
         self.store.new.add_model(subject.identity, role=role, name=subject.name, layers=layers, parameters=parameters)
 
     def result(
-        self, weights: str, kind: str, metric: str, value: float, settings: dict[str, Any], **more: Any
+        self, weights: str, kind: str, metric: str, value: float, settings: dict[str, Any], **details: Any
     ) -> dict[str, Any]:
         """A number, measured with some settings on the weights of a hash, as a record of `metrics.json`."""
         known = get_metric(metric, kind)
@@ -76,18 +76,18 @@ class Measurement:
             "unit": _UNITS.get(known.unit) or known.label.partition(", ")[2] or None,
             "higher_is_better": known.higher_is_better,
             "settings": settings,
-            **more,
-            **self.where[weights],
+            **details,
+            **self.placements[weights],
         }
 
     def compare(
-        self, kind: str, metric: str, settings: dict[str, Any], difference: PairedDifference, **more: Any
+        self, kind: str, metric: str, settings: dict[str, Any], difference: PairedDifference, **details: Any
     ) -> None:
         """Record a difference from the base, if there is one."""
         if self.base is None:
             return
         record = {"weights": self.model.weights, "base": self.base.weights, "kind": kind, "metric": metric}
-        self.store.add(comparisons=[record | {"settings": settings} | asdict(difference) | more])
+        self.store.add(comparisons=[record | {"settings": settings} | asdict(difference) | details])
 
     def record_speeds(
         self,
@@ -126,8 +126,8 @@ class Measurement:
         settings = settings | self.machine
         results = []
         for weights, repeats in values.items():
-            more = {"spread": [min(repeats), max(repeats)], "samples": len(repeats), "seconds": seconds}
-            results.append(self.result(weights, kind, metric, statistics.median(repeats), settings, **more))
+            details = {"spread": [min(repeats), max(repeats)], "samples": len(repeats), "seconds": seconds}
+            results.append(self.result(weights, kind, metric, statistics.median(repeats), settings, **details))
         self.store.add(results=results)
         if self.base is None:
             return

@@ -35,8 +35,8 @@ def probe(source: str, revision: str | None, dtype: str, device: str, work: Work
     Raises:
         LayerPruneError: The process failed, for example for lack of memory.
     """
-    what = {"source": source, "revision": revision, "dtype": dtype, "device": device, "work": asdict(work)}
-    command = [sys.executable, "-m", "hf_layerprune.measure.probe", json.dumps(what)]
+    job = {"source": source, "revision": revision, "dtype": dtype, "device": device, "work": asdict(work)}
+    command = [sys.executable, "-m", "hf_layerprune.measure.probe", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         lines = (done.stderr.strip() or "it was killed; is there enough memory?").splitlines()

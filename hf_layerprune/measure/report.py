@@ -31,11 +31,11 @@ def report(metrics: Metrics, kinds: Iterable[str] = QUALITY) -> str:
         for one in columns
     ]
     table = [["task", "metric", "n", *(one.role for one in columns), "change", "theory", "of margin", "p"]]
-    under: dict[str, list[int]] = {"": []}  # the lines of the table, by the run that they are about
+    lines_of: dict[str, list[int]] = {"": []}  # the lines of the table, by the run that they are about
     for row in rows:
         words = ", ".join(filter(None, [row.engine, describe_run(row.run), row.qualifier]))
         task = f"{row.key[1]} ({words})" if row.key[1] and words else row.key[1]
-        under.setdefault("" if task else words, []).append(len(table))
+        lines_of.setdefault("" if task else words, []).append(len(table))
         cells = [_format_value(row, row.cells.get(one.weights)) for one in columns]
         samples = f"{row.samples:,}" if row.samples else ""
         table.append([task, row.key[2], samples, *cells, *_comparison_cells(row, results)])
@@ -46,7 +46,7 @@ def report(metrics: Metrics, kinds: Iterable[str] = QUALITY) -> str:
         for row in table
     ]
     lines = formatted[:1]
-    for words, numbered in under.items():
+    for words, numbered in lines_of.items():
         lines += [*([f"{words}:"] if words else []), *(formatted[i] for i in numbered)]
     shown = {table[0][i] for i in used} | {row[1] for row in table}
     notes = [note for word, note in _NOTES.items() if word in shown]

@@ -51,8 +51,8 @@ class Vllm:
         self, models: Sequence[str], works: Sequence[Workload], repeats: int, *, dtype: str, device: str
     ) -> EngineTimings:
         """Time folders in turns, in one process. See [`llama_cpp.LlamaCpp.time`]."""
-        what = {"models": list(models), "works": [asdict(work) for work in works], "repeats": repeats, "dtype": dtype}
-        command = [sys.executable, "-m", "hf_layerprune.measure.engines.vllm", json.dumps(what)]
+        job = {"models": list(models), "works": [asdict(work) for work in works], "repeats": repeats, "dtype": dtype}
+        command = [sys.executable, "-m", "hf_layerprune.measure.engines.vllm", json.dumps(job)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         failed = next((line for line in lines if "error" in line), None)
