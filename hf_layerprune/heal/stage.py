@@ -178,15 +178,10 @@ def _restore_types(student: Student, model: PreTrainedModel) -> None:
 
 def _record_repair(config: LayerDropConfig, lineage: Lineage) -> None:
     """Record in an adapter's config how the model was repaired, as it is if the cut wrote the adapter."""
-    entry = next((entry for entry in lineage.entries if entry.get("repair")), {})
-    repair, text = entry.get("repair", {}), entry.get("calibration", {})
-    fields = {"repair": repair.get("method"), "calibration": text.get("source"), "seed": text.get("seed")}
-    fields |= {f"calibration_{name}": text.get(name) for name in ("samples", "length")}
-    for name, value in fields.items():
-        if repair and value is not None:
-            setattr(config, name, value)
-    if repair:  # without a list, loading would fit the repair again
-        config.repaired_modules = config.repaired_modules or []
+    repair = next((entry["repair"] for entry in lineage.entries if entry.get("repair")), None)
+    if repair:
+        config.repair = repair.get("method")
+        config.repaired_modules = config.repaired_modules or []  # without a list, loading would fit the repair again
 
 
 def weights_dtype(student: Student) -> torch.dtype:

@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import CutError, boundary
 from ...families.layout import find_decoder_layers
 from ...options import CutOptions
 from ...records.history import History
 from ...records.lineage import FILE_NAME as LINEAGE
-from ...records.names import last_part
 from ...runtime.loading import is_hub_id
 from ...runtime.model_class import layer_modules, model_without_weights
 from .places import Base
 from .rebuild import Expected
 
-# They don't affect the outputs: layers that are named are not chosen again.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ...adapter.config import LayerDropConfig
+
+# They don't affect the outputs: layers that are named are not chosen again, nor modules that are listed repaired again.
 _HARMLESS = {one.name for one in fields(CutOptions)} - {"repair"} | {
     "check_cut", "keep_dropped", "own_modules_to_save", "peft_version", "untied_lm_head",
 }  # fmt: skip
@@ -36,49 +40,53 @@ def adapter_differences(
     the cut model.
     """
     from ...adapter.config import LayerDropConfig
-    from ...adapter.model import DUMMY_TARGET_MODULES
 
-    last = history.since_last_cut[0].entry
-    repair = last.get("repair") or {}
-    wanted: dict[str, Any] = {
-        "auto_mapping": None,  # custom classes for loading the base
-        "inference_mode": True,  # false marks a new adapter, whose modules are chosen again
-        "peft_type": "LAYER_DROP",
-        "task_type": "CAUSAL_LM",
-        "target_modules": DUMMY_TARGET_MODULES,
-        "repair": repair.get("method"),
-        "repaired_modules": None,
-    }
-    if repair:
-        source = last.get("calibration") or {}
-        wanted |= {"calibration_samples": source.get("samples"), "calibration_length": source.get("length")}
-        wanted |= {"calibration": last_part(str(source.get("source"))), "seed": source.get("seed")}
-        config = config | {"calibration": last_part(str(config.get("calibration")))}
     known = {one.name for one in fields(LayerDropConfig)}
     try:
         adapter = LayerDropConfig(**{name: value for name, value in config.items() if name in known})
-    except (TypeError, ValueError) as error:  # PEFT's own, too
+        with boundary("no model can be built from the base's config"):
+            model = model_without_weights(expected.model_config)
+        wanted = _wanted_fields(adapter, model, history, expected)
+    except (CutError, TypeError, ValueError) as error:  # PEFT's own, too
         return [f"can't be loaded: {error}"]
-    try:
-        if repair:
-            with boundary("no model can be built from the base's config"):
-                wanted["repaired_modules"] = layer_modules(expected.model_config, repair.get("changed_tensors") or ())
-            # Without a list, even an empty one, loading would repair again.
-            config = config | {"repaired_modules": adapter.repaired_modules and sorted(adapter.repaired_modules)}
-        tuned, own = _tuned_modules(adapter, expected)
-    except (CutError, TypeError) as error:
-        return [f"can't be loaded: {error}"]
-    saved = adapter.modules_to_save  # what was repaired, too, and more may be tuned
-    wanted["modules_to_save"] = saved if set(tuned) <= set(saved or ()) else tuned
-    ignored = _CHECKED | _TUNED | (_HARMLESS - wanted.keys())
+    if adapter.repaired_modules:
+        config = config | {"repaired_modules": sorted(adapter.repaired_modules)}
+    ignored = _CHECKED | _TUNED | _HARMLESS
     differ = sorted(name for name in (config.keys() | wanted.keys()) - ignored if config.get(name) != wanted.get(name))
     texts = [f"has {name}={config.get(name)!r}, and the cut writes {wanted.get(name)!r}"[:300] for name in differ]
-    prefixes = tuple(f"{name}." for name in wanted["modules_to_save"] or ())
+    own, prefixes = model.state_dict(), tuple(f"{name}." for name in wanted["modules_to_save"] or ())
     stray = sorted(name for name in names if not name.startswith(prefixes))
     missing = [name for name in own if name.startswith(prefixes) and name not in names]
     missing += [prefix[:-1] for prefix in prefixes if not any(name.startswith(prefix) for name in own)]
     texts += [f"would not load {name}, which is in the weights" for name in stray[:5]]
     return texts + [f"tunes {name}, which is not in the weights" for name in missing[:5]]
+
+
+def _wanted_fields(
+    adapter: LayerDropConfig, model: PreTrainedModel, history: History, expected: Expected
+) -> dict[str, Any]:
+    """The fields that decide what is loaded, as the last cut writes them; `model` is the cut model without weights."""
+    from ...adapter.model import DUMMY_TARGET_MODULES
+    from ...adapter.resolve import resolved_cut
+    from ...adapter.tail import tuned_modules
+
+    repair = history.since_last_cut[0].entry.get("repair")
+    with boundary("no model can be built from the base's config"):
+        # Without a list, even an empty one, loading would repair again.
+        repaired = layer_modules(expected.model_config, repair.get("changed_tensors") or ()) if repair else None
+    plain = replace(adapter, modules_to_save=None)
+    tuned = tuned_modules(model, plain, resolved_cut(adapter), find_decoder_layers(model))
+    saved = adapter.modules_to_save  # what was repaired, too, and more may be tuned
+    return {
+        "auto_mapping": None,  # custom classes for loading the base
+        "inference_mode": True,  # false marks a new adapter, whose modules are chosen again
+        "modules_to_save": saved if set(tuned) <= set(saved or ()) else tuned,
+        "peft_type": "LAYER_DROP",
+        "repair": repair.get("method") if repair else None,
+        "repaired_modules": repaired,
+        "target_modules": DUMMY_TARGET_MODULES,
+        "task_type": "CAUSAL_LM",
+    }
 
 
 def base_difference(config: dict[str, Any], history: History, compared: Base) -> str | None:
@@ -103,16 +111,3 @@ def base_difference(config: dict[str, Any], history: History, compared: Base) ->
     if commit != recorded.get("commit"):
         return f"names the base's commit {commit!r}, and {LINEAGE} says {recorded.get('commit')!r}"
     return None
-
-
-def _tuned_modules(adapter: Any, expected: Expected) -> tuple[list[str], list[str]]:
-    """The modules that an adapter of this config tunes at least, of the cut model, and all of that model's tensors."""
-    from ...adapter.resolve import resolved_cut
-    from ...adapter.tail import tuned_modules
-
-    with boundary("no model can be built from the base's config"):
-        model = model_without_weights(expected.model_config)
-    tuned = tuned_modules(
-        model, replace(adapter, modules_to_save=None), resolved_cut(adapter), find_decoder_layers(model)
-    )
-    return tuned, [*model.state_dict()]

@@ -32,7 +32,6 @@ class Verification:
         recorded (`Counter[str]`): Number of tensors that can only be checked against the records, by the stages that
             changed them.
         accept_trained (`bool`): Whether to accept such tensors.
-        complete (`bool`): Whether all checks were made.
         without_weights (`bool`): Whether there are only records, and no model that they could prove.
         without_base (`bool`): Whether the base was not found, so that nothing could be compared with it.
         base (`str`): The base that it was compared with.
@@ -45,7 +44,6 @@ class Verification:
     lines: list[Finding] = field(default_factory=list)
     recorded: Counter[str] = field(default_factory=Counter)
     accept_trained: bool = False
-    complete: bool = False
     without_weights: bool = False
     without_base: bool = False
     base: str = ""
@@ -55,7 +53,7 @@ class Verification:
     @property
     def consistent(self) -> bool:
         """Whether nothing contradicts the records."""
-        return self.complete and all(line.good is not False for line in self.lines)
+        return all(line.good is not False for line in self.lines)
 
     @property
     def good(self) -> bool:
