@@ -20,7 +20,7 @@ from ..screen import progress_bar
 from .cost import active_parameters, cache_bytes, theoretical_cost
 from .engine_bench import EngineBench
 from .measurement import Measurement
-from .paired import compare_values
+from .paired import compare_values, in_turns
 from .probe import probe
 from .requests import BenchRequest, Workload
 from .speed import time_models
@@ -85,11 +85,10 @@ class _Bench(Measurement):
         probes: dict[str, list[dict[str, float]]] = {subject.weights: [] for subject in self.subjects}
         total = rounds * len(self.subjects)
         with progress_bar(total=total, desc="loading", unit="process") as bar:
-            for number in range(rounds):
-                for subject in self.subjects if number % 2 else self.subjects[::-1]:
-                    where = (subject.source, subject.revision, self.request.dtype, self.device)
-                    probes[subject.weights].append(probe(*where, self._largest_workload))
-                    bar.update()
+            for subject in in_turns(self.subjects, rounds):
+                loaded = (subject.source, subject.revision, self.request.dtype, self.device)
+                probes[subject.weights].append(probe(*loaded, self._largest_workload))
+                bar.update()
         return {weights: runs[1:] for weights, runs in probes.items()} if rounds else {}
 
     def _record_probes(self, probes: dict[str, list[dict[str, float]]], models: Mapping[str, PreTrainedModel]) -> None:

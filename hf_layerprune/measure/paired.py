@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ..errors import LayerPruneError
+
+Model = TypeVar("Model")
 
 # A share of the base's margin over chance is reported only if that margin is at least this many standard errors.
 _MARGIN = 2
@@ -73,6 +76,12 @@ def compare_pairs(ours: Sequence[float], theirs: Sequence[float], chance: float 
         kept = (mean - chance) / (base - chance)
     share = mean / base if base else None
     return PairedDifference(math.fsum(differences) / len(ours), stderr, share, kept, test, p_value, len(ours))
+
+
+def in_turns(models: Sequence[Model], rounds: int) -> Iterator[Model]:
+    """Each model once a round, in alternating order, so that a slow phase of the machine affects all of them."""
+    for number in range(rounds):
+        yield from models if number % 2 else models[::-1]
 
 
 def require_scipy() -> None:

@@ -18,6 +18,7 @@ from ..runtime.memory import free_memory, is_out_of_memory
 from ..runtime.parts import evaluation_mode
 from ..screen import progress_bar
 from .cost import prefill
+from .paired import in_turns
 from .requests import Workload
 
 if TYPE_CHECKING:
@@ -47,11 +48,9 @@ def time_models(
             ids = torch.randint(vocabulary, (work.batch, work.prompt_tokens), generator=generator)
             timings: dict[str, list[dict[str, float]]] = {name: [] for name in names}
             try:
-                for repeat in range(repeats + 1):
-                    # The order alternates too.
-                    for name in names if repeat % 2 else names[::-1]:
-                        timings[name].append(time_once(models[name], ids, work))
-                        bar.update()
+                for name in in_turns(names, repeats + 1):
+                    timings[name].append(time_once(models[name], ids, work))
+                    bar.update()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise

@@ -12,6 +12,7 @@ from typing import Any
 from ...errors import CutError, LayerPruneError
 from ...options import refuse_unused
 from ...screen import progress_bar
+from ..paired import in_turns
 from ..requests import BenchRequest, Workload
 from . import EngineError, EngineTimings
 
@@ -57,12 +58,11 @@ class LlamaCpp:
         runs: dict[Workload, dict[str, list[dict[str, float]]]] = {w: {m: [] for m in models} for w in works}
         last: dict[str, Any] = {}
         with progress_bar(total=repeats * len(models), desc="timing", unit="run") as bar:
-            for repeat in range(repeats):
-                for model in models if repeat % 2 else models[::-1]:
-                    metrics, last = self._time_model(model, works, device)
-                    for work, found in metrics.items():
-                        runs[work][model].append(found)
-                    bar.update()
+            for model in in_turns(models, repeats):
+                metrics, last = self._time_model(model, works, device)
+                for work, found in metrics.items():
+                    runs[work][model].append(found)
+                bar.update()
         on = str(last.get("gpu_info") or "") if device != "cpu" else ""
         return EngineTimings(
             runs,

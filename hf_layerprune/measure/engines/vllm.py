@@ -18,6 +18,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ...errors import CutError, LayerPruneError
+from ..paired import in_turns
 from ..requests import BenchRequest, Workload
 from . import EngineError, EngineTimings
 
@@ -98,11 +99,10 @@ def _measure(models: list[str], works: list[dict[str, int]], repeats: int, dtype
 
     for number, work in enumerate(works):
         prompts = [[(10 + row + 37 * i) % known for i in range(work["prompt_tokens"])] for row in range(work["batch"])]
-        for repeat in range(repeats + 1):
-            for path in models if repeat % 2 else models[::-1]:
-                metrics = _time_once(loaded[path], prompts, work["new_tokens"])
-                if repeat:  # the first run prepares kernels
-                    yield {"model": path, "work": number, "metrics": metrics}
+        for run, path in enumerate(in_turns(models, repeats + 1)):
+            metrics = _time_once(loaded[path], prompts, work["new_tokens"])
+            if run >= len(models):  # the first run of each prepares kernels
+                yield {"model": path, "work": number, "metrics": metrics}
 
 
 def _time_once(model: Any, prompts: list[list[int]], new_tokens: int) -> dict[str, float]:
