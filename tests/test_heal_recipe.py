@@ -125,7 +125,7 @@ def test_history_says_what_was_done(healed: tuple[Path, str]) -> None:
     assert entry["settings"]["learning_rate"] == 0.01
     assert entry["data"][0]["rows"] == 32
     assert re.fullmatch(r"[0-9a-f]{64}", entry["data"][0]["sha256"])
-    assert entry["layers"] == {"base": 8, "left": 6}
+    assert entry["layers"] == {"base": 8, "left": 6, "prefix": "model.layers."}
     assert str(output.parent) not in json.dumps(entry)
 
 
