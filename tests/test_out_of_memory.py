@@ -17,7 +17,7 @@ import torch
 
 from hf_layerprune.cut.memory import drop_layers
 from hf_layerprune.errors import LayerPruneError
-from hf_layerprune.heal.isolation import RowIsolation
+from hf_layerprune.heal.isolation import rows_are_isolated
 from hf_layerprune.heal.self_data import RowWriter
 from hf_layerprune.heal.store import StateCache, create_cache_folders
 from hf_layerprune.runtime import memory
@@ -224,11 +224,11 @@ def test_rows_are_not_said_to_see_each_other_where_the_gradients_do_not_fit(monk
     def grad(*args: Any, **kwargs: Any) -> Any:
         raise torch.OutOfMemoryError(MESSAGE)
 
-    apart = RowIsolation(states, lambda of, rows: list(of), model, 0, torch.device("cpu"))
-    assert apart.holds([0, 1])
+    run = [0, 1], states, lambda of, rows: list(of), model, 0
+    assert rows_are_isolated(*run)
     monkeypatch.setattr(torch.autograd, "grad", grad)
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
-        apart.holds([0, 1])
+        rows_are_isolated(*run)
 
 
 def test_a_matrix_product_without_room_for_its_workspace() -> None:

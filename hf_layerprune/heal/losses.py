@@ -96,10 +96,12 @@ def head_loss(
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
             into = weight.grad
-    return HeadLoss(*_HeadLoss.apply(hidden, weight, head.bias, head.transform, labels, ce_weight, distillation, into))
+    return HeadLoss(
+        *_HeadLossFunction.apply(hidden, weight, head.bias, head.transform, labels, ce_weight, distillation, into)
+    )
 
 
-class _HeadLoss(torch.autograd.Function):
+class _HeadLossFunction(torch.autograd.Function):
     """Loss and gradients in one pass, chunk by chunk; `backward` only scales what `forward` computed."""
 
     @staticmethod

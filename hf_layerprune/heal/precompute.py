@@ -21,7 +21,7 @@ from ..runtime.parts import TrialError, agree, evaluation_mode, trial
 from ..runtime.prefix import Prefix, first_trained_layer
 from ..versions import installed_version
 from .batches import Precomputed
-from .isolation import RowIsolation
+from .isolation import rows_are_isolated
 from .placement import is_on_several_devices, restore_prefix
 from .store import StateCache, create_cache_folders, hash_rows, hash_tensors
 from .teacher import Teacher
@@ -210,8 +210,8 @@ class _Precomputation:
         def split(batch: torch.Tensor, rows: Sequence[int]) -> list[torch.Tensor]:
             return self.collator.split(batch, [self.lengths[row] for row in rows], self._collate(rows))
 
-        isolation = RowIsolation(lambda rows: self._compute_states(run, rows), split, model, first, self.device)
-        return isolation.holds(list(range(min(2, len(self.datasets[0])))))
+        rows = list(range(min(2, len(self.datasets[0]))))
+        return rows_are_isolated(rows, lambda rows: self._compute_states(run, rows), split, model, first)
 
     def _fill_cache(self, cache: StateCache, run: _Pass, description: str) -> None:
         tokens = _CPU_TOKENS if self.device.type == "cpu" else _DEVICE_TOKENS

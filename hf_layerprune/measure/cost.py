@@ -6,7 +6,6 @@ every weight once, so its ideal time is proportional to the bytes read.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,13 +46,16 @@ _KERNELS = {
 
 def theoretical_cost(model: PreTrainedModel, phase: str, work: Workload) -> float | None:
     """Operations of a workload's `"prefill"`, or bytes to `"decode"` a token halfway; `None` where they can't be counted."""
-    if phase == "decode":
-        return decode_bytes(model, work.batch, work.prompt_tokens + work.new_tokens // 2)
-    if not getattr(model, "is_quantized", False):
+    if phase == "prefill" and getattr(model, "is_quantized", False):  # torch's counter knows no quantiser's kernels
+        model = empty_model(model.config, model.dtype)
+    try:
+        if phase == "decode":
+            return decode_bytes(model, work.batch, work.prompt_tokens + work.new_tokens // 2)
         return float(prefill_flops(model, work.batch, work.prompt_tokens))
-    with suppress(RuntimeError):  # torch's counter knows no quantiser's kernels, and some models need values
-        return float(prefill_flops(empty_model(model.config, model.dtype), work.batch, work.prompt_tokens))
-    return None
+    except RuntimeError:
+        if model.device.type != "meta":
+            raise
+        return None  # some models need values
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -130,11 +129,8 @@ def _cost(path: Path) -> _Cost:
     model = empty_model(config, dtype)
 
     def estimate(phase: str, work: Workload) -> float | None:
-        if phase == "decode" and getattr(config, "quantization_config", None):
-            return None
-        with suppress(RuntimeError):  # some models need values
-            return theoretical_cost(model, phase, work)
-        return None
+        quantised = getattr(config, "quantization_config", None)
+        return None if phase == "decode" and quantised else theoretical_cost(model, phase, work)
 
     return _Cost(layer_count(config), model.num_parameters(), estimate)
 
