@@ -429,6 +429,9 @@ ADAPTER: dict[str, Callable[[Path], object]] = {
     "a tuned layer that is not there": edit_json(
         "adapter_config.json", modules_to_save=["model.layers.4", "model.layers.5", "model.norm", "lm_head"]
     ),
+    "a tuned module that the model lacks": edit_json(
+        "adapter_config.json", modules_to_save=["model.layers.5", "model.norm", "lm_head", "model.layers.6"]
+    ),
     "no tuned head": edit_json("adapter_config.json", tune_lm_head=False, modules_to_save=["model.layers.5"]),
     "a repair": edit_json("adapter_config.json", repair="linear"),
     "a file to read": edit_json("adapter_config.json", repair="linear", calibration="/etc/hostname"),

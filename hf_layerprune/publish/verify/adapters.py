@@ -47,7 +47,7 @@ def adapter_differences(
         with boundary("no model can be built from the base's config"):
             model = model_without_weights(expected.model_config)
         wanted = _wanted_fields(adapter, model, history, expected)
-    except (CutError, TypeError, ValueError) as error:  # PEFT's own, too
+    except (CutError, ValueError) as error:  # PEFT's own, too
         return [f"can't be loaded: {error}"]
     if adapter.repaired_modules:
         config = config | {"repaired_modules": sorted(adapter.repaired_modules)}
