@@ -600,6 +600,12 @@ def test_one_bit(cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{Q3} differs" in capsys.readouterr().out
 
 
+def test_of_many_problems_some_are_named(cut: Path) -> None:
+    edit(cut, lambda tensors: [tensor.add_(1) for tensor in tensors.values()])
+    lines = [line.text for line in verify(cut).lines if line.what == "tensors"]
+    assert (len(lines), lines[-1]) == (21, "and 37 more")
+
+
 def test_two_layers_swapped(cut: Path) -> None:
     def swap(tensors: dict[str, torch.Tensor]) -> None:
         for name in [name for name in tensors if name.startswith("model.layers.3.")]:
@@ -650,6 +656,7 @@ def test_an_edited_lineage(cut: Path, change: Callable[[dict[str, Any]], Any], m
     (lambda cut: (cut / "lineage.json").unlink(), "has no lineage.json"),
     (lambda cut: (cut / "vocab.txt").write_text(""), "files: vocab.txt was added since prune wrote the model"),
     (lambda cut: (cut / "generation_config.json").unlink(), "files: generation_config.json is missing since prune wrote the"),
+    (lambda cut: (cut / "config.json").unlink(), "has no config.json, so it is not a whole model"),
     (lambda cut: (cut / "model.safetensors").write_bytes(b"12345678"), "tensors: "),
     (lambda cut: edit(cut, lambda tensors: tensors.pop(Q3)), f"tensors: {Q3} is missing"),
     (lambda cut: edit(cut, lambda tensors: tensors.update(extra=torch.ones(1))), "tensors: extra is not a tensor of"),

@@ -83,7 +83,7 @@ class Verification:
         unproven = "; ".join(self._unproven())
         if self.accept_trained:
             return f"YES, as recorded: {follows}; {unproven}"
-        rest = "none of the weights" if self.recorded and not self.same else "the rest"
+        rest = "the rest" if self.same else "none of the weights"
         return (
             f"IN PART: {rest} of {self.name} is proven to follow from its base, {self.base}; {unproven} "
             "(--accept-trained trusts the records)"
