@@ -21,6 +21,7 @@ from hf_layerprune.files.gguf_header import read_header, recorded_cut
 from hf_layerprune.files.json_file import read_object
 from hf_layerprune.heal.student import Student
 from hf_layerprune.measure.subject import identify
+from hf_layerprune.options import format_bytes
 from hf_layerprune.records.fingerprints import fingerprint, weights_hash
 from hf_layerprune.runtime.loading import load_base, load_config, resolve_base
 from hf_layerprune.versions import gguf_options
@@ -325,3 +326,40 @@ def test_a_source_that_changes_meanwhile_is_noticed(tmp_path, monkeypatch):
     with refused("changed while it was being read"):
         cut(source, [1])
     assert os.listdir(tmp_path) == ["a.gguf"]
+
+
+def test_a_target_of_parameters(tmp_path, capsys, caplog):
+    caplog.set_level("INFO", "hf_layerprune")
+    source, target = write_gguf(tmp_path / "a.gguf", layers=8), tmp_path / "cut.gguf"
+    whole = load_base(source).num_parameters()
+    assert main(["prune", str(source), str(target), "--target-params", str(int(0.8 * whole))]) == 0
+    assert 0.6 * whole < load_base(target).num_parameters() <= 0.8 * whole
+    assert "does far better" in caplog.text
+    assert main(["prune", str(source), str(tmp_path / "b.gguf"), "--target-memory", "1MB"]) == 2
+    assert "use --target-size, --target-params or --drop N" in capsys.readouterr().err
+
+
+def test_the_next_command_keeps_a_gguf_file_one(tmp_path, capsys):
+    source = write_gguf(tmp_path / "a.gguf", layers=8)
+    rank = ["rank", str(source), "--criterion", "block_influence", "--calibration-samples", "4"]
+    assert main([*rank, "--calibration-length", "16"]) == 0
+    assert f"next: hf-layerprune prune {source} pruned.gguf --drop-layers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["card", "verify", "push"])
+def test_a_gguf_file_has_no_records(tmp_path, capsys, command):
+    source = write_gguf(tmp_path / "a.gguf")
+    assert main([command, str(source), *(["me/a"] if command == "push" else [])]) == 1
+    assert "a.gguf is a GGUF file, which has no records; specify a model folder" in capsys.readouterr().err
+
+
+def test_unpacking_says_what_it_takes(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "hf_layerprune")
+    source = write_gguf(tmp_path / "a.gguf")
+    needed = format_bytes(4 * load_base(source).num_parameters())
+    assert "unpacking" not in caplog.text
+    monkeypatch.setattr("hf_layerprune.runtime.memory.free_bytes", lambda _: 100)
+    load_base(source)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == f"unpacking {source} takes a while and about {needed} of memory; 100 B is free"

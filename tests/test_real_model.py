@@ -151,7 +151,7 @@ def test_tokenizer_of_a_gguf_file_is_read_right_or_refused(gguf: Path, ids: torc
         (["--drop-layers", "30"], 2, "--drop-layers has 30, but the model's layers are 0..29"),
         (["--drop-layers", "0-29"], 2, "at least one must stay"),
         (["--drop", "1.5"], 2, "--drop 1.5 must be"),
-        (["--adapter"], 2, "--adapter has no effect where a GGUF file stays one"),
+        (["--adapter"], 2, "since it is cut without being loaded; write a folder, or leave it out"),
         (["--dtype", "float16", "--check"], 2, "--dtype float16 and --check have no effect"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..layer_ranges import format_layers
 from ..options import AMOUNTS, CalibrationOptions, copy_fields, to_arguments
+from ..records.names import is_gguf_name
 from ..stages.requests import RankRequest as Request, WalkOptions
 from . import Result, suggest
 
@@ -48,7 +49,8 @@ def run(request: Request) -> Result:
         layers = format_layers(ranking.drops.get("auto") or next(iter(ranking.drops.values())))
         choice = ("--drop-layers", layers, "--repair", request.repair)
         choice += (*(rows if request.repair else ()), *_base_arguments(request, request.repair))
-        follow_up = suggest("prune", request.base, "pruned", *choice)
+        stays_gguf = is_gguf_name(request.base) and not request.repair
+        follow_up = suggest("prune", request.base, "pruned.gguf" if stays_gguf else "pruned", *choice)
     return Result(summary, str(ranking), ranking.record, follow_up)
 
 

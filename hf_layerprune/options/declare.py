@@ -125,8 +125,9 @@ def check_options(values: Any) -> None:
         check_combination()
 
 
-def refuse_unused(values: Any, names: Iterable[str], why: str) -> None:
-    """Refuse those of some settings that differ from their defaults. `why` says when they have no effect.
+def refuse_unused(values: Any, names: Iterable[str], why: str, way_out: str = "") -> None:
+    """Refuse those of some settings that differ from their defaults. `why` says when they have no effect, and `way_out` what
+    to do, besides leaving them out, which follows.
 
     The dataclass may be another library's. Settings that are `None` or do not exist count as unset.
 
@@ -146,7 +147,7 @@ def refuse_unused(values: Any, names: Iterable[str], why: str) -> None:
             changed.append(f"{name}={quoted(value) if len(str(value)) <= 50 else '...'}")
     if changed:
         has, it = ("have", "them") if len(changed) > 1 else ("has", "it")
-        raise CutError(f"{join_words(changed)} {has} no effect {why}; leave {it} out")
+        raise CutError(f"{join_words(changed)} {has} no effect {why}; {way_out}leave {it} out")
 
 
 def copy_fields(cls: type[T], values: Any, **changes: Any) -> T:

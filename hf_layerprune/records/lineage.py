@@ -21,6 +21,7 @@ from ..files.copy import write_text
 from ..files.json_file import check_schema, load_schema, read_object
 from .fingerprints import ADAPTER_CONFIG, behaviour_hashes, fingerprint, weights_hash
 from .locked import locked
+from .names import why_no_folder
 
 FILE_NAME = "lineage.json"
 SCHEMA_VERSION = 1
@@ -69,8 +70,9 @@ class Lineage:
         lineage = cls.load(folder)
         if lineage is None:
             if name is None and not folder.is_dir():
-                what = "is a file" if folder.exists() else "does not exist"
-                raise CheckpointError(f"{folder} {what}; specify a model folder written by hf-layerprune prune")
+                raise CheckpointError(
+                    f"{folder} {why_no_folder(folder)}; specify a model folder written by hf-layerprune prune"
+                )
             if (folder / ADAPTER_CONFIG).is_file():
                 raise CheckpointError(
                     f"{name or folder} is an adapter without a {FILE_NAME}, as LoRA's or a trainer's is; merge it into "

@@ -25,6 +25,13 @@ def is_gguf_name(name: str | PurePath) -> bool:
     return str(name).lower().endswith(".gguf")
 
 
+def why_no_folder(path: Path) -> str:
+    """What a path is that should be a model folder with records, and is none."""
+    if not path.exists():
+        return "does not exist"
+    return "is a GGUF file, which has no records" if is_gguf_name(path) else "is a file"
+
+
 def check_repository(text: str) -> None:
     """Refuse a name that is not `NAMESPACE/NAME`.
 

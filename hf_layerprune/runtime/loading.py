@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import re
 import tempfile
 from collections.abc import Collection, Iterable
@@ -15,6 +17,7 @@ from ..files.gguf_header import block_count_of, read_header, recorded_cut
 from ..files.hub import resolve_commit
 from ..files.json_file import read_object
 from ..files.shards import INDEX, MAX_INDEX, shard_names
+from ..options import format_bytes
 from ..records.fingerprints import ADAPTER_CONFIG
 from ..records.names import is_gguf_name
 from ..versions import GGUF_TOKENIZERS, gguf_options
@@ -24,10 +27,12 @@ from .model_class import auto_class_for, check_has_decoder, model_without_weight
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+logger = logging.getLogger(__name__)
 
 UNPACKED_DTYPE = "bfloat16"  # the type of a model that is unpacked from a GGUF file
 # Causal masks, which older versions of transformers saved with each layer. Not every class that had them ignores them.
 _OLD_MASKS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")
+_WORTH_SAYING = 400 << 20  # bytes of memory, which take ten seconds to unpack
 # The arguments of `from_pretrained` that locate files.
 LOCATION_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 # Options that make `cached_file` return None, instead of raising, if a file is missing or not in the cache when offline.
@@ -175,6 +180,7 @@ def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
         kwargs = gguf_options() | kwargs | {"gguf_file": gguf_file}
         if kwargs.get("dtype") == "auto":
             kwargs["dtype"] = UNPACKED_DTYPE
+        _announce_unpacking(as_path(base))
     else:
         kwargs["use_safetensors"] = True  # a pickle can run code
         fields = read_checked_config(name, **kwargs)
@@ -204,6 +210,20 @@ def load_base(base: str | Path, **kwargs: Any) -> PreTrainedModel:
         _mark_cut(model.config, as_path(base))
         model.name_or_path = str(base)  # the file, not its folder, is the base
     return model
+
+
+def _announce_unpacking(path: Path) -> None:
+    """Say what it takes to unpack a large GGUF file, which transformers does in memory, in float32."""
+    import torch
+
+    from .memory import free_bytes
+
+    needed = 4 * sum(math.prod(tensor.dimensions) for tensor in read_header(path).tensors)
+    free = free_bytes(torch.device("cpu"))
+    if needed > min(free, _WORTH_SAYING):
+        level = logging.WARNING if needed > free else logging.INFO
+        text = "unpacking %s takes a while and about %s of memory; %s is free"
+        logger.log(level, text, path, format_bytes(needed), format_bytes(free))
 
 
 def check_complete(name: str, info: dict[str, Any], *, within: str = "", remark: str = "") -> None:

@@ -168,6 +168,8 @@ def _prune_folder(request: PruneRequest, source: Path, output: Path, curve: dict
         check_repairable_weights(hub or Base.open(source), config)
     dropped, prepared, target = _choose_layers(request, config)
     cut = families.make_cut(config, dropped)
+    if request.drop_layers is None and request.criterion == "reverse_order":
+        _suggest_block(request, config)
     if warning := describe_misread_layers(config, cut.keep):
         logger.warning("%s; %s", warning, REMEDY)
     from ..cut.dry_run import dry_run_cut_of_config  # imports torch, which cutting a GGUF file does not need
@@ -252,10 +254,7 @@ def _choose_layers(
         return list(request.drop_layers), None, None
     target = Target.from_options(to_config(request, None), config, request.base, revision=request.revision)
     protected = families.protected_layers(config)
-    dropped = select_layers(families.layer_count(config), request, protected, target)
-    if request.criterion == "reverse_order":
-        _suggest_block(request, config)
-    return dropped, None, target
+    return select_layers(families.layer_count(config), request, protected, target), None, target
 
 
 def _suggest_block(request: PruneRequest, config: PreTrainedConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from ..cut.gguf.modelfile import make_modelfile
 from ..errors import CheckpointError, CutError
 from ..families import Cut
 from ..files.copy import check_file_target, write_text
-from ..files.gguf_header import GGUFHeader, block_count_of, read_header
-from ..options import format_bytes, refuse_unused
+from ..files.gguf_header import GGUFHeader, Tensor, block_count_of, read_header
+from ..options import format_bytes, format_count, refuse_unused
 from ..runtime.loading import resolve_base
 from ..select import needs_model, select_layers
 from ..select.reverse_order import advise_small
@@ -41,18 +41,19 @@ def prune_gguf(request: PruneRequest, base: Path, output: Path) -> Cut:
             "says where it is)"
         )
     unused = ("dtype", "adapter", "repair", "check", "link", "target_dtype")
-    refuse_unused(request, unused, "where a GGUF file stays one, since it is cut without being loaded")
+    why = "where a GGUF file stays one, since it is cut without being loaded"
+    refuse_unused(request, unused, why, "write a folder, or ")
     check_file_target(output, force=request.force, source=base)  # before layers are chosen
+    header = read_header(base)  # once: a large vocabulary takes a second
     if needs_model(request):
         dropped = prepare_dense(request, None).drop_layers  # looks at the dequantised model
     elif request.drop_layers is not None:
         dropped = list(request.drop_layers)
     else:
-        header = read_header(base)  # once: a large vocabulary takes a second
         n = block_count_of(header)
         dropped = select_layers(n, request, target=_gguf_target(request, header, n))
-        if request.criterion == "reverse_order":
-            advise_small(sum(math.prod(tensor.dimensions) for tensor in header.tensors))
+    if request.drop_layers is None and request.criterion == "reverse_order":
+        advise_small(_elements(header.tensors))
     plan = cut_gguf(base, output, dropped, force=request.force)
     _write_modelfile(output)
     return plan.cut
@@ -70,16 +71,27 @@ def _write_modelfile(output: Path) -> None:
     logger.info("wrote %s, for Ollama", path)
 
 
+def _elements(tensors: Iterable[Tensor]) -> int:
+    """The parameters in tensors, as llama.cpp counts them: a head that is stored twice counts twice."""
+    return sum(math.prod(tensor.dimensions) for tensor in tensors)
+
+
 def _gguf_target(request: PruneRequest, header: GGUFHeader, num_layers: int) -> Target | None:
     """What must be left of a GGUF file."""
     if request.target is None:
         return None
-    limit: Any = request.target_size  # as a number, since it is checked
-    if limit is None:
-        raise CutError(f"{request.target} is not known for a GGUF file that stays one; use target_size or drop=N")
+    limit: Any = getattr(request, request.target)  # as a number, since it is checked
+    if request.target not in ("target_size", "target_params"):
+        raise CutError(
+            f"{request.target} is not known for a GGUF file that stays one; use target_size, target_params or drop=N"
+        )
 
-    def left(drop: Sequence[int]) -> float:
+    def size(drop: Sequence[int]) -> float:
         return plan_gguf_cut(header, list(drop)).target_bytes if drop else header.path.stat().st_size
 
+    def parameters(drop: Sequence[int]) -> float:
+        return _elements(plan_gguf_cut(header, list(drop)).tensors if drop else header.tensors)
+
+    left, unit = (size, format_bytes) if request.target == "target_size" else (parameters, format_count)
     each = [left(()) - left((i,)) for i in range(num_layers)]
-    return Target("target_size", limit, left, each, format_bytes)
+    return Target(request.target, limit, left, each, unit)

@@ -44,17 +44,18 @@ _NUMBERED = re.compile(r"\.[0-9]+\.|^(blk|.*\.blk)\.")
 
 @dataclass(frozen=True, slots=True)
 class GGUFCutPlan:
-    """Everything that a cut will do. `tensors` are the offsets and sizes of what is copied after the header."""
+    """Everything that a cut will do. `tensors`, under their new names, are copied from `data_start` on, after the header."""
 
     cut: Cut
     header: bytes = field(repr=False)
-    tensors: tuple[tuple[int, int], ...] = field(repr=False)
+    tensors: tuple[Tensor, ...] = field(repr=False)
+    data_start: int
     alignment: int
 
     @property
     def target_bytes(self) -> int:
         """Size of the file to write, in bytes."""
-        return len(self.header) + sum(align(size, self.alignment) for _, size in self.tensors)
+        return len(self.header) + sum(align(tensor.size, self.alignment) for tensor in self.tensors)
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:
@@ -110,7 +111,8 @@ def plan_gguf_cut(source: str | os.PathLike[str] | GGUFHeader, drop_layers: Sequ
     return GGUFCutPlan(
         cut=cut.layers,
         header=write_header(entries, kept, header.alignment),
-        tensors=tuple((header.data_start + tensor.offset, tensor.size) for tensor in kept),
+        tensors=tuple(kept),
+        data_start=header.data_start,
         alignment=header.alignment,
     )
 
@@ -149,10 +151,10 @@ def cut_gguf(
                 progress_bar(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=name) as bar,
             ):
                 output.write(plan.header)
-                for offset, size in plan.tensors:
-                    for count in file.copy_into(output, offset, size):
+                for tensor in plan.tensors:
+                    for count in file.copy_into(output, plan.data_start + tensor.offset, tensor.size):
                         bar.update(count)
-                    output.write(bytes(align(size, plan.alignment) - size))
+                    output.write(bytes(align(tensor.size, plan.alignment) - tensor.size))
                 file.check_unchanged()
     return plan
 

@@ -22,7 +22,7 @@ from ...records.fingerprints import (
 )
 from ...records.history import History
 from ...records.metrics import FILE_NAME as METRICS, Metrics
-from ...records.names import base_name
+from ...records.names import base_name, why_no_folder
 from ...runtime.loading import is_hub_id, resolve_base
 from ..requests import VerifyRequest
 
@@ -65,8 +65,7 @@ class ModelLocation:
             return cls(repo.name, folder, hashes, repo)
         folder = Path(model).expanduser()
         if not folder.is_dir():
-            what = "is a file" if folder.is_file() else "does not exist"
-            raise CheckpointError(f"{folder} {what}; specify a model folder or a Hub id")
+            raise CheckpointError(f"{folder} {why_no_folder(folder)}; specify a model folder or a Hub id")
         paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
         paths = {
             name: path for name, path in paths.items() if counts(name) and (path.is_symlink() or not path.is_dir())
