@@ -89,7 +89,7 @@ site: $(STAMP)
 	test -f $(MERMAID) || (mkdir -p $(dir $(MERMAID)) && cd $(dir $(MERMAID)) && \
 		tar -xzOf "$$(npm pack --silent mermaid@11)" package/dist/mermaid.min.js >part && mv part $(notdir $(MERMAID)) && \
 		rm mermaid-*.tgz) || (rm -rf $(dir $(MERMAID)); echo 'no Mermaid from npm: pages with diagrams load it from unpkg.com')
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # The wheel and the sdist, built and used in an empty environment (minutes).
 dist-check: $(STAMP)
