@@ -376,6 +376,16 @@ def test_an_adapter(place: Path, tmp_path: Path) -> None:
     assert "tensors: model.layers.0.mlp.up_proj.weight differs from the base's" in said(found, False)
 
 
+def test_numbers_of_an_adapter_are_those_of_its_base_too(place: Path, tmp_path: Path) -> None:
+    base, small = Path(shutil.copytree(place / "single", tmp_path / "base")), tmp_path / "small"
+    assert main(["prune", str(base), str(small), "--drop-layers", "2", "--adapter", "--tune-layers", "1"]) == 0
+    measure_by_hand(small)
+    found = verify(small)
+    assert found.good, said(found)
+    (base / "chat_template.jinja").write_text("{{ 1 }}")
+    assert "metrics: metrics.json" in said(verify(small), False)
+
+
 @pytest.mark.parametrize(
     ("model_type", "dtype", "part"),
     [("gpt_oss", torch.float16, "input_layernorm"), ("kimi_linear", torch.bfloat16, "gate.e_score_correction_bias")],

@@ -124,7 +124,7 @@ def _check_records(model: ModelLocation, history: History, outcome: Verification
         raise CheckpointError(f"{LINEAGE} does not record the weights, the config and other files; prune again")
     if not model.hashes:
         return
-    own = weights_hash({name: {"sha256": sha256} for name, sha256 in model.hashes.items() if "/" not in name})
+    own = weights_hash({name: {"sha256": sha256} for name, sha256 in model.hashes.items()})
     if last["weights"] == own:
         outcome.add(True, "weights", f"their hash is {own[:12]}, as {LINEAGE} says")
     else:
@@ -163,7 +163,7 @@ def _check_metrics(model: ModelLocation, lineage: Lineage, outcome: Verification
 
 def _check_card(model: ModelLocation, lineage: Lineage, outcome: Verification) -> None:
     """Say whether the card is the one that the records give; other versions of this package word it differently."""
-    if not model.hashes or not model.has(CARD):
+    if not model.has(CARD):
         return
     try:
         text = read_text(model.path(CARD).resolve())  # the Hub client's cache holds links
