@@ -280,6 +280,15 @@ def test_an_adapter_that_nothing_quantised(place, tmp_path):
     assert "none was changed by the quantising" in said(found, False)
 
 
+def test_records_of_a_quantised_model(nf4, tmp_path):
+    """The weights of the cut are another hash than the quantised ones."""
+    (tmp_path / "card").mkdir()
+    shutil.copyfile(nf4 / "lineage.json", tmp_path / "card" / "lineage.json")
+    found = check(tmp_path / "card")
+    assert found.verdict.startswith("RECORDS ONLY: ")
+    assert found.consistent, said(found)
+
+
 def test_an_extra_tensor_is_a_no(nf4):
     path = nf4 / "model.safetensors"
     save_file(load_file(path) | {f"{DOWN}.extra": torch.ones(1)}, path, metadata={"format": "pt"})
