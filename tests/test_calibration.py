@@ -14,11 +14,12 @@ from datasets import Dataset
 from hypothesis import given, strategies as st
 from transformers import AutoModelForCausalLM
 
-from hf_layerprune import CheckpointError, CutError, LayerPruneError
+from hf_layerprune import CheckpointError, CutError, LayerPruneError, rank_layers
 from hf_layerprune.calibration.documents import check_source, read_documents, split_source
 from hf_layerprune.calibration.rows import CalibrationSet, check_vocabulary, load_calibration
 from hf_layerprune.calibration.self_text import generate_text
 from hf_layerprune.heal.data import load_rows
+from hf_layerprune.measure.texts import find_text
 from hf_layerprune.runtime.windows import max_positions
 
 from .measure_models import byte_tokenizer, write_model
@@ -298,6 +299,20 @@ def test_files_and_folders_under_home(tmp_path: Path, monkeypatch: pytest.Monkey
             read("~/set[1]")  # in place of which `datasets` would read set1
     with pytest.raises(CheckpointError, match="~nobody-here/x does not exist"):
         check_source("~nobody-here/x")
+
+
+@pytest.mark.parametrize("text", ["the text itself " * 60, "the text itself"])
+def test_a_text_in_place_of_its_file_is_told(base: Path, text: str) -> None:
+    with pytest.raises(CheckpointError, match=r"calibration file the text itself.* does not exist; specify a"):
+        rank_layers(str(base), criteria="kl", calibration=text)
+    with pytest.raises(CutError, match=r"text the text itself.* is not a file; specify one"):
+        find_text(text)
+
+
+def test_a_model_in_memory_in_place_of_its_name_is_told() -> None:
+    model: Any = tiny_model("llama")
+    with pytest.raises(CutError, match=r"base=.*must be a Hub id or a path; save a model that is in memory first"):
+        rank_layers(model)
 
 
 def test_a_colon_after_a_drive_is_part_of_the_path(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,7 +185,7 @@ def test_measuring_says_it(slow: bool, base: Path, tmp_path: Path, caplog: pytes
     with caplog.at_level(logging.WARNING, "hf_layerprune"):
         evaluate(EvalRequest(str(base), **request))
         evaluate(EvalRequest(str(base), force=True, **request))
-    assert caplog.text.count("--dtype float32 is faster") == slow
+    assert caplog.text.count("dtype float32 is faster") == slow
     caplog.clear()
     with caplog.at_level(logging.WARNING, "hf_layerprune"):
         evaluate(EvalRequest(str(base), dtype="bfloat16", force=True, **request))

@@ -16,7 +16,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from hf_layerprune import CheckpointError, LayerDropConfig, LayerPruneError, record_trained
+from hf_layerprune import (
+    CheckpointError,
+    LayerDropConfig,
+    LayerPruneError,
+    prune_with,
+    record_quantized,
+    record_trained,
+)
 from hf_layerprune.cli import main
 from hf_layerprune.files.json_file import read_object
 from hf_layerprune.heal.student import Student
@@ -428,3 +435,21 @@ def test_layers_of_a_cut_fit_a_further_cut_of_it(place: Path, tmp_path: Path) ->
     fine_tuned(place, tmp_path, LayerDropConfig(drop_layers=[2], tune_layers=1))
     record_trained(tmp_path / "twice", tmp_path / "trained", tmp_path / "output")
     assert accepts(tmp_path / "output").startswith("YES")
+
+
+def test_an_adapter_of_another_cut_and_a_model_in_memory_are_told(place: Path, tmp_path: Path) -> None:
+    base, other = str(place / "base"), LayerDropConfig(drop_layers=[2], tune_layers=1)
+    prune_with(other, AutoModelForCausalLM.from_pretrained(base)).save_pretrained(tmp_path / "trained")
+    with pytest.raises(
+        CheckpointError, match=r"drops layer 2 of .*, and .* lacks layer 1; specify a pruned model with"
+    ):
+        record_trained(place / "cut", tmp_path / "trained", tmp_path / "out")
+    model: Any = tiny_model("llama")
+    for record in (
+        lambda: record_trained(place / "cut", model, tmp_path / "out"),
+        lambda: record_quantized(place, model),
+    ):
+        with pytest.raises(
+            CheckpointError, match="a LlamaForCausalLM is not a folder; save the model, and specify where"
+        ):
+            record()

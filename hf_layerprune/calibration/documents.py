@@ -60,11 +60,12 @@ def check_source(source: str) -> None:
     name, _ = split_source(source)
     path = Path(os.path.expanduser(name))
     named = path.suffix.lower() in (".txt", *SUFFIXES) or (
-        name.startswith((".", "/", "~")) and not Path(_split_config(name)[0]).is_dir() and not glob.glob(str(path))
+        name.startswith((".", "/", "~")) and not os.path.isdir(_split_config(name)[0]) and not glob.glob(str(path))
     )
-    if named and not path.is_file():
+    named = named or (not os.path.exists(path) and len(name.split()) > 1)  # no data set's name, but perhaps a text
+    if named and not os.path.isfile(path):
         raise CheckpointError(
-            f"calibration file {path} does not exist; specify a .txt, .jsonl or .parquet file, a data set, or self"
+            f"calibration file {str(path)[:200]} does not exist; specify a .txt, .jsonl or .parquet file, a data set, or self"
         )
 
 

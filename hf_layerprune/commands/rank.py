@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..layer_ranges import format_layers
-from ..options import AMOUNTS, CalibrationOptions, copy_fields, to_arguments
+from ..options import AMOUNTS, CalibrationOptions, copy_fields, option_flags, spell_options, to_arguments
 from ..records.names import is_gguf_name
 from ..stages.requests import RankRequest as Request, WalkOptions
 from . import Result, suggest
@@ -51,7 +51,8 @@ def run(request: Request) -> Result:
         choice += (*(rows if request.repair else ()), *_base_arguments(request, request.repair))
         stays_gguf = is_gguf_name(request.base) and not request.repair
         follow_up = suggest("prune", request.base, "pruned.gguf" if stays_gguf else "pruned", *choice)
-    return Result(summary, str(ranking), ranking.record, follow_up)
+    text = spell_options(str(ranking), option_flags(Request))
+    return Result(summary, text, ranking.record, follow_up)
 
 
 def _base_arguments(request: Request, repair: str | None) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,10 +55,10 @@ def find_text(name: str) -> Text:
         LayerPruneError: It can't be read or downloaded.
     """
     path = Path(name).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):  # `False` for a name that is too long, such as a text
         return read_text(path)
     if name != WIKITEXT2:
-        raise CutError(f"text {name} is not a file; specify one, or {WIKITEXT2}")
+        raise CutError(f"text {name[:200]} is not a file; specify one, or {WIKITEXT2}")
     repo, config, split = _WIKITEXT2
     with boundary(f"{WIKITEXT2} can't be downloaded", "specify a text file instead", LayerPruneError):
         from datasets import load_dataset

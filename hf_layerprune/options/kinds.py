@@ -84,6 +84,12 @@ def _check_text(value: Any) -> str:
     return value
 
 
+def _check_model(value: Any) -> str:
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError("must be a Hub id or a path; save a model that is in memory first, with its tokenizer")
+    return _check_text(os.fspath(value))
+
+
 def _check_path(value: Any) -> Path:
     if not isinstance(value, str | os.PathLike):
         raise ValueError("must be a path")
@@ -148,7 +154,7 @@ def as_integer(value: Any) -> int | None:
 
 
 TEXT = Kind(str, _check_text)
-MODEL = Kind(str, lambda value: _check_text(os.fspath(value) if isinstance(value, os.PathLike) else value))
+MODEL = Kind(str, _check_model)
 PATH = Kind(Path, _check_path, "PATH")
 FLAG = Kind(bool, _check_flag)
 DROP = Kind(_parse_drop, _check_drop, "D")

@@ -31,7 +31,7 @@ def warn_if_slow(model: PreTrainedModel) -> None:
     """Warn once about a 16-bit model on a CPU without fast 16-bit multiplication."""
     if model.dtype in (torch.bfloat16, torch.float16) and model.device.type == "cpu" and is_slow_in_16_bits():
         what = f"this CPU has no fast {_dtype_name(model.dtype)} multiplication, so this is slow"
-        _warn_once(f"{what}; --dtype float32 is faster but needs twice the memory")
+        _warn_once(f"{what}; dtype float32 is faster but needs twice the memory")
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,17 @@ def write_lineage(request: PruneRequest, entry: dict[str, Any], folder: Path, hu
 def _recorded_name(base: str) -> str:
     """A base as the lineage names it; `.` and `..` would say nothing in another folder."""
     return str(Path(base).resolve()) if last_part(base) in ("", "..") else base
+
+
+def as_folder(name: str | Path) -> Path:
+    """A folder by its name.
+
+    Raises:
+        CheckpointError: It is something else, such as a model in memory.
+    """
+    if not isinstance(name, str | os.PathLike):
+        raise CheckpointError(f"a {type(name).__name__} is not a folder; save the model, and specify where")
+    return Path(name).expanduser()
 
 
 def load_lineage_of_weights(folder: Path, name: str | None = None) -> Lineage:

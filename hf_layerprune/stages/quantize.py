@@ -19,7 +19,7 @@ from ..records.quantized import is_repeatable_method, quantization_method
 from ..runtime.config_file import read_config_file
 from ..runtime.loading import load_base
 from ..runtime.model_class import stored_layer_prefix
-from .provenance import load_lineage_of_weights
+from .provenance import as_folder, load_lineage_of_weights
 
 
 def record_quantized(source: str | Path, folder: str | Path) -> None:
@@ -37,7 +37,7 @@ def record_quantized(source: str | Path, folder: str | Path) -> None:
     Raises:
         CheckpointError: A folder is not such a model folder, or the quantised model has a history already.
     """
-    before, after = Path(source).expanduser(), Path(folder).expanduser()
+    before, after = as_folder(source), as_folder(folder)
     for place in (before, after):
         if not (place / CONFIG).is_file():
             raise CheckpointError(f"{place} is not a model folder; specify one that has a {CONFIG}")

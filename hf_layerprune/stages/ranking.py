@@ -67,8 +67,8 @@ class Ranking:
             protected.setdefault(tuple(layers), []).append(name)
         for layers, names in protected.items():
             if layers:
-                options = "--protect-first, --protect-last"
-                lines.append(f"{', '.join(names)}: {describe_layers(layers)} may not be dropped ({options})")
+                what = f"{describe_layers(layers)} may not be dropped (protect_first, protect_last)"
+                lines.append(f"{', '.join(names)}: {what}")
         for name, found in self.scores.items():
             # Angular distance has scores of blocks of every length.
             lengths = {len(block) for block in found.blocks}

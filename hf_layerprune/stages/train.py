@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, LayerPruneError, boundary
 from ..families import MARKER
+from ..layer_ranges import describe_layers
 from ..options.quantities import join_words
 from ..records.fingerprints import ADAPTER_CONFIG, CONFIG
 from ..records.history import TRAIN
 from ..records.lineage import FILE_NAME, Lineage
 from ..records.names import is_hub_name, strip_local_path
 from ..runtime.tokenizer_version import TOKENIZER
-from .provenance import load_lineage_of_weights
+from .provenance import as_folder, load_lineage_of_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,7 +77,7 @@ def record_trained(
     names = [data] if isinstance(data, str | Path) else [*data]
     if not all(isinstance(name, str | Path) for name in names):
         raise LayerPruneError("data must be the names of data sets, such as ['org/name']")
-    before, after = Path(source).expanduser(), Path(trained).expanduser()
+    before, after, target = as_folder(source), as_folder(trained), as_folder(output)
     if (before / ADAPTER_CONFIG).is_file() and not (before / CONFIG).is_file():
         raise CheckpointError(
             f"{source} is an adapter, and the source must be a whole model; prune the base in the same way without adapter=True, "
@@ -97,7 +98,7 @@ def record_trained(
         "settings": _to_json(dict(settings or {})),
         "data": [_describe_data(name) for name in names],
     }
-    write_healed(student, after, Path(output).expanduser(), entry)
+    write_healed(student, after, target, entry)
 
 
 def _stages(lineage: Lineage) -> list[Any]:
@@ -162,7 +163,14 @@ def _check_adapter(student: Student, folder: Path) -> Path:
     if not isinstance(config, LayerDropConfig):
         return Path(str(config.base_model_name_or_path)).expanduser()
     if config.base_model_name_or_path == student.base:
-        repaired = layer_modules(load_config(student.folder), student.repaired)
+        began = load_config(student.folder)
+        lacks, drops = getattr(began, MARKER), config.drop_layers
+        if drops and config.num_base_layers == lacks["num_base_layers"] and sorted(drops) != lacks["drop_layers"]:
+            raise CheckpointError(
+                f"{folder} drops {describe_layers(drops)} of {student.base}, and {student.folder} lacks "
+                f"{describe_layers(lacks['drop_layers'])}; specify a pruned model with the same cut"
+            )
+        repaired = layer_modules(began, student.repaired)
         if student.whole_only or set(repaired) - {*(config.repaired_modules or ())}:
             raise CheckpointError(
                 f"{folder} was trained on {student.base}, without what was done to {student.folder}; specify the pruned model "
