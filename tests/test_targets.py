@@ -363,8 +363,8 @@ def test_rank_names_the_random_layers_that_prune_drops(
 def test_a_gguf_file_that_stays_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = smollm2()
     words = ["prune", str(base), str(tmp_path / "small.gguf")]
-    assert main([*words, "--target-params", "100M"]) == 2
-    assert "use --target-size or --drop N" in capsys.readouterr().err
+    assert main([*words, "--target-memory", "100MB"]) == 2
+    assert "use --target-size, --target-params or --drop N" in capsys.readouterr().err
     assert main([*words, "--target-size", "75MB"]) == 0
     assert (tmp_path / "small.gguf").stat().st_size <= 75_000_000
 
