@@ -8,17 +8,15 @@ import pytest
 import torch
 
 from hf_layerprune import LayerPruneError, families
-from hf_layerprune.repair.borrow import find_readers, select_features
+from hf_layerprune.repair.borrow import find_readers
 from hf_layerprune.repair.fit import fit_repair
-from hf_layerprune.repair.linear import NormalEquations
+from hf_layerprune.repair.subset import prepare_refit, select_features
 from hf_layerprune.repair.writers import find_writers
 from hf_layerprune.runtime.walk import LayerWalk
 
 from .repair_proofs import fitted_as_written
 from .test_repair import calibration
 from .tiny_models import tiny_input, tiny_model
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -52,13 +50,22 @@ def test_survivors_are_the_best_subset():
     x = torch.randn(400, 7, dtype=torch.float64) @ torch.randn(7, 7, dtype=torch.float64)
     weight = torch.randn(7, 3, dtype=torch.float64)
     wanted = torch.randn(400, 3, dtype=torch.float64) + x[:, :4] @ torch.randn(4, 3, dtype=torch.float64)
-    sums = NormalEquations(7, 3, CPU)
-    sums.add(x, wanted - x @ weight)
     errors = {}
     for kept in itertools.combinations(range(7), 4):
         some = x[:, list(kept)]
         errors[kept] = (wanted - some @ torch.linalg.lstsq(some, wanted).solution).square().sum().item()
-    assert tuple(select_features(sums, weight, 1e-12, 4).tolist()) == min(errors, key=errors.__getitem__)
+    refit = prepare_refit([(x, wanted - x @ weight)], weight, 1e-12, 400)
+    assert tuple(select_features(refit, 7, 4).tolist()) == min(errors, key=errors.__getitem__)
+
+
+def test_weights_are_refitted_alike_by_tokens_and_by_sums():
+    torch.manual_seed(0)
+    x, change, weight = (torch.randn(*shape, dtype=torch.float64) for shape in ((20, 30), (20, 4), (30, 4)))
+    rows = [(x[:12][None], change[:12][None]), (x[12:][None], change[12:][None])]
+    by_tokens, by_sums = (prepare_refit(rows, weight, 0.1, tokens) for tokens in (20, 30))
+    for some in (torch.arange(30), torch.arange(0, 30, 2)):
+        for one, other in zip(by_tokens(some), by_sums(some), strict=True):
+            torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize(("model_type", "drop"), [("phi3", [3, 4]), ("gpt2", [2, 5]), ("gpt_neox", [3, 4])])

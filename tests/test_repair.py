@@ -184,6 +184,25 @@ def test_normal_equations_agree_with_least_squares():
     assert fit.unexplained == pytest.approx(left.item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("batches", [1, 5])
+def test_a_fit_to_fewer_tokens_than_features_is_that_of_all_their_sums(batches):
+    torch.manual_seed(0)
+    features, change = torch.randn(5, 6, 40), torch.randn(5, 6, 3)
+    features[0, 1] = features[0, 0]  # a token that occurs twice
+    if batches == 1:
+        features, change = features.view(1, 5, 6, 40), change.view(1, 5, 6, 3)
+    weights = [token_weights(one) for one in features]
+    fit = fit_linear_map(zip(features, change, weights, strict=True), batches)
+    fitted, held_out = NormalEquations(40, 3, CPU), NormalEquations(40, 3, CPU)
+    last, weight = (features[-1, -1], weights[-1][-1]) if batches == 1 else (features[-1], weights[-1])
+    fitted.add(features.flatten(0, -2)[:24], change.flatten(0, -2)[:24])
+    held_out.add(last * weight.sqrt(), change.flatten(0, -2)[24:] * weight.sqrt())
+    wanted = solve_ridge(fitted, held_out)
+    assert (fit.strength, fit.tokens) == (wanted.strength, (24, 6))
+    assert fit.unexplained == pytest.approx(wanted.unexplained)
+    torch.testing.assert_close(fit.change, wanted.change)
+
+
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_one_massive_held_out_token_does_not_choose_the_ridge_for_all_others(kind):
     torch.manual_seed(0)

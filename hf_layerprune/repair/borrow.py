@@ -8,9 +8,7 @@ it had: those that together best explain the states after the block. No shape ch
 
 1. Of all neurons of the block, as many as the layer has are taken into the pool with its own: those that, one at a
    time, explain most of what `refit` leaves.
-2. The pool shrinks in rounds. What it costs to leave a neuron out, when the others make up for it, is
-   `|w|^2 / inverse(G + ridge)[i, i]`, where `w` is the neuron's column and `G` the sum of products of the pool's
-   activations (optimal brain surgeon).
+2. Of the pool, as many stay as the layer has: those that, refitted together, explain most (`subset.py`).
 3. Borrowed neurons take the places of those that went, and the projection is fitted as by `refit`.
 
 Nothing here knows model families: which rows make up a neuron is found by trying.
@@ -18,7 +16,7 @@ Nothing here knows model families: which rows make up a neuron is found by tryin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -29,10 +27,9 @@ from ..errors import CutError
 from ..runtime.parts import agree
 from ..runtime.walk import Batch, LayerWalk
 from .linear import (
+    Fit,
     LinearFitter,
-    NormalEquations,
     Tensors,
-    cholesky_solve,
     first_held_out,
     fit_linear_map,
     solve_ridge,
@@ -40,9 +37,9 @@ from .linear import (
     sum_normal_equations,
     token_weights,
 )
+from .subset import prepare_refit, select_features
 from .writers import Run, Writer, hook_input, is_linear, outputs_first, swap_parameters
 
-_ROUNDS = 6
 Rows = dict[str, torch.Tensor]  # by parameter, `[parts, neurons, ...]`
 
 
@@ -199,22 +196,18 @@ class BorrowFitter(LinearFitter):
         found = self._neuron_gains(layer, first, batches, candidates)
         if found is None:
             return None
-        gains, strength = found
+        gains, fit = found
         best = gains.topk(neurons).indices
         chosen = {
             name: torch.cat([rows[name] for rows in candidates], 1)[:, best.to(own[name].device)] for name in own
         }
         runs = self._collect_activations(layer, first, batches, [chosen])
         pool = ((torch.cat([own_activations, *others], -1), missing) for own_activations, missing, others in runs)
-        state = batches[0].hidden
-        fitted = NormalEquations(2 * neurons, state.shape[-1], state.device)
-        for held_out, (feature, change) in split_held_out(pool, len(batches)):
-            if not held_out:
-                fitted.add(feature, change)
-        weight = self.writer.weight.to(fitted.gram)
-        weight = torch.cat([weight, torch.zeros_like(weight)])
+        rows = (row for held_out, row in split_held_out(pool, len(batches)) if not held_out)
+        weight = self.writer.weight.float()
+        refit = prepare_refit(rows, torch.cat([weight, torch.zeros_like(weight)]), fit.strength, fit.tokens[0])
         kept = torch.zeros(2 * neurons, dtype=torch.bool)
-        kept[select_features(fitted, weight, strength, neurons).cpu()] = True
+        kept[select_features(refit, 2 * neurons, neurons)] = True
         removed, added = (~kept[:neurons]).nonzero()[:, 0], kept[neurons:].nonzero()[:, 0]
         rows = {name: value.clone() for name, value in own.items()}
         for name, value in rows.items():
@@ -224,7 +217,7 @@ class BorrowFitter(LinearFitter):
         return values, len(added)
 
     def _collect_activations(
-        self, layer: nn.Module, first: int, batches: list[Batch], candidates: list[Rows]
+        self, layer: nn.Module, first: int, batches: list[Batch], candidates: Sequence[Rows] = ()
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, Iterator[torch.Tensor]]]:
         """For each batch: activations of the layer's neurons, what is missing after it, and of the candidates."""
         seen: list[torch.Tensor] = []
@@ -245,38 +238,41 @@ class BorrowFitter(LinearFitter):
 
     def _neuron_gains(
         self, layer: nn.Module, first: int, batches: list[Batch], candidates: list[Rows]
-    ) -> tuple[torch.Tensor, float] | None:
+    ) -> tuple[torch.Tensor, Fit] | None:
         """How much of what `refit` leaves each candidate explains alone, and the ridge; `None` if a fit explains nothing."""
-        with_own: list[torch.Tensor] = [torch.zeros(())] * len(candidates)
-        with_missing, squares = list(with_own), list(with_own)
-
-        def rows() -> Iterator[tuple[torch.Tensor, ...]]:
-            collected = self._collect_activations(layer, first, batches, candidates)
-            for number, (own, missing, others) in enumerate(collected):
-                end = first_held_out(number, len(batches), len(own))
-                x, z = own[:end].flatten(0, -2), missing[:end].flatten(0, -2)
-                for j, other in enumerate(others if end else ()):
-                    f = other[:end].flatten(0, -2)
-                    with_own[j] = with_own[j].to(f) + f.T @ x
-                    with_missing[j] = with_missing[j].to(f) + f.T @ z
-                    squares[j] = squares[j].to(f) + f.square().sum(0)
-                yield own, missing, token_weights(own)
-
-        fitted, held_out = sum_normal_equations(rows(), len(batches))
+        fitted, held_out = sum_normal_equations(
+            (
+                (own, missing, token_weights(own))
+                for own, missing, _ in self._collect_activations(layer, first, batches)
+            ),
+            len(batches),
+        )
         fit = solve_ridge(fitted, held_out)
         if fit.strength == float("inf"):
             return None
         gram = fitted.gram
-        ridge = fit.strength * gram.diagonal().mean()
+        ridge = fit.strength * fitted.scale()
         gram.diagonal().add_(ridge)  # in place: it may be several GB
         factor = torch.linalg.cholesky(gram)
+        with_own: list[torch.Tensor] = [torch.zeros(())] * len(candidates)
+        with_left, squares = list(with_own), list(with_own)
+        collected = self._collect_activations(layer, first, batches, candidates)
+        for number, (own, missing, others) in enumerate(collected):
+            end = first_held_out(number, len(batches), len(own))
+            x, z = own[:end].flatten(0, -2), missing[:end].flatten(0, -2)
+            left = z - x @ fit.change.to(x)
+            x = torch.linalg.solve_triangular(factor, fitted.coordinates(x).T, upper=False).T.to(x)
+            for j, other in enumerate(others if end else ()):
+                f = other[:end].flatten(0, -2)
+                with_own[j] = with_own[j].to(f) + f.T @ x
+                with_left[j] = with_left[j].to(f) + f.T @ left
+                squares[j] = squares[j].to(f) + f.square().sum(0)
         gains = []
-        for cross, moment, square in zip(with_own, with_missing, squares, strict=True):
-            cross = cross.to(gram)
-            explained = torch.linalg.solve_triangular(factor, cross.T, upper=False).square().sum(0)
-            free = (square.to(gram) + ridge - explained).clamp(min=1e-6 * square.to(gram).mean() + 1e-30)
-            gains.append((moment.to(gram) - cross @ fit.change).square().sum(1) / free)
-        return torch.cat(gains), fit.strength
+        for cross, moment, square in zip(with_own, with_left, squares, strict=True):
+            square = square.to(gram)
+            free = (square + ridge - cross.to(gram).square().sum(1)).clamp(min=1e-6 * square.mean() + 1e-30)
+            gains.append(moment.to(gram).square().sum(1) / free)
+        return torch.cat(gains), fit
 
 
 def _map_rows(rows: Rows, change: torch.Tensor, like: Rows) -> Rows:
@@ -285,27 +281,6 @@ def _map_rows(rows: Rows, change: torch.Tensor, like: Rows) -> Rows:
         name: ((value.to(change) @ change.T) if value.ndim == 3 else value).to(like[name])
         for name, value in rows.items()
     }
-
-
-def select_features(sums: NormalEquations, weight: torch.Tensor, strength: float, keep: int) -> torch.Tensor:
-    """Choose the features to keep, given that their weights are refitted; returns their indices, ascending.
-
-    `sums` are of all features, and of the change that is wanted of their product with `weight`, which is `[features,
-    hidden]` and from before the fit. The ridge on the weights' change is a multiple (`strength`) of the mean squared
-    feature. It is added in place, since the matrix may be several GB.
-    """
-    gram = sums.gram
-    gram.diagonal().add_(strength * gram.diagonal().mean())
-    target = sums.moment + gram @ weight
-    alive = torch.arange(len(weight), device=weight.device)
-    for left in range(_ROUNDS, 0, -1):
-        factor = torch.linalg.cholesky(gram if len(alive) == len(gram) else gram[alive[:, None], alive])
-        # What it costs to leave out each feature.
-        errors = cholesky_solve(factor, target[alive]).square().sum(1)
-        cost = errors / torch.cholesky_inverse(factor, out=factor).diagonal()
-        count = keep if left == 1 else round(len(alive) * (keep / len(alive)) ** (1 / left))
-        alive = alive[cost.topk(count).indices.sort().values]
-    return alive
 
 
 fitter = BorrowFitter

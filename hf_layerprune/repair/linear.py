@@ -10,6 +10,10 @@ equations are summed batch by batch in float64 and solved with a ridge on `D`, s
 cut. The ridge strength is chosen on held-out rows. If the MLP is a mixture of experts, `T` is folded into the output
 projections of all of them.
 
+With fewer tokens than features, as with a few rows and the MLP of a large model, the best `D` reads only what the tokens'
+features span. The equations are then solved in an orthonormal basis of that, for the same `D`: an MLP of 14,336 neurons
+and 3,000 tokens take a hundredth of the time.
+
 `M` itself is a product `A W` of the projection's input and its weight, and `A` is wider than `M`. `refit` solves the
 same problem for a change of `W`: `A D = X - (Y + M)`. A map applied to `M` is a special case of it.
 
@@ -38,11 +42,14 @@ _LARGE = 10.0  # of the median squared feature
 
 
 class NormalEquations:
-    """Sums for a least-squares problem `features @ D = change`, with `D` of the shape `[width, outputs]`."""
+    """Sums for a least-squares problem `features @ D = change`, with `D` of the shape `[width, outputs]`.
 
-    def __init__(self, width: int, outputs: int, device: torch.device) -> None:
-        # MPS does not support float64.
-        dtype = torch.float32 if device.type == "mps" else torch.float64
+    With a `basis`, `[width, features]`, the sums and their solutions are of coordinates in it.
+    """
+
+    def __init__(self, width: int, outputs: int, device: torch.device, basis: torch.Tensor | None = None) -> None:
+        dtype = sum_dtype(device)
+        self.basis = basis
         self.gram = torch.zeros(width, width, dtype=dtype, device=device)
         self.moment = torch.zeros(width, outputs, dtype=dtype, device=device)
         self.total = torch.zeros((), dtype=dtype, device=device)
@@ -50,17 +57,38 @@ class NormalEquations:
 
     def add(self, features: torch.Tensor, change: torch.Tensor) -> None:
         """Add tokens: the input `[..., width]` of the map, and its target `[..., hidden]`."""
-        x, z = features.flatten(0, -2).to(self.gram), change.flatten(0, -2).to(self.gram)
+        x, z = self.coordinates(features.flatten(0, -2)), change.flatten(0, -2).to(self.gram)
         self.gram += x.T @ x
         self.moment += x.T @ z
         self.total += z.square().sum()
         self.tokens += len(x)
+
+    def coordinates(self, features: torch.Tensor) -> torch.Tensor:
+        """Features `[..., features]` as the sums have them."""
+        x = features.to(self.gram)
+        return x if self.basis is None else x @ self.basis.T
+
+    def scale(self) -> torch.Tensor:
+        """The sum of squares of one feature, on average."""
+        return self.gram.diagonal().sum() / (len(self.gram) if self.basis is None else self.basis.shape[1])
 
     def unexplained(self, solution: torch.Tensor) -> float:
         """The share of the change that a solution leaves unexplained; 1 for the plain cut."""
         d = solution.to(self.gram)
         residual = self.total - 2 * (d * self.moment).sum() + (d * (self.gram @ d)).sum()
         return residual.clamp(min=0).item() / self.total.item() if self.total else 0.0
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The data type of sums over tokens: float64, which MPS does not support."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def find_basis(features: torch.Tensor) -> torch.Tensor:
+    """An orthonormal basis, `[tokens, width]`, of a space that holds the features `[tokens, width]` of a few tokens."""
+    device = torch.device("cpu") if features.device.type == "mps" else features.device  # MPS has no QR decomposition
+    basis = torch.linalg.qr(features.to(device, torch.float64).T).Q.T
+    return basis.to(features.device, sum_dtype(features.device))
 
 
 @dataclass(frozen=True)
@@ -88,7 +116,7 @@ def solve_ridge(fitted: NormalEquations, held_out: NormalEquations) -> Fit:
     There is a Cholesky factor for each strength instead of eigenvectors for all, whose time on GPUs varies widely between
     versions of torch (github.com/pytorch/pytorch/issues/183806); on a CPU, both take about as long.
     """
-    scale = fitted.gram.diagonal().mean()
+    scale = fitted.scale()
     best = Fit(
         torch.zeros_like(fitted.moment), float("inf"), 1.0, (fitted.tokens, held_out.tokens), held_out.total.item()
     )
@@ -102,7 +130,7 @@ def solve_ridge(fitted: NormalEquations, held_out: NormalEquations) -> Fit:
         unexplained = held_out.unexplained(change)
         if unexplained < best.unexplained:
             best = replace(best, change=change, strength=strength, unexplained=unexplained)
-    return best
+    return best if fitted.basis is None else replace(best, change=fitted.basis.T @ best.change)
 
 
 def cholesky_solve(factor: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -140,14 +168,32 @@ def sum_normal_equations(
     Returns:
         `tuple[NormalEquations, NormalEquations]`: Of what is fitted, and of what is held out.
     """
+    kept: list[tuple[bool, torch.Tensor, torch.Tensor]] = []  # while there are fewer tokens than features
     sums: dict[bool, NormalEquations] = {}
+    few = True
     for held_out, (features, change, weights) in split_held_out(rows, batches):
-        if held_out not in sums:
-            sums[held_out] = NormalEquations(features.shape[-1], change.shape[-1], features.device)
         if held_out:
             features, change = features * weights.sqrt(), change * weights.sqrt()
-        sums[held_out].add(features, change)
+        kept.append((held_out, features.flatten(0, -2), change.flatten(0, -2)))
+        if few := few and sum(len(x) for unused, x, _ in kept if not unused) < features.shape[-1]:
+            continue
+        _add_rows(sums, kept)
+        kept = []
+    if few:
+        _add_rows(sums, kept, find_basis(torch.cat([x for unused, x, _ in kept if not unused])))
     return sums[False], sums[True]
+
+
+def _add_rows(
+    sums: dict[bool, NormalEquations],
+    rows: list[tuple[bool, torch.Tensor, torch.Tensor]],
+    basis: torch.Tensor | None = None,
+) -> None:
+    for held_out, features, change in rows:
+        if held_out not in sums:
+            width = features.shape[-1] if basis is None else len(basis)
+            sums[held_out] = NormalEquations(width, change.shape[-1], features.device, basis)
+        sums[held_out].add(features, change)
 
 
 def split_held_out(
