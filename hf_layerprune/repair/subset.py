@@ -18,12 +18,12 @@ Refit = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def prepare_refit(
-    rows: Iterable[tuple[torch.Tensor, torch.Tensor]], weight: torch.Tensor, strength: float, tokens: int
+    rows: Iterable[tuple[torch.Tensor, ...]], weight: torch.Tensor, strength: float, tokens: int
 ) -> Refit:
     """Prepare to refit the weights of some features of many.
 
     Args:
-        rows (`Iterable[tuple[torch.Tensor, torch.Tensor]]`): The features, `[..., features]`, and the change that is wanted
+        rows (`Iterable[tuple[torch.Tensor, ...]]`): The features, `[..., features]`, and the change that is wanted
             of their product with the weights, `[..., hidden]`, in pieces.
         weight (`torch.Tensor`): The weights before the fit, `[features, hidden]`.
         strength (`float`): The ridge on the weights' change, as a multiple of the mean squared feature.
@@ -36,8 +36,8 @@ def prepare_refit(
     return (_refit_by_tokens if tokens < len(weight) else _refit_by_sums)(rows, weight, strength)
 
 
-def _refit_by_sums(rows: Iterable[tuple[torch.Tensor, torch.Tensor]], weight: torch.Tensor, strength: float) -> Refit:
-    sums = NormalEquations(*weight.shape, weight.device)
+def _refit_by_sums(rows: Iterable[tuple[torch.Tensor, ...]], weight: torch.Tensor, strength: float) -> Refit:
+    sums = NormalEquations(len(weight), weight.shape[1], weight.device)
     for features, change in rows:
         sums.add(features, change)
     gram = sums.gram
@@ -52,9 +52,7 @@ def _refit_by_sums(rows: Iterable[tuple[torch.Tensor, torch.Tensor]], weight: to
     return refit
 
 
-def _refit_by_tokens(
-    rows: Iterable[tuple[torch.Tensor, torch.Tensor]], weight: torch.Tensor, strength: float
-) -> Refit:
+def _refit_by_tokens(rows: Iterable[tuple[torch.Tensor, ...]], weight: torch.Tensor, strength: float) -> Refit:
     """The same weights from a matrix of products of tokens, by the Woodbury identity."""
     features, change = (torch.cat([part.flatten(0, -2) for part in parts]) for parts in zip(*rows, strict=True))
     dtype = sum_dtype(weight.device)
