@@ -31,6 +31,7 @@ import torch
 from .. import families
 from ..errors import CutError
 from ..runtime.walk import Batch, LayerWalk
+from ..screen import progress_bar
 from .fit import HELD_OUT, Fitter
 from .norms import Norm
 from .registry import find_repair
@@ -120,7 +121,7 @@ def solve_ridge(fitted: NormalEquations, held_out: NormalEquations) -> Fit:
     best = Fit(
         torch.zeros_like(fitted.moment), float("inf"), 1.0, (fitted.tokens, held_out.tokens), held_out.total.item()
     )
-    for strength in STRENGTHS:
+    for strength in progress_bar(STRENGTHS, desc="choosing the ridge", delay=5):
         gram = fitted.gram.clone()
         gram.diagonal().add_(strength * (scale or 1.0))
         factor, failed = torch.linalg.cholesky_ex(gram)

@@ -75,7 +75,7 @@ def _refit_by_tokens(rows: Iterable[tuple[torch.Tensor, ...]], weight: torch.Ten
 def select_features(refit: Refit, count: int, keep: int) -> torch.Tensor:
     """Choose the features to keep of `count`, given that their weights are refitted; returns their indices, ascending."""
     alive = torch.arange(count)
-    for left in progress_bar(range(_ROUNDS, 0, -1), desc="choosing neurons", unit="round"):
+    for left in progress_bar(range(_ROUNDS, 0, -1), desc="choosing neurons", delay=5):
         weights, inverse = refit(alive)
         cost = weights.square().sum(1) / inverse  # of leaving out each feature
         size = keep if left == 1 else round(len(alive) * (keep / len(alive)) ** (1 / left))
