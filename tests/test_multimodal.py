@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM, AutoProcessor, CLIPVisionConfig, T5Config
 from transformers.utils.import_utils import BACKENDS_MAPPING
 
@@ -153,6 +154,28 @@ def test_names_in_the_checkpoint(tmp_path: Path) -> None:
         written = set(file.keys())
     assert [name for name in written if name.endswith("layers.0.mlp.down_proj.weight")] == list(stored.values())
     assert list(stored) == [live]
+
+
+@pytest.mark.parametrize(
+    "repair", [[], ["--repair", "refit", "--calibration-samples", "8", "--calibration-length", "8"]]
+)
+def test_an_encoder_with_as_many_layers_as_the_cut_decoder(repair: bool, tmp_path: Path) -> None:
+    """Names alone don't tell which is which."""
+    tiny_model("granite_speech").save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "rows.txt").write_text("w1 w2 w3 w4 w5 w6 w7 w8\n" * 8)
+    assert main(["prune", str(tmp_path / "base"), str(tmp_path / "one"), "--drop", "6"]) == 0
+    assert {"encoder.layers.1", "language_model.model.layers.1"} <= {
+        ".".join(name.split(".")[: name.split(".").index("layers") + 2])
+        for name in load_file(tmp_path / "one" / "model.safetensors")
+        if ".layers.1." in name
+    }
+    words = ["--repair", "refit", "--calibration", str(tmp_path / "rows.txt")] if repair else []
+    words += ["--calibration-samples", "8", "--calibration-length", "8"] if repair else []
+    assert main(["prune", str(tmp_path / "one"), str(tmp_path / "two"), "--drop-layers", "1", *words]) == 0
+    left = load_file(tmp_path / "two" / "model.safetensors")
+    assert [name for name in left if "language_model.model.layers.1." in name] == []
+    assert any("encoder.layers.1." in name for name in left)
 
 
 def test_the_module_of_a_tensor_in_a_layer_whose_experts_have_no_stored_names_of_their_own() -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, UnsupportedModelError
-from ..families import check_trainable, layer_count, text_config
-from ..families.layout import find_decoder_layers, find_layer_prefix
-from ..runtime.model_class import model_without_weights, name_in_stack, stored_tensors
+from ..families import check_trainable, text_config
+from ..families.layout import find_decoder_layers
+from ..runtime.model_class import layer_prefix_of, model_without_weights, name_in_stack, stored_tensors
 from .base import Base, read_headers
 from .header import FLOATS, Tensor, read_header
 
@@ -68,7 +68,7 @@ def check_repairable_weights(base: Base, config: PreTrainedConfig) -> None:
         check_trainable(config)
     except UnsupportedModelError:
         tensors = [tensor for header in read_headers(base).headers.values() for tensor in header.tensors]
-        prefix = find_layer_prefix([tensor.name for tensor in tensors], layer_count(config))
+        prefix = layer_prefix_of([tensor.name for tensor in tensors], config)
         # Those that write into the hidden states; some types have more, which a repair leaves, such as routers.
         writers = (text_config(config).hidden_size,)
         if not any(
@@ -108,7 +108,7 @@ def _checkpoint_tensors(
     stored: Mapping[str, Tensor], config: PreTrainedConfig, values: Mapping[tuple[int, str], torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """The values by the checkpoint's names, which are those of the model, or those that transformers uses on disk."""
-    prefix = find_layer_prefix(stored, layer_count(config))
+    prefix = layer_prefix_of(stored, config)
     own = {f"{prefix}{index}.{name}": value for (index, name), value in values.items()}
     if own.keys() <= stored.keys():
         return own

@@ -21,7 +21,7 @@ from ..errors import CheckpointError
 from ..families.layout import find_layer_prefix
 from ..families.quantization import names_layers
 from ..files.json_file import parse_json
-from ..runtime.model_class import model_class_of
+from ..runtime.model_class import layer_prefix_of, model_class_of
 from .base import SINGLE, Weights
 from .header import Header, Tensor, write_header
 
@@ -195,7 +195,7 @@ def new_names(tensors: Iterable[str], config: PreTrainedConfig, cut: families.Cu
         UnsupportedModelError: The decoder layers can't be identified.
     """
     tensors = list(tensors)
-    prefix = find_layer_prefix(tensors, cut.num_layers)
+    prefix = layer_prefix_of(tensors, config)
     counts = [getattr(families.text_config(config), name, None) for name in _DRAFT_COUNTS]
     draft_count = max((count for count in counts if isinstance(count, int)), default=0)
     names: dict[str, str] = {}

@@ -27,13 +27,12 @@ from ..families.layout import (
     count_by_layer,
     count_parameters,
     find_decoder_layers,
-    find_layer_prefix,
     text_model,
     ties_head,
 )
 from ..records.names import is_gguf_name
 from ..runtime.loading import UNPACKED_DTYPE, is_hub_id
-from ..runtime.model_class import model_without_weights
+from ..runtime.model_class import layer_prefix_of, model_without_weights
 from ..runtime.parts import cache_of
 from ..runtime.windows import resolve_length
 from .base import Base, Weights, read_headers
@@ -121,7 +120,7 @@ class Sizes:
             return [float(count) for count in layers]
         sizes = [float(count * self.dtype.itemsize) for count in layers]
         if self._weights is not None:
-            prefix, sizes = find_layer_prefix(self._weights.tensor_names, self.num_layers), [0.0] * self.num_layers
+            prefix, sizes = layer_prefix_of(self._weights.tensor_names, self.config), [0.0] * self.num_layers
             for tensor, _ in self._kept_tensors(()):
                 index = tensor.name.removeprefix(prefix).partition(".")[0]
                 if tensor.name.startswith(prefix) and index.isdecimal() and int(index) < self.num_layers:

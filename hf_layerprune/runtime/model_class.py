@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, boundary
+from ..errors import CheckpointError, UnsupportedModelError, boundary
+from ..families import layer_count
 from ..families.layout import find_decoder_layers, find_layer_prefix
 from ..families.multimodal import TEXT_ONLY_TYPES
 from ..families.types import ENCODER_DECODER
@@ -151,6 +152,24 @@ def stored_layer_prefix(model: PreTrainedModel) -> str:
     first = f"{find_decoder_layers(model).path}.0."
     tensors = {name: tensor.to("meta") for name, tensor in model.state_dict().items() if name.startswith(first)}
     return find_layer_prefix(revert_weight_conversion(model, tensors), 1)
+
+
+def layer_prefix_of(names: Collection[str], config: PreTrainedConfig) -> str:
+    """What precedes the layer index in a checkpoint's tensor names, as [`find_layer_prefix`] finds it.
+
+    If the names leave several possible, because other stacks have as many layers, the structure of the model decides.
+
+    Raises:
+        UnsupportedModelError: No prefix, or more than one, has tensors for all layers.
+    """
+    try:
+        return find_layer_prefix(names, layer_count(config))
+    except UnsupportedModelError:
+        with suppress(Exception):  # model classes raise exceptions of any type
+            prefix = stored_layer_prefix(model_without_weights(config))
+            if find_layer_prefix([name for name in names if name.startswith(prefix)], layer_count(config)) == prefix:
+                return prefix
+        raise
 
 
 @contextmanager
