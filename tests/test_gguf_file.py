@@ -99,6 +99,10 @@ def test_a_curve_of_a_file_is_of_what_prune_makes_of_it(tmp_path, capsys):
     assert main(["prune", str(source), str(tmp_path / "cut.gguf"), *from_curve]) == 2
     assert f"without repair: --drop-layers {point['layers']}" in capsys.readouterr().err
     assert main(["prune", str(source), str(tmp_path / "cut.gguf"), "--drop-layers", point["layers"]]) == 0
+    capsys.readouterr()
+    size = ["--from-curve", str(folder), "--target-size", "1MB"]
+    assert main(["prune", str(source), str(tmp_path / "small.gguf"), *size]) == 2
+    assert "a curve has the sizes of unpacked weights" in capsys.readouterr().err
 
 
 def test_a_cut_file_computes_what_the_model_without_those_layers_computes(tmp_path):

@@ -133,6 +133,10 @@ def choose_point(request: PruneRequest, folder: Path) -> tuple[PruneRequest, dic
         CutError: No point of the curve meets the request.
     """
     check_answerable(request)
+    if request.target_size is not None and is_gguf_name(request.output):
+        raise CutError(
+            "a curve has the sizes of unpacked weights, not of a GGUF file; use drop=N, or leave out from_curve"
+        )
     curve = load_curve(folder, request)
     record = curve.record
     is_open = not (request.budget or request.target) and request.drop is None
