@@ -537,7 +537,7 @@ def test_a_model_that_can_not_be_repaired_has_a_curve(tmp_path: Path) -> None:
     )
     assert curve.record["repair"] is None
     assert all("repaired" not in point for point in curve.points)
-    assert len(str(curve).splitlines()) == 7  # the headings, the dense model, two cuts, and what is said below them
+    assert len(repr(curve).splitlines()) == 7  # the headings, the dense model, two cuts, and what is said below them
     assert "after the" not in str(curve)
 
 

@@ -27,7 +27,7 @@ FILE = "curve.json"
 SCHEMA_VERSION = 1
 
 
-@dataclass
+@dataclass(repr=False)
 class Curve:
     """Quality against the number of dropped layers.
 
@@ -82,6 +82,8 @@ class Curve:
         }
         lines += [f"{word}: {meaning}" for word, meaning in meanings.items() if getattr(self, word) is not None]
         return "\n".join(lines)
+
+    __repr__ = __str__  # a notebook shows the table
 
 
 def _format_sizes(entry: dict[str, Any]) -> list[str]:

@@ -25,7 +25,7 @@ _BEST_BLOCKS = 3
 RANKING_FILES = re.compile(r"scores\.json|(choices|scores|blocks-\w+)\.(png|svg)")
 
 
-@dataclass
+@dataclass(repr=False)
 class Ranking:
     """Scores, and what follows from them.
 
@@ -77,6 +77,8 @@ class Ranking:
                 best = ", ".join(f"{format_layers(block)} ({score:.4g})" for score, block in ranked[:_BEST_BLOCKS])
                 lines.append(f"{name}, blocks of {length}: {best}")
         return "\n".join(lines)
+
+    __repr__ = __str__  # a notebook shows the table
 
 
 def _cell(score: float | None, dropped: bool) -> str:
