@@ -107,8 +107,10 @@ def test_states_that_the_card_has_no_room_for_are_kept_by_the_cpu(
     near(score_layers(LayerWalk(model), text, ["taylor"])["taylor"].layers, wanted)
 
 
+@pytest.mark.parametrize("size", [(60, 32), (6, 16)], ids=["many tokens", "fewer tokens than neurons"])
 @pytest.mark.parametrize("method", list(REPAIRS))
-def test_repair_is_that_of_the_cpu(method: str, text: CalibrationSet) -> None:
+def test_repair_is_that_of_the_cpu(method: str, size: tuple[int, int]) -> None:
+    text = CalibrationSet.from_ids(tiny_input(seed=1, batch=size[0], length=size[1]), "random")
     wanted = fit_repair(tiny_model("llama"), [3, 4], text, method)
     found = fit_repair(LayerWalk(tiny_model("llama"), device=DEVICE), [3, 4], text, method)
     assert found.tensors.keys() == wanted.tensors.keys()

@@ -204,7 +204,7 @@ class BorrowFitter(LinearFitter):
         runs = self._collect_activations(layer, first, batches, [chosen])
         pool = ((torch.cat([own_activations, *others], -1), missing) for own_activations, missing, others in runs)
         fitted = (row for held_out, row in split_held_out(pool, len(batches)) if not held_out)
-        weight = self.writer.weight.float()
+        weight = self.writer.weight.float().to(gains.device)
         refit = prepare_refit(fitted, torch.cat([weight, torch.zeros_like(weight)]), fit.strength, fit.tokens[0])
         kept = torch.zeros(2 * neurons, dtype=torch.bool)
         kept[select_features(refit, 2 * neurons, neurons)] = True
