@@ -4,8 +4,9 @@
 
 Each page runs in a folder of its own, with `./my-model` and `model.gguf` in it. Commands run in this process, since a
 process for each line would take minutes. Long commands are shortened by extra options (`SHORT`), `chat`, which serves until
-it is stopped, is only parsed, and for `pip` and `make`, the names of extras and targets are checked. A block below
-`<!-- not run: REASON -->`, which every `console` block needs, is only parsed. Prints a line of JSON for each block.
+it is stopped, is only parsed, and for `pip`, `make` and scripts, the names of extras, targets and options are checked. A
+block below `<!-- not run: REASON -->`, which every `console` block needs, is only parsed. Prints a line of JSON for each
+block.
 """
 
 from __future__ import annotations
@@ -103,11 +104,8 @@ def run_command(words: list[str]) -> None:
         assert set(rest) <= set(targets), f"no make target {rest}"
     elif program == "accelerate" and rest[0] == "launch":
         _recipe(rest[1:])
-    elif program == "python" and rest[0] == "-m":
-        module = ROOT / rest[1].replace(".", "/")
-        assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file(), f"no module {rest[1]}"
     elif program == "python":
-        assert (ROOT / rest[0]).is_file(), f"no script {rest[0]}"
+        _script(rest)
     else:
         raise AssertionError(f"nothing runs {program!r}")
 
@@ -133,6 +131,18 @@ def _pip(words: list[str]) -> None:
         named = re.fullmatch(r"(?:\.|hf-layerprune)(?:\[([\w,]+)\])?|-e", word)
         assert named, f"pip install {word}"
         assert set((named[1] or "").split(",")) - {""} <= set(extras)
+
+
+def _script(words: list[str]) -> None:
+    """Check that a script or a module exists and names the options that it is given."""
+    if words[0] == "-m":
+        module = ROOT / words[1].replace(".", "/")
+        file = module.with_suffix(".py") if module.with_suffix(".py").is_file() else module / "__main__.py"
+    else:
+        file = ROOT / words[0]
+    assert file.is_file(), f"no {file}"
+    given = {word.partition("=")[0] for word in words if word.startswith("--")}
+    assert not [option for option in given if f'"{option}"' not in file.read_text(encoding="utf-8")]
 
 
 def _recipe(words: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Every code block of the README and of the documentation runs, against a stand-in Hub over real HTTP."""
+"""Every code block of the READMEs and of the documentation runs, against a stand-in Hub over real HTTP."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ pytestmark = pytest.mark.processes
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 TOKEN = "hf_" + "d" * 34  # made up
-WRITTEN = (ROOT / "README.md", ROOT / "model_cards" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+RECIPES = sorted((ROOT / "recipes").rglob("README.md"))
+WRITTEN = (ROOT / "README.md", ROOT / "model_cards" / "README.md", *RECIPES, *sorted((ROOT / "docs").glob("*.md")))
 PAGES = [page for page in WRITTEN if any(blocks(page))]
 
 
@@ -75,7 +76,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], str |
     return {(line["page"], line["line"]): line["error"] for line in lines}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_block_runs(page: Path, ran: dict[tuple[str, int], str | None]) -> None:
     for block in blocks(page):
         error = ran[block.page, block.line]
