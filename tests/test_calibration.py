@@ -281,16 +281,17 @@ def test_a_model_is_no_text(tmp_path: Path) -> None:
 
 
 def test_files_and_folders_under_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also those whose name is a pattern, or has the mark of a configuration."""
+    """Also those whose name is a pattern, has spaces, or has the mark of a configuration."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for name, text in (("set/train.parquet", "one"), ("a[1]@b.parquet", "two"), ("a1@b.parquet", "three")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Dataset.from_list([{"text": text, "a:b": f"{text} more"}]).to_parquet(tmp_path / name)
-    for name in ("set@1", "set[1]", "set1"):
+    for name in ("set@1", "set[1]", "set1", "my set"):
         shutil.copytree(tmp_path / "set", tmp_path / name)
     for source, text in (
         ("~/set", "one"), ("~/set:train:a:b", "one more"), ("~/a[1]@b.parquet", "two"), ("~/a[1]@b.parquet:a:b", "two more"),
         ("~/set@1", "one"), ("~/set@default", "one"), ("~/s*/train.parquet", "one"),
+        ("~/my set", "one"), ("~/my set@default", "one"), ("~/my s*/train.parquet", "one"),
     ):  # fmt: skip
         check_source(source)
         assert {document.text for document in read_documents(source, 0)} == {text}

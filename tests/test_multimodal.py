@@ -156,9 +156,7 @@ def test_names_in_the_checkpoint(tmp_path: Path) -> None:
     assert list(stored) == [live]
 
 
-@pytest.mark.parametrize(
-    "repair", [[], ["--repair", "refit", "--calibration-samples", "8", "--calibration-length", "8"]]
-)
+@pytest.mark.parametrize("repair", [False, True])
 def test_an_encoder_with_as_many_layers_as_the_cut_decoder(repair: bool, tmp_path: Path) -> None:
     """Names alone don't tell which is which."""
     tiny_model("granite_speech").save_pretrained(tmp_path / "base")
@@ -170,8 +168,8 @@ def test_an_encoder_with_as_many_layers_as_the_cut_decoder(repair: bool, tmp_pat
         for name in load_file(tmp_path / "one" / "model.safetensors")
         if ".layers.1." in name
     }
-    words = ["--repair", "refit", "--calibration", str(tmp_path / "rows.txt")] if repair else []
-    words += ["--calibration-samples", "8", "--calibration-length", "8"] if repair else []
+    rows = ["--calibration", str(tmp_path / "rows.txt"), "--calibration-samples", "8", "--calibration-length", "8"]
+    words = ["--repair", "refit", *rows] if repair else []
     assert main(["prune", str(tmp_path / "one"), str(tmp_path / "two"), "--drop-layers", "1", *words]) == 0
     left = load_file(tmp_path / "two" / "model.safetensors")
     assert [name for name in left if "language_model.model.layers.1." in name] == []

@@ -59,10 +59,11 @@ def check_source(source: str) -> None:
     """
     name, _ = split_source(source)
     path = Path(os.path.expanduser(name))
+    # What is no data set's name is a path, or perhaps a text; a path may have spaces, too, and be a pattern.
+    no_id = name.startswith((".", "/", "~")) or len(name.split()) > 1
     named = path.suffix.lower() in (".txt", *SUFFIXES) or (
-        name.startswith((".", "/", "~")) and not os.path.isdir(_split_config(name)[0]) and not glob.glob(str(path))
+        no_id and not os.path.isdir(_split_config(name)[0]) and not glob.glob(str(path))
     )
-    named = named or (not os.path.exists(path) and len(name.split()) > 1)  # no data set's name, but perhaps a text
     if named and not os.path.isfile(path):
         raise CheckpointError(
             f"calibration file {str(path)[:200]} does not exist; specify a .txt, .jsonl or .parquet file, a data set, or self"
