@@ -505,6 +505,26 @@ def test_what_a_killed_run_left_of_a_file_is_removed_and_what_is_being_written_i
     assert beside(tmp_path / "file") == sorted([*mine, others, "file"])
 
 
+def test_a_file_that_another_process_takes_for_a_leftover_is_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several processes may write the same file, such as records, at the same time."""
+    lock, attempts = files.lock_folder, []
+
+    def lock_later(path: Path) -> int | None:
+        attempts.append(path)
+        if len(attempts) < 3:
+            path.unlink()  # the other process has locked it, and removes it
+        if len(attempts) == 1:
+            raise BlockingIOError
+        return None if len(attempts) == 2 else lock(path)
+
+    monkeypatch.setattr(files, "lock_folder", lock_later)
+    write_bytes(tmp_path / "file", b"written")
+    assert (len(attempts), (tmp_path / "file").read_bytes()) == (3, b"written")
+    assert beside(tmp_path / "file") == ["file"]
+
+
 @linux
 def test_a_file_that_the_system_can_t_read_is_named() -> None:
     path = Path("/proc/self/mem")  # nothing is mapped at its start

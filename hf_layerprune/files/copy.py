@@ -236,22 +236,35 @@ def new_file(
     from safetensors import SafetensorError
 
     check_file_target(target, force=force, inside=inside, source=source)
-    # A random name, so that no existing link or file is written to.
-    partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
-    lock = None
     try:
         _clean_up_leftovers(target, force)
-        partial.touch(exist_ok=False)
-        lock = lock_folder(partial)
-        yield partial
-        with partial.open("r+b") as file:
-            os.fsync(file.fileno())
-        if not force:
-            _claim(target, partial)
-        os.replace(partial, target)
-        sync_folder(target.parent)
+        with _partial_file(target) as partial:
+            yield partial
+            with partial.open("r+b") as file:
+                os.fsync(file.fileno())
+            if not force:
+                _claim(target, partial)
+            os.replace(partial, target)
+            sync_folder(target.parent)
     except (OSError, SafetensorError) as error:
         raise write_error(target, error) from error
+
+
+@contextmanager
+def _partial_file(target: Path) -> Iterator[Path]:
+    """An empty file, locked, under a temporary name next to a target; it is removed if it still has that name at the end."""
+    while True:
+        # A random name, so that no existing link or file is written to.
+        partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+        partial.touch(exist_ok=False)
+        # Until it is locked, another process may take it for what a killed run left.
+        with suppress(BlockingIOError, FileNotFoundError):
+            lock = lock_folder(partial)
+            if partial.exists():
+                break
+            unlock_folder(lock)
+    try:
+        yield partial
     finally:
         partial.unlink(missing_ok=True)
         unlock_folder(lock)
