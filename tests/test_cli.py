@@ -277,6 +277,12 @@ def test_a_folder_with_the_name_of_a_file_is_a_slip(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("output", ["base-0.6B-GGUF", "base-1.7B-safetensors"])
+def test_a_folder_may_be_named_after_a_size_and_a_format(output: str, base: Path, tmp_path: Path) -> None:
+    assert main(["prune", str(base), str(tmp_path / output), "--drop-layers", "2"]) == 0
+    assert (tmp_path / output / "config.json").is_file()
+
+
 @pytest.mark.parametrize("words", [["base", "--curve", "out"], ["base", "out", "--curve"], ["--curve", "base", "out"]])
 def test_arguments_stand_before_or_after_options(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     args = build_parser().parse_args(["rank", *words])

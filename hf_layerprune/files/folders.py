@@ -151,9 +151,10 @@ def check_target(
                 raise _existing_error(f"{named} exists and is not empty", force)
             _check_replaceable(named, target, replaces)
     else:
-        if ending := get_close_matches(target.suffix.lower(), _FILE_ENDINGS, n=1, cutoff=0.75):
+        like = get_close_matches(target.suffix.lower(), _FILE_ENDINGS, n=1, cutoff=0.75)
+        if like and "-" not in target.suffix:  # that of Qwen3-0.6B-GGUF is .6B-GGUF
             raise CheckpointError(
-                f"{named} would be a folder, but its name looks like that of a {ending[0]} file; correct the ending, or leave it "
+                f"{named} would be a folder, but its name looks like that of a {like[0]} file; correct the ending, or leave it "
                 "out"
             )
         parent = next(filter(os.path.lexists, target.parents))
