@@ -11,8 +11,8 @@ cut. The ridge strength is chosen on held-out rows. If the MLP is a mixture of e
 projections of all of them.
 
 With fewer tokens than features, as with a few rows and the MLP of a large model, the best `D` reads only what the tokens'
-features span. The equations are then solved in an orthonormal basis of that, for the same `D`: an MLP of 14,336 neurons
-and 3,000 tokens take a hundredth of the time.
+features span. The equations are then solved in an orthonormal basis of that, for the same `D`. With four times as many
+features as tokens, that takes a tenth of the time.
 
 `M` itself is a product `A W` of the projection's input and its weight, and `A` is wider than `M`. `refit` solves the
 same problem for a change of `W`: `A D = X - (Y + M)`. A map applied to `M` is a special case of it.
