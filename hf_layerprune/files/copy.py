@@ -283,9 +283,10 @@ def _clean_up_leftovers(target: Path, force: bool) -> None:
             raise CheckpointError(f"{target} is being written by another process; wait for it") from None
         except OSError:  # it has become the target, or is another user's
             continue
-        with suppress(OSError):
-            path.unlink()
-        unlock_folder(lock)
+        if lock is not None:  # where nothing can be locked, it may be another process's
+            with suppress(OSError):
+                path.unlink()
+            unlock_folder(lock)
 
 
 def _claim(target: Path, partial: Path) -> None:

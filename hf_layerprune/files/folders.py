@@ -228,8 +228,9 @@ def _clean_up_leftovers(target: Path, force: bool | None) -> None:
             lock = lock_folder(path)
         except BlockingIOError:
             raise CheckpointError(f"{target} is being written by another process; wait for it") from None
-        shutil.rmtree(path, ignore_errors=True)
-        unlock_folder(lock)
+        if lock is not None:  # where nothing can be locked, it may be another process's
+            shutil.rmtree(path, ignore_errors=True)
+            unlock_folder(lock)
 
 
 def _move_into_place(folder: Path, target: Path, force: bool | None, replaces: re.Pattern[str] | None) -> None:

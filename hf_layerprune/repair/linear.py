@@ -30,6 +30,7 @@ import torch
 
 from .. import families
 from ..errors import CutError
+from ..runtime.devices import sum_dtype
 from ..runtime.walk import Batch, LayerWalk
 from ..screen import progress_bar
 from .fit import HELD_OUT, Fitter
@@ -78,11 +79,6 @@ class NormalEquations:
         d = solution.to(self.gram)
         residual = self.total - 2 * (d * self.moment).sum() + (d * (self.gram @ d)).sum()
         return residual.clamp(min=0).item() / self.total.item() if self.total else 0.0
-
-
-def sum_dtype(device: torch.device) -> torch.dtype:
-    """The data type of sums over tokens: float64, which MPS does not support."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def find_basis(features: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from ..screen import progress_bar
-from .linear import NormalEquations, cholesky_solve, sum_dtype
+from .linear import NormalEquations, cholesky_solve
 
 _ROUNDS = 6
 Refit = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -54,8 +54,12 @@ def _refit_by_sums(rows: Iterable[tuple[torch.Tensor, ...]], weight: torch.Tenso
 
 def _refit_by_tokens(rows: Iterable[tuple[torch.Tensor, ...]], weight: torch.Tensor, strength: float) -> Refit:
     """The same weights from a matrix of products of tokens, by the Woodbury identity."""
-    features, change = (torch.cat([part.flatten(0, -2) for part in parts]) for parts in zip(*rows, strict=True))
-    dtype = sum_dtype(weight.device)
+    device = (
+        torch.device("cpu") if weight.device.type == "mps" else weight.device
+    )  # in float64, which MPS does not have
+    parts = ([part.flatten(0, -2).to(device) for part in each] for each in zip(*rows, strict=True))
+    features, change = map(torch.cat, parts)
+    weight, dtype = weight.to(device), torch.float64
     ridge = strength * features.to(dtype).square().sum() / len(weight)
     target = (change + features @ weight).to(dtype)
 

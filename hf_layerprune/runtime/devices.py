@@ -39,6 +39,11 @@ def has_lost_weights(module: nn.Module) -> bool:
     return any(p.is_meta for part in module.modules() if not hasattr(part, "_hf_hook") for p in part.parameters(False))
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The data type of sums over many tokens: float64, which MPS does not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def synchronise(device: torch.device) -> None:
     """Wait until an accelerator has finished its work."""
     if device.type != "cpu":

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ..runtime.devices import sum_dtype
 from ..runtime.walk import Batch
 from .passes import Observer
 from .registry import ORIGINAL, Criterion
@@ -35,9 +36,11 @@ class BlockInfluence(Observer):
         before, after = before.float().flatten(0, -2), after.float().flatten(0, -2)
         if self.variant == ORIGINAL:
             cosines = F.cosine_similarity(before, after, dim=-1)
-            sums: list[Any] = [cosines.sum(dtype=_sum_dtype(cosines)), len(cosines), 0]
+            sums: list[Any] = [cosines.sum(dtype=sum_dtype(cosines.device)), len(cosines), 0]
         else:
-            sums = [(x * y).sum(dtype=_sum_dtype(x)) for x, y in ((before, after), (before, before), (after, after))]
+            sums = [
+                (x * y).sum(dtype=sum_dtype(x.device)) for x, y in ((before, after), (before, before), (after, after))
+            ]
         self.sums[index] += torch.tensor([float(value) for value in sums], dtype=torch.float64)
 
     def scores(self) -> Scores:
@@ -46,10 +49,6 @@ class BlockInfluence(Observer):
         scored = self.alive if self.variant == ORIGINAL else self.alive[:-1]
         layers = [influence[i] if i in scored else None for i in range(self.num_layers)]
         return Scores("block_influence", self.variant, self.alive, layers=layers)
-
-
-def _sum_dtype(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def observer(criterion: Criterion, variant: str, num_layers: int, lengths: Sequence[int]) -> BlockInfluence:
