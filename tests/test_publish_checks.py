@@ -568,8 +568,14 @@ def test_what_a_base_is_called(base: dict[str, Any], named: str, on_hub: str | N
 
 def test_folders_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file.gguf").write_bytes(b"GGUF")
+    (tmp_path / "file.txt").touch()
     (tmp_path / "empty").mkdir()
-    for name, message in (("file.gguf", "is a file"), ("absent", "does not exist"), ("empty", "has no lineage.json")):
+    for name, message in (
+        ("file.gguf", "is a GGUF file, which has no records"),
+        ("file.txt", "is a file"),
+        ("absent", "does not exist"),
+        ("empty", "has no lineage.json"),
+    ):
         assert main(["push", str(tmp_path / name), "org/x", "--dry-run"]) == 1
         error = capsys.readouterr().err
         assert message in error
