@@ -203,6 +203,18 @@ def test_a_fit_to_fewer_tokens_than_features_is_that_of_all_their_sums(batches):
     torch.testing.assert_close(fit.change, wanted.change)
 
 
+@pytest.mark.parametrize("width", [8, 40])
+def test_features_that_are_not_numbers_change_nothing(width):
+    features, change = torch.randn(5, 6, 4, width), torch.randn(5, 6, 4, 3)
+    features = features[:, :1] if width > 24 else features
+    features[0, 0, 1, 2] = float("nan")
+    change = change[:, : features.shape[1]]
+    fit = fit_linear_map(zip(features, change, map(token_weights, features), strict=True), 5)
+    assert fit.strength == float("inf")
+    assert fit.change.shape == (width, 3)
+    assert not fit.change.any()
+
+
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_one_massive_held_out_token_does_not_choose_the_ridge_for_all_others(kind):
     torch.manual_seed(0)

@@ -59,7 +59,7 @@ def check_source(source: str) -> None:
     """
     name, _ = split_source(source)
     path = Path(os.path.expanduser(name))
-    # What is no data set's name is a path, or perhaps a text; a path may have spaces, too, and be a pattern.
+    # A name that can't be a data set's id is a path or a glob pattern, which may contain spaces, or else literal text.
     no_id = name.startswith((".", "/", "~")) or len(name.split()) > 1
     named = path.suffix.lower() in (".txt", *SUFFIXES) or (
         no_id and not os.path.isdir(_split_config(name)[0]) and not glob.glob(str(path))

@@ -127,7 +127,11 @@ def solve_ridge(fitted: NormalEquations, held_out: NormalEquations) -> Fit:
         unexplained = held_out.unexplained(change)
         if unexplained < best.unexplained:
             best = replace(best, change=change, strength=strength, unexplained=unexplained)
-    return best if fitted.basis is None else replace(best, change=fitted.basis.T @ best.change)
+    if fitted.basis is None:
+        return best
+    if best.strength == float("inf"):  # also where features, and so the basis, are not numbers
+        return replace(best, change=best.change.new_zeros(fitted.basis.shape[1], best.change.shape[1]))
+    return replace(best, change=fitted.basis.T @ best.change)
 
 
 def cholesky_solve(factor: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
